@@ -1,0 +1,57 @@
+"""The command line: `python -m experiments [NAME …] [--full] [--out DIR]` runs experiments and fails if a claim does."""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import experiments
+from experiments import _report
+
+DEFAULT = ("toy", "bert", "memory")
+PICTURES = Path(__file__).parent / "pictures"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named experiments; 0 if every check held, 1 if one did not."""
+    options = parser().parse_args(argv)
+    unknown = sorted(set(options.names) - set(names()))
+    if unknown:
+        parser().error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(names())}")
+    passed = [run(name, options) for name in options.names or DEFAULT]
+    return 0 if all(passed) else 1
+
+
+def run(name: str, options: argparse.Namespace) -> bool:
+    """One experiment, shown and saved; whether its checks held."""
+    start = time.perf_counter()
+    record = importlib.import_module(f"experiments.{name}").run(full=options.full, track=_report.bar)
+    _report.show(record)
+    _report.save(record, options.out)
+    if options.save_docs:
+        _report.save_picture(record, PICTURES)
+    print(f"{name}: {time.perf_counter() - start:.0f} s, {options.out / name}.json, {options.out / name}.png")
+    return record.passed
+
+
+def names() -> list[str]:
+    """Every experiment: a module of this package without a leading underscore."""
+    modules = pkgutil.iter_modules(experiments.__path__)
+    return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    made.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names())}; none: {', '.join(DEFAULT)}")
+    made.add_argument("--full", action="store_true", help="the long form of an experiment, where it has one")
+    made.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where JSON and pictures go")
+    made.add_argument("--save-docs", action="store_true", help="also renew the pictures that the README shows")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
