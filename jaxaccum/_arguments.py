@@ -1,0 +1,153 @@
+"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key, or no array at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum import _check
+from jaxaccum._tree import is_array, leaf_name, leaves_with_names
+from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Array, Axes, PyTree, Sentinel
+
+
+class Role(enum.Enum):
+    """What the loop does with a leaf at each microbatch."""
+
+    WHOLE = "passed as it is"
+    ROWS = "its rows are cut out"
+    CARRY = "threaded"
+    KEY = "folded with the microbatch's index"
+    EXAMPLE_KEY = "folded with each example's index"
+
+
+_ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One array of the arguments: its name in errors, its role, its argument, and its batch axis if it has one."""
+
+    name: str
+    role: Role
+    argnum: int | None = None
+    axis: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The structure of the arguments; what is no array (a flag, a function, a string) is held here and never traced."""
+
+    treedef: Any
+    slots: tuple[Slot, ...]
+    statics: dict[int, Any]
+    carry: PyTree
+
+    def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments that hold `arrays`, one a slot."""
+        rest = iter(arrays)
+        count = self.treedef.num_leaves
+        return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
+
+
+def read(
+    args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any, *, differentiated: Collection[int] = ()
+) -> tuple[Layout, list[Any]]:
+    """The layout of the arguments, and their arrays: one a slot, in order."""
+    in_axes = per_argument(in_axes, len(args))
+    leaves, slots, arrays, statics = 0, [], [], {}
+    for number, (arg, axes) in enumerate(zip(args, in_axes, strict=True)):
+        for name, leaf, axis in _with_axes(arg, axes, f"argument {number}"):
+            if axis is None and not is_array(leaf) and number not in differentiated:
+                statics[leaves] = leaf
+            else:
+                if number in differentiated:
+                    _check.differentiable(leaf, name)
+                slots.append(_slot(name, leaf, axis, number))
+                arrays.append(leaf)
+            leaves += 1
+    for keyword, value in kwargs.items():
+        for name, leaf in leaves_with_names(value, f"keyword argument {keyword}"):
+            if is_array(leaf):
+                slots.append(Slot(name, Role.WHOLE))
+                arrays.append(leaf)
+            else:
+                statics[leaves] = leaf
+            leaves += 1
+    carry = next((arg for arg, axes in zip(args, in_axes, strict=True) if axes is CARRY), None)
+    return Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry), [jnp.asarray(x) for x in arrays]
+
+
+def batch_size(slots: tuple[Slot, ...], arrays: list[Any]) -> int:
+    """The number of examples, on which all leaves with a batch axis agree."""
+    pairs = zip(slots, arrays, strict=True)
+    return _check.batch_size([(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS])
+
+
+def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
+    """`in_axes`, checked to have one entry for each of the `count` positional arguments."""
+    if not isinstance(in_axes, tuple | list):
+        raise TypeError(f"in_axes must be a tuple with one entry an argument; got {in_axes!r}. For one argument write ({in_axes!r},).")
+    if len(in_axes) != count:
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass one "
+            "entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY."
+        )
+    if sum(axes is CARRY for axes in in_axes) > 1:
+        raise ValueError("in_axes declares CARRY twice; one argument holds the state: put both states into one pytree.")
+    return tuple(in_axes)
+
+
+def _slot(name: str, leaf: Any, axis: Any, argnum: int) -> Slot:
+    if isinstance(axis, Sentinel):
+        if axis is not CARRY:
+            _check.key(leaf, name, axis)
+        elif not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only.")
+        return Slot(name, _ROLE_OF[axis], argnum)
+    if axis is None:
+        return Slot(name, Role.WHOLE, argnum)
+    if not is_array(leaf):
+        raise TypeError(f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an array, or None in in_axes.")
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; pass one of them, "
+            "or None for a leaf that every microbatch sees whole."
+        )
+    return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
+
+
+def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]:
+    """The leaves of one argument, each with its name and its own axis, sentinel or None."""
+    if isinstance(axes, Sentinel):
+        return [(leaf, x, axes) for leaf, x in leaves_with_names(arg, name)]
+    for path, axis in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axis):
+        _check_axis(axis, leaf_name(f"in_axes for {name}", path))
+    try:
+        full = jax.tree.map(lambda axis, sub: jax.tree.map(lambda _: _Axis(axis), sub), axes, arg, is_leaf=_is_axis)
+    except ValueError as error:
+        raise ValueError(f"in_axes for {name} is no pytree prefix of it: {error}") from None
+    each = jax.tree.leaves(full)
+    return [(leaf, x, axis.value) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """An entry of in_axes as a leaf of its own: None would vanish from a pytree."""
+
+    value: int | None
+
+
+def _is_axis(x: Any) -> bool:
+    return x is None
+
+
+def _check_axis(axis: Any, name: str) -> None:
+    if isinstance(axis, Sentinel):
+        raise TypeError(f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an argument of its own.")
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+        raise TypeError(f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}.")

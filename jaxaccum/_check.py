@@ -1,0 +1,144 @@
+"""Validation: each function returns the fact that it checked, or raises an error that says what to pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxaccum import _batch
+from jaxaccum._tree import dtype_of, is_array, is_inexact
+from jaxaccum._types import Sentinel, Split
+
+
+def size(value: Any, name: str) -> int:
+    """A size given by the user, as a positive int."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} is traced, and the number of iterations is fixed when the program is compiled; pass a Python int.")
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}.")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}.") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1; got {number}.")
+    return number
+
+
+def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, split: Any) -> _batch.Partition:
+    """The partition of `batch_size` examples that the two sizes, one of which is given, ask for."""
+    if (num_microbatches is None) == (microbatch_size is None):
+        given = "neither" if num_microbatches is None else f"num_microbatches={num_microbatches!r} and microbatch_size={microbatch_size!r}"
+        raise ValueError(f"pass exactly one of num_microbatches and microbatch_size; got {given}.")
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {get_args(Split)}; got {split!r}.")
+    if microbatch_size is not None:
+        wanted = min(size(microbatch_size, "microbatch_size"), max(batch_size, 1))
+    else:
+        wanted = size(num_microbatches, "num_microbatches")
+    if batch_size == 0:
+        raise ValueError("the batch is empty: its batch axis has size 0, so there is no microbatch to run; pass at least 1 example.")
+    if num_microbatches is not None and wanted > batch_size:
+        raise ValueError(
+            f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a microbatch holds at "
+            f"least one; pass num_microbatches <= {batch_size}, or microbatch_size=1."
+        )
+    if split == "strided" and batch_size % wanted:
+        name = "num_microbatches" if microbatch_size is None else "microbatch_size"
+        raise ValueError(
+            f'split="strided" needs equal microbatches, and {name}={wanted} does not divide the {batch_size} examples '
+            'of the batch; pass a divisor, pad the batch, or use split="contiguous".'
+        )
+    by = _batch.by_number if microbatch_size is None else _batch.by_size
+    return by(batch_size, wanted, split)
+
+
+def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
+    """The positions of the differentiated arguments, non-negative, of arguments that can be differentiated."""
+    count = len(in_axes)
+    given = value if isinstance(value, tuple | list) else (value,)
+    numbers = []
+    for number in given:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise TypeError(f"argnums must be an int or a tuple of ints; got {value!r}.")
+        number = operator.index(number)
+        if not -count <= number < count:
+            raise ValueError(f"argnums={value!r} names argument {number}, and the function was called with {count} positional arguments.")
+        number %= count
+        if isinstance(in_axes[number], Sentinel):
+            raise ValueError(
+                f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried state and "
+                "keys pass no gradient. Differentiate another argument, or declare this one None or an int."
+            )
+        numbers.append(number)
+    if not numbers:
+        raise ValueError("argnums is empty; name at least one argument to differentiate.")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"argnums={value!r} names an argument twice.")
+    return tuple(numbers)
+
+
+def differentiable(leaf: Any, name: str) -> None:
+    """A leaf that a derivative is asked of is real or complex floating."""
+    if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
+        raise TypeError(f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it out of argnums.")
+    if not is_inexact(leaf):
+        raise TypeError(
+            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or complex "
+            "dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
+        )
+
+
+def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
+    """A leaf declared a key is one key: typed of shape (), or legacy, uint32 of one axis."""
+    dtype, shape = dtype_of(leaf), jnp.shape(leaf)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return
+    elif is_array(leaf) and dtype == jnp.uint32 and len(shape) == 1:
+        return
+    raise TypeError(
+        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but {dtype}{list(shape)}; pass jax.random.key(seed), "
+        "or declare the argument None or an int."
+    )
+
+
+def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
+    """The one size of all batch axes, given with the names of their leaves."""
+    if not sizes:
+        raise ValueError("no argument has a batch axis; give in_axes an int for the argument that holds the examples, as in in_axes=(None, 0).")
+    first_name, first = sizes[0]
+    for name, other in sizes[1:]:
+        if other != first:
+            raise ValueError(
+                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf with a batch "
+                "axis needs one row an example; give a leaf that is not batched None in in_axes."
+            )
+    return first
+
+
+def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
+    """The mesh axes to sum over, all bound by a surrounding `shard_map`."""
+    if not isinstance(axis_name, str):
+        raise TypeError(f"axis_name must be a string; got {axis_name!r}.")
+    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    bound = jax.sharding.get_abstract_mesh().manual_axes
+    if axis_name in bound:
+        raise ValueError(
+            f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh axis, "
+            "or pass another axis_name."
+        )
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except (NameError, TypeError):
+            raise ValueError(
+                f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: {tuple(bound)}); call the function "
+                "inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
+            ) from None
+    return names

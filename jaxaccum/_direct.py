@@ -1,0 +1,117 @@
+"""Value and gradient of a loss in one pass: the denominators first, then each microbatch back-propagates its share.
+
+The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of every
+total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any number of
+terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend on
+parameters, that scan computes the totals too, and costs one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxaccum import _loop, _reduce
+from jaxaccum._accumulators import Sums
+from jaxaccum._outputs import Term
+from jaxaccum._program import Program
+from jaxaccum._tree import cast, is_inexact, ratio
+from jaxaccum._types import Array
+
+
+class ValueAndGrad(NamedTuple):
+    """The combined parts over the whole batch, and the gradients of the loss, one a slot of `wrt`."""
+
+    parts: list[Array]
+    grads: list[Array]
+
+
+def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
+    """The value's parts and the loss's gradient with respect to the slots `wrt`; totals are over all shards."""
+    known = _known_first(program, arrays, wrt)
+    if known is None:
+        return _divide_last(program, arrays, wrt, sums)
+    parts, seeds = [], []
+    for term in program.terms:
+        parts.append(term.total)
+        seeds.append(_inverse(program, term, known))
+        if _differentiated(program, term, wrt):
+            parts.append(term.weight)
+            seeds.append(_weight_seed(known[term.total], known[term.weight]))
+    result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
+    return ValueAndGrad(_over_mesh(program, result.parts), result.grads[0])
+
+
+def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array] | None:
+    """The parts that cotangents are made of, over the whole batch; None if computing them twice would be seen."""
+    wanted: set[int] = set()
+    for term in program.terms:
+        if term.weight is not None:
+            wanted |= {term.weight, term.total} if _differentiated(program, term, wrt) else {term.weight}
+    restricted, kept = program.only(sorted(wanted))
+    if any(trace.effects for trace in restricted.traces):
+        return None
+    if any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
+        totals = _loop.run(restricted, arrays)
+    else:
+        totals = _static(restricted)
+    totals = _over_mesh(restricted, totals)
+    return dict(zip(kept, totals, strict=True))
+
+
+def _static(program: Program) -> list[Array]:
+    """The sums of parts that depend on nothing: each microbatch of one size adds the same."""
+    totals = [_reduce.initial(part.reduction, v.aval) for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)]
+    for trace, group in zip(program.traces, program.partition.groups, strict=True):
+        values = trace(0, [None] * (len(trace.jaxpr.invars) - 1))  # no output reads an input
+        totals = [total + value * group.count for total, value in zip(totals, values, strict=True)]
+    return totals
+
+
+def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
+    """One gradient for each total and weight, divided after the loop: `fun`'s side effects happen once."""
+    sets: list[tuple[int, ...]] = []
+    for term in program.terms:
+        sets.append((term.total,))
+        if _differentiated(program, term, wrt):
+            sets.append((term.weight,))
+    ones = [[jnp.ones_like(_zero(program, part)) for part in parts] for parts in sets]
+    result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(sets), sums), ones)
+    parts = _over_mesh(program, result.parts)
+    scales = []
+    for term in program.terms:
+        scales.append(_inverse(program, term, dict(enumerate(parts))))
+        if (term.weight,) in sets:
+            scales.append(_weight_seed(parts[term.total], parts[term.weight]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    grads = []
+    for each in zip(*result.grads, strict=True):
+        grads.append(sum(cast(scale, each[0].dtype) * grad for scale, grad in zip(scales, each, strict=True)))
+    return ValueAndGrad(parts, grads)
+
+
+def _differentiated(program: Program, term: Term, wrt: tuple[int, ...]) -> bool:
+    """Whether the denominator of a term has a gradient of its own."""
+    return term.weight is not None and is_inexact(_zero(program, term.weight)) and program.depends([term.weight], wrt)
+
+
+def _zero(program: Program, part: int) -> Array:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _inverse(program: Program, term: Term, known: dict[int, Array]) -> Array:
+    """The cotangent of a total: ``1 / W``, 0 where W is 0, and 1 for a sum."""
+    one = jnp.ones_like(_zero(program, term.total))
+    return one if term.weight is None else ratio(one, known[term.weight])
+
+
+def _weight_seed(total: Array, weight: Array) -> Array:
+    """The cotangent of a weight: ``-T / W²``."""
+    return cast(-ratio(ratio(total, weight), weight), weight.dtype)
+
+
+def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
+    pairs = zip(program.outputs.parts, parts, strict=True)
+    return [_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]

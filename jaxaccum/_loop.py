@@ -1,0 +1,322 @@
+"""The one scan over microbatches, and the one place that holds references to gradients.
+
+`run` combines the parts of every microbatch; asked for a gradient, it also back-propagates each microbatch with given
+cotangents and adds what arrives. It does so in place, into references (``jax.new_ref``), because a gradient tree that
+is added outside costs a second copy of the parameters. JAX differentiates through such a reference silently wrongly
+when the loop stands inside another scan, so the in-place loop is the primal of a ``custom_vjp`` and nothing else: its
+derivative is that of the same loop with plain sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxaccum import _mesh, _reduce
+from jaxaccum._accumulators import Sums, port
+from jaxaccum._arguments import Role
+from jaxaccum._program import Program
+from jaxaccum._reduce import Reduction
+from jaxaccum._tree import cast
+from jaxaccum._types import Array
+
+Seeds = list[list[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """What to differentiate: slots `wrt`, and for each gradient asked for, the parts that its cotangents belong to."""
+
+    wrt: tuple[int, ...]
+    sets: tuple[tuple[int, ...], ...]
+    sums: Sums
+
+
+class Result(NamedTuple):
+    """The combined parts of the output, and one list of gradients (one a slot of `wrt`) for each set of cotangents."""
+
+    parts: list[Array]
+    grads: list[list[Array]]
+
+
+def run(program: Program, arrays: Sequence[Array]) -> list[Array]:
+    """The combined parts of the whole batch, at one microbatch's memory."""
+    return _scan(program, arrays, _forward(program, arrays)).parts
+
+
+def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
+    """The combined parts, and ``Σ vjp(seeds)`` over microbatches for each set of cotangents.
+
+    A cotangent of a summed part is the same for every microbatch; that of rows or of a stack is cut as the rows are.
+    """
+    if not gradient.sums.in_place:
+        return _summed(program, gradient, list(arrays), seeds)
+
+    @jax.custom_vjp
+    def in_place(arrays: list[Array], seeds: Seeds) -> Result:
+        return _in_place(program, gradient, arrays, seeds)
+
+    def forward(arrays: list[Array], seeds: Seeds) -> tuple[Result, Any]:
+        return jax.vjp(lambda *inputs: _summed(program, gradient, *inputs), arrays, seeds)
+
+    in_place.defvjp(forward, lambda vjp, cotangents: vjp(cotangents))
+    return in_place(list(arrays), seeds)
+
+
+# -- the scan ---------------------------------------------------------------------------------------------------------
+
+Visit = Callable[..., tuple[list[Array], Any, Any]]
+"""``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once a microbatch."""
+
+
+class _Scanned(NamedTuple):
+    parts: list[Array]
+    sums: Any
+    written: list[Any]
+    """What each microbatch wrote, stacked, one entry a group."""
+
+
+def _scan(program: Program, arrays: Sequence[Array], visit: Visit, *, sums: Any = (), idle: Any = (), extra: Any = None) -> _Scanned:
+    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
+    partition, written, stacked = program.partition, [], []
+    state = _Carried.first(program, arrays)
+    for g, group in enumerate(partition.groups):
+        state = state.entering(program, g)
+
+        def step(carried: Any, x: Any, g: int = g) -> tuple[Any, Any]:
+            index, rows, cut = x
+
+            def active(carried: Any) -> tuple[Any, Any]:
+                state, sums = carried
+                parts, sums, out = visit(g, sums, rows, state.carry(program, arrays), index, cut)
+                state, entries = state.updated(program, parts)
+                return _mesh.vary(((state, sums), (entries, out)), program.axes)
+
+            if program.limit is None:
+                return active(carried)
+            skipped = _mesh.vary((_empty_entries(program, g), idle), program.axes)
+            padding = partition.first_example(partition.groups[g], index) >= arrays[program.limit]
+            return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
+
+        indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
+        rows = [partition.split_rows(arrays[i], program.slots[i].axis)[g] for i in program.positions(Role.ROWS)]
+        init = _mesh.vary((state, sums), program.axes)
+        (state, sums), (entries, out) = lax.scan(step, init, (indices, rows, extra[g] if extra else None))
+        written.append(out)
+        stacked.append(entries)
+    return _Scanned(state.parts(program, stacked), sums, written)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class _Carried:
+    """The state of the parts that are no rows: sums, extrema, last values and the carried state."""
+
+    values: list[Array]
+
+    def tree_flatten(self) -> tuple[tuple[list[Array]], None]:
+        return (self.values,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[list[Array]]) -> _Carried:
+        return cls(*children)
+
+    @classmethod
+    def first(cls, program: Program, arrays: Sequence[Array]) -> _Carried:
+        states = iter(arrays[i] for i in program.positions(Role.CARRY))
+        return cls(
+            [
+                lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype))
+                if reduction is Reduction.CARRY
+                else _reduce.initial(reduction, aval)
+                for reduction, aval in _reductions(program, 0, stacked=False)
+            ]
+        )
+
+    def entering(self, program: Program, g: int) -> _Carried:
+        """The last value may have the shape of its microbatch, so it starts anew at each size."""
+        pairs = zip(self.values, _reductions(program, g, stacked=False), strict=True)
+        return _Carried([_reduce.initial(r, aval) if r is Reduction.LAST else x for x, (r, aval) in pairs])
+
+    def carry(self, program: Program, arrays: Sequence[Array]) -> list[Array]:
+        """The carried state; the initial one in a program that does not compute it, because nothing there reads it."""
+        pairs = zip(self.values, _reductions(program, 0, stacked=False), strict=True)
+        values = [x for x, (r, _) in pairs if r is Reduction.CARRY]
+        return values or [arrays[i] for i in program.positions(Role.CARRY)]
+
+    def updated(self, program: Program, parts: Sequence[Array]) -> tuple[_Carried, list[Array]]:
+        """The state after a microbatch, and what it writes out."""
+        kinds = [part.reduction for part in program.outputs.parts]
+        news = [(r, x) for r, x in zip(kinds, parts, strict=True) if not r.stacked]
+        values = [_reduce.update(r, old, x) for old, (r, x) in zip(self.values, news, strict=True)]
+        return _Carried(values), [x for r, x in zip(kinds, parts, strict=True) if r.stacked]
+
+    def parts(self, program: Program, stacked: list[list[Array]]) -> list[Array]:
+        """All parts of the whole batch, in their order."""
+        values, entries = iter(self.values), iter(zip(*stacked, strict=True))
+        return [
+            _merged(program, part.reduction, list(next(entries))) if part.reduction.stacked else next(values)
+            for part in program.outputs.parts
+        ]
+
+
+def _merged(program: Program, reduction: Reduction, groups: list[Array]) -> Array:
+    if reduction is Reduction.CONCAT:
+        return program.partition.merge_rows(groups)
+    return groups[0] if len(groups) == 1 else jnp.concatenate(groups)
+
+
+def _reductions(program: Program, g: int, *, stacked: bool) -> list[tuple[Reduction, Any]]:
+    avals = [v.aval for v in program.traces[g].jaxpr.outvars]
+    pairs = zip(program.outputs.parts, avals, strict=True)
+    return [(part.reduction, aval) for part, aval in pairs if part.reduction.stacked is stacked]
+
+
+def _empty_entries(program: Program, g: int) -> list[Array]:
+    return [jnp.zeros(aval.shape, aval.dtype) for _, aval in _reductions(program, g, stacked=True)]
+
+
+# -- what happens at each microbatch ----------------------------------------------------------------------------------
+
+
+def _forward(program: Program, arrays: Sequence[Array]) -> Visit:
+    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+        del extra
+        return program.parts(g, arrays, rows=rows, carry=carry, index=index), sums, ()
+
+    return visit
+
+
+def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
+    """The gradients as values: one tree is added to another at each microbatch."""
+    step = _Derivative(program, gradient, arrays, seeds)
+
+    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+        parts, vjp, outs = step.at(g, step.parameters, rows=rows, carry=carry, index=index)
+        added, written = [], []
+        for s, old in enumerate(sums):
+            whole, own = vjp(step.cotangents(s, outs, extra))
+            added.append([x + cast(y, x.dtype) for x, y in zip(old, whole, strict=True)])
+            written.append(own)
+        return parts, added, written
+
+    zeros = [[gradient.sums.zeros(x) for x in step.parameters] for _ in gradient.sets]
+    scanned = _scan(program, arrays, visit, sums=zeros, idle=step.idle(), extra=step.extra())
+    return step.result(scanned, scanned.sums)
+
+
+def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
+    """The gradients in references: the backward pass itself adds to them."""
+    step = _Derivative(program, gradient, arrays, seeds)
+    zeros = [gradient.sums.zeros(x) for x in step.parameters]
+    refs = [[jax.new_ref(zero) for zero in zeros] for _ in gradient.sets]
+    inputs = [zero if zero.dtype != x.dtype else x for zero, x in zip(zeros, step.parameters, strict=True)]
+
+    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+        parts, vjp, outs = step.at(g, inputs, rows=rows, carry=carry, index=index)
+        written = []
+        for s, buffers in enumerate(refs):
+            own = [jax.new_ref(jnp.zeros_like(x)) for x in step.differentiated_rows(rows)]
+            vjp.with_refs(buffers, own)(step.cotangents(s, outs, extra))
+            written.append([jax.freeze(ref) for ref in own])
+        return parts, sums, written
+
+    scanned = _scan(program, arrays, visit, idle=step.idle(), extra=step.extra())
+    return step.result(scanned, [[jax.freeze(ref) for ref in buffers] for buffers in refs])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derivative:
+    """What both ways of summing share: the derivative of one microbatch, its cotangents, and where gradients go."""
+
+    program: Program
+    gradient: Gradient
+    arrays: list[Array]
+    seeds: Seeds
+
+    @property
+    def whole(self) -> list[int]:
+        """The differentiated slots whose gradients are summed over microbatches."""
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.WHOLE]
+
+    @property
+    def rows(self) -> list[int]:
+        """The differentiated slots whose gradients are rows, each of one microbatch."""
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.ROWS]
+
+    @property
+    def parameters(self) -> list[Array]:
+        return [self.arrays[i] for i in self.whole]
+
+    @property
+    def wanted(self) -> list[int]:
+        """The parts that any cotangent belongs to."""
+        return sorted({part for parts in self.gradient.sets for part in parts})
+
+    def differentiated_rows(self, rows: Sequence[Array]) -> list[Array]:
+        """Of one microbatch's rows, those to differentiate."""
+        order = self.program.positions(Role.ROWS)
+        return [rows[order.index(i)] for i in self.rows]
+
+    def at(self, g: int, inputs: list[Array], *, rows: list[Array], carry: Any, index: Array) -> tuple[list[Array], Any, list[Array]]:
+        """One microbatch forward: all its parts, the pullback to ``(inputs, rows)``, and the parts it starts from."""
+        order = self.program.positions(Role.ROWS)
+
+        def primal(inputs: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
+            arrays, cut = list(self.arrays), list(rows)
+            for i, x in zip(self.whole, inputs, strict=True):
+                arrays[i] = x if x.dtype == arrays[i].dtype else port(x, arrays[i])
+            for i, x in zip(self.rows, own, strict=True):
+                cut[order.index(i)] = x
+            parts = self.program.parts(g, arrays, rows=cut, carry=carry, index=index)
+            return [parts[i] for i in self.wanted], parts
+
+        outs, vjp, parts = jax.vjp(primal, inputs, self.differentiated_rows(rows), has_aux=True)
+        return parts, vjp, outs
+
+    def cotangents(self, s: int, outs: list[Array], extra: Any) -> list[Array]:
+        """The cotangents of set `s` at one microbatch, one for each wanted part: zero for those of other sets."""
+        cut = iter(extra[s])
+        given = {}
+        for part, seed in zip(self.gradient.sets[s], self.seeds[s], strict=True):
+            given[part] = next(cut) if self.program.outputs.parts[part].reduction.stacked else seed
+        pairs = zip(self.wanted, outs, strict=True)
+        return [_mesh.vary(given.get(part, jnp.zeros_like(out)), _mesh.varying_axes(out)) for part, out in pairs]
+
+    def extra(self) -> list[Any]:
+        """The cotangents of rows and stacks, cut for each group as the rows are."""
+        partition, kinds = self.program.partition, self.program.outputs.parts
+        cut = []
+        for g, group in enumerate(partition.groups):
+            sets = []
+            for parts, seeds in zip(self.gradient.sets, self.seeds, strict=True):
+                own = []
+                for part, seed in zip(parts, seeds, strict=True):
+                    if kinds[part].reduction is Reduction.CONCAT:
+                        own.append(partition.split_rows(seed, 0)[g])
+                    elif kinds[part].reduction is Reduction.STACK:
+                        own.append(seed[group.first : group.first + group.count])
+                sets.append(own)
+            cut.append(sets)
+        return cut
+
+    def idle(self) -> list[list[Array]]:
+        """What a skipped microbatch writes: zeros, of one size since skipping needs equal microbatches."""
+        rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[0] for i in self.rows]
+        return [[jnp.zeros_like(x[0]) for x in rows] for _ in self.gradient.sets]
+
+    def result(self, scanned: _Scanned, sums: list[list[Array]]) -> Result:
+        """Gradients in the order of `wrt`; rows are put back into the batch's order."""
+        grads = []
+        for s, whole in enumerate(sums):
+            by_slot = dict(zip(self.whole, whole, strict=True))
+            for j, i in enumerate(self.rows):
+                stacked = [group[s][j] for group in scanned.written]
+                by_slot[i] = self.program.partition.merge_rows(stacked, self.program.slots[i].axis)
+            grads.append([by_slot[i] for i in self.gradient.wrt])
+        return Result(scanned.parts, grads)

@@ -1,0 +1,64 @@
+"""Devices in space: which mesh axes a value varies over, and the sums over them that follow the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+from jaxaccum._types import Array, PyTree
+
+
+def varying_axes(x: Array) -> frozenset[str]:
+    """The manual mesh axes over which `x` differs between devices; empty outside `shard_map`."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
+    """Cast every array to vary over `axes`, so that no derivative is summed over devices inside the loop."""
+
+    def cast(x: Array) -> Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        if not missing or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return lax.pcast(x, missing, to="varying")
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def shard_index(mesh_axes: Sequence[str]) -> Array | int:
+    """The place of this device's shard among those of the batch, the first axis varying slowest."""
+    return lax.axis_index(tuple(mesh_axes)) if mesh_axes else 0
+
+
+def checked(mesh_axes: Sequence[str]) -> bool:
+    """Whether `shard_map` tracks which values vary (``check_vma=True``), and so transposes sums by itself."""
+    return bool(varying_axes(lax.axis_index(tuple(mesh_axes))))
+
+
+def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
+    """The sum over all shards, of which each device's own term is one: a cotangent of the sum is one of the term."""
+    if checked(mesh_axes) or not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+        return lax.psum(vary(x, frozenset(mesh_axes)), mesh_axes)
+    # Unchecked, JAX would transpose the sum into another one and count every device's copy of the loss.
+    total = jax.custom_vjp(lambda x: lax.psum(x, mesh_axes))
+    total.defvjp(lambda x: (lax.psum(x, mesh_axes), None), lambda _, cotangent: (cotangent,))
+    return total(x)
+
+
+def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
+    """`x`, whose gradient is summed over all shards where JAX does not do so by itself (``check_vma=False``)."""
+    if not mesh_axes or checked(mesh_axes) or not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+        return x
+    same = jax.custom_vjp(lambda x: x)
+    same.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.psum(cotangent, mesh_axes),))
+    return same(x)
+
+
+def sum_gradient(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> Array:
+    """The gradient of a parameter over the shards, and over the axes over which it was given replicated."""
+    replicated = varying_axes(grad) - given_axes
+    axes = tuple(sorted(replicated | set(mesh_axes)))
+    return lax.psum(vary(grad, frozenset(axes)), axes) if axes else grad

@@ -1,0 +1,200 @@
+"""`microbatch`: a function written for one microbatch, run over the whole batch and differentiable by JAX."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from jaxaccum import _loop, _mesh, _program, _reduce
+from jaxaccum._accumulators import Sums
+from jaxaccum._arguments import Role
+from jaxaccum._program import Options, Program
+from jaxaccum._reduce import Reduction
+from jaxaccum._tree import cast, is_inexact
+from jaxaccum._types import Array, Axes, Fun, Split
+
+
+def microbatch(
+    fun: Fun,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: Sequence[Axes] = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+) -> Fun:
+    """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
+
+    Every output combines by its tag, ``Mean(t, w)`` to ``Σ t / Σ w``, ``Sum(x)`` to ``Σ x``, ``Concat(x)`` to all rows
+    in order, …; an untagged floating scalar declares a mean over the microbatch's examples. It equals::
+
+        def microbatched(params, batch):
+            outputs = []
+            for _, rows in partition(params, batch, num_microbatches=n):
+                outputs.append(fun(params, rows))
+            return combine(outputs)  # tag by tag: Σ total / Σ weight, concatenate, …
+
+    Args:
+        fun: function of one microbatch; its outputs are tags, or floating scalars.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        microbatch_size: as many microbatches of this size as fit, and one remainder.
+        in_axes: one entry an argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
+            ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding, and
+            microbatches of padding alone are skipped at run time.
+        axis_name: the name that ``lax.axis_index`` and collectives use for the loop.
+        mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are also summed.
+        memory: the budget of coupled programs; without collectives over the axis it changes nothing.
+
+    Returns:
+        A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.
+
+    Guarantees:
+        Equal to `full_batch` in exact arithmetic, for value and derivatives, at one microbatch's activation memory.
+        Reverse-mode for any output; one forward pass where one scalar is differentiated, else two. Forward-mode
+        where one scalar is differentiated.
+
+    Raises:
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> loss = jaxaccum.microbatch(lambda w, x: jnp.mean((w * x) ** 2), microbatch_size=2)
+        >>> jax.grad(lambda w: loss(w, jnp.arange(5.0)) + w**2)(1.0).item()  # the regularizer counts once
+        14.0
+    """
+    options = Options(
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes,
+    )  # fmt: skip
+    del memory  # a choice among the schedules of a coupled program; here there is one schedule
+
+    @functools.wraps(fun)
+    def microbatched(*args: Any, **kwargs: Any) -> Any:
+        program, arrays = _program.prepare(fun, options, args, kwargs)
+        arrays = [x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes) for slot, x in zip(program.slots, arrays, strict=True)]
+        parts = _differentiable(program)(arrays)
+        pairs = zip(program.outputs.parts, parts, strict=True)
+        return program.outputs.finalize([_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs])
+
+    return microbatched
+
+
+def full_batch(fun: Fun, in_axes: Sequence[Axes] = (None, 0), axis_name: str = "microbatch") -> Fun:
+    """The oracle: the same tagged function in one pass over the whole batch, its tags resolved.
+
+    Args:
+        fun: function of one microbatch, as for `microbatch`.
+        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` with every example's index.
+        axis_name: the name of the axis, bound with size 1.
+
+    Returns:
+        A function of the same arguments, differentiable by JAX alone.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> fun = lambda w, x: jaxaccum.Mean(jnp.sum(w * x), x.size)
+        >>> jaxaccum.full_batch(fun)(2.0, jnp.arange(5.0)).item()
+        4.0
+    """
+    options = Options(in_axes=in_axes, axis_name=axis_name)
+
+    @functools.wraps(fun)
+    def oracle(*args: Any, **kwargs: Any) -> Any:
+        return _program.whole(fun, options, args, kwargs)
+
+    return oracle
+
+
+def _differentiable(program: Program) -> Any:
+    """The loop with the derivative that its use asks for.
+
+    One rule does not fit all. Where one scalar depends on what is differentiated, its gradient is computed beside the
+    value and the tangent is ``Σ g · t``: one forward pass, and forward-mode works. Where several outputs or rows do,
+    their cotangents are not known yet: the backward pass runs the loop again.
+    """
+
+    @jax.custom_jvp
+    def forward(arrays: list[Array]) -> list[Array]:
+        return _loop.run(program, arrays)
+
+    def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
+        (arrays,), (tangents,) = primals, tangents
+        wrt = tuple(i for i, t in enumerate(tangents) if _moves(program, i, t))
+        reached = [i for i in _candidates(program) if program.depends([i], wrt)]
+        if len(reached) == 1 and _is_scalar_sum(program, reached[0]):
+            return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
+        moves = [t if i in wrt else _zero_tangent(x) for i, (x, t) in enumerate(zip(arrays, tangents, strict=True))]
+        return jax.jvp(_recomputing(program, wrt), (arrays,), (moves,))
+
+    forward.defjvp(rule, symbolic_zeros=True)
+    return forward
+
+
+def _moves(program: Program, i: int, tangent: Any) -> bool:
+    role = program.slots[i].role
+    return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
+
+
+def _candidates(program: Program) -> list[int]:
+    """The parts that can have a derivative."""
+    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    return [i for i, (part, v) in enumerate(pairs) if part.reduction.differentiable and is_inexact(v.aval)]
+
+
+def _is_scalar_sum(program: Program, part: int) -> bool:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    return program.outputs.parts[part].reduction is Reduction.SUM and aval.shape == () and jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _gradient_beside_value(
+    program: Program, arrays: list[Array], tangents: list[Any], *, wrt: tuple[int, ...], part: int
+) -> tuple[list[Array], list[Any]]:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    gradient = _loop.Gradient(wrt, ((part,),), Sums(in_place=True))
+    parts, (grads,) = _loop.run_with_gradient(program, arrays, gradient, [[jnp.ones(aval.shape, aval.dtype)]])
+    tangent = _zero_tangent(parts[part])
+    for i, grad in zip(wrt, grads, strict=True):
+        # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
+        tangent = tangent + cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
+    return parts, [tangent if i == part else _zero_tangent(x) for i, x in enumerate(parts)]
+
+
+def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
+    """The loop whose backward pass runs it again, with the cotangents that have arrived by then."""
+    wanted = _candidates(program)
+
+    @jax.custom_vjp
+    def forward(arrays: list[Array]) -> list[Array]:
+        return _loop.run(program, arrays)
+
+    def save(arrays: list[Any]) -> tuple[list[Array], list[Array]]:
+        values = [x.value for x in arrays]
+        return _loop.run(program, values), values
+
+    def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
+        given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
+        gradient = _loop.Gradient(wrt, (tuple(given),), Sums(in_place=True))
+        _, (summed,) = _loop.run_with_gradient(program, values, gradient, [[cotangents[i] for i in given]])
+        by_slot = dict(zip(wrt, summed, strict=True))
+        return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
+
+    forward.defvjp(save, pull, symbolic_zeros=True)
+    return forward
+
+
+def _zero_tangent(x: Array) -> Any:
+    """The tangent of a value that does not move."""
+    if not is_inexact(x):
+        return np.zeros(x.shape, jax.dtypes.float0)
+    return _mesh.vary(jnp.zeros(x.shape, x.dtype), _mesh.varying_axes(x))

@@ -1,0 +1,260 @@
+"""What `fun` returned: every output read as a tag, checked, taken apart into arrays, and put together again.
+
+`read` runs inside the trace of one microbatch and returns the arrays that the loop combines, each with its
+`Reduction`; `Outputs.finalize` turns the combined arrays into the structure that the user sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxaccum._reduce import Reduction
+from jaxaccum._tags import Carry, Concat, Last, Max, Mean, Min, Stack, Sum, Tag, is_tag
+from jaxaccum._tree import cast, dtype_of, is_array, leaves_with_names, promote, ratio, total_of, widen
+from jaxaccum._types import PyTree
+
+_TAGS = "Mean(total, weight), Sum(x), Max(x), Min(x), Concat(x), Stack(x), Last(x) or Carry(state)"
+_REDUCTION_OF = {
+    Sum: Reduction.SUM, Max: Reduction.MAX, Min: Reduction.MIN, Last: Reduction.LAST,
+    Carry: Reduction.CARRY, Concat: Reduction.CONCAT, Stack: Reduction.STACK,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One array that the loop combines."""
+
+    name: str
+    reduction: Reduction
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the finalized output: the part it comes from, its denominator if it is a mean, and its dtype."""
+
+    part: int
+    weight: int | None
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """The structure of what `fun` returned, and the parts that carry its values through the loop."""
+
+    treedef: Any
+    leaves: tuple[Leaf, ...]
+    parts: tuple[Part, ...]
+
+    def finalize(self, values: list[Any]) -> PyTree:
+        """The output over the whole batch, from the combined parts: `fun`'s structure with every tag resolved."""
+        return self.treedef.unflatten([_finalize(leaf, values) for leaf in self.leaves])
+
+
+@dataclasses.dataclass
+class _Reader:
+    """Collects parts and leaves while outputs are read, in the order in which they stand."""
+
+    size: int
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    values: list[Any] = dataclasses.field(default_factory=list)
+    leaves: list[Leaf] = dataclasses.field(default_factory=list)
+
+    def part(self, name: str, reduction: Reduction, x: Any) -> int:
+        dtype = widen(dtype_of(x)) if reduction is Reduction.SUM else dtype_of(x)
+        x = cast(x, dtype)
+        self.parts.append(Part(name, reduction))
+        self.values.append(x if reduction.differentiable else lax.stop_gradient(x))
+        return len(self.parts) - 1
+
+    def leaf(self, part: int, weight: int | None, dtype: Any) -> None:
+        self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part])))
+
+
+def read(output: PyTree, *, size: int, carry: PyTree, has_carry: bool) -> tuple[Outputs, list[Any]]:
+    """The outputs of one microbatch of `size` examples, checked, and their parts as arrays."""
+    reader, finalized = _Reader(size), []
+    named = leaves_with_names(output, "output", is_leaf=is_tag)
+    _check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
+    for name, x in named:
+        finalized.append(_read_tag(reader, name, x))
+    outer = jax.tree.structure(output, is_leaf=is_tag)
+    treedef = jax.tree.structure(outer.unflatten(finalized))
+    return Outputs(treedef, tuple(reader.leaves), tuple(reader.parts)), reader.values
+
+
+def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
+    """Read one tag or untagged leaf; returns the structure that stands in its place once finalized."""
+    if not isinstance(x, Tag):
+        _check_untagged(name, x)
+        # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
+        total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
+        weight = reader.part(name, Reduction.SUM, reader.size)
+        reader.leaf(total, weight, dtype_of(x))
+        return 0
+    if isinstance(x, Mean):
+        return _read_mean(reader, name, x)
+    content = x.state if isinstance(x, Carry) else x.x  # pyright: ignore[reportAttributeAccessIssue]
+    for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}"):
+        _check_array(leaf_name, leaf)
+        if isinstance(x, Concat):
+            _check_rows(leaf_name, leaf, reader.size)
+        part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
+        dtype = jnp.int32 if isinstance(x, Sum) and dtype_of(leaf) == jnp.bool_ else dtype_of(leaf)
+        reader.leaf(part, None, dtype)
+    return jax.tree.map(lambda _: 0, content)
+
+
+def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
+    totals = leaves_with_names(mean.total, f"{name}.Mean.total")
+    weights = leaves_with_names(mean.weight, f"{name}.Mean.weight")
+    for leaf_name, leaf in [*totals, *weights]:
+        _check_array(leaf_name, leaf)
+    shared = len(weights) == 1 and jnp.shape(weights[0][1]) == ()
+    if not shared and jax.tree.structure(mean.total) != jax.tree.structure(mean.weight):
+        raise ValueError(
+            f"{name}: the weight of a Mean is one scalar or has the structure of its total; total is "
+            f"{jax.tree.structure(mean.total)} and weight is {jax.tree.structure(mean.weight)}."
+        )
+    for (total_name, total), (_, weight) in zip(totals, weights * len(totals) if shared else weights, strict=True):
+        if jnp.shape(weight) not in ((), jnp.shape(total)):
+            raise ValueError(
+                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass the weight as "
+                "a scalar or with the shape of the total."
+            )
+        if jnp.issubdtype(dtype_of(weight), jnp.complexfloating):
+            raise TypeError(f"{total_name}: the weight of a Mean is real; got {dtype_of(weight)}.")
+    parts = [reader.part(leaf_name, Reduction.SUM, leaf) for leaf_name, leaf in weights]
+    for i, (leaf_name, leaf) in enumerate(totals):
+        weight = weights[0 if shared else i][1]
+        result = promote(leaf, weight)
+        total = leaf if jnp.issubdtype(dtype_of(leaf), jnp.inexact) else cast(leaf, widen(_floating(result)))
+        reader.leaf(reader.part(leaf_name, Reduction.SUM, total), parts[0 if shared else i], _floating(result))
+    return jax.tree.map(lambda _: 0, mean.total)
+
+
+def _floating(dtype: Any) -> Any:
+    """The dtype of a quotient."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else promote(dtype, 1.0)
+
+
+def _finalize(leaf: Leaf, values: list[Any]) -> Any:
+    value = values[leaf.part]
+    if leaf.weight is not None:
+        # The widest of the two parts holds the quotient, so that a float64 weight is not rounded first.
+        value = ratio(cast(value, promote(value.dtype, leaf.dtype)), values[leaf.weight])
+    return cast(value, leaf.dtype) if value.dtype != leaf.dtype else value
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of a loss: ``Σ total / Σ weight``, or ``Σ total`` where it has no denominator."""
+
+    total: int
+    weight: int | None
+
+
+def split_loss(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
+    """The loss and the aux of what a loss function returned, checked before either is read."""
+    aux = None
+    if has_aux:
+        if not isinstance(output, tuple) or len(output) != 2:
+            raise TypeError(f"has_aux=True, and fun returned {_describe(output)}; return the pair (loss, aux).")
+        output, aux = output
+    elif isinstance(output, tuple | list):
+        raise TypeError(
+            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun returns (loss, aux), pass has_aux=True."
+        )
+    terms = output if isinstance(output, dict) else {"": output}
+    if not terms:
+        raise TypeError("the loss is an empty dict; return at least one term.")
+    for name, term in terms.items():
+        _check_term(f"loss[{name!r}]" if isinstance(output, dict) else "the loss", term)
+    return output, aux
+
+
+def terms(outputs: Outputs, count: int) -> tuple[Term, ...]:
+    """The terms of the loss, which are the first `count` leaves of the output ``(loss, aux)``."""
+    return tuple(Term(leaf.part, leaf.weight) for leaf in outputs.leaves[:count])
+
+
+def value(loss: PyTree) -> Any:
+    """The value of a finalized loss: the sum of its terms."""
+    return total_of(jax.tree.leaves(loss))
+
+
+def _check_term(name: str, term: Any) -> None:
+    if isinstance(term, Tag) and not isinstance(term, Mean | Sum):
+        raise TypeError(f"{name} is tagged {type(term).__name__}; a loss is a scalar, a Mean, a Sum, or a dict of them.")
+    if isinstance(term, tuple | list | dict):
+        raise TypeError(f"{name} is {_describe(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary values go into aux, with has_aux=True.")
+    content = term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
+    if not is_array(content) and not isinstance(content, bool | int | float | complex):
+        raise TypeError(f"{name} holds {_describe(content)}; a term of a loss is one scalar.")
+    if jnp.shape(content) != ():
+        raise TypeError(
+            f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), x.size) for a mean over "
+            "all examples, Sum(jnp.sum(x)) for a sum."
+        )
+    if not jnp.issubdtype(dtype_of(content), jnp.floating):
+        raise TypeError(f"{name} has dtype {dtype_of(content)}; a loss is real and floating, or it has no gradient.")
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, tuple | list):
+        return f"a {type(x).__name__} of {len(x)}"
+    return f"of shape {list(jnp.shape(x))}" if is_array(x) else f"of type {type(x).__name__}"
+
+
+def _check_array(name: str, x: Any) -> None:
+    if not is_array(x) and not isinstance(x, bool | int | float | complex):
+        raise TypeError(f"{name} is no array but {type(x).__name__}; return arrays and scalars only.")
+
+
+def _check_untagged(name: str, x: Any) -> None:
+    _check_array(name, x)
+    if jnp.shape(x) != () or not jnp.issubdtype(dtype_of(x), jnp.floating):
+        raise TypeError(
+            f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over microbatches "
+            f"(only a floating scalar declares itself: a mean over examples). Wrap it in {_TAGS}."
+        )
+
+
+def _check_rows(name: str, x: Any, size: int) -> None:
+    if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
+        raise ValueError(
+            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} examples "
+            "along axis 0; use Stack for one entry a microbatch, or Sum or Mean for one value."
+        )
+
+
+def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None:
+    if not has_carry:
+        if carries:
+            raise ValueError("fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; declare the argument that holds the old state.")
+        return
+    if len(carries) != 1:
+        raise ValueError(
+            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state once, as Carry(state), anywhere in its output."
+        )
+    new, old = carries[0].state, carry
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(f"the carried state changes its structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; return the structure that came in.")
+    pairs = zip(leaves_with_names(new, "the carried state"), jax.tree.leaves(old), strict=True)
+    for (name, x), before in pairs:
+        _check_array(name, x)
+        if jnp.shape(x) != jnp.shape(before):
+            raise ValueError(f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the shape that came in.")
+        if dtype_of(x) != dtype_of(before):
+            raise TypeError(f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; cast it back with .astype({dtype_of(before)}).")

@@ -1,0 +1,232 @@
+"""A call made ready for the loop: the arguments read, the batch partitioned, `fun` traced once a size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+
+from jaxaccum import _arguments, _check, _mesh, _outputs
+from jaxaccum._arguments import Layout, Role, Slot
+from jaxaccum._batch import Partition
+from jaxaccum._outputs import Outputs, Term
+from jaxaccum._reduce import Reduction
+from jaxaccum._trace import Trace, trace
+from jaxaccum._types import Array, Axes, Fun, PyTree, Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that every transformation shares, as the user gave them."""
+
+    in_axes: Sequence[Axes] = (None, 0)
+    num_microbatches: int | None = None
+    microbatch_size: int | None = None
+    split: Split = "contiguous"
+    num_examples_argnum: int | None = None
+    axis_name: str = "microbatch"
+    mesh_axes: str | Sequence[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one microbatch computes: the parts of the output, of the arrays of all slots, its rows and its index.
+
+    The slots are those of the arguments and then, for each size of microbatch, what its trace closed over.
+    """
+
+    slots: tuple[Slot, ...]
+    partition: Partition
+    outputs: Outputs
+    terms: tuple[Term, ...]
+    traces: tuple[Trace, ...]
+    axes: frozenset[str]
+    mesh_axes: tuple[str, ...]
+    given_axes: tuple[frozenset[str], ...]
+    """The mesh axes over which each slot varied as the caller gave it, before the loop's cast."""
+    limit: int | None = None
+    """The slot that counts the examples that are no padding, if the call has one."""
+
+    def positions(self, role: Role) -> list[int]:
+        """The slots that have the role."""
+        return [i for i, slot in enumerate(self.slots) if slot.role is role]
+
+    def parts(self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any) -> list[Any]:
+        """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays` the whole call's."""
+        own = list(arrays)
+        for positions, values in ((self.positions(Role.ROWS), rows), (self.positions(Role.CARRY), carry)):
+            for position, value in zip(positions, values, strict=True):
+                own[position] = value
+        for position, slot in enumerate(self.slots):
+            own[position] = self._folded(slot, own[position], g=g, index=index)
+        return self.traces[g](index, [own[i] for i in self._inputs(g)])
+
+    def depends(self, parts: Sequence[int], wrt: Collection[int]) -> bool:
+        """Whether any of the parts depends on any of the slots `wrt`."""
+        for g, one in enumerate(self.traces):
+            used = zip(self._inputs(g), one.needs(parts), strict=True)
+            if any(needed and i in wrt for i, needed in used):
+                return True
+        return False
+
+    def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
+        """The program that computes the given parts alone, and which parts it returns: these and what they carry."""
+        carried = [i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY]
+        kept = sorted(parts)
+        if carried and self.depends(kept, self.positions(Role.CARRY)):
+            kept = sorted({*kept, *carried})
+        traces = tuple(one.only(kept) for one in self.traces)
+        outputs = dataclasses.replace(self.outputs, parts=tuple(self.outputs.parts[i] for i in kept))
+        return dataclasses.replace(self, traces=traces, outputs=outputs), kept
+
+    def _inputs(self, g: int) -> list[int]:
+        """The slots that trace `g` reads: its constants, then the arguments."""
+        num_args = len(self.slots) - sum(one.num_consts for one in self.traces)
+        first = num_args + sum(one.num_consts for one in self.traces[:g])
+        return [*range(first, first + self.traces[g].num_consts), *range(num_args)]
+
+    def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
+        """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
+        shard = _mesh.shard_index(self.mesh_axes)
+        if slot.role is Role.KEY:
+            return jax.random.fold_in(x, index + shard * self.partition.num_microbatches)
+        if slot.role is Role.EXAMPLE_KEY:
+            examples = self.partition.examples(self.partition.groups[g], index) + shard * self.partition.batch_size
+            return example_keys(x, examples)
+        return x
+
+
+def example_keys(key: Array, examples: Array) -> Array:
+    """One key an example: `key` folded with the example's index in the batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
+
+
+def prepare(
+    fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], *, argnums: Collection[int] = (), loss: bool = False, has_aux: bool = False
+) -> tuple[Program, list[Array]]:
+    """The program of one call and the arrays of its slots."""
+    mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
+    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums)
+    if mesh_axes and any(slot.role is Role.CARRY for slot in layout.slots):
+        raise ValueError("a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; drop one of the two.")
+    partition = _check.partition(
+        _arguments.batch_size(layout.slots, arrays),
+        num_microbatches=options.num_microbatches,
+        microbatch_size=options.microbatch_size,
+        split=options.split,
+    )
+    given_axes = [_mesh.varying_axes(x) for x in arrays]
+    arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
+    call = _Call(fun, layout, loss, has_aux)
+    traces, slots = [], list(layout.slots)
+    for g, group in enumerate(partition.groups):
+        shapes = _shapes(layout, partition, arrays, g)
+        one, consts = trace(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
+        traces.append(one)
+        slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
+        arrays += consts
+        given_axes += [_mesh.varying_axes(x) for x in consts]
+    call.check_sizes(partition)
+    axes = frozenset(mesh_axes).union(*given_axes)
+    outputs = call.outputs[0]
+    terms = _outputs.terms(outputs, call.num_terms) if loss else ()
+    return Program(tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes)), arrays
+
+
+def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:
+    """The shapes at which group `g` sees the arguments."""
+    group = partition.groups[g]
+
+    def cut(arrays: list[Array]) -> list[Array]:
+        own = []
+        for slot, x in zip(layout.slots, arrays, strict=True):
+            if slot.role is Role.ROWS:
+                x = jax.lax.slice_in_dim(x, 0, group.size, axis=slot.axis)
+            elif slot.role is Role.EXAMPLE_KEY:
+                x = example_keys(x, partition.examples(group, jax.numpy.int32(0)))
+            own.append(x)
+        return own
+
+    return jax.eval_shape(cut, arrays)
+
+
+@dataclasses.dataclass
+class _Call:
+    """`fun` as a function of flat arrays; notes what came out at each size."""
+
+    fun: Fun
+    layout: Layout
+    loss: bool
+    has_aux: bool
+    outputs: list[Outputs] = dataclasses.field(default_factory=list)
+    shapes: list[list[Any]] = dataclasses.field(default_factory=list)
+    num_terms: int = 0
+
+    def at(self, size: int) -> Callable[..., list[Any]]:
+        def flat(*arrays: Any) -> list[Any]:
+            args, kwargs = self.layout.build(list(arrays))
+            output = self.fun(*args, **kwargs)
+            if self.loss:
+                output = _outputs.split_loss(output, self.has_aux)
+                self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
+            has_carry = any(slot.role is Role.CARRY for slot in self.layout.slots)
+            outputs, parts = _outputs.read(output, size=size, carry=self.layout.carry, has_carry=has_carry)
+            self.outputs.append(outputs)
+            self.shapes.append([jax.typeof(x) for x in parts])
+            return parts
+
+        return flat
+
+    def check_sizes(self, partition: Partition) -> None:
+        """Outputs at both sizes have one structure, and what is summed has one shape."""
+        if len(self.outputs) < 2:
+            return
+        (large, small), (first, second) = partition.groups, self.outputs
+        if first.treedef != second.treedef or first.parts != second.parts:
+            raise ValueError(
+                f"fun returns other outputs for a microbatch of {large.size} examples than for one of {small.size}: "
+                f"{_names(first)} and {_names(second)}; return one structure for every size."
+            )
+        for part, x, y in zip(first.parts, *self.shapes, strict=True):
+            drop = 1 if part.reduction is Reduction.CONCAT else 0
+            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
+                raise ValueError(
+                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and {list(y.shape)} for "
+                    f"one of {small.size}, so it has no {part.reduction.value} over microbatches; reduce it over the examples first, or "
+                    "return it as Concat, one row an example."
+                )
+
+
+def _names(outputs: Outputs) -> list[str]:
+    return [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
+
+
+def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyTree:
+    """`fun` in one pass over the whole batch, its tags resolved: the full-batch oracle.
+
+    The axis of the loop is bound with size 1, so that a collective over it sees all examples at once.
+    """
+    layout, arrays = _arguments.read(args, kwargs, options.in_axes)
+    size = _arguments.batch_size(layout.slots, arrays)
+    partition = _check.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
+    found: list[Outputs] = []
+
+    def one(_: Array) -> list[Any]:
+        own = []
+        for slot, x in zip(layout.slots, arrays, strict=True):
+            if slot.role is Role.KEY:
+                x = jax.random.fold_in(x, 0)
+            elif slot.role is Role.EXAMPLE_KEY:
+                x = example_keys(x, partition.examples(partition.groups[0], jax.numpy.int32(0)))
+            own.append(x)
+        call_args, call_kwargs = layout.build(own)
+        has_carry = any(slot.role is Role.CARRY for slot in layout.slots)
+        outputs, parts = _outputs.read(fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry)
+        found.append(outputs)
+        return parts
+
+    stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))
+    parts = [x if part.reduction is Reduction.STACK else x[0] for part, x in zip(found[0].parts, stacked, strict=True)]
+    return found[0].finalize(parts)

@@ -1,0 +1,30 @@
+"""Where in the user's program an equation comes from."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+_INNER = (os.path.dirname(jax.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+
+class Frame(NamedTuple):
+    """One line of a program."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def frame_of(eqn: Any) -> Frame | None:
+    """The innermost line outside of JAX and of this package that caused `eqn`, or None where JAX kept no trace of it."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_INNER):
+            return Frame(frame.file_name, frame.line_num, frame.function_name)
+    return None

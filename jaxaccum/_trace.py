@@ -1,0 +1,190 @@
+"""One trace of `fun`: a jaxpr over flat arrays with its closure hoisted, its loop index an argument, its uses known.
+
+`fun` is called once for each size of microbatch; everything after that, the pass that computes denominators, the
+derivative, the derivative of the derivative, evaluates the jaxpr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax import lax
+from jax.interpreters import partial_eval
+
+from jaxaccum._source import frame_of
+from jaxaccum._types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A function of ``(index, *consts, *args)``, all arrays; `consts` are what `fun` closed over."""
+
+    jaxpr: jex.Jaxpr
+    num_consts: int
+
+    def __call__(self, index: Any, arrays: Sequence[Any]) -> list[Any]:
+        """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the arguments."""
+        return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
+
+    def needs(self, outputs: Sequence[int]) -> list[bool]:
+        """Which of ``(*consts, *args)`` the given outputs depend on."""
+        return self._restrict(outputs)[1][1:]
+
+    def only(self, outputs: Sequence[int]) -> Trace:
+        """The trace that computes the given outputs and nothing else, of the same arguments."""
+        jaxpr, used = self._restrict(outputs)
+        kept = iter(jaxpr.invars)
+        invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
+        return Trace(_with_invars(jaxpr, invars), self.num_consts)
+
+    @property
+    def effects(self) -> bool:
+        """Whether evaluating it can be seen from outside: prints, callbacks, references."""
+        return bool(self.jaxpr.effects)
+
+    def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
+        wanted = [i in set(outputs) for i in range(len(self.jaxpr.outvars))]
+        return partial_eval.dce_jaxpr(self.jaxpr, wanted)
+
+
+def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any]]:
+    """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace and its constants."""
+    closed = jax.make_jaxpr(fun, axis_env=[axis])(*args)
+    jaxpr = _with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
+    _refuse_collectives(jaxpr, axis[0])
+    return Trace(_index_as_argument(jaxpr, axis), len(closed.consts)), list(closed.consts)
+
+
+def _with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
+    return jaxpr.replace(constvars=[], invars=invars, debug_info=_anonymous(jaxpr))
+
+
+def _anonymous(jaxpr: jex.Jaxpr) -> Any:
+    """The debug information without the names of arguments, of which there is one a variable or none at all."""
+    return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+
+
+# -- collectives over the loop's axis ---------------------------------------------------------------------------------
+
+
+def _axes(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
+    names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    return tuple(names) if isinstance(names, tuple | list) else (names,)
+
+
+def _mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
+    """The equations, at any depth, that name the axis."""
+    for eqn in jaxpr.eqns:
+        if axis_name in _axes(eqn):
+            yield eqn
+        for sub in jex.jaxprs_in_params(eqn.params):
+            yield from _mentions(sub, axis_name)
+
+
+def _refuse_collectives(jaxpr: jex.Jaxpr, axis_name: str) -> None:
+    for eqn in _mentions(jaxpr, axis_name):
+        if eqn.primitive.name != "axis_index":
+            raise NotImplementedError(
+                f"{eqn.primitive.name} over {axis_name!r} couples the examples of different microbatches "
+                f"(at {frame_of(eqn)}); coupled losses are not supported yet. Where the collective only "
+                "normalizes, return Mean(total, weight) instead: it has the batch's denominator without one."
+            )
+
+
+# -- the index of the microbatch --------------------------------------------------------------------------------------
+
+
+def _index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
+    """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any depth."""
+    avals = [v.aval for v in jaxpr.invars]
+    index = jax.ShapeDtypeStruct((), "int32")
+    if next(_mentions(jaxpr, axis[0]), None) is None:
+        aval = jax.make_jaxpr(lambda i: i)(index).jaxpr
+        return _with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
+    evaluate = _Indexed(axis[0], jaxpr).evaluate
+    return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(index, *avals).jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class _Indexed:
+    """Evaluates a jaxpr in which ``axis_index`` of one axis is a given value; opens only what contains it."""
+
+    axis_name: str
+    whole: jex.Jaxpr
+
+    def evaluate(self, jaxpr: jex.Jaxpr, index: Array, args: list[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
+            env.update(zip(eqn.outvars, self._equation(eqn, index, values), strict=True))
+        return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
+
+    def _equation(self, eqn: jex.JaxprEqn, index: Array, values: list[Any]) -> list[Any]:
+        if self.axis_name in _axes(eqn):
+            return [index]
+        if not any(next(_mentions(sub, self.axis_name), None) for sub in jex.jaxprs_in_params(eqn.params)):
+            return self._unchanged(eqn, values)
+        rule = _OPEN.get(eqn.primitive.name)
+        if rule is None:
+            raise NotImplementedError(
+                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at {frame_of(eqn)}); "
+                "compute it outside and pass it in as an argument."
+            )
+        return rule(self, eqn.params, index, values)
+
+    def _unchanged(self, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
+        """Evaluate one equation as JAX does, by way of a jaxpr that holds it alone."""
+        given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
+        outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
+        single = self.whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(self.whole))
+        results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
+        return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+
+    def closed(self, closed: Any, index: Array) -> Callable[..., list[Any]]:
+        """A closed jaxpr as a function of its arguments, the index closed over."""
+        jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, jex.ClosedJaxpr) else (closed, [])
+        opened = _with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
+        return lambda *args: self.evaluate(opened, index, [*consts, *args])
+
+
+def _open_jit(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+    return self.closed(params["jaxpr"], index)(*values)
+
+
+def _open_checkpoint(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+    fun = self.closed(params["jaxpr"], index)
+    return jax.checkpoint(fun, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+
+
+def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+    fun, n, k = self.closed(params["jaxpr"], index), params["num_consts"], params["num_carry"]
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = fun(*values[:n], *carry, *xs)
+        return outs[:k], outs[k:]
+
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(body, values[n : n + k], values[n + k :], **options)
+    return [*carry, *ys]
+
+
+def _open_while(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+    n, k = params["cond_nconsts"], params["body_nconsts"]
+    test, body = self.closed(params["cond_jaxpr"], index), self.closed(params["body_jaxpr"], index)
+    step = lambda carry: body(*values[n : n + k], *carry)  # noqa: E731
+    return lax.while_loop(lambda carry: test(*values[:n], *carry)[0], step, values[n + k :])
+
+
+def _open_cond(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+    branches = [self.closed(branch, index) for branch in params["branches"]]
+    return lax.switch(values[0], branches, *values[1:])
+
+
+_OPEN = {
+    "jit": _open_jit, "pjit": _open_jit, "checkpoint": _open_checkpoint, "remat": _open_checkpoint, "remat2": _open_checkpoint,
+    "scan": _open_scan, "while": _open_while, "cond": _open_cond,
+}  # fmt: skip

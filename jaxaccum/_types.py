@@ -1,0 +1,35 @@
+"""The names that every module shares: type aliases and the sentinels of ``in_axes``."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Fun = Callable[..., Any]
+Axes = Any
+"""One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
+Split = Literal["contiguous", "strided"]
+
+
+class Sentinel(enum.Enum):
+    """What a whole argument is to the loop, where neither "whole" nor "batched" says it."""
+
+    CARRY = "CARRY"
+    KEY = "KEY"
+    EXAMPLE_KEY = "EXAMPLE_KEY"
+
+    def __repr__(self) -> str:
+        return f"jaxaccum.{self.name}"
+
+
+CARRY = Sentinel.CARRY
+"""A state threaded from microbatch to microbatch; `fun` returns the new one as ``Carry(state)``."""
+KEY = Sentinel.KEY
+"""A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
+EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
+"""A PRNG key that reaches `fun` as one key an example, folded with the example's index in the batch."""

@@ -1,0 +1,141 @@
+"""`value_and_grad` and `grad`: JAX's own, of the same function on the whole batch, at one microbatch's memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxaccum import _arguments, _check, _direct, _mesh, _outputs, _program
+from jaxaccum._accumulators import Sums, in_place
+from jaxaccum._arguments import Role
+from jaxaccum._program import Options, Program
+from jaxaccum._types import Array, Axes, Fun, PyTree, Split
+
+
+def value_and_grad(
+    fun: Fun,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: Sequence[Axes] = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | None = None,
+) -> Fun:
+    """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
+
+    The loss is a sum of terms, each over its own denominator, ``L = Σₜ (Σᵢ totalₜᵢ) / (Σᵢ weightₜᵢ)`` over the
+    microbatches i. It equals::
+
+        def accumulated(params, batch):
+            loss = lambda params: sum(full_batch(fun)(params, batch).values())  # of a dict of terms
+            return jax.value_and_grad(loss)(params)
+
+        # and runs as: W = Σ weight; then for each microbatch: grads += vjp(fun)(1 / W)
+
+    Args:
+        fun: the loss of one microbatch: a floating scalar (a mean over its examples), a `Mean`, a `Sum`, or a dict
+            of them; with `has_aux` the pair ``(loss, aux)`` whose aux is tagged.
+        argnums: the arguments to differentiate, as in JAX; one with a batch axis gives the whole batch's gradient.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        microbatch_size: as many microbatches of this size as fit, and one remainder.
+        in_axes: one entry an argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
+            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
+        axis_name: the name of the loop's axis.
+        mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
+        memory: the budget of coupled programs; without collectives over the axis it changes nothing.
+        accumulator: how gradients add up, one of ``jaxaccum.accumulators``; None is ``in_place()``.
+
+    Returns:
+        A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
+        the accumulator's dtype: float32 for parameters of lower precision, else the parameter's own.
+
+    Guarantees:
+        Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
+        once a size. One forward and one backward pass over each microbatch. Differentiable in reverse mode.
+
+    Raises:
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, batch: jnp.mean((w * batch["x"] - batch["y"]) ** 2)
+        >>> batch = {"x": jnp.array([4.0, 2.0]), "y": jnp.array([8.0, 4.0])}
+        >>> value, grad = jaxaccum.value_and_grad(loss, num_microbatches=2)(1.0, batch)
+        >>> float(value), float(grad)
+        (10.0, -20.0)
+    """
+    options = Options(
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes,
+    )  # fmt: skip
+    del memory  # a choice among the schedules of a coupled program; here there is one schedule
+    sums = in_place() if accumulator is None else accumulator
+
+    @functools.wraps(fun)
+    def accumulated(*args: Any, **kwargs: Any) -> Any:
+        if not isinstance(sums, Sums):
+            raise TypeError(f"accumulator must be one of jaxaccum.accumulators, as in_place() or tree(); got {sums!r}.")
+        numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
+        program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
+        slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
+        parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
+        loss, aux = program.outputs.finalize(parts)
+        value = _outputs.value(loss)
+        by_slot = dict(zip(slots, _over_shards(program, slots, grads), strict=True))
+        trees = tuple(_like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers)
+        result = trees if isinstance(argnums, tuple | list) else trees[0]
+        return ((value, aux), result) if has_aux else (value, result)
+
+    return accumulated
+
+
+def grad(fun: Fun, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any) -> Fun:
+    """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
+
+    Args:
+        fun: the loss of one microbatch, as for `value_and_grad`.
+        argnums: the arguments to differentiate.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        **options: those of `value_and_grad`.
+
+    Returns:
+        A function of the same arguments that returns ``grads``, or ``(grads, aux)``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, x: jaxaccum.Mean(jnp.sum(w * x), x.size)
+        >>> jaxaccum.grad(loss, microbatch_size=2)(1.0, jnp.arange(5.0)).item()
+        2.0
+    """
+    both = value_and_grad(fun, argnums, has_aux, **options)
+
+    @functools.wraps(fun)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def _over_shards(program: Program, slots: tuple[int, ...], grads: list[Array]) -> list[Array]:
+    """Gradients over all shards; the rows of a batch argument stay with the device that holds them."""
+    return [
+        grad if program.slots[i].role is Role.ROWS else _mesh.sum_gradient(grad, program.given_axes[i], program.mesh_axes)
+        for i, grad in zip(slots, grads, strict=True)
+    ]
+
+
+def _like(arg: PyTree, leaves: list[Array]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(arg), leaves)
