@@ -5,12 +5,14 @@ A loss is anything with `.terms, .class_weights, .label_smoothing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from torch_ref import models
 
 IGNORED = -100
 
@@ -25,6 +27,30 @@ def full_batch(loss: Any, outputs: Tensor, batch: Batch) -> Tensor:
 def terms(loss: Any, outputs: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
     """`{name: (total, weight)}`: what a loop over microbatches adds up."""
     return {name: TOTALS[name](loss, outputs, batch) for name in loss.terms}
+
+
+def value_and_gradient(model: Any, loss: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Value and gradient, in float64, of a whole batch of arrays by one `backward`."""
+    built, tensors = models.build(model), {name: models.tensor(entry) for name, entry in batch.items()}
+    value = full_batch(loss, built(tensors), tensors)
+    value.backward()
+    return value.item(), models.read(built, models.gradient)
+
+
+def loop(
+    model: Any, loss: Any, microbatches: Sequence[dict[str, Any]], rule: Callable[..., Tensor]
+) -> tuple[float, dict[str, Any]]:
+    """Value and gradient that a loop of `rule(terms, index).backward()` over microbatches adds up.
+
+    `rule` is given a microbatch's `{name: (total, weight)}` and its index, and returns what is back-propagated.
+    """
+    built, value = models.build(model), 0.0
+    for index, microbatch in enumerate(microbatches):
+        tensors = {name: models.tensor(entry) for name, entry in microbatch.items()}
+        part = rule(terms(loss, built(tensors), tensors), index)
+        part.backward()
+        value += part.item()
+    return value, models.read(built, models.gradient)
 
 
 def _squared_errors(outputs: Tensor, batch: Batch) -> Tensor:
