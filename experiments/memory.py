@@ -153,16 +153,17 @@ def pivoted(rows: list[dict[str, Any]], way: str, length: int) -> dict[str, Any]
 def picture(rows: list[dict[str, Any]], lengths: tuple[int, ...]) -> Figure:
     """Temporary memory against N, a panel for each length."""
     figure, axes = _report.panels(len(lengths))
-    styles = dict(zip(WAYS, ((_report.BLUE, "o"), (_report.RED, "s"), (_report.ORANGE, "x")), strict=True))
+    styles = dict(zip(WAYS, ((_report.BLUE, "o", 6), (_report.RED, "s", 10), (_report.ORANGE, "x", 7)), strict=True))
     for panel, length in zip(axes, lengths, strict=True):
         (full,) = measured(rows, "full batch", length).values()
         panel.axhline(full, color=_report.BLACK, linestyle="--", linewidth=1.2, label="full batch, no microbatches")
-        for way, (color, marker) in styles.items():
+        for way, (color, marker, points_wide) in styles.items():
             points = measured(rows, way, length)
-            panel.plot(*zip(*points.items(), strict=True), color=color, marker=marker, label=way)
+            style: dict[str, Any] = {"marker": marker, "markersize": points_wide, "markerfacecolor": "none"}
+            panel.plot(*zip(*points.items(), strict=True), color=color, label=way, **style)
         panel.set_xscale("log", base=2)
         panel.set(ylim=(0, None), xticks=list(points), xticklabels=list(map(str, points)))
         panel.set(xlabel="number of microbatches N", title=f"{length} token{'s' * (length > 1)} an example")
-    axes[0].set_ylabel("temporary memory / parameters (bytes / byte)")
+    axes[0].set_ylabel("temporary bytes / parameter bytes")
     axes[0].legend(frameon=False, fontsize=9)
     return figure

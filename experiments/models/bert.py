@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Rate = float | jax.Array
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -28,14 +30,15 @@ class Config:
     intermediate_size: int
     max_position_embeddings: int
     type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
 
 
 class BertForMaskedLM(nn.Module):
-    """Scores (examples, length, vocabulary) from `ids` and `attention`, both (examples, length) integers."""
+    """Scores (examples, length, vocabulary) from `ids` and `attention`, both (examples, length) integers.
+
+    `dropout` is the rate, of hidden states and attention alike; other than 0.0 it needs the `dropout` key.
+    """
 
     config: Config
 
@@ -44,7 +47,7 @@ class BertForMaskedLM(nn.Module):
         self.cls = Head(self.config)
 
     def __call__(
-        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: bool = False
+        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: Rate = 0.0
     ) -> jax.Array:
         x = self.bert(ids, attention, token_types=token_types, dropout=dropout)
         return self.cls(x, self.bert.embeddings.word_embeddings.embedding)
@@ -60,7 +63,7 @@ class Bert(nn.Module):
         self.layers = [Layer(self.config, name=f"layer_{i}") for i in range(self.config.num_hidden_layers)]
 
     def __call__(
-        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: bool = False
+        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: Rate = 0.0
     ) -> jax.Array:
         x = self.embeddings(ids, token_types=token_types, dropout=dropout)
         for layer in self.layers:
@@ -79,16 +82,16 @@ class Embeddings(nn.Module):
         self.position_embeddings = _embed(c.max_position_embeddings, c)
         self.token_type_embeddings = _embed(c.type_vocab_size, c)
         self.LayerNorm = _layer_norm(c)
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.dropout = Dropout()
 
-    def __call__(self, ids: jax.Array, *, token_types: jax.Array | None, dropout: bool) -> jax.Array:
+    def __call__(self, ids: jax.Array, *, token_types: jax.Array | None, dropout: Rate) -> jax.Array:
         types = jnp.zeros_like(ids) if token_types is None else token_types
         words = self.word_embeddings(ids)
         # As torch's padding_idx: the row of the padding token gets no gradient from its look-ups.
         words = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words)
         positions = self.position_embeddings(jnp.broadcast_to(jnp.arange(ids.shape[-1]), ids.shape))
         x = self.LayerNorm(words + self.token_type_embeddings(types) + positions)
-        return self.dropout(x, deterministic=not dropout)
+        return self.dropout(x, rate=dropout)
 
 
 class Layer(nn.Module):
@@ -102,7 +105,7 @@ class Layer(nn.Module):
         self.intermediate = _dense(self.config.intermediate_size)
         self.output = Output(self.config)
 
-    def __call__(self, x: jax.Array, attention: jax.Array, *, dropout: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, attention: jax.Array, *, dropout: Rate) -> jax.Array:
         x = self.attention_output(self.attention(x, attention, dropout=dropout), x, dropout=dropout)
         return self.output(nn.gelu(self.intermediate(x), approximate=False), x, dropout=dropout)
 
@@ -114,15 +117,15 @@ class SelfAttention(nn.Module):
 
     def setup(self) -> None:
         self.query, self.key, self.value = (_dense(self.config.hidden_size) for _ in range(3))
-        self.dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
+        self.dropout = Dropout()
 
-    def __call__(self, x: jax.Array, attention: jax.Array, *, dropout: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, attention: jax.Array, *, dropout: Rate) -> jax.Array:
         heads = self.config.num_attention_heads
         q, k, v = (f(x).reshape(*x.shape[:-1], heads, -1) for f in (self.query, self.key, self.value))
         scores = jnp.einsum("eqhd,ekhd->ehqk", q, k) * q.shape[-1] ** -0.5
         # The lowest finite number, not −inf: an example of padding alone attends everywhere instead of nowhere.
         scores = jnp.where(attention[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
-        probs = self.dropout(nn.softmax(scores), deterministic=not dropout)
+        probs = self.dropout(nn.softmax(scores), rate=dropout)
         return jnp.einsum("ehqk,ekhd->eqhd", probs, v).reshape(x.shape)
 
 
@@ -134,10 +137,10 @@ class Output(nn.Module):
     def setup(self) -> None:
         self.dense = _dense(self.config.hidden_size)
         self.LayerNorm = _layer_norm(self.config)
-        self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
+        self.dropout = Dropout()
 
-    def __call__(self, x: jax.Array, residual: jax.Array, *, dropout: bool) -> jax.Array:
-        return self.LayerNorm(self.dropout(self.dense(x), deterministic=not dropout) + residual)
+    def __call__(self, x: jax.Array, residual: jax.Array, *, dropout: Rate) -> jax.Array:
+        return self.LayerNorm(self.dropout(self.dense(x), rate=dropout) + residual)
 
 
 class Head(nn.Module):
@@ -153,6 +156,19 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         scores = self.LayerNorm(nn.gelu(self.dense(x), approximate=False)) @ embedding.T
         return scores + jnp.broadcast_to(self.bias, scores.shape)
+
+
+class Dropout(nn.Module):
+    """Dropout whose rate may be an input of the compiled program, so that one program runs with and without it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, rate: Rate) -> jax.Array:
+        if isinstance(rate, float) and rate == 0.0:
+            return x
+        # Drawn in float32 whatever x is, so that float32 and float64 runs drop the same entries.
+        keep = jnp.asarray(1.0 - rate, jnp.float32)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+        return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
 
 
 def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
