@@ -3,6 +3,8 @@
 from jaxaccum import accumulators as accumulators
 from jaxaccum._microbatch import full_batch as full_batch
 from jaxaccum._microbatch import microbatch as microbatch
+from jaxaccum._partition import pad_batch as pad_batch
+from jaxaccum._partition import partition as partition
 from jaxaccum._tags import Carry as Carry
 from jaxaccum._tags import Concat as Concat
 from jaxaccum._tags import Last as Last

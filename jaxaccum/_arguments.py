@@ -55,14 +55,17 @@ class Layout:
 
 
 def read(
-    args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any, *, differentiated: Collection[int] = ()
+    args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any, *, differentiated: Collection[int] = (), counted: int | None = None
 ) -> tuple[Layout, list[Any]]:
-    """The layout of the arguments, and their arrays: one a slot, in order."""
+    """The layout of the arguments, and their arrays: one a slot, in order.
+
+    A Python scalar is traced where a derivative is asked of it, or where it counts examples (argument `counted`).
+    """
     in_axes = per_argument(in_axes, len(args))
     leaves, slots, arrays, statics = 0, [], [], {}
     for number, (arg, axes) in enumerate(zip(args, in_axes, strict=True)):
         for name, leaf, axis in _with_axes(arg, axes, f"argument {number}"):
-            if axis is None and not is_array(leaf) and number not in differentiated:
+            if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
                 statics[leaves] = leaf
             else:
                 if number in differentiated:
@@ -86,6 +89,22 @@ def batch_size(slots: tuple[Slot, ...], arrays: list[Any]) -> int:
     """The number of examples, on which all leaves with a batch axis agree."""
     pairs = zip(slots, arrays, strict=True)
     return _check.batch_size([(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS])
+
+
+def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
+    """The slot that counts the examples that are no padding: one whole integer, argument `number`."""
+    if number is None:
+        return None
+    found = [(i, slot, x) for i, (slot, x) in enumerate(zip(slots, arrays, strict=True)) if slot.argnum == number]
+    if len(found) == 1:
+        i, slot, x = found[0]
+        if slot.role is Role.WHOLE and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer):
+            return i
+    shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
+    raise TypeError(
+        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a single "
+        "integer, the number of real examples, with None in in_axes."
+    )
 
 
 def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:

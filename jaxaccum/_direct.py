@@ -8,15 +8,19 @@ parameters, that scan computes the totals too, and costs one forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from jaxaccum import _loop, _reduce
+from jaxaccum import _loop, _mesh, _reduce
 from jaxaccum._accumulators import Sums
+from jaxaccum._arguments import Role
 from jaxaccum._outputs import Term
 from jaxaccum._program import Program
+from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast, is_inexact, ratio
 from jaxaccum._types import Array
 
@@ -29,7 +33,7 @@ class ValueAndGrad(NamedTuple):
 
 
 def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
-    """The value's parts and the loss's gradient with respect to the slots `wrt`; totals are over all shards."""
+    """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all shards."""
     known = _known_first(program, arrays, wrt)
     if known is None:
         return _divide_last(program, arrays, wrt, sums)
@@ -41,7 +45,7 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
             parts.append(term.weight)
             seeds.append(_weight_seed(known[term.total], known[term.weight]))
     result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
-    return ValueAndGrad(_over_mesh(program, result.parts), result.grads[0])
+    return _over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
 
 
 def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array] | None:
@@ -54,19 +58,19 @@ def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     if any(trace.effects for trace in restricted.traces):
         return None
     if any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
-        totals = _loop.run(restricted, arrays)
+        totals = _over_mesh(restricted, _loop.run(restricted, arrays))
     else:
         totals = _static(restricted)
-    totals = _over_mesh(restricted, totals)
     return dict(zip(kept, totals, strict=True))
 
 
 def _static(program: Program) -> list[Array]:
-    """The sums of parts that depend on nothing: each microbatch of one size adds the same."""
+    """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds the same."""
+    shards = math.prod(lax.axis_size(name) for name in program.mesh_axes)
     totals = [_reduce.initial(part.reduction, v.aval) for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)]
     for trace, group in zip(program.traces, program.partition.groups, strict=True):
         values = trace(0, [None] * (len(trace.jaxpr.invars) - 1))  # no output reads an input
-        totals = [total + value * group.count for total, value in zip(totals, values, strict=True)]
+        totals = [total + value * (group.count * shards) for total, value in zip(totals, values, strict=True)]
     return totals
 
 
@@ -88,7 +92,7 @@ def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     grads = []
     for each in zip(*result.grads, strict=True):
         grads.append(sum(cast(scale, each[0].dtype) * grad for scale, grad in zip(scales, each, strict=True)))
-    return ValueAndGrad(parts, grads)
+    return _over_shards(program, wrt, ValueAndGrad(result.parts, grads), dict(enumerate(parts)))
 
 
 def _differentiated(program: Program, term: Term, wrt: tuple[int, ...]) -> bool:
@@ -115,3 +119,20 @@ def _weight_seed(total: Array, weight: Array) -> Array:
 def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
     pairs = zip(program.outputs.parts, parts, strict=True)
     return [_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
+
+
+def _over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]) -> ValueAndGrad:
+    """Totals and gradients of all shards by one collective, but for the parts whose sums are known already.
+
+    Rows stay with the device that holds them.
+    """
+    sums = [i for i, part in enumerate(program.outputs.parts) if part.reduction is Reduction.SUM and i not in known]
+    axes = [program.mesh_axes] * len(sums)
+    for i, grad in zip(wrt, shares.grads, strict=True):
+        whole = program.slots[i].role is Role.WHOLE
+        axes.append(_mesh.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if whole else ())
+    summed = _mesh.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
+    known = known | dict(zip(sums, summed[: len(sums)], strict=True))
+    pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
+    parts = [known[i] if i in known else _reduce.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs]
+    return ValueAndGrad(parts, summed[len(sums) :])

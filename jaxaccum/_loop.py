@@ -81,7 +81,7 @@ class _Scanned(NamedTuple):
     """What each microbatch wrote, stacked, one entry a group."""
 
 
-def _scan(program: Program, arrays: Sequence[Array], visit: Visit, *, sums: Any = (), idle: Any = (), extra: Any = None) -> _Scanned:
+def _scan(program: Program, arrays: Sequence[Array], visit: Visit, *, sums: Any = (), idle: Callable[[int], Any] = lambda g: (), extra: Any = None) -> _Scanned:
     """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
     partition, written, stacked = program.partition, [], []
     state = _Carried.first(program, arrays)
@@ -99,7 +99,7 @@ def _scan(program: Program, arrays: Sequence[Array], visit: Visit, *, sums: Any 
 
             if program.limit is None:
                 return active(carried)
-            skipped = _mesh.vary((_empty_entries(program, g), idle), program.axes)
+            skipped = _mesh.vary((_empty_entries(program, g), idle(g)), program.axes)
             padding = partition.first_example(partition.groups[g], index) >= arrays[program.limit]
             return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
 
@@ -206,7 +206,7 @@ def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Se
         return parts, added, written
 
     zeros = [[gradient.sums.zeros(x) for x in step.parameters] for _ in gradient.sets]
-    scanned = _scan(program, arrays, visit, sums=zeros, idle=step.idle(), extra=step.extra())
+    scanned = _scan(program, arrays, visit, sums=zeros, idle=step.idle, extra=step.extra())
     return step.result(scanned, scanned.sums)
 
 
@@ -226,7 +226,7 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
             written.append([jax.freeze(ref) for ref in own])
         return parts, sums, written
 
-    scanned = _scan(program, arrays, visit, idle=step.idle(), extra=step.extra())
+    scanned = _scan(program, arrays, visit, idle=step.idle, extra=step.extra())
     return step.result(scanned, [[jax.freeze(ref) for ref in buffers] for buffers in refs])
 
 
@@ -305,9 +305,9 @@ class _Derivative:
             cut.append(sets)
         return cut
 
-    def idle(self) -> list[list[Array]]:
-        """What a skipped microbatch writes: zeros, of one size since skipping needs equal microbatches."""
-        rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[0] for i in self.rows]
+    def idle(self, g: int) -> list[list[Array]]:
+        """What a skipped microbatch of group `g` writes: zeros."""
+        rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g] for i in self.rows]
         return [[jnp.zeros_like(x[0]) for x in rows] for _ in self.gradient.sets]
 
     def result(self, scanned: _Scanned, sums: list[list[Array]]) -> Result:

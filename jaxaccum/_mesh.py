@@ -57,8 +57,17 @@ def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     return same(x)
 
 
-def sum_gradient(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> Array:
-    """The gradient of a parameter over the shards, and over the axes over which it was given replicated."""
-    replicated = varying_axes(grad) - given_axes
-    axes = tuple(sorted(replicated | set(mesh_axes)))
-    return lax.psum(vary(grad, frozenset(axes)), axes) if axes else grad
+def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]:
+    """Each array summed over its mesh axes, all arrays with the same axes in one collective."""
+    results = list(arrays)
+    for names in set(axes) - {()}:
+        places = [i for i, own in enumerate(axes) if own == names]
+        summed = lax.psum([vary(arrays[i], frozenset(names)) for i in places], names)
+        for i, x in zip(places, summed, strict=True):
+            results[i] = x
+    return results
+
+
+def gradient_axes(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over which a parameter's gradient is summed: `mesh_axes`, and those over which it was given replicated."""
+    return tuple(sorted((varying_axes(grad) - given_axes) | set(mesh_axes)))

@@ -76,12 +76,17 @@ class _Reader:
         self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part])))
 
 
-def read(output: PyTree, *, size: int, carry: PyTree, has_carry: bool) -> tuple[Outputs, list[Any]]:
+def read(output: PyTree, *, size: int, carry: PyTree, has_carry: bool, padded: bool) -> tuple[Outputs, list[Any]]:
     """The outputs of one microbatch of `size` examples, checked, and their parts as arrays."""
     reader, finalized = _Reader(size), []
     named = leaves_with_names(output, "output", is_leaf=is_tag)
     _check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
     for name, x in named:
+        if padded and not is_tag(x):
+            raise TypeError(
+                f"{name} has no tag, so it would count padding as examples: with num_examples_argnum return "
+                "Mean(total, weight), with the mask of real examples in both."
+            )
         finalized.append(_read_tag(reader, name, x))
     outer = jax.tree.structure(output, is_leaf=is_tag)
     treedef = jax.tree.structure(outer.unflatten(finalized))

@@ -108,7 +108,8 @@ def prepare(
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
-    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums)
+    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=options.num_examples_argnum)
+    limit = _arguments.counter(layout.slots, arrays, options.num_examples_argnum)
     if mesh_axes and any(slot.role is Role.CARRY for slot in layout.slots):
         raise ValueError("a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; drop one of the two.")
     partition = _check.partition(
@@ -119,7 +120,7 @@ def prepare(
     )
     given_axes = [_mesh.varying_axes(x) for x in arrays]
     arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
-    call = _Call(fun, layout, loss, has_aux)
+    call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
     traces, slots = [], list(layout.slots)
     for g, group in enumerate(partition.groups):
         shapes = _shapes(layout, partition, arrays, g)
@@ -132,7 +133,7 @@ def prepare(
     axes = frozenset(mesh_axes).union(*given_axes)
     outputs = call.outputs[0]
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
-    return Program(tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes)), arrays
+    return Program(tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit), arrays
 
 
 def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:
@@ -160,6 +161,7 @@ class _Call:
     layout: Layout
     loss: bool
     has_aux: bool
+    padded: bool
     outputs: list[Outputs] = dataclasses.field(default_factory=list)
     shapes: list[list[Any]] = dataclasses.field(default_factory=list)
     num_terms: int = 0
@@ -172,7 +174,7 @@ class _Call:
                 output = _outputs.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
             has_carry = any(slot.role is Role.CARRY for slot in self.layout.slots)
-            outputs, parts = _outputs.read(output, size=size, carry=self.layout.carry, has_carry=has_carry)
+            outputs, parts = _outputs.read(output, size=size, carry=self.layout.carry, has_carry=has_carry, padded=self.padded)
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])
             return parts
@@ -223,7 +225,7 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
             own.append(x)
         call_args, call_kwargs = layout.build(own)
         has_carry = any(slot.role is Role.CARRY for slot in layout.slots)
-        outputs, parts = _outputs.read(fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry)
+        outputs, parts = _outputs.read(fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry, padded=False)
         found.append(outputs)
         return parts
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _arguments, _check, _direct, _mesh, _outputs, _program
+from jaxaccum import _arguments, _check, _direct, _outputs, _program
 from jaxaccum._accumulators import Sums, in_place
-from jaxaccum._arguments import Role
-from jaxaccum._program import Options, Program
-from jaxaccum._types import Array, Axes, Fun, PyTree, Split
+from jaxaccum._program import Options
+from jaxaccum._types import Axes, Fun, PyTree, Split
 
 
 def value_and_grad(
@@ -93,7 +92,7 @@ def value_and_grad(
         parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
         loss, aux = program.outputs.finalize(parts)
         value = _outputs.value(loss)
-        by_slot = dict(zip(slots, _over_shards(program, slots, grads), strict=True))
+        by_slot = dict(zip(slots, grads, strict=True))
         trees = tuple(_like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers)
         result = trees if isinstance(argnums, tuple | list) else trees[0]
         return ((value, aux), result) if has_aux else (value, result)
@@ -127,14 +126,6 @@ def grad(fun: Fun, argnums: int | Sequence[int] = 0, has_aux: bool = False, **op
         return (grads, value[1]) if has_aux else grads
 
     return gradient
-
-
-def _over_shards(program: Program, slots: tuple[int, ...], grads: list[Array]) -> list[Array]:
-    """Gradients over all shards; the rows of a batch argument stay with the device that holds them."""
-    return [
-        grad if program.slots[i].role is Role.ROWS else _mesh.sum_gradient(grad, program.given_axes[i], program.mesh_axes)
-        for i, grad in zip(slots, grads, strict=True)
-    ]
 
 
 def _like(arg: PyTree, leaves: list[Array]) -> PyTree:
