@@ -5,6 +5,7 @@ A loss is anything with `.terms, .class_weights, .label_smoothing`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,19 +39,41 @@ def value_and_gradient(model: Any, loss: Any, batch: dict[str, Any]) -> tuple[fl
 
 
 def loop(
-    model: Any, loss: Any, microbatches: Sequence[dict[str, Any]], rule: Callable[..., Tensor]
+    built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]], rule: Callable[..., Tensor]
 ) -> tuple[float, dict[str, Any]]:
-    """Value and gradient that a loop of `rule(terms, index).backward()` over microbatches adds up.
+    """Value and gradient that a loop of `rule(terms, index).backward()` over microbatches adds up in `built`.
 
     `rule` is given a microbatch's `{name: (total, weight)}` and its index, and returns what is back-propagated.
     """
-    built, value = models.build(model), 0.0
+    value = 0.0
     for index, microbatch in enumerate(microbatches):
         tensors = {name: models.tensor(entry) for name, entry in microbatch.items()}
         part = rule(terms(loss, built(tensors), tensors), index)
         part.backward()
         value += part.item()
     return value, models.read(built, models.gradient)
+
+
+def over_totals(built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Any]]:
+    """The right loop: each term's weights are added up first, and every total is divided by the whole weight."""
+    counted = weights(built, loss, microbatches)
+    whole = {name: sum(each[name] for each in counted) for name in loss.terms}
+    return loop(built, loss, microbatches, lambda terms, _: _over(terms, whole))
+
+
+def _over(terms: dict[str, tuple[Tensor, Tensor]], whole: dict[str, float]) -> Tensor:
+    return torch.stack([total / whole[name] for name, (total, _) in terms.items()]).sum()
+
+
+@torch.no_grad()
+def weights(built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Each microbatch's weight by term; no running statistic moves."""
+    found = []
+    for microbatch in microbatches:
+        tensors = {name: models.tensor(entry) for name, entry in microbatch.items()}
+        counted = terms(loss, copy.deepcopy(built)(tensors), tensors)
+        found.append({name: weight.item() for name, (_, weight) in counted.items()})
+    return found
 
 
 def _squared_errors(outputs: Tensor, batch: Batch) -> Tensor:

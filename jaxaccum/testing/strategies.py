@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxaccum.testing.language import BLOCKS, CLASSES, LENGTH, MASKS, Layer, Model, block, build_model
 from jaxaccum.testing.tagged_losses import Loss
 
-__all__ = ["batches", "losses", "masks", "model_batches", "models", "partitions", "weights"]
+__all__ = ["LOSSES", "batches", "compose", "losses", "masks", "model_batches", "models", "partitions", "weights"]
 
 SEEDS = st.integers(0, 2**16)
 
@@ -127,14 +127,24 @@ def models(
     >>> check()
     """
     width = draw(st.sampled_from(widths))
-    embedded = draw(st.booleans())
-    stem = (Layer("embedding", "embedding", size=width),) if embedded else ()
-    chosen = draw(st.lists(st.sampled_from(kinds), max_size=max_blocks))
-    body = tuple(layer for index, kind in enumerate(chosen) for layer in block(kind, index, width))
-    pooling = draw(st.sampled_from([(), (Layer("pooling", choice="mean"),), (Layer("pooling", choice="max"),)]))
-    tied = embedded and draw(st.booleans())
+    layers = compose(lambda options: draw(st.sampled_from(options)), width, max_blocks=max_blocks, kinds=kinds)
+    return build_model(layers, width, seed=draw(SEEDS))
+
+
+def compose(
+    choose: Callable[[Sequence[Any]], Any], width: int, *, max_blocks: int = 2, kinds: Sequence[str] = tuple(BLOCKS)
+) -> tuple[Layer, ...]:
+    """A stem, some blocks, perhaps pooling, and a head; `choose` picks one of the options it is given.
+
+    >>> [layer.kind for layer in compose(lambda options: options[0], 4)]
+    ['dense']
+    """
+    stem = choose([(), (Layer("embedding", "embedding", size=width),)])
+    blocks = [block(choose(kinds), index, width) for index in range(choose(range(max_blocks + 1)))]
+    pooling = choose([(), (Layer("pooling", choice="mean"),), (Layer("pooling", choice="max"),)])
+    tied = bool(stem) and choose([False, True])
     head = Layer("decode", "embedding") if tied else Layer("dense", "head", size=CLASSES)
-    return build_model((*stem, *body, *pooling, head), width, seed=draw(SEEDS))
+    return (*stem, *(layer for each in blocks for layer in each), *pooling, head)
 
 
 LOSSES = (
