@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments [NAME …] [--full] [--out DIR]` runs experiments and fails if a claim does."""
+"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a check of theirs does."""
 
 import argparse
 import importlib

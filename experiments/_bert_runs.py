@@ -16,21 +16,22 @@ import optax
 from jax import lax
 
 import jaxaccum
-from experiments._text import Batch
 from experiments.models.bert import BertForMaskedLM, Config, Rate
 
 Params = Any
+Batch = dict[str, Any]  # numpy outside, traced inside
+Switches = dict[str, Any]  # cause -> whether the usual loop has it
 Gradient = Callable[..., Params]  # (params, batch, key, dropout, causes) -> the gradient that reaches the optimizer
 
-CAUSES = {
-    "keys": "dropout keys: one a microbatch, not one an example",
-    "weighting": "weighting: the mean of microbatch means",
-    "rounding": "rounding: float32, not float64",
-    "clipping": "clipping: each microbatch, not their sum",
-    "ticks": "schedule and decay: advanced each microbatch",
+CAUSES = {  # name in the code -> name in the table, and what the usual loop does
+    "keys": ("dropout keys", "a key for each microbatch, not for each example"),
+    "weighting": ("weighting", "the mean of the microbatches' means, not one denominator"),
+    "rounding": ("rounding", "float32, not float64"),
+    "clipping": ("clipping", "each microbatch's gradient, not their sum"),
+    "ticks": ("schedule and decay", "advanced each microbatch, not each optimizer step"),
 }
 ADAM = optax.scale_by_adam(eps=1e-6)  # BERT's eps
-IN_AXES = (None, 0, jaxaccum.EXAMPLE_KEY, None)
+IN_AXES = (None, 0, jaxaccum.EXAMPLE_KEY, None)  # params, batch, keys, dropout's rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def usual_loop(loss: Callable[..., jaxaccum.Mean], *, num_microbatches: int, max
     """B = 2, N = 4 as it is usually written; with every cause off, the same loop put right by hand."""
     n = num_microbatches
 
-    def gradient(params: Params, batch: Batch, key: jax.Array, dropout: Rate, *, causes: dict[str, jax.Array]) -> Params:
+    def gradient(params: Params, batch: Batch, key: jax.Array, dropout: Rate, *, causes: Switches) -> Params:
         dtype = jax.tree.leaves(params)[0].dtype
         share = jnp.sum(batch["weight"]).astype(dtype) / n
         limit = jnp.where(causes["clipping"], max_norm, jnp.inf).astype(dtype)

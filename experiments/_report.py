@@ -14,7 +14,8 @@ from rich.progress import track
 from rich.table import Column, Table
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
 LIBRARIES = ("jax", "flax", "optax", "numpy", "torch", "transformers")
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]  # the items, while a bar with this title advances
@@ -36,7 +37,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One experiment's outcome: `rows` are the table, `data` is what the picture shows, `text` is printed as it stands."""
+    """An experiment's outcome: `rows` are the table, `data` what the picture shows, `text` is printed as it stands."""
 
     name: str
     question: str

@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Texts as `ids` (texts, length), padded with 0; `kept` are the tokenizer's own ids, the corpus's being its rows."""
+    """Texts as `ids` (texts, length), padded with 0; entry i of `kept` is the tokenizer's own id of token i."""
 
     ids: np.ndarray
     kept: np.ndarray
@@ -44,7 +44,9 @@ def corpus(*, length: int, vocabulary: int) -> Corpus:
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts())]
-    kept = _most_frequent(encoded, [tokenizer.token_to_id(token) for token in SPECIAL], size=vocabulary)
+    kept = _most_frequent(
+        encoded, [tokenizer.encode(token, add_special_tokens=False).ids[0] for token in SPECIAL], size=vocabulary
+    )
     rows = {old: new for new, old in enumerate(kept)}
     ids = np.full((len(encoded), length), PAD, np.int32)
     for row, tokens in zip(ids, encoded, strict=True):
@@ -95,4 +97,4 @@ def _most_frequent(encoded: list[list[int]], special: list[int], *, size: int) -
 
 def _is_prose(paragraph: str) -> bool:
     words = paragraph.split()
-    return len(words) >= 4 and "---" not in paragraph and np.mean([word.isalpha() for word in words]) > 0.6
+    return len(words) >= 4 and "---" not in paragraph and sum(map(str.isalpha, words)) > 0.6 * len(words)

@@ -81,8 +81,7 @@ def stepped(grads: list[jax.Array]) -> list[Row]:
 
 def multi_steps() -> list[Row]:
     """`optax.MultiSteps` in a host loop, on gradients of the halved loss; it forgets the sum, so a probe keeps it."""
-    probe = optax.GradientTransformation(jnp.zeros_like, lambda grads, state, params=None: (grads, grads))
-    inner = optax.chain(probe, optax.sgd(LEARNING_RATE))
+    inner = optax.chain(probe(), optax.sgd(LEARNING_RATE))
     optimizer = optax.MultiSteps(inner, every_k_schedule=2, use_grad_mean=False)
     w = jnp.ones(1)
     state = optimizer.init(w)
@@ -95,6 +94,16 @@ def multi_steps() -> list[Row]:
         rows.append(Row(np.asarray(summed), np.asarray(w)))
         w = jnp.asarray(optax.apply_updates(w, updates))
     return [*rows, Row(rows[-1].grad, np.asarray(w))]
+
+
+def probe() -> optax.GradientTransformation:
+    """A link of a chain that changes nothing and keeps what it saw last."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del state, params
+        return updates, updates
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
 def torch_loop() -> list[torch_toy.Row]:

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from torch_ref.accumulate import Loss, Tensors, Term
 
-DECODER = "cls.predictions.decoder."  # tied to the word embeddings and to cls.predictions.bias: never a weight of its own
+# Tied to the word embeddings and to cls.predictions.bias: never a weight of its own.
+DECODER = "cls.predictions.decoder."
 
 
 def weights(config: dict[str, Any], *, seed: int) -> dict[str, np.ndarray]:
@@ -64,4 +65,4 @@ def _call(model: torch.nn.Module) -> Callable[[Tensors, Tensors], Any]:
 
 def _config(config: dict[str, Any]) -> BertConfig:
     # The eager attention is the one that is written out; the others are its fused forms.
-    return BertConfig(**config, attn_implementation="eager")
+    return BertConfig(**config, **{"attn_implementation": "eager"})

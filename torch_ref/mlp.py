@@ -1,6 +1,7 @@
 """A multi-layer perceptron with a weight for each example: the smallest model whose denominators can go wrong."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ def weights(widths: Sequence[int], *, seed: int, dtype: type = np.float64) -> di
     """Random numpy weights `w0, b0, w1, …` for layers of the given widths, input first."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         arrays[f"w{i}"] = (rng.normal(size=(fan_in, fan_out)) / np.sqrt(fan_in)).astype(dtype)
         arrays[f"b{i}"] = (0.1 * rng.normal(size=fan_out)).astype(dtype)
     return arrays

@@ -1,4 +1,4 @@
-"""Training in PyTorch: AdamW on gradients that one of the three ways accumulates, clipped once or microbatch by microbatch."""
+"""Training in PyTorch: AdamW on the clipped gradients of the full batch, of the naive loop, or of the exact one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal

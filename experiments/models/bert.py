@@ -6,6 +6,8 @@ names make the transplant of weights a rule, not a table: `from_torch` and `to_t
 Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers, https://arxiv.org/abs/1810.04805.
 """
 
+# ruff: noqa: D102 (the docstring of a Flax module is that of its call)
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -187,7 +189,7 @@ def to_torch(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, n
 
 
 def _path(name: str) -> tuple[str, ...]:
-    # Hugging Face nests a few modules more than there are ideas; the rest is its own name with Flax's word for a weight.
+    # Hugging Face nests a few modules more than there are ideas; the rest keeps its name.
     shorter = {
         "encoder.layer.": "layer_",
         "attention.self.": "attention.",
