@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxaccum
 from jaxaccum.testing.bounds import normwise, wide
-from jaxaccum.testing.oracle import has_key, oracle
+from jaxaccum.testing.oracle import draws_random_numbers, oracle
 
 __all__ = ["likely_cause"]
 
@@ -85,7 +85,7 @@ def likely_cause(
     entries = in_axes if isinstance(in_axes, tuple | list) else (in_axes,)
     if jaxaccum.KEY in entries:
         return "jaxaccum.KEY is folded with the microbatch index, so draws depend on the partition: use EXAMPLE_KEY"
-    if "random_bits" in str(jax.make_jaxpr(jaxaccum.full_batch(fun, in_axes=in_axes))(*args)) and not has_key(in_axes):
+    if jaxaccum.EXAMPLE_KEY not in entries and draws_random_numbers(fun, *args, in_axes=in_axes):
         return "fun draws random numbers from a key of its own, the same for each microbatch: pass it as EXAMPLE_KEY"
     evidence = _evidence(fun, args, _pick(actual), _pick(expected), in_axes=in_axes, has_aux=has_aux, options=options)
     named = (sentence for holds, sentence in RULES if holds(evidence))

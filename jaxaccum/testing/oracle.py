@@ -10,27 +10,24 @@ import jax.numpy as jnp
 
 import jaxaccum
 
-__all__ = ["has_key", "oracle"]
+__all__ = ["draws_random_numbers", "oracle"]
 
 
 def oracle(
     fun: Callable[..., Any], *args: Any, in_axes: Any = (None, 0), has_aux: bool = False, float64: bool = True
 ) -> dict[str, Any]:
-    """`{"value", "gradient"}`, and `"aux"` as `fun` returns it under `"kept"`, of the whole batch in one pass.
-
-    In float64 unless `in_axes` holds a key: `jax.random` draws other numbers in other dtypes.
-    """
+    """`{"value", "gradient"}`, and `"aux"` as `fun` returns it under `"kept"`, of the whole batch in one pass."""
     total = _total(jaxaccum.full_batch(fun, in_axes=in_axes), has_aux)
-    if not float64 or has_key(in_axes):
+    if not float64:
         return _evaluate(total, args)
-    with jax.enable_x64(True):
+    # Constants that fun closes over keep their dtype, and meet float64 arguments here.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         return _evaluate(total, jax.tree.map(_to_float64, args))
 
 
-def has_key(in_axes: Any) -> bool:
-    """Whether some argument is a key that is folded for each microbatch or example."""
-    entries = in_axes if isinstance(in_axes, tuple | list) else (in_axes,)
-    return any(entry in (jaxaccum.KEY, jaxaccum.EXAMPLE_KEY) for entry in entries)
+def draws_random_numbers(fun: Callable[..., Any], *args: Any, in_axes: Any) -> bool:
+    """Whether `fun` draws from `jax.random`, whose numbers depend on the dtype that is asked for."""
+    return "random_bits" in str(jax.make_jaxpr(jaxaccum.full_batch(fun, in_axes=in_axes))(*args))
 
 
 def _total(full: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
