@@ -1,10 +1,11 @@
 """The one scan over microbatches, and the one place that holds references to gradients.
 
 `run` combines the parts of every microbatch; asked for a gradient, it also back-propagates each microbatch with given
-cotangents and adds what arrives. It does so in place, into references (``jax.new_ref``), because a gradient tree that
-is added outside costs a second copy of the parameters. JAX differentiates through such a reference silently wrongly
-when the loop stands inside another scan, so the in-place loop is the primal of a ``custom_vjp`` and nothing else: its
-derivative is that of the same loop with plain sums.
+cotangents and adds what arrives. It does so in place, into references, because a gradient tree that is added outside
+costs a second copy of the parameters. JAX differentiates through references silently wrongly when the loop stands
+inside another scan, and cannot batch a reference that an inner scan runs over. So the in-place loop is sealed by
+``run_state``, which lets no reference out, and is the primal of a ``custom_jvp`` and of a ``custom_vmap`` and nothing
+else: derivatives and batches are those of the same loop with plain sums.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import run_state
 
 from jaxaccum import _mesh, _reduce
 from jaxaccum._accumulators import Sums, port
@@ -57,15 +59,22 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     if not gradient.sums.in_place:
         return _summed(program, gradient, list(arrays), seeds)
 
-    @jax.custom_vjp
+    def summed(arrays: list[Array], seeds: Seeds) -> Result:
+        return _summed(program, gradient, arrays, seeds)
+
+    @jax.custom_batching.custom_vmap
     def in_place(arrays: list[Array], seeds: Seeds) -> Result:
         return _in_place(program, gradient, arrays, seeds)
 
-    def forward(arrays: list[Array], seeds: Seeds) -> tuple[Result, Any]:
-        return jax.vjp(lambda *inputs: _summed(program, gradient, *inputs), arrays, seeds)
+    @in_place.def_vmap
+    def batched(size: int, mapped: Any, arrays: list[Array], seeds: Seeds) -> tuple[Result, Any]:
+        axes = jax.tree.map(lambda x: 0 if x else None, mapped)
+        result = jax.vmap(summed, in_axes=tuple(axes), axis_size=size)(arrays, seeds)
+        return result, jax.tree.map(lambda _: True, result)
 
-    in_place.defvjp(forward, lambda vjp, cotangents: vjp(cotangents))
-    return in_place(list(arrays), seeds)
+    accumulate = jax.custom_jvp(lambda arrays, seeds: in_place(arrays, seeds))
+    accumulate.defjvp(lambda primals, tangents: jax.jvp(summed, primals, tangents))
+    return accumulate(list(arrays), seeds)
 
 
 # -- the scan ---------------------------------------------------------------------------------------------------------
@@ -207,27 +216,35 @@ def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Se
 
     zeros = [[gradient.sums.zeros(x) for x in step.parameters] for _ in gradient.sets]
     scanned = _scan(program, arrays, visit, sums=zeros, idle=step.idle, extra=step.extra())
-    return step.result(scanned, scanned.sums)
+    return step.result(scanned.parts, scanned.sums, step.merged(scanned))
 
 
 def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
     """The gradients in references: the backward pass itself adds to them."""
     step = _Derivative(program, gradient, arrays, seeds)
     zeros = [gradient.sums.zeros(x) for x in step.parameters]
-    refs = [[jax.new_ref(zero) for zero in zeros] for _ in gradient.sets]
     inputs = [zero if zero.dtype != x.dtype else x for zero, x in zip(zeros, step.parameters, strict=True)]
 
-    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
-        parts, vjp, outs = step.at(g, inputs, rows=rows, carry=carry, index=index)
-        written = []
-        for s, buffers in enumerate(refs):
-            own = [jax.new_ref(jnp.zeros_like(x)) for x in step.differentiated_rows(rows)]
-            vjp.with_refs(buffers, own)(step.cotangents(s, outs, extra))
-            written.append([jax.freeze(ref) for ref in own])
-        return parts, sums, written
+    def loop(refs: Any) -> None:
+        sums, outs = refs
 
-    scanned = _scan(program, arrays, visit, idle=step.idle, extra=step.extra())
-    return step.result(scanned, [[jax.freeze(ref) for ref in buffers] for buffers in refs])
+        def visit(g: int, _: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+            parts, vjp, starts = step.at(g, inputs, rows=rows, carry=carry, index=index)
+            written = []
+            for s, buffers in enumerate(sums):
+                values = [jax.ad.GradValue() for _ in step.rows]
+                _, own = vjp.with_refs(buffers, values)(step.cotangents(s, starts, extra))
+                written.append(own)
+            return parts, (), written
+
+        scanned = _scan(program, arrays, visit, idle=step.idle, extra=step.extra())
+        for ref, x in zip(outs, jax.tree.leaves((scanned.parts, step.merged(scanned))), strict=True):
+            ref[...] = x
+
+    outs = jax.tree.map(lambda x: _mesh.vary(jnp.zeros(x.shape, x.dtype), program.axes), step.shapes())
+    sums, values = run_state(loop)(([zeros for _ in gradient.sets], jax.tree.leaves(outs)))
+    parts, merged = jax.tree.unflatten(jax.tree.structure(outs), values)
+    return step.result(parts, sums, merged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,13 +327,32 @@ class _Derivative:
         rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g] for i in self.rows]
         return [[jnp.zeros_like(x[0]) for x in rows] for _ in self.gradient.sets]
 
-    def result(self, scanned: _Scanned, sums: list[list[Array]]) -> Result:
-        """Gradients in the order of `wrt`; rows are put back into the batch's order."""
+    def merged(self, scanned: _Scanned) -> list[list[Array]]:
+        """For each set, the gradients of the differentiated rows, back in the batch's order."""
+        sets = range(len(self.gradient.sets))
+        axes = [self.program.slots[i].axis for i in self.rows]
+        merge = self.program.partition.merge_rows
+        return [[merge([group[s][j] for group in scanned.written], axis) for j, axis in enumerate(axes)] for s in sets]
+
+    def shapes(self) -> tuple[list[Any], list[list[Array]]]:
+        """The shapes of all parts and of the gradients of rows, for buffers to write them to."""
+        pairs = zip(self.program.outputs.parts, self.program.traces[-1].jaxpr.outvars, strict=True)
+        parts = [_whole_shape(self.program, part.reduction, v.aval) for part, v in pairs]
+        return parts, [[self.arrays[i] for i in self.rows] for _ in self.gradient.sets]
+
+    def result(self, parts: list[Array], sums: list[list[Array]], rows: list[list[Array]]) -> Result:
+        """Gradients in the order of `wrt`."""
         grads = []
-        for s, whole in enumerate(sums):
-            by_slot = dict(zip(self.whole, whole, strict=True))
-            for j, i in enumerate(self.rows):
-                stacked = [group[s][j] for group in scanned.written]
-                by_slot[i] = self.program.partition.merge_rows(stacked, self.program.slots[i].axis)
+        for whole, own in zip(sums, rows, strict=True):
+            by_slot = dict(zip([*self.whole, *self.rows], [*whole, *own], strict=True))
             grads.append([by_slot[i] for i in self.gradient.wrt])
-        return Result(scanned.parts, grads)
+        return Result(parts, grads)
+
+
+def _whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
+    shape = aval.shape
+    if reduction is Reduction.CONCAT:
+        shape = (program.partition.batch_size, *shape[1:])
+    elif reduction is Reduction.STACK:
+        shape = (program.partition.num_microbatches, *shape)
+    return jax.ShapeDtypeStruct(shape, aval.dtype)

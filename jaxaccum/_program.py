@@ -123,7 +123,7 @@ def prepare(
     call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
     traces, slots = [], list(layout.slots)
     for g, group in enumerate(partition.groups):
-        shapes = _shapes(layout, partition, arrays, g)
+        shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
         one, consts = trace(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)

@@ -54,6 +54,7 @@ class Trace:
 def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace and its constants."""
     closed = jax.make_jaxpr(fun, axis_env=[axis])(*args)
+    closed = closed.replace(jaxpr=_with_strides(closed.jaxpr))
     jaxpr = _with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
     _refuse_collectives(jaxpr, axis[0])
     return Trace(_index_as_argument(jaxpr, axis), len(closed.consts)), list(closed.consts)
@@ -66,6 +67,37 @@ def _with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
 def _anonymous(jaxpr: jex.Jaxpr) -> Any:
     """The debug information without the names of arguments, of which there is one a variable or none at all."""
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+
+
+def _with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """The jaxpr with the strides of every slice spelled out, at any depth.
+
+    In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None (`_slice_transpose_fancy`
+    maps over them); 0.12 takes both.
+    """
+    eqns = [_eqn_with_strides(eqn) for eqn in jaxpr.eqns]
+    changed = any(new is not old for new, old in zip(eqns, jaxpr.eqns, strict=True))
+    return jaxpr.replace(eqns=eqns) if changed else jaxpr
+
+
+def _eqn_with_strides(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    if eqn.primitive.name == "slice" and eqn.params["strides"] is None:
+        return eqn.replace(params=eqn.params | {"strides": (1,) * len(eqn.params["start_indices"])})
+    params = {name: _param_with_strides(value) for name, value in eqn.params.items()}
+    changed = any(params[name] is not value for name, value in eqn.params.items())
+    return eqn.replace(params=params) if changed else eqn
+
+
+def _param_with_strides(value: Any) -> Any:
+    if isinstance(value, jex.ClosedJaxpr):
+        jaxpr = _with_strides(value.jaxpr)
+        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
+    if isinstance(value, jex.Jaxpr):
+        return _with_strides(value)
+    if isinstance(value, tuple) and any(isinstance(x, jex.ClosedJaxpr) for x in value):
+        new = tuple(_param_with_strides(x) for x in value)
+        return value if all(x is y for x, y in zip(new, value, strict=True)) else new
+    return value
 
 
 # -- collectives over the loop's axis ---------------------------------------------------------------------------------
