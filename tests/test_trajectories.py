@@ -5,7 +5,7 @@ Where the two define a rule differently, the difference is written out here and 
 * clipping: `torch.nn.utils.clip_grad_norm_` divides by norm + 1e-6, optax by the norm;
 * weight decay in SGD is a term of the gradient in torch, a link of the chain in optax;
 * a schedule is read before the step in optax, and advanced after it in torch: the same rate at the same step;
-* a linear schedule's fraction is float32 in optax: its length here is a power of 2, and so exact;
+* `optax.linear_schedule` computes in float32, so the warmup is written out;
 * running variance: torch's is unbiased, n / (n − 1) times Flax's.
 """
 
@@ -78,8 +78,8 @@ SCHEDULES = {
         lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, STEPS),
     ),
     "warmup": (
-        optax.linear_schedule(RATE / 4, RATE, 4),
-        lambda opt: torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.25, total_iters=4),
+        lambda count: jnp.minimum(RATE, RATE / 4 * (1 + count).astype(jnp.float64)),
+        lambda opt: torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.25, total_iters=3),
     ),
 }
 

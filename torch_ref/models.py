@@ -90,7 +90,7 @@ def load(model: Model, weights: dict[str, Any]) -> None:
             _copy(views(module, lambda parameter: parameter.data), weights[name])
 
 
-def read(model: Model, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
+def read(model: Model, of: Callable[[Any], Tensor]) -> dict[str, Any]:
     """Nested dicts of float64 arrays, in the language's layout, of what `of` finds for each parameter.
 
     `read(model, lambda p: p.data)` are the weights and `read(model, gradient)` their gradients.
@@ -104,12 +104,12 @@ def read(model: Model, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
     return values
 
 
-def gradient(parameter: nn.Parameter) -> Tensor:
+def gradient(parameter: Tensor) -> Tensor:
     """The accumulated gradient; zero where backward never came by."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def views(module: nn.Module, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
+def views(module: nn.Module, of: Callable[[Any], Tensor]) -> dict[str, Any]:
     """The module's tensors as views in the language's layout: written to, they change the module."""
     match module:
         case nn.Linear():
@@ -189,7 +189,7 @@ def _pool(x: Tensor, mask: Tensor, choice: str) -> Tensor:
     return torch.where(mask[..., None], x, 0.0).sum(dim=1, keepdim=True) / count[:, None, None]
 
 
-def _attention_views(module: nn.MultiheadAttention, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
+def _attention_views(module: nn.MultiheadAttention, of: Callable[[Any], Tensor]) -> dict[str, Any]:
     heads = (module.num_heads, module.head_dim)
     assert module.in_proj_weight is not None
     assert module.in_proj_bias is not None

@@ -106,9 +106,10 @@ def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _audit(fun: Callable[..., Any], args: tuple[Any, ...], *, in_axes: Any, has_aux: bool) -> None:
-    if not hasattr(jaxaccum, "audit"):
+    audited = getattr(jaxaccum, "audit", None)
+    if audited is None:
         raise ValueError("audit=True needs jaxaccum.audit, which this version of jaxaccum lacks: pass audit=False")
-    jaxaccum.audit(fun, *args, in_axes=in_axes, has_aux=has_aux).raise_if_inexact()
+    audited(fun, *args, in_axes=in_axes, has_aux=has_aux).raise_if_inexact()
 
 
 def _comparable(fun: Callable[..., Any]) -> Callable[..., Any]:

@@ -119,8 +119,8 @@ def _make(layer: Layer, axis_name: str | None) -> Any:
 
 def _scan(layer: Layer) -> Any:
     body = nn.remat(_Scanned) if layer.choice == "checkpoint" else _Scanned
-    axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-    return nn.scan(body, length=layer.size, in_axes=nn.broadcast, **axes)(layer.layers, name=layer.name)
+    axes: dict[str, Any] = {"variable_axes": {"params": 0}, "in_axes": nn.broadcast}
+    return nn.scan(body, length=layer.size, split_rngs={"params": True}, **axes)(layer.layers, name=layer.name)
 
 
 def may_attend(mask: jax.Array) -> jax.Array:
