@@ -1,4 +1,4 @@
-"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a check of theirs does."""
+"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a check does."""
 
 import argparse
 import importlib

@@ -173,7 +173,8 @@ def clipped(grads: Params, limit: Any) -> Params:
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def adamw(params: Params, state: Any, grads: Params, rate: float, decay: float) -> tuple[Params, Any]:
     """AdamW's step p − rate · (u + decay · p), its rate and decay from the host."""
-    updates, state = ADAM.update(grads, state)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
+        updates, state = ADAM.update(grads, state)
 
     def step(leaf: jax.Array, update: jax.Array) -> jax.Array:
         return leaf - jnp.asarray(rate, leaf.dtype) * (update + jnp.asarray(decay, leaf.dtype) * leaf)

@@ -125,7 +125,9 @@ def temporary_bytes(gradient: Gradient, params: Params, batch: jax.ShapeDtypeStr
     """What the compiled AdamW step needs beside its arguments and results."""
 
     def step(params: Params, state: optax.OptState, batch: jax.Array) -> tuple[Params, optax.OptState]:
-        updates, state = OPTIMIZER.update(gradient(params, batch), state, params)
+        grads = gradient(params, batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
+            updates, state = OPTIMIZER.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     state = jax.eval_shape(OPTIMIZER.init, params)

@@ -61,18 +61,18 @@ def loss(w: jax.Array, x: jax.Array, seen: jax.Array) -> jaxaccum.Mean:
 def scanned() -> list[Row]:
     """`value_and_grad` over two microbatches of one; a loop that has seen only the first stands for batch 0."""
     grad = jax.jit(jaxaccum.grad(loss, num_microbatches=2, in_axes=(None, 0, 0)))
-    return stepped([grad(jnp.ones(1), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
+    return stepped([grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
 
 
 def one_batch() -> list[Row]:
     """The two examples in one pass; it has no row for batch 0 of its own."""
     grad = jax.jit(jax.grad(jaxaccum.full_batch(loss, in_axes=(None, 0, 0))))
-    return stepped([grad(jnp.ones(1), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
+    return stepped([grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
 
 
 def stepped(grads: list[jax.Array]) -> list[Row]:
     """The gradients as rows, then one step of SGD with the last."""
-    w = jnp.ones(1)
+    w = jnp.ones(1, jnp.float32)
     optimizer = optax.sgd(LEARNING_RATE)
     updates, _ = optimizer.update(grads[-1], optimizer.init(w))
     rows = [Row(np.asarray(grad), np.ones(1, np.float32)) for grad in grads]
@@ -83,12 +83,13 @@ def multi_steps() -> list[Row]:
     """`optax.MultiSteps` in a host loop, on gradients of the halved loss; it forgets the sum, so a probe keeps it."""
     inner = optax.chain(probe(), optax.sgd(LEARNING_RATE))
     optimizer = optax.MultiSteps(inner, every_k_schedule=2, use_grad_mean=False)
-    w = jnp.ones(1)
+    w = jnp.ones(1, jnp.float32)
     state = optimizer.init(w)
     rows = []
     for x in X:
         grad = jax.grad(lambda w, x: jnp.sum((2 * x - w * x) ** 2) / 2)(w, x)
-        updates, state = optimizer.update(grad, state, w)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
+            updates, state = optimizer.update(grad, state, w)
         stepping = bool(optimizer.has_updated(state))
         summed = state.inner_opt_state[0] if stepping else state.acc_grads
         rows.append(Row(np.asarray(summed), np.asarray(w)))

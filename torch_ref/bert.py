@@ -65,4 +65,5 @@ def _call(model: torch.nn.Module) -> Callable[[Tensors, Tensors], Any]:
 
 def _config(config: dict[str, Any]) -> BertConfig:
     # The eager attention is the one that is written out; the others are its fused forms.
-    return BertConfig(**config, **{"attn_implementation": "eager"})
+    options: dict[str, Any] = {**config, "attn_implementation": "eager"}
+    return BertConfig(**options)

@@ -83,7 +83,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = _embed(c.vocab_size, c)
         self.position_embeddings = _embed(c.max_position_embeddings, c)
         self.token_type_embeddings = _embed(c.type_vocab_size, c)
-        self.LayerNorm = _layer_norm(c)
+        self.LayerNorm = LayerNorm(c.layer_norm_eps)
         self.dropout = Dropout()
 
     def __call__(self, ids: jax.Array, *, token_types: jax.Array | None, dropout: Rate) -> jax.Array:
@@ -138,7 +138,7 @@ class Output(nn.Module):
 
     def setup(self) -> None:
         self.dense = _dense(self.config.hidden_size)
-        self.LayerNorm = _layer_norm(self.config)
+        self.LayerNorm = LayerNorm(self.config.layer_norm_eps)
         self.dropout = Dropout()
 
     def __call__(self, x: jax.Array, residual: jax.Array, *, dropout: Rate) -> jax.Array:
@@ -152,8 +152,8 @@ class Head(nn.Module):
 
     def setup(self) -> None:
         self.dense = _dense(self.config.hidden_size)
-        self.LayerNorm = _layer_norm(self.config)
-        self.bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+        self.LayerNorm = LayerNorm(self.config.layer_norm_eps)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), jnp.float32)
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         scores = self.LayerNorm(nn.gelu(self.dense(x), approximate=False)) @ embedding.T
@@ -171,6 +171,20 @@ class Dropout(nn.Module):
         keep = jnp.asarray(1.0 - rate, jnp.float32)
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
         return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit variance over the width, in the input's own dtype (Flax's mixes in float32)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        unit = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
+        return unit * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -217,8 +231,3 @@ def _dense(width: int) -> nn.Dense:
 
 def _embed(rows: int, config: Config) -> nn.Embed:
     return nn.Embed(rows, config.hidden_size, embedding_init=nn.initializers.normal(0.02))
-
-
-def _layer_norm(config: Config) -> nn.LayerNorm:
-    # The two-pass variance, as in torch; Flax's fast one, E[x²] − E[x]², cancels.
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, use_fast_variance=False)

