@@ -1,4 +1,4 @@
-"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key, or no array at all."""
+"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key, or no array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxaccum import _check
 from jaxaccum._tree import is_array, leaf_name, leaves_with_names
-from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Array, Axes, PyTree, Sentinel
+from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
 
 
 class Role(enum.Enum):
@@ -55,7 +55,12 @@ class Layout:
 
 
 def read(
-    args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any, *, differentiated: Collection[int] = (), counted: int | None = None
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    in_axes: Any,
+    *,
+    differentiated: Collection[int] = (),
+    counted: int | None = None,
 ) -> tuple[Layout, list[Any]]:
     """The layout of the arguments, and their arrays: one a slot, in order.
 
@@ -102,7 +107,8 @@ def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | No
             return i
     shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
     raise TypeError(
-        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a single "
+        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a "
+        "single "
         "integer, the number of real examples, with None in in_axes."
     )
 
@@ -110,10 +116,14 @@ def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | No
 def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
     """`in_axes`, checked to have one entry for each of the `count` positional arguments."""
     if not isinstance(in_axes, tuple | list):
-        raise TypeError(f"in_axes must be a tuple with one entry an argument; got {in_axes!r}. For one argument write ({in_axes!r},).")
+        raise TypeError(
+            f"in_axes must be a tuple with one entry an argument; got {in_axes!r}. For one argument write "
+            f"({in_axes!r},)."
+        )
     if len(in_axes) != count:
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass one "
+            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; "
+            "pass one "
             "entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY."
         )
     if sum(axes is CARRY for axes in in_axes) > 1:
@@ -126,15 +136,21 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int) -> Slot:
         if axis is not CARRY:
             _check.key(leaf, name, axis)
         elif not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
-            raise TypeError(f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only.")
+            raise TypeError(
+                f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only."
+            )
         return Slot(name, _ROLE_OF[axis], argnum)
     if axis is None:
         return Slot(name, Role.WHOLE, argnum)
     if not is_array(leaf):
-        raise TypeError(f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an array, or None in in_axes.")
+        raise TypeError(
+            f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an "
+            "array, or None in in_axes."
+        )
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
-            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; pass one of them, "
+            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; "
+            "pass one of them, "
             "or None for a leaf that every microbatch sees whole."
         )
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
@@ -148,8 +164,11 @@ def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]
         _check_axis(axis, leaf_name(f"in_axes for {name}", path))
     try:
         full = jax.tree.map(lambda axis, sub: jax.tree.map(lambda _: _Axis(axis), sub), axes, arg, is_leaf=_is_axis)
-    except ValueError as error:
-        raise ValueError(f"in_axes for {name} is no pytree prefix of it: {error}") from None
+    except ValueError:
+        raise ValueError(
+            f"in_axes for {name} is no pytree prefix of it: {jax.tree.structure(axes, is_leaf=_is_axis)} for "
+            f"{jax.tree.structure(arg)}; give None or an int for the argument or for each of its parts."
+        ) from None
     each = jax.tree.leaves(full)
     return [(leaf, x, axis.value) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
 
@@ -167,6 +186,9 @@ def _is_axis(x: Any) -> bool:
 
 def _check_axis(axis: Any, name: str) -> None:
     if isinstance(axis, Sentinel):
-        raise TypeError(f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an argument of its own.")
+        raise TypeError(
+            f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an "
+            "argument of its own."
+        )
     if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
         raise TypeError(f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}.")

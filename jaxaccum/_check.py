@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,7 +19,9 @@ from jaxaccum._types import Sentinel, Split
 def size(value: Any, name: str) -> int:
     """A size given by the user, as a positive int."""
     if isinstance(value, jax.core.Tracer):
-        raise TypeError(f"{name} is traced, and the number of iterations is fixed when the program is compiled; pass a Python int.")
+        raise TypeError(
+            f"{name} is traced, and the number of iterations is fixed when the program is compiled; pass a Python int."
+        )
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {value!r}.")
     try:
@@ -33,7 +36,11 @@ def size(value: Any, name: str) -> int:
 def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, split: Any) -> _batch.Partition:
     """The partition of `batch_size` examples that the two sizes, one of which is given, ask for."""
     if (num_microbatches is None) == (microbatch_size is None):
-        given = "neither" if num_microbatches is None else f"num_microbatches={num_microbatches!r} and microbatch_size={microbatch_size!r}"
+        given = (
+            "neither"
+            if num_microbatches is None
+            else f"num_microbatches={num_microbatches!r} and microbatch_size={microbatch_size!r}"
+        )
         raise ValueError(f"pass exactly one of num_microbatches and microbatch_size; got {given}.")
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}; got {split!r}.")
@@ -42,7 +49,9 @@ def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, s
     else:
         wanted = size(num_microbatches, "num_microbatches")
     if batch_size == 0:
-        raise ValueError("the batch is empty: its batch axis has size 0, so there is no microbatch to run; pass at least 1 example.")
+        raise ValueError(
+            "the batch is empty: its batch axis has size 0, so there is no microbatch to run; pass at least 1 example."
+        )
     if num_microbatches is not None and wanted > batch_size:
         raise ValueError(
             f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a microbatch holds at "
@@ -68,11 +77,15 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
             raise TypeError(f"argnums must be an int or a tuple of ints; got {value!r}.")
         number = operator.index(number)
         if not -count <= number < count:
-            raise ValueError(f"argnums={value!r} names argument {number}, and the function was called with {count} positional arguments.")
+            raise ValueError(
+                f"argnums={value!r} names argument {number}, and the function was called with {count} positional "
+                "arguments."
+            )
         number %= count
         if isinstance(in_axes[number], Sentinel):
             raise ValueError(
-                f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried state and "
+                f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried "
+                "state and "
                 "keys pass no gradient. Differentiate another argument, or declare this one None or an int."
             )
         numbers.append(number)
@@ -86,10 +99,13 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
 def differentiable(leaf: Any, name: str) -> None:
     """A leaf that a derivative is asked of is real or complex floating."""
     if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
-        raise TypeError(f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it out of argnums.")
+        raise TypeError(
+            f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it out of argnums."
+        )
     if not is_inexact(leaf):
         raise TypeError(
-            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or complex "
+            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or "
+            "complex "
             "dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
         )
 
@@ -97,13 +113,14 @@ def differentiable(leaf: Any, name: str) -> None:
 def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
     """A leaf declared a key is one key: typed of shape (), or legacy, uint32 of one axis."""
     dtype, shape = dtype_of(leaf), jnp.shape(leaf)
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if shape == ():
             return
     elif is_array(leaf) and dtype == jnp.uint32 and len(shape) == 1:
         return
     raise TypeError(
-        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but {dtype}{list(shape)}; pass jax.random.key(seed), "
+        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but {dtype}{list(shape)}; pass "
+        "jax.random.key(seed), "
         "or declare the argument None or an int."
     )
 
@@ -111,12 +128,16 @@ def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
 def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
     """The one size of all batch axes, given with the names of their leaves."""
     if not sizes:
-        raise ValueError("no argument has a batch axis; give in_axes an int for the argument that holds the examples, as in in_axes=(None, 0).")
+        raise ValueError(
+            "no argument has a batch axis; give in_axes an int for the argument that holds the examples, as in "
+            "in_axes=(None, 0)."
+        )
     first_name, first = sizes[0]
     for name, other in sizes[1:]:
         if other != first:
             raise ValueError(
-                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf with a batch "
+                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf "
+                "with a batch "
                 "axis needs one row an example; give a leaf that is not batched None in in_axes."
             )
     return first
@@ -127,10 +148,12 @@ def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string; got {axis_name!r}.")
     names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-    bound = jax.sharding.get_abstract_mesh().manual_axes
-    if axis_name in bound:
+    mesh = jax.sharding.get_abstract_mesh()
+    bound = mesh.manual_axes
+    if axis_name in mesh.axis_names:
         raise ValueError(
-            f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh axis, "
+            f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh "
+            "axis, "
             "or pass another axis_name."
         )
     for name in names:
@@ -138,7 +161,8 @@ def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
             lax.axis_size(name)
         except (NameError, TypeError):
             raise ValueError(
-                f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: {tuple(bound)}); call the function "
+                f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: {tuple(bound)}); call the "
+                "function "
                 "inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
             ) from None
     return names

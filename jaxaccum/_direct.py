@@ -1,8 +1,8 @@
-"""Value and gradient of a loss in one pass: the denominators first, then each microbatch back-propagates its share.
+"""Value and gradient of a loss in one pass: denominators first, then each microbatch back-propagates its share.
 
-The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of every
-total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any number of
-terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend on
+The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of
+every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any
+number of terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend on
 parameters, that scan computes the totals too, and costs one forward pass.
 """
 
@@ -40,10 +40,10 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
     parts, seeds = [], []
     for term in program.terms:
         parts.append(term.total)
-        seeds.append(_inverse(program, term, known))
-        if _differentiated(program, term, wrt):
-            parts.append(term.weight)
-            seeds.append(_weight_seed(known[term.total], known[term.weight]))
+        seeds.append(_total_seed(program, term, known))
+        for weight in _moving_weights(program, term, wrt):
+            parts.append(weight)
+            seeds.append(_weight_seed(known[term.total], known[weight]))
     result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
     return _over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
 
@@ -53,7 +53,7 @@ def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     wanted: set[int] = set()
     for term in program.terms:
         if term.weight is not None:
-            wanted |= {term.weight, term.total} if _differentiated(program, term, wrt) else {term.weight}
+            wanted |= {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
     restricted, kept = program.only(sorted(wanted))
     if any(trace.effects for trace in restricted.traces):
         return None
@@ -67,7 +67,10 @@ def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
 def _static(program: Program) -> list[Array]:
     """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds the same."""
     shards = math.prod(lax.axis_size(name) for name in program.mesh_axes)
-    totals = [_reduce.initial(part.reduction, v.aval) for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)]
+    totals = [
+        _reduce.initial(part.reduction, v.aval)
+        for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    ]
     for trace, group in zip(program.traces, program.partition.groups, strict=True):
         values = trace(0, [None] * (len(trace.jaxpr.invars) - 1))  # no output reads an input
         totals = [total + value * (group.count * shards) for total, value in zip(totals, values, strict=True)]
@@ -79,25 +82,25 @@ def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     sets: list[tuple[int, ...]] = []
     for term in program.terms:
         sets.append((term.total,))
-        if _differentiated(program, term, wrt):
-            sets.append((term.weight,))
+        sets += [(weight,) for weight in _moving_weights(program, term, wrt)]
     ones = [[jnp.ones_like(_zero(program, part)) for part in parts] for parts in sets]
     result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(sets), sums), ones)
     parts = _over_mesh(program, result.parts)
     scales = []
     for term in program.terms:
-        scales.append(_inverse(program, term, dict(enumerate(parts))))
-        if (term.weight,) in sets:
-            scales.append(_weight_seed(parts[term.total], parts[term.weight]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        scales.append(_total_seed(program, term, dict(enumerate(parts))))
+        scales += [_weight_seed(parts[term.total], parts[weight]) for weight in _moving_weights(program, term, wrt)]
     grads = []
     for each in zip(*result.grads, strict=True):
         grads.append(sum(cast(scale, each[0].dtype) * grad for scale, grad in zip(scales, each, strict=True)))
     return _over_shards(program, wrt, ValueAndGrad(result.parts, grads), dict(enumerate(parts)))
 
 
-def _differentiated(program: Program, term: Term, wrt: tuple[int, ...]) -> bool:
-    """Whether the denominator of a term has a gradient of its own."""
-    return term.weight is not None and is_inexact(_zero(program, term.weight)) and program.depends([term.weight], wrt)
+def _moving_weights(program: Program, term: Term, wrt: tuple[int, ...]) -> list[int]:
+    """The denominator of a term, if it has a gradient of its own."""
+    if term.weight is None or not is_inexact(_zero(program, term.weight)):
+        return []
+    return [term.weight] if program.depends([term.weight], wrt) else []
 
 
 def _zero(program: Program, part: int) -> Array:
@@ -105,7 +108,7 @@ def _zero(program: Program, part: int) -> Array:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _inverse(program: Program, term: Term, known: dict[int, Array]) -> Array:
+def _total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
     """The cotangent of a total: ``1 / W``, 0 where W is 0, and 1 for a sum."""
     one = jnp.ones_like(_zero(program, term.total))
     return one if term.weight is None else ratio(one, known[term.weight])
@@ -134,5 +137,7 @@ def _over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, k
     summed = _mesh.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
     known = known | dict(zip(sums, summed[: len(sums)], strict=True))
     pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
-    parts = [known[i] if i in known else _reduce.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs]
+    parts = [
+        known[i] if i in known else _reduce.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs
+    ]
     return ValueAndGrad(parts, summed[len(sums) :])

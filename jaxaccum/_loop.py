@@ -90,7 +90,15 @@ class _Scanned(NamedTuple):
     """What each microbatch wrote, stacked, one entry a group."""
 
 
-def _scan(program: Program, arrays: Sequence[Array], visit: Visit, *, sums: Any = (), idle: Callable[[int], Any] = lambda g: (), extra: Any = None) -> _Scanned:
+def _scan(
+    program: Program,
+    arrays: Sequence[Array],
+    visit: Visit,
+    *,
+    sums: Any = (),
+    idle: Callable[[int], Any] = lambda g: (),
+    extra: Any = None,
+) -> _Scanned:
     """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
     partition, written, stacked = program.partition, [], []
     state = _Carried.first(program, arrays)
@@ -232,7 +240,7 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
             parts, vjp, starts = step.at(g, inputs, rows=rows, carry=carry, index=index)
             written = []
             for s, buffers in enumerate(sums):
-                values = [jax.ad.GradValue() for _ in step.rows]
+                values = [jax.ad.GradValue()] * len(step.rows)  # pyright: ignore[reportPrivateImportUsage]
                 _, own = vjp.with_refs(buffers, values)(step.cotangents(s, starts, extra))
                 written.append(own)
             return parts, (), written
@@ -280,7 +288,9 @@ class _Derivative:
         order = self.program.positions(Role.ROWS)
         return [rows[order.index(i)] for i in self.rows]
 
-    def at(self, g: int, inputs: list[Array], *, rows: list[Array], carry: Any, index: Array) -> tuple[list[Array], Any, list[Array]]:
+    def at(
+        self, g: int, inputs: list[Array], *, rows: list[Array], carry: Any, index: Array
+    ) -> tuple[list[Array], Any, list[Array]]:
         """One microbatch forward: all its parts, the pullback to ``(inputs, rows)``, and the parts it starts from."""
         order = self.program.positions(Role.ROWS)
 

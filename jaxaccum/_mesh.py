@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxaccum._types import Array, PyTree
@@ -21,7 +22,7 @@ def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
 
     def cast(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x)))
-        if not missing or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if not missing or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         return lax.pcast(x, missing, to="varying")
 
@@ -40,7 +41,7 @@ def checked(mesh_axes: Sequence[str]) -> bool:
 
 def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     """The sum over all shards, of which each device's own term is one: a cotangent of the sum is one of the term."""
-    if checked(mesh_axes) or not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+    if checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return lax.psum(vary(x, frozenset(mesh_axes)), mesh_axes)
     # Unchecked, JAX would transpose the sum into another one and count every device's copy of the loss.
     total = jax.custom_vjp(lambda x: lax.psum(x, mesh_axes))
@@ -50,7 +51,7 @@ def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
 
 def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     """`x`, whose gradient is summed over all shards where JAX does not do so by itself (``check_vma=False``)."""
-    if not mesh_axes or checked(mesh_axes) or not jax.numpy.issubdtype(x.dtype, jax.numpy.inexact):
+    if not mesh_axes or checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     same = jax.custom_vjp(lambda x: x)
     same.defvjp(lambda x: (x, None), lambda _, cotangent: (lax.psum(cotangent, mesh_axes),))
@@ -69,5 +70,5 @@ def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]
 
 
 def gradient_axes(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes over which a parameter's gradient is summed: `mesh_axes`, and those over which it was given replicated."""
+    """The axes over which a gradient is summed: `mesh_axes`, and those over which its parameter came replicated."""
     return tuple(sorted((varying_axes(grad) - given_axes) | set(mesh_axes)))

@@ -82,7 +82,10 @@ def microbatch(
     @functools.wraps(fun)
     def microbatched(*args: Any, **kwargs: Any) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
-        arrays = [x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes) for slot, x in zip(program.slots, arrays, strict=True)]
+        arrays = [
+            x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
+            for slot, x in zip(program.slots, arrays, strict=True)
+        ]
         parts = _differentiable(program)(arrays)
         pairs = zip(program.outputs.parts, parts, strict=True)
         return program.outputs.finalize([_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs])
@@ -143,7 +146,9 @@ def _differentiable(program: Program) -> Any:
 
 def _moves(program: Program, i: int, tangent: Any) -> bool:
     role = program.slots[i].role
-    return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
+    return (
+        not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
+    )
 
 
 def _candidates(program: Program) -> list[int]:
@@ -154,7 +159,11 @@ def _candidates(program: Program) -> list[int]:
 
 def _is_scalar_sum(program: Program, part: int) -> bool:
     aval: Any = program.traces[0].jaxpr.outvars[part].aval
-    return program.outputs.parts[part].reduction is Reduction.SUM and aval.shape == () and jnp.issubdtype(aval.dtype, jnp.floating)
+    return (
+        program.outputs.parts[part].reduction is Reduction.SUM
+        and aval.shape == ()
+        and jnp.issubdtype(aval.dtype, jnp.floating)
+    )
 
 
 def _gradient_beside_value(

@@ -120,7 +120,7 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
     weights = leaves_with_names(mean.weight, f"{name}.Mean.weight")
     for leaf_name, leaf in [*totals, *weights]:
         _check_array(leaf_name, leaf)
-    shared = len(weights) == 1 and jnp.shape(weights[0][1]) == ()
+    shared = jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight)) and jnp.shape(mean.weight) == ()
     if not shared and jax.tree.structure(mean.total) != jax.tree.structure(mean.weight):
         raise ValueError(
             f"{name}: the weight of a Mean is one scalar or has the structure of its total; total is "
@@ -129,7 +129,8 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
     for (total_name, total), (_, weight) in zip(totals, weights * len(totals) if shared else weights, strict=True):
         if jnp.shape(weight) not in ((), jnp.shape(total)):
             raise ValueError(
-                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass the weight as "
+                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass "
+                "the weight as "
                 "a scalar or with the shape of the total."
             )
         if jnp.issubdtype(dtype_of(weight), jnp.complexfloating):
@@ -176,7 +177,8 @@ def split_loss(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
         output, aux = output
     elif isinstance(output, tuple | list):
         raise TypeError(
-            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun returns (loss, aux), pass has_aux=True."
+            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
+            "returns (loss, aux), pass has_aux=True."
         )
     terms = output if isinstance(output, dict) else {"": output}
     if not terms:
@@ -197,16 +199,22 @@ def value(loss: PyTree) -> Any:
 
 
 def _check_term(name: str, term: Any) -> None:
-    if isinstance(term, Tag) and not isinstance(term, Mean | Sum):
-        raise TypeError(f"{name} is tagged {type(term).__name__}; a loss is a scalar, a Mean, a Sum, or a dict of them.")
+    if is_tag(term) and not isinstance(term, Mean | Sum):
+        raise TypeError(
+            f"{name} is tagged {type(term).__name__}; a loss is a scalar, a Mean, a Sum, or a dict of them."
+        )
     if isinstance(term, tuple | list | dict):
-        raise TypeError(f"{name} is {_describe(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary values go into aux, with has_aux=True.")
-    content = term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
+        raise TypeError(
+            f"{name} is {_describe(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary "
+            "values go into aux, with has_aux=True."
+        )
+    content: Any = term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
     if not is_array(content) and not isinstance(content, bool | int | float | complex):
         raise TypeError(f"{name} holds {_describe(content)}; a term of a loss is one scalar.")
     if jnp.shape(content) != ():
         raise TypeError(
-            f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), x.size) for a mean over "
+            f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), "
+            "x.size) for a mean over "
             "all examples, Sum(jnp.sum(x)) for a sum."
         )
     if not jnp.issubdtype(dtype_of(content), jnp.floating):
@@ -219,7 +227,7 @@ def _check_term(name: str, term: Any) -> None:
 def _describe(x: Any) -> str:
     if isinstance(x, tuple | list):
         return f"a {type(x).__name__} of {len(x)}"
-    return f"of shape {list(jnp.shape(x))}" if is_array(x) else f"of type {type(x).__name__}"
+    return f"an array of shape {list(jnp.shape(x))}" if is_array(x) else f"a {type(x).__name__}"
 
 
 def _check_array(name: str, x: Any) -> None:
@@ -231,7 +239,8 @@ def _check_untagged(name: str, x: Any) -> None:
     _check_array(name, x)
     if jnp.shape(x) != () or not jnp.issubdtype(dtype_of(x), jnp.floating):
         raise TypeError(
-            f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over microbatches "
+            f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over "
+            "microbatches "
             f"(only a floating scalar declares itself: a mean over examples). Wrap it in {_TAGS}."
         )
 
@@ -239,7 +248,8 @@ def _check_untagged(name: str, x: Any) -> None:
 def _check_rows(name: str, x: Any, size: int) -> None:
     if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
         raise ValueError(
-            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} examples "
+            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} "
+            "examples "
             "along axis 0; use Stack for one entry a microbatch, or Sum or Mean for one value."
         )
 
@@ -247,19 +257,32 @@ def _check_rows(name: str, x: Any, size: int) -> None:
 def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None:
     if not has_carry:
         if carries:
-            raise ValueError("fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; declare the argument that holds the old state.")
+            raise ValueError(
+                "fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; declare the argument "
+                "that holds the old state."
+            )
         return
     if len(carries) != 1:
         raise ValueError(
-            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state once, as Carry(state), anywhere in its output."
+            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state "
+            "once, as Carry(state), anywhere in its output."
         )
     new, old = carries[0].state, carry
     if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(f"the carried state changes its structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; return the structure that came in.")
+        raise ValueError(
+            f"the carried state changes its structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; "
+            "return the structure that came in."
+        )
     pairs = zip(leaves_with_names(new, "the carried state"), jax.tree.leaves(old), strict=True)
     for (name, x), before in pairs:
         _check_array(name, x)
         if jnp.shape(x) != jnp.shape(before):
-            raise ValueError(f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the shape that came in.")
+            raise ValueError(
+                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the "
+                "shape that came in."
+            )
         if dtype_of(x) != dtype_of(before):
-            raise TypeError(f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; cast it back with .astype({dtype_of(before)}).")
+            raise TypeError(
+                f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; cast it back with "
+                f".astype({dtype_of(before)})."
+            )

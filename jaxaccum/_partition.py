@@ -51,13 +51,20 @@ def partition(
     leaves = jax.tree.leaves((args, {}))
     arrays = [x for i, x in enumerate(leaves) if i not in layout.statics]
     plan = _check.partition(
-        _arguments.batch_size(layout.slots, arrays), num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split
+        _arguments.batch_size(layout.slots, arrays),
+        num_microbatches=num_microbatches,
+        microbatch_size=microbatch_size,
+        split=split,
     )
     microbatches = []
     for group in plan.groups:
         for index in range(group.first, group.first + group.count):
             start = index if split == "strided" else group.start + (index - group.first) * group.size
-            examples = range(start, plan.batch_size, plan.num_microbatches) if split == "strided" else range(start, start + group.size)
+            examples = (
+                range(start, plan.batch_size, plan.num_microbatches)
+                if split == "strided"
+                else range(start, start + group.size)
+            )
             own = [_take(slot, x, examples=examples, index=index) for slot, x in zip(layout.slots, arrays, strict=True)]
             microbatches.append(layout.build(own)[0])
     return microbatches
@@ -92,11 +99,16 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
     sizes = []
     for name, leaf in leaves_with_names(batch, "batch"):
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
-            raise ValueError(f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row an example.")
+            raise ValueError(
+                f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row "
+                "an example."
+            )
         sizes.append((name, leaf.shape[batch_axis]))
     count = _check.batch_size(sizes)
     if count > capacity:
-        raise ValueError(f"the batch holds {count} examples, more than the capacity to={capacity}; raise `to`, or split the batch.")
+        raise ValueError(
+            f"the batch holds {count} examples, more than the capacity to={capacity}; raise `to`, or split the batch."
+        )
 
     def pad(x: Array) -> Array:
         widths = [(0, 0)] * x.ndim

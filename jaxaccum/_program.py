@@ -53,7 +53,9 @@ class Program:
         """The slots that have the role."""
         return [i for i, slot in enumerate(self.slots) if slot.role is role]
 
-    def parts(self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any) -> list[Any]:
+    def parts(
+        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+    ) -> list[Any]:
         """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays` the whole call's."""
         own = list(arrays)
         for positions, values in ((self.positions(Role.ROWS), rows), (self.positions(Role.CARRY), carry)):
@@ -104,14 +106,26 @@ def example_keys(key: Array, examples: Array) -> Array:
 
 
 def prepare(
-    fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], *, argnums: Collection[int] = (), loss: bool = False, has_aux: bool = False
+    fun: Fun,
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    argnums: Collection[int] = (),
+    loss: bool = False,
+    has_aux: bool = False,
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
-    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=options.num_examples_argnum)
+    layout, arrays = _arguments.read(
+        args, kwargs, options.in_axes, differentiated=argnums, counted=options.num_examples_argnum
+    )
     limit = _arguments.counter(layout.slots, arrays, options.num_examples_argnum)
     if mesh_axes and any(slot.role is Role.CARRY for slot in layout.slots):
-        raise ValueError("a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; drop one of the two.")
+        raise ValueError(
+            "a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; "
+            "drop one of the two."
+        )
     partition = _check.partition(
         _arguments.batch_size(layout.slots, arrays),
         num_microbatches=options.num_microbatches,
@@ -133,7 +147,9 @@ def prepare(
     axes = frozenset(mesh_axes).union(*given_axes)
     outputs = call.outputs[0]
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
-    return Program(tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit), arrays
+    return Program(
+        tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit
+    ), arrays
 
 
 def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:
@@ -174,7 +190,9 @@ class _Call:
                 output = _outputs.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
             has_carry = any(slot.role is Role.CARRY for slot in self.layout.slots)
-            outputs, parts = _outputs.read(output, size=size, carry=self.layout.carry, has_carry=has_carry, padded=self.padded)
+            outputs, parts = _outputs.read(
+                output, size=size, carry=self.layout.carry, has_carry=has_carry, padded=self.padded
+            )
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])
             return parts
@@ -195,8 +213,10 @@ class _Call:
             drop = 1 if part.reduction is Reduction.CONCAT else 0
             if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
                 raise ValueError(
-                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and {list(y.shape)} for "
-                    f"one of {small.size}, so it has no {part.reduction.value} over microbatches; reduce it over the examples first, or "
+                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
+                    f"{list(y.shape)} for "
+                    f"one of {small.size}, so it has no {part.reduction.value} over microbatches; reduce it over "
+                    "the examples first, or "
                     "return it as Concat, one row an example."
                 )
 
@@ -225,7 +245,9 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
             own.append(x)
         call_args, call_kwargs = layout.build(own)
         has_carry = any(slot.role is Role.CARRY for slot in layout.slots)
-        outputs, parts = _outputs.read(fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry, padded=False)
+        outputs, parts = _outputs.read(
+            fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry, padded=False
+        )
         found.append(outputs)
         return parts
 

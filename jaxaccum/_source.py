@@ -22,7 +22,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(eqn: Any) -> Frame | None:
-    """The innermost line outside of JAX and of this package that caused `eqn`, or None where JAX kept no trace of it."""
+    """The innermost line outside of JAX and this package that caused `eqn`; None where JAX kept no trace of it."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         if not frame.file_name.startswith(_INNER):

@@ -6,6 +6,7 @@ A tag is sugar for a collective over the axis of the loop: ``Mean(total, weight)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import jax
@@ -27,14 +28,15 @@ class _Scalable(Tag):
 
     __array_ufunc__ = None  # numpy scalars on the left hand it over to __rmul__
 
-    def _scaled(self, scale: Any) -> Self:
+    def _scaled(self, scale: Callable[[Any], Any]) -> Self:
+        """The tag with `scale` applied to the values that it is linear in."""
         raise NotImplementedError
 
     def _refuse(self, other: Any) -> NoReturn:
         name = type(self).__name__
         raise TypeError(
-            f"{name} cannot be added to {type(other).__name__}: each term of a loss keeps its own denominator. Return a "
-            f'dict of terms, as in {{"nll": {name}(…), "balance": …}}; its value is their sum.'
+            f"{name} cannot be added to {type(other).__name__}: each term of a loss keeps its own denominator. Return "
+            f'a dict of terms, as in {{"nll": {name}(…), "balance": …}}; its value is their sum.'
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = _refuse
@@ -86,7 +88,7 @@ class Mean(_Scalable):
     total: PyTree
     weight: PyTree
 
-    def _scaled(self, scale: Any) -> Mean:
+    def _scaled(self, scale: Callable[[Any], Any]) -> Mean:
         return Mean(jax.tree.map(scale, self.total), self.weight)
 
 
@@ -96,7 +98,7 @@ class Sum(_Scalable):
 
     x: PyTree
 
-    def _scaled(self, scale: Any) -> Sum:
+    def _scaled(self, scale: Callable[[Any], Any]) -> Sum:
         return Sum(jax.tree.map(scale, self.x))
 
 

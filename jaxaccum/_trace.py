@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
@@ -72,8 +73,8 @@ def _anonymous(jaxpr: jex.Jaxpr) -> Any:
 def _with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """The jaxpr with the strides of every slice spelled out, at any depth.
 
-    In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None (`_slice_transpose_fancy`
-    maps over them); 0.12 takes both.
+    In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None
+    (`_slice_transpose_fancy` maps over them); 0.12 takes both.
     """
     eqns = [_eqn_with_strides(eqn) for eqn in jaxpr.eqns]
     changed = any(new is not old for new, old in zip(eqns, jaxpr.eqns, strict=True))
@@ -172,7 +173,9 @@ class _Indexed:
         """Evaluate one equation as JAX does, by way of a jaxpr that holds it alone."""
         given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
         outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-        single = self.whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(self.whole))
+        single = self.whole.replace(
+            constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(self.whole)
+        )
         results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
         return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
 
@@ -207,7 +210,7 @@ def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: lis
 def _open_while(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
     n, k = params["cond_nconsts"], params["body_nconsts"]
     test, body = self.closed(params["cond_jaxpr"], index), self.closed(params["body_jaxpr"], index)
-    step = lambda carry: body(*values[n : n + k], *carry)  # noqa: E731
+    step = lambda carry: body(*values[n : n + k], *carry)
     return lax.while_loop(lambda carry: test(*values[:n], *carry)[0], step, values[n + k :])
 
 
@@ -217,6 +220,7 @@ def _open_cond(self: _Indexed, params: dict[str, Any], index: Array, values: lis
 
 
 _OPEN = {
-    "jit": _open_jit, "pjit": _open_jit, "checkpoint": _open_checkpoint, "remat": _open_checkpoint, "remat2": _open_checkpoint,
+    "jit": _open_jit, "pjit": _open_jit,
+    "checkpoint": _open_checkpoint, "remat": _open_checkpoint, "remat2": _open_checkpoint,
     "scan": _open_scan, "while": _open_while, "cond": _open_cond,
 }  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 from jaxaccum import _arguments, _check, _direct, _outputs, _program
 from jaxaccum._accumulators import Sums, in_place
 from jaxaccum._program import Options
-from jaxaccum._types import Axes, Fun, PyTree, Split
+from jaxaccum._types import Array, Axes, Fun, PyTree, Split
 
 
 def value_and_grad(
@@ -93,7 +93,9 @@ def value_and_grad(
         loss, aux = program.outputs.finalize(parts)
         value = _outputs.value(loss)
         by_slot = dict(zip(slots, grads, strict=True))
-        trees = tuple(_like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers)
+        trees = tuple(
+            _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers
+        )
         result = trees if isinstance(argnums, tuple | list) else trees[0]
         return ((value, aux), result) if has_aux else (value, result)
 

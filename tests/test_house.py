@@ -1,0 +1,87 @@
+"""The house: modules import from lower layers only, files stay short, and their first line says what they are."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = [
+    ["_types", "_source"],
+    ["_tree", "_mesh", "_batch"],
+    ["_check", "_tags", "_reduce", "_trace"],
+    ["_accumulators", "_arguments", "_outputs"],
+    ["_program"],
+    ["_loop", "_partition"],
+    ["_direct"],
+    ["_microbatch", "_value_and_grad"],
+    ["accumulators"],
+    ["testing"],
+]
+LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+FILES = sorted(p for folder in ("jaxaccum", "torch_ref", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module else [])
+
+
+def rooms(path):
+    """The modules of the package that a file imports, by their first name."""
+    names = (name.split(".") for name in imports(path))
+    return {parts[1] for parts in names if parts[0] == "jaxaccum" and len(parts) > 1}
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "jaxaccum").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if "jaxaccum" in p.parts and p != ROOT / "jaxaccum/__init__.py"], ids=str
+)
+def test_modules_import_from_lower_layers(path):
+    room = room_of(path)
+    assert room in LAYER_OF, f"{room} has no layer"
+    if room != "testing":
+        assert all(LAYER_OF[other] < LAYER_OF[room] for other in rooms(path) & set(LAYER_OF))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "torch_ref")], ids=str)
+def test_the_oracle_knows_neither_jax_nor_us(path):
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert not tops & {"jax", "flax", "optax", "jaxaccum", "experiments"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_are_short_and_say_what_they_are(path):
+    source = path.read_text()
+    assert ast.get_docstring(ast.parse(source)), "the first line of a file says its one idea"
+    assert source.count("\n") <= 500
+
+
+def test_one_vocabulary():
+    """Other fields' words for the same things would make readers ask what the difference is."""
+    foreign = ["mini" + "batch", "mini" + "-step", "accum" + "_steps", "micro" + "_batch"]
+    for path in FILES:
+        found = [word for word in foreign if word in path.read_text().lower()]
+        assert not found, f"{path}: {found}"
+
+
+def test_importing_the_package_imports_neither_torch_nor_hypothesis():
+    code = (
+        "import sys, jaxaccum; assert not {'torch', 'hypothesis', 'flax', 'optax'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_lint_and_types_are_clean():
+    pytest.importorskip("ruff")
+    for command in (["ruff", "check", "."], ["pyright"]):
+        result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout

@@ -1,0 +1,97 @@
+"""Keys and carried state: randomness that no partition changes, and state that runs in the batch's order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EXACT, data, normwise, same
+
+import jaxaccum as ja
+
+X, W = data(7, 3), data(3, seed=1)
+OPTIONS = [{"num_microbatches": n} for n in (1, 3, 7)] + [
+    {"microbatch_size": 3},
+    {"num_microbatches": 7, "split": "strided"},
+]
+KEYS = [jax.random.key(0), jax.random.PRNGKey(0)]
+
+
+def dropped(w, x, keys):
+    """Dropout with one key an example: the mask of an example is its own."""
+    keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 0.5, row.shape))(keys, x)
+    return jnp.where(keep, x, 0.0) @ w
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("key", KEYS, ids=["typed", "legacy"])
+def test_example_keys_make_dropout_independent_of_the_partition(options, key):
+    loss = lambda w, x, keys: jnp.mean(dropped(w, x, keys) ** 2)
+    keys = jnp.stack([jax.random.fold_in(key, i) for i in range(7)])
+    actual = ja.value_and_grad(loss, in_axes=(None, 0, ja.EXAMPLE_KEY), **options)(W, X, key)
+    assert normwise(actual, jax.value_and_grad(loss)(W, X, keys)) < EXACT
+    oracle = ja.full_batch(loss, (None, 0, ja.EXAMPLE_KEY))
+    assert normwise(oracle(W, X, key), actual[0]) < EXACT
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["typed", "legacy"])
+def test_a_key_is_folded_with_the_microbatch_and_so_depends_on_the_partition(key):
+    fun = lambda x, key: ja.Stack(jax.random.uniform(key))
+    for options in OPTIONS:
+        draws = ja.microbatch(fun, in_axes=(0, ja.KEY), **options)(X, key)
+        assert draws.tolist() == [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(len(draws))]
+        assert len(set(draws.tolist())) == len(draws)  # a shared key would repeat itself
+    assert ja.full_batch(fun, (0, ja.KEY))(X, key).tolist() == [float(jax.random.uniform(jax.random.fold_in(key, 0)))]
+
+
+def test_keys_in_a_pytree_are_each_folded():
+    keys = {"a": jax.random.key(1), "b": jax.random.PRNGKey(2)}
+    draws = ja.microbatch(
+        lambda x, k: ja.Stack(jax.tree.map(jax.random.uniform, k)), in_axes=(0, ja.KEY), microbatch_size=4
+    )(X, keys)
+    for name, key in keys.items():
+        assert draws[name].tolist() == [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)]
+
+
+def running(w, x, state):
+    """A running mean, as BatchNorm keeps one, and a loss that reads the state that came in."""
+    y = x @ w
+    new = {"mean": 0.5 * state["mean"] + 0.5 * jnp.mean(y), "steps": state["steps"] + 1}
+    return jnp.mean((y - state["mean"]) ** 2), {"state": ja.Carry(new), "seen": ja.Stack(state["steps"])}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_state_runs_from_microbatch_to_microbatch(options):
+    state = {"mean": jnp.float64(0.25), "steps": jnp.int32(0)}
+    axes = (None, 0, ja.CARRY)
+    (value, aux), grad = jax.jit(ja.value_and_grad(running, has_aux=True, in_axes=axes, **options))(W, X, state)
+    expected, total, grads = state, 0.0, jnp.zeros(3)
+    for w, rows, _ in ja.partition(W, X, state, in_axes=axes, **options):
+        (loss, new), own = jax.value_and_grad(running, has_aux=True)(w, rows, expected)
+        total, grads, expected = total + loss * len(rows) / 7, grads + own * len(rows) / 7, new["state"].state
+    assert normwise((value, grad), (total, grads)) < EXACT
+    assert normwise(aux["state"], expected) < EXACT
+    assert aux["seen"].tolist() == list(range(len(aux["seen"])))
+
+
+def test_a_carried_state_passes_no_gradient_and_starts_where_it_was_given():
+    fun = lambda w, x, state: (ja.Sum(jnp.sum(x @ w) * state), ja.Carry(state * jnp.sum(w)))
+    axes, state = (None, 0, ja.CARRY), jnp.float64(2.0)
+    moved = lambda w: ja.microbatch(fun, in_axes=axes, num_microbatches=7)(w, X, state)[0]
+    expected, factor = jnp.zeros(3), 2.0
+    for row in np.asarray(X):
+        expected, factor = expected + factor * row, factor * float(jnp.sum(W))
+    assert normwise(jax.grad(moved)(W), expected) < EXACT
+    assert same(ja.microbatch(fun, in_axes=axes, num_microbatches=1)(W, X, state)[1], state * jnp.sum(W))
+
+
+def test_a_weight_that_reads_the_state_is_summed_in_order():
+    """Denominators come first, in a pass of their own; the state runs through that pass too."""
+    fun = lambda w, x, n: (
+        {"a": ja.Mean(jnp.sum(x @ w), jnp.sum(jnp.abs(x)) + n), "b": jnp.mean(x @ w)},
+        ja.Carry(n + 1.0),
+    )
+    (value, _), grad = ja.value_and_grad(fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=7)(
+        W, X, jnp.float64(0)
+    )
+    loss = lambda w: jnp.sum(X @ w) / (jnp.sum(jnp.abs(X)) + sum(range(7))) + jnp.mean(X @ w)
+    assert normwise((value, grad), jax.value_and_grad(loss)(W)) < EXACT

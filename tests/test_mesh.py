@@ -1,0 +1,123 @@
+"""Devices and microbatches together: inside shard_map, every device gets the whole batch's value and gradient."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import EXACT, data, normwise, refused
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum as ja
+
+W = {"a": data(3, 5), "b": data(5, seed=1), "c": data(5, 2, seed=2)}
+BATCH = (data(16, 3, seed=3), jnp.abs(data(16, seed=4)) * jnp.float64(jnp.arange(16) % 3 > 0))
+MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+CHECKED = pytest.mark.parametrize("check_vma", [True, False])
+
+
+def rows(w, x):
+    return jnp.sum((jnp.tanh(x @ w["a"] + w["b"][None]) @ w["c"]) ** 2, axis=-1)
+
+
+def loss(w, batch):
+    e = rows(w, batch[0])
+    return {"token": ja.Mean(jnp.sum(e * batch[1]), jnp.sum(batch[1])), "mean": jnp.mean(e)}
+
+
+def expected(w, batch):
+    e = rows(w, batch[0])
+    return jnp.sum(e * batch[1]) / jnp.sum(batch[1]) + jnp.mean(e)
+
+
+def sharded(fun, out_specs, check_vma):
+    return jax.jit(jax.shard_map(fun, mesh=MESH, in_specs=(P(), P("data")), out_specs=out_specs, check_vma=check_vma))
+
+
+@CHECKED
+@pytest.mark.parametrize("n", [2, 3])
+def test_value_and_gradient_of_the_whole_batch(n, check_vma):
+    fun = ja.value_and_grad(loss, argnums=(0, 1), num_microbatches=n, mesh_axes="data")
+    actual = sharded(fun, (P(), (P(), P("data"))), check_vma)(W, BATCH)
+    assert normwise(actual, jax.value_and_grad(expected, argnums=(0, 1))(W, BATCH)) < EXACT
+
+
+@CHECKED
+@pytest.mark.parametrize("name", ["token", None])
+def test_microbatch_is_differentiated_by_jax(name, check_vma):
+    """One scalar and several: the two derivatives of the loop, with a regularizer that counts once."""
+    square = lambda w: sum(jnp.sum(x**2) for x in jax.tree.leaves(w))
+    one = lambda w, b: loss(w, b) if name is None else {name: loss(w, b)[name]}
+    ours = lambda w, b: sum(ja.microbatch(one, num_microbatches=2, mesh_axes="data")(w, b).values()) + square(w)
+    full = lambda w, b: sum(ja.full_batch(one)(w, b).values()) + square(w)
+    actual = sharded(jax.value_and_grad(ours), (P(), P()), check_vma)(W, BATCH)
+    assert normwise(actual, jax.value_and_grad(full)(W, BATCH)) < EXACT
+
+
+@CHECKED
+def test_without_mesh_axes_it_is_jax_grad_there(check_vma):
+    first = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    ours = sharded(lambda w, b: first(ja.grad(loss, num_microbatches=3)(w, b)), P("data"), check_vma)
+    full = sharded(lambda w, b: first(jax.grad(expected)(w, b)), P("data"), check_vma)
+    assert normwise(ours(W, BATCH), full(W, BATCH)) < EXACT
+
+
+@CHECKED
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_one_all_reduce_a_step(n, check_vma):
+    mean = lambda w, batch: jnp.mean(rows(w, batch[0]))
+    fun = sharded(ja.value_and_grad(mean, num_microbatches=n, mesh_axes="data"), (P(), P()), check_vma)
+    hlo = fun.lower(W, BATCH).compile().as_text()
+    assert len(re.findall(r" all-reduce\(", hlo)) == 1
+    assert not re.search(r"all-gather|all-to-all|collective-permute", hlo)
+
+
+def test_a_loop_by_hand_reduces_once_a_microbatch():
+    """The negative control of the law above: parameters that are not cast to varying."""
+
+    def by_hand(w, batch):
+        add = lambda g, x: (jax.tree.map(jnp.add, g, jax.grad(lambda w: jnp.mean(rows(w, x)))(w)), None)
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, w), batch[0].reshape(2, 2, 3))[0]
+
+    hlo = sharded(by_hand, P(), True).lower(W, BATCH).compile().as_text()
+    body = hlo[: hlo.index("ENTRY")]
+    assert re.search(r" all-reduce\(", body)
+
+
+@CHECKED
+def test_keys_rows_and_extrema_over_shards(check_vma):
+    def fun(x, key, own):
+        draws = jax.vmap(jax.random.uniform)(own)
+        return {
+            "rows": ja.Concat(draws), "stack": ja.Stack(jax.random.uniform(key)), "max": ja.Max(jnp.max(x)),
+            "min": ja.Min(jnp.min(x)), "sum": ja.Sum(jnp.sum(x)), "count": ja.Sum(x.size),
+        }  # fmt: skip
+
+    x, key = data(16), jax.random.key(5)
+    specs = {"rows": P("data"), "stack": P("data"), "max": P(), "min": P(), "sum": P(), "count": P()}
+    loop = ja.microbatch(fun, in_axes=(0, ja.KEY, ja.EXAMPLE_KEY), num_microbatches=2, mesh_axes="data")
+    over = jax.shard_map(
+        lambda k, x: loop(x, k, k), mesh=MESH, in_specs=(P(), P("data")), out_specs=specs, check_vma=check_vma
+    )
+    actual = jax.jit(over)(key, x)
+    draw = lambda i: float(jax.random.uniform(jax.random.fold_in(key, i)))
+    assert actual["rows"].tolist() == [draw(i) for i in range(16)]
+    assert actual["stack"].tolist() == [draw(i) for i in range(8)]
+    assert (float(actual["max"]), float(actual["min"]), int(actual["count"])) == (float(x.max()), float(x.min()), 16)
+    assert normwise(actual["sum"], jnp.sum(x)) < EXACT
+
+
+def test_bad_meshes_are_refused():
+    carried = lambda w, x, s: (jnp.mean(x @ w["a"]), ja.Carry(s))
+    fun = lambda w, x: ja.value_and_grad(
+        carried, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=2, mesh_axes="data"
+    )(w, x, 0.0)
+    refused(lambda: jax.eval_shape(sharded(fun, P(), True), W, BATCH[0]), "CARRY", "mesh_axes")
+    refused(
+        lambda: jax.eval_shape(sharded(ja.grad(loss, num_microbatches=2, mesh_axes="model"), P(), True), W, BATCH),
+        "'model'",
+        "shard_map",
+    )
+    clash = ja.grad(loss, num_microbatches=2, axis_name="data")
+    refused(lambda: jax.eval_shape(sharded(clash, P(), True), W, BATCH), "'data'", "axis_name")
