@@ -2,8 +2,8 @@
 
 The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of
 every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any
-number of terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend on
-parameters, that scan computes the totals too, and costs one forward pass.
+number of terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend
+on parameters, that scan computes the totals too, and costs one forward pass.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def weight_shapes(layers: tuple[Layer, ...], width: int) -> Weights:
         if layer.kind == "residual":
             shapes |= weight_shapes(layer.layers, width)
         elif layer.kind == "scan":
-            stack = lambda leaf, n=layer.size: (leaf[0], (n, *leaf[1]))  # noqa: E731
+            stack = lambda leaf, n=layer.size: (leaf[0], (n, *leaf[1]))
             shapes[layer.name] = _map(stack, weight_shapes(layer.layers, width))
         elif layer.kind in _SHAPES:
             named = _SHAPES[layer.kind](width, layer.size)
