@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 import jaxaccum
-from jaxaccum.testing import assert_exact, batches, partitions, weights
+from jaxaccum.testing import assert_exact, partitions
 from jaxaccum.testing.exactness import default_sizes
 
 PARAMS = {"w": jnp.array([0.5, -1.0], jnp.float32), "b": jnp.array(0.25, jnp.float32)}
@@ -46,13 +45,10 @@ def with_aux(params, batch):
     return jnp.mean(each), aux
 
 
-@given(st.data())
-def test_a_users_loss(data):
+@given(partitions(5))
+def test_a_users_loss(options):
     """What a user writes about their own loss."""
-    size = data.draw(st.sampled_from([4, 5]))
-    example = {"x": np.zeros(2, np.float32), "y": np.zeros((), np.float32)}
-    batch = data.draw(batches(example, min_size=size, max_size=size)) | {"weight": data.draw(weights(size))}
-    assert_exact(weighted_mean, PARAMS, batch, partitions=[data.draw(partitions(size))])
+    assert_exact(weighted_mean, PARAMS, a_batch(), partitions=[options])
 
 
 @pytest.mark.parametrize("fun", [weighted_mean, several_terms], ids=lambda fun: fun.__name__)
