@@ -182,7 +182,7 @@ def test_bfloat16_parameters_are_accumulated_in_float32():
 
 def test_complex_parameters_have_the_full_batchs_gradient():
     loss = lambda z, x: jnp.mean(jnp.abs(jnp.sum(x.astype(z.dtype) * z[None], axis=-1)) ** 2)
-    z, x = data(4) + 1j * data(4, seed=5), data(7, 4)
+    z, x = jax.lax.complex(data(4), data(4, seed=5)), data(7, 4)
     assert normwise(ja.value_and_grad(loss, num_microbatches=3)(z, x), jax.value_and_grad(loss)(z, x)) < EXACT
 
 
