@@ -102,14 +102,36 @@ def value_and_grad(
     return accumulated
 
 
-def grad(fun: Fun, argnums: int | Sequence[int] = 0, has_aux: bool = False, **options: Any) -> Fun:
+def grad(
+    fun: Fun,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: Sequence[Axes] = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | None = None,
+) -> Fun:
     """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.
         argnums: the arguments to differentiate.
         has_aux: whether `fun` returns ``(loss, aux)``.
-        **options: those of `value_and_grad`.
+        num_microbatches: as for `value_and_grad`, like all that follow.
+        microbatch_size: the other way to say the partition.
+        in_axes: one entry an argument.
+        split: contiguous or strided.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: the mesh axes to sum over.
+        memory: the budget of coupled programs.
+        accumulator: how gradients add up.
 
     Returns:
         A function of the same arguments that returns ``grads``, or ``(grads, aux)``.
@@ -120,7 +142,11 @@ def grad(fun: Fun, argnums: int | Sequence[int] = 0, has_aux: bool = False, **op
         >>> jaxaccum.grad(loss, microbatch_size=2)(1.0, jnp.arange(5.0)).item()
         2.0
     """
-    both = value_and_grad(fun, argnums, has_aux, **options)
+    both = value_and_grad(
+        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
+        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        accumulator=accumulator,
+    )  # fmt: skip
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:

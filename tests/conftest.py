@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,7 +20,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob += [
-        path.name for path in pathlib.Path(__file__).parent.glob("test_*.py") if "torch" in path.read_text()
+        path.name
+        for path in pathlib.Path(__file__).parent.glob("test_*.py")
+        if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
 
 _ALWAYS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}

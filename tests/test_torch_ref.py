@@ -5,10 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from torch_ref import accumulate, mlp, toy, train  # noqa: E402
+from torch_ref import accumulate, mlp, toy, train
 
 SIZES = [(7,), (3, 3, 1), (1,) * 7, (2, 5)]
 
@@ -115,7 +114,6 @@ def test_training_is_adamw_written_out(way, clips_each):
 
 
 def test_the_oracle_imports_nothing_of_what_it_judges():
-    pytest.importorskip("transformers")
     code = (
         "import sys, torch_ref.bert, torch_ref.mlp, torch_ref.toy, torch_ref.train\n"
         "sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'optax', 'jaxaccum')))"

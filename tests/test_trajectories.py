@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,10 +32,8 @@ from jaxaccum.testing import (
     normwise,
 )
 from jaxaccum.testing.language import CLASSES, LENGTH, block
-
-torch = pytest.importorskip("torch")
-from torch_ref import losses as torch_losses  # noqa: E402
-from torch_ref import models as torch_models  # noqa: E402
+from torch_ref import losses as torch_losses
+from torch_ref import models as torch_models
 
 WIDTH = 4
 SIZE = 5
