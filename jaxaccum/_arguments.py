@@ -78,7 +78,7 @@ def read(
                 slots.append(_slot(name, leaf, axis, number))
                 arrays.append(leaf)
             leaves += 1
-    for keyword, value in kwargs.items():
+    for keyword, value in sorted(kwargs.items()):  # the order of the leaves of a dict
         for name, leaf in leaves_with_names(value, f"keyword argument {keyword}"):
             if is_array(leaf):
                 slots.append(Slot(name, Role.WHOLE))

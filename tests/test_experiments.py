@@ -90,7 +90,7 @@ def test_an_unknown_name_is_refused_with_the_names_that_exist(capsys):
     with pytest.raises(SystemExit) as refused:
         cli.main(["toy", "tyo"])
     assert refused.value.code == 2
-    assert "unknown experiment tyo; choose from bert, memory, toy" in capsys.readouterr().err
+    assert f"unknown experiment tyo; choose from {', '.join(cli.names())}" in capsys.readouterr().err
 
 
 def test_a_check_of_not_a_number_fails():
