@@ -108,8 +108,7 @@ def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | No
     shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
     raise TypeError(
         f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a "
-        "single "
-        "integer, the number of real examples, with None in in_axes."
+        "single integer, the number of real examples, with None in in_axes."
     )
 
 
@@ -122,9 +121,8 @@ def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
         )
     if len(in_axes) != count:
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; "
-            "pass one "
-            "entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY."
+            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass "
+            "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY."
         )
     if sum(axes is CARRY for axes in in_axes) > 1:
         raise ValueError("in_axes declares CARRY twice; one argument holds the state: put both states into one pytree.")
@@ -149,9 +147,8 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int) -> Slot:
         )
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
-            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; "
-            "pass one of them, "
-            "or None for a leaf that every microbatch sees whole."
+            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; pass "
+            "one of them, or None for a leaf that every microbatch sees whole."
         )
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
 

@@ -54,8 +54,8 @@ def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, s
         )
     if num_microbatches is not None and wanted > batch_size:
         raise ValueError(
-            f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a microbatch holds at "
-            f"least one; pass num_microbatches <= {batch_size}, or microbatch_size=1."
+            f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a microbatch holds "
+            f"at least one; pass num_microbatches <= {batch_size}, or microbatch_size=1."
         )
     if split == "strided" and batch_size % wanted:
         name = "num_microbatches" if microbatch_size is None else "microbatch_size"
@@ -67,26 +67,29 @@ def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, s
     return by(batch_size, wanted, split)
 
 
+def argnum(value: Any, count: int, name: str) -> int:
+    """The position, non-negative, of one of `count` positional arguments; negative ones count from the end."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must name arguments by their positions, as ints; got {value!r}.")
+    number = operator.index(value)
+    if not -count <= number < count:
+        raise ValueError(
+            f"{name} names argument {number}, and the function was called with {count} positional arguments."
+        )
+    return number % count
+
+
 def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
     """The positions of the differentiated arguments, non-negative, of arguments that can be differentiated."""
     count = len(in_axes)
     given = value if isinstance(value, tuple | list) else (value,)
     numbers = []
     for number in given:
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
-            raise TypeError(f"argnums must be an int or a tuple of ints; got {value!r}.")
-        number = operator.index(number)
-        if not -count <= number < count:
-            raise ValueError(
-                f"argnums={value!r} names argument {number}, and the function was called with {count} positional "
-                "arguments."
-            )
-        number %= count
+        number = argnum(number, count, f"argnums={value!r}")
         if isinstance(in_axes[number], Sentinel):
             raise ValueError(
                 f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried "
-                "state and "
-                "keys pass no gradient. Differentiate another argument, or declare this one None or an int."
+                "state and keys pass no gradient. Differentiate another argument, or declare this one None or an int."
             )
         numbers.append(number)
     if not numbers:
@@ -105,8 +108,7 @@ def differentiable(leaf: Any, name: str) -> None:
     if not is_inexact(leaf):
         raise TypeError(
             f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or "
-            "complex "
-            "dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
+            "complex dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
         )
 
 
@@ -120,8 +122,7 @@ def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
         return
     raise TypeError(
         f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but {dtype}{list(shape)}; pass "
-        "jax.random.key(seed), "
-        "or declare the argument None or an int."
+        "jax.random.key(seed), or declare the argument None or an int."
     )
 
 
@@ -136,9 +137,8 @@ def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
     for name, other in sizes[1:]:
         if other != first:
             raise ValueError(
-                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf "
-                "with a batch "
-                "axis needs one row an example; give a leaf that is not batched None in in_axes."
+                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf with "
+                "a batch axis needs one row an example; give a leaf that is not batched None in in_axes."
             )
     return first
 
@@ -153,8 +153,7 @@ def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
     if axis_name in mesh.axis_names:
         raise ValueError(
             f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh "
-            "axis, "
-            "or pass another axis_name."
+            "axis, or pass another axis_name."
         )
     for name in names:
         try:
@@ -162,7 +161,6 @@ def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
         except (NameError, TypeError):
             raise ValueError(
                 f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: {tuple(bound)}); call the "
-                "function "
-                "inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
+                "function inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
             ) from None
     return names

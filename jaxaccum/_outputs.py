@@ -105,7 +105,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
     content = x.state if isinstance(x, Carry) else x.x  # pyright: ignore[reportAttributeAccessIssue]
-    for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}"):
+    for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}", is_leaf=is_tag):
         _check_array(leaf_name, leaf)
         if isinstance(x, Concat):
             _check_rows(leaf_name, leaf, reader.size)
@@ -116,8 +116,8 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
 
 
 def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
-    totals = leaves_with_names(mean.total, f"{name}.Mean.total")
-    weights = leaves_with_names(mean.weight, f"{name}.Mean.weight")
+    totals = leaves_with_names(mean.total, f"{name}.Mean.total", is_leaf=is_tag)
+    weights = leaves_with_names(mean.weight, f"{name}.Mean.weight", is_leaf=is_tag)
     for leaf_name, leaf in [*totals, *weights]:
         _check_array(leaf_name, leaf)
     shared = jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight)) and jnp.shape(mean.weight) == ()
@@ -129,9 +129,8 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
     for (total_name, total), (_, weight) in zip(totals, weights * len(totals) if shared else weights, strict=True):
         if jnp.shape(weight) not in ((), jnp.shape(total)):
             raise ValueError(
-                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass "
-                "the weight as "
-                "a scalar or with the shape of the total."
+                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass the "
+                "weight as a scalar or with the shape of the total."
             )
         if jnp.issubdtype(dtype_of(weight), jnp.complexfloating):
             raise TypeError(f"{total_name}: the weight of a Mean is real; got {dtype_of(weight)}.")
@@ -177,8 +176,8 @@ def split_loss(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
         output, aux = output
     elif isinstance(output, tuple | list):
         raise TypeError(
-            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
-            "returns (loss, aux), pass has_aux=True."
+            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun returns "
+            "(loss, aux), pass has_aux=True."
         )
     terms = output if isinstance(output, dict) else {"": output}
     if not terms:
@@ -214,8 +213,7 @@ def _check_term(name: str, term: Any) -> None:
     if jnp.shape(content) != ():
         raise TypeError(
             f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), "
-            "x.size) for a mean over "
-            "all examples, Sum(jnp.sum(x)) for a sum."
+            "x.size) for a mean over all examples, Sum(jnp.sum(x)) for a sum."
         )
     if not jnp.issubdtype(dtype_of(content), jnp.floating):
         raise TypeError(f"{name} has dtype {dtype_of(content)}; a loss is real and floating, or it has no gradient.")
@@ -231,6 +229,8 @@ def _describe(x: Any) -> str:
 
 
 def _check_array(name: str, x: Any) -> None:
+    if isinstance(x, Tag):
+        raise TypeError(f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside another tag.")
     if not is_array(x) and not isinstance(x, bool | int | float | complex):
         raise TypeError(f"{name} is no array but {type(x).__name__}; return arrays and scalars only.")
 
@@ -240,8 +240,7 @@ def _check_untagged(name: str, x: Any) -> None:
     if jnp.shape(x) != () or not jnp.issubdtype(dtype_of(x), jnp.floating):
         raise TypeError(
             f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over "
-            "microbatches "
-            f"(only a floating scalar declares itself: a mean over examples). Wrap it in {_TAGS}."
+            f"microbatches (only a floating scalar declares itself: a mean over examples). Wrap it in {_TAGS}."
         )
 
 
@@ -249,8 +248,7 @@ def _check_rows(name: str, x: Any, size: int) -> None:
     if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
         raise ValueError(
             f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} "
-            "examples "
-            "along axis 0; use Stack for one entry a microbatch, or Sum or Mean for one value."
+            "examples along axis 0; use Stack for one entry a microbatch, or Sum or Mean for one value."
         )
 
 
@@ -278,8 +276,8 @@ def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None
         _check_array(name, x)
         if jnp.shape(x) != jnp.shape(before):
             raise ValueError(
-                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the "
-                "shape that came in."
+                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the shape "
+                "that came in."
             )
         if dtype_of(x) != dtype_of(before):
             raise TypeError(

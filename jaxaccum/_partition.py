@@ -100,8 +100,8 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
     for name, leaf in leaves_with_names(batch, "batch"):
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
-                f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row "
-                "an example."
+                f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row an "
+                "example."
             )
         sizes.append((name, leaf.shape[batch_axis]))
     count = _check.batch_size(sizes)

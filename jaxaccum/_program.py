@@ -117,10 +117,11 @@ def prepare(
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
-    layout, arrays = _arguments.read(
-        args, kwargs, options.in_axes, differentiated=argnums, counted=options.num_examples_argnum
-    )
-    limit = _arguments.counter(layout.slots, arrays, options.num_examples_argnum)
+    counted = options.num_examples_argnum
+    if counted is not None:
+        counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
+    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=counted)
+    limit = _arguments.counter(layout.slots, arrays, counted)
     if mesh_axes and any(slot.role is Role.CARRY for slot in layout.slots):
         raise ValueError(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; "
@@ -214,10 +215,8 @@ class _Call:
             if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
                 raise ValueError(
                     f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
-                    f"{list(y.shape)} for "
-                    f"one of {small.size}, so it has no {part.reduction.value} over microbatches; reduce it over "
-                    "the examples first, or "
-                    "return it as Concat, one row an example."
+                    f"{list(y.shape)} for one of {small.size}, so it has no {part.reduction.value} over microbatches; "
+                    "reduce it over the examples first, or return it as Concat, one row an example."
                 )
 
 

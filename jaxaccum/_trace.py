@@ -122,9 +122,9 @@ def _refuse_collectives(jaxpr: jex.Jaxpr, axis_name: str) -> None:
     for eqn in _mentions(jaxpr, axis_name):
         if eqn.primitive.name != "axis_index":
             raise NotImplementedError(
-                f"{eqn.primitive.name} over {axis_name!r} couples the examples of different microbatches "
-                f"(at {frame_of(eqn)}); coupled losses are not supported yet. Where the collective only "
-                "normalizes, return Mean(total, weight) instead: it has the batch's denominator without one."
+                f"{eqn.primitive.name} over {axis_name!r} couples the examples of different microbatches (at "
+                f"{frame_of(eqn)}); coupled losses are not supported yet. Where the collective only normalizes, "
+                "return Mean(total, weight) instead: it has the batch's denominator without one."
             )
 
 
@@ -164,8 +164,8 @@ class _Indexed:
         rule = _OPEN.get(eqn.primitive.name)
         if rule is None:
             raise NotImplementedError(
-                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at {frame_of(eqn)}); "
-                "compute it outside and pass it in as an argument."
+                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at {frame_of(eqn)}); compute it "
+                "outside and pass it in as an argument."
             )
         return rule(self, eqn.params, index, values)
 

@@ -142,13 +142,13 @@ FAULTS = [
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
     Fault(
-        "weights are summed over devices twice", "_direct.py",
-        "if part.reduction is Reduction.SUM and i not in known]", "if part.reduction is Reduction.SUM]",
+        "a denominator of one device's examples", "_direct.py",
+        "totals = _over_mesh(restricted, _loop.run(restricted, arrays))", "totals = _loop.run(restricted, arrays)",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
     Fault(
         "a maximum starts at the top", "_reduce.py",
-        "jnp.full(aval.shape, _lowest(aval.dtype), aval.dtype)", "jnp.full(aval.shape, _highest(aval.dtype), aval.dtype)",
+        "jnp.full(aval.shape, _lowest(aval.dtype)", "jnp.full(aval.shape, _highest(aval.dtype)",
         "test_value_and_grad.py::test_aux_is_combined_by_its_tags",
     ),
     Fault(
@@ -171,7 +171,7 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later versions add 
             "_trace.py",
             "closed = closed.replace(jaxpr=_with_strides(closed.jaxpr))",
             "del axis[2:]",
-            "test_composition.py::test_slices",
+            "test_composition.py::test_slices_of_parameters_add_in_place",
         )
     )
 

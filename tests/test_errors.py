@@ -88,6 +88,7 @@ OUTPUTS = [
     (call(aux(lambda w, x: ja.Sum("x")), has_aux=True), ["output[1].Sum", "str"]),
     (call(aux(lambda w, x: ja.Mean({"a": 1.0, "b": 2.0}, {"a": 1.0})), has_aux=True), ["Mean", "structure"]),
     (call(aux(lambda w, x: ja.Mean(jnp.ones(3), jnp.ones(2))), has_aux=True), ["[3]", "[2]"]),
+    (call(aux(lambda w, x: ja.Sum(ja.Mean(1.0, 2.0))), has_aux=True), ["output[1].Sum", "Mean", "inside another tag"]),
     (call(aux(lambda w, x: ja.Mean(1.0, 1j)), has_aux=True), ["weight", "complex"]),
     (call(aux(lambda w, x: ja.Concat(w)), has_aux=True, num_microbatches=3), ["output[1].Concat", "[3]", "2 examples"]),
     (call(aux(lambda w, x: ja.Sum(x @ w)), has_aux=True, num_microbatches=4), ["output[1].Sum", "[2]", "[1]"]),
@@ -131,7 +132,7 @@ PADDING = [
         call(lambda w, x, n: mean(w, x), W, X, 3, in_axes=(None, 0, None), num_examples_argnum=1),
         ["num_examples_argnum=1", "[6, 3]"],
     ),
-    (call(num_examples_argnum=7), ["num_examples_argnum=7", "nothing"]),
+    (call(num_examples_argnum=7), ["num_examples_argnum=7", "2 positional"]),
 ]
 ROWS = [*SIZES, *AXES, *LOSSES, *OUTPUTS, *STATES, *KEYS, *ARGNUMS, *PADDING]
 
