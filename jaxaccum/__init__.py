@@ -5,6 +5,8 @@ from jaxaccum._microbatch import full_batch as full_batch
 from jaxaccum._microbatch import microbatch as microbatch
 from jaxaccum._partition import pad_batch as pad_batch
 from jaxaccum._partition import partition as partition
+from jaxaccum._plan import Plan as Plan
+from jaxaccum._plan import plan as plan
 from jaxaccum._tags import Carry as Carry
 from jaxaccum._tags import Concat as Concat
 from jaxaccum._tags import Last as Last

@@ -11,13 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source"],
-    ["_tree", "_mesh", "_batch"],
+    ["_tree", "_mesh", "_batch", "_flops"],
     ["_check", "_tags", "_reduce", "_trace"],
     ["_accumulators", "_arguments", "_outputs"],
     ["_program"],
     ["_loop", "_partition"],
     ["_direct"],
     ["_microbatch", "_value_and_grad"],
+    ["_lowering"],
+    ["_plan"],
     ["accumulators"],
     ["testing"],
 ]

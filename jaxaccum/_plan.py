@@ -1,0 +1,236 @@
+"""`plan`: how large may a microbatch be? Programs compiled for the real devices, never run, against a memory limit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxaccum import _arguments, _check, _lowering
+from jaxaccum._accumulators import Sums
+from jaxaccum._types import Axes, Fun, Split
+from jaxaccum._value_and_grad import value_and_grad
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One candidate: its sizes, and what one device needs for it; bytes are compiled, or predicted where not."""
+
+    microbatch_size: int
+    num_microbatches: int
+    temp_bytes: int
+    """Beside arguments and results: activations and sums."""
+    total_bytes: int
+    """Arguments, results and temporary memory, each byte once where a result reuses an argument."""
+    flops: float
+    """Of the whole gradient on one device, every iteration of every loop counted."""
+    compiled: bool
+    """Whether the bytes are those of the compiled program, or predicted from two others."""
+    predicted_temp_bytes: int | None
+    """What the line through the programs compiled before said, kept beside the compiled figure; None for the first."""
+    fits: bool
+    """Whether `total_bytes` are within the limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The candidates, smallest microbatch first, and the limit; `best` is the largest that fits, always compiled."""
+
+    rows: tuple[Row, ...]
+    memory_bytes: int
+
+    @property
+    def best(self) -> Row:
+        """The largest microbatch within the limit."""
+        return next(row for row in reversed(self.rows) if row.fits and row.compiled)
+
+    def __str__(self) -> str:
+        head = ("", "microbatch_size", "num_microbatches", "temporary", "total", "flops", "")
+        body = [
+            (
+                "best" if row is self.best else "" if row.fits else "over",
+                str(row.microbatch_size),
+                str(row.num_microbatches),
+                _bytes(row.temp_bytes),
+                _bytes(row.total_bytes),
+                f"{row.flops:.3g}",
+                "compiled" if row.compiled else "predicted",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
+        return "\n".join([*(line.rstrip() for line in lines), f"limit {_bytes(self.memory_bytes)} a device"])
+
+
+def plan(
+    fun: Fun,
+    *args: Any,
+    in_axes: Sequence[Axes] = (None, 0),
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    memory_bytes: int | None = None,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | None = None,
+) -> Plan:
+    """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
+
+    Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are compiled, the others
+    predicted, and the choice is compiled to confirm it; where it does not fit, the line is drawn anew. It equals::
+
+        for m in sizes:
+            step = jax.jit(value_and_grad(fun, microbatch_size=m, …))
+            rows.append(step.lower(*args).compile().memory_analysis())
+        best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
+
+    Args:
+        fun: the loss of one microbatch, as for `value_and_grad`.
+        *args: its arguments on the whole batch, arrays or ``jax.ShapeDtypeStruct``, with the shardings of the real run:
+            the programs are compiled for the mesh that these name.
+        in_axes: one entry an argument, as for `value_and_grad`.
+        argnums: the arguments to differentiate.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        memory_bytes: the limit of one device for arguments, results and temporary memory; None is the device's own,
+            and must be given where it has none, as on CPU. Subtract what else lives there, such as optimizer state.
+        num_microbatches: restricts the candidates to this one.
+        microbatch_size: restricts the candidates to this one.
+        split: as for `value_and_grad`; strided candidates divide the batch, and hold whole rows of every shard.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these axes; the sizes are
+            then those of one device's shard.
+        memory: the budget of coupled programs.
+        accumulator: how gradients add up.
+
+    Returns:
+        A `Plan`: `rows`, `best`, and a table as ``str``.
+
+    Raises:
+        ValueError: if no limit is known, or not even the smallest microbatch fits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
+        >>> shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+        >>> plan = jaxaccum.plan(loss, *shapes, memory_bytes=1_800_000)
+        >>> plan.best.fits, plan.best.microbatch_size < 4096
+        (True, True)
+    """
+    numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
+    call = _lowering.read(args, in_axes, traced={*numbers, num_examples_argnum}, mesh_axes=mesh_axes)
+    limit = _limit(memory_bytes, call)
+    options: dict[str, Any] = {
+        "in_axes": in_axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
+        "mesh_axes": mesh_axes, "memory": memory, "accumulator": accumulator,
+    }  # fmt: skip
+
+    def measure(size: int) -> _lowering.Cost:
+        step = value_and_grad(fun, argnums, has_aux, microbatch_size=size, **options)
+        return call.compiled(step, numbers)
+
+    if num_microbatches is not None or microbatch_size is not None:
+        found = _check.partition(
+            call.batch_size, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split
+        )
+        sizes = [found.groups[0].size]
+    else:
+        sizes = candidates(call.batch_size, shards=call.shards, equal=split == "strided" or call.explicit)
+    return _Search(measure, sizes, batch_size=call.batch_size, limit=limit).run()
+
+
+def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
+    """The sizes worth a look: the divisors of the batch, and powers of two where microbatches may be unequal."""
+    sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
+    if not equal:
+        sizes |= {2**i for i in range(batch_size.bit_length()) if 2**i < batch_size}
+    return sorted(size for size in sizes if size % shards == 0)
+
+
+def _limit(memory_bytes: Any, call: _lowering.Call) -> int:
+    if memory_bytes is not None:
+        return _check.size(memory_bytes, "memory_bytes")
+    limit = call.device_limit()
+    if limit is None:
+        raise ValueError(
+            f"memory_bytes is None, and the device ({call.device_kind}) reports no limit of its own; pass "
+            "memory_bytes, the bytes of one device that the gradient may use."
+        )
+    return limit
+
+
+class _Search:
+    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed."""
+
+    def __init__(self, measure: Callable[[int], _lowering.Cost], sizes: list[int], *, batch_size: int, limit: int):
+        self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
+        self.known: dict[int, _lowering.Cost] = {}
+        self.guesses: dict[int, int] = {}
+
+    def run(self) -> Plan:
+        for size in self._anchors():
+            self._compile(size)
+        while True:
+            fitting = [size for size in self.sizes if self._total(size) <= self.limit]
+            choice = max(fitting, default=self.sizes[0])
+            if choice in self.known:
+                break
+            self._compile(choice)
+        if self._total(choice) > self.limit:
+            raise ValueError(
+                f"memory_bytes={self.limit}, and the smallest microbatch, of {choice} examples, needs "
+                f"{self._total(choice)} bytes on a device; raise the limit, shard the parameters, or divide the batch "
+                "over more devices."
+            )
+        return Plan(tuple(map(self._row, self.sizes)), self.limit)
+
+    def _anchors(self) -> list[int]:
+        """About an eighth and a half of the batch: a single microbatch is no loop, and the smallest are padded."""
+        loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
+        small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
+        return sorted({small, loops[-1]})
+
+    def _compile(self, size: int) -> None:
+        if len(self.known) > 1:
+            self.guesses[size] = round(self._between(size, "temp_bytes"))
+        self.known[size] = self.measure(size)
+
+    def _total(self, size: int) -> int:
+        return self.known[size].total_bytes if size in self.known else round(self._between(size, "total_bytes"))
+
+    def _between(self, size: int, name: str) -> float:
+        """The line through the nearest compiled sizes, on both sides where there are any."""
+        near = sorted(self.known, key=lambda other: abs(other - size))
+        below, above = [x for x in near if x < size], [x for x in near if x > size]
+        pair = [below[0], above[0]] if below and above else near[:2]
+        values = [float(getattr(self.known[x], name)) for x in pair]
+        if len(pair) == 1:
+            return values[0]
+        slope = (values[1] - values[0]) / (pair[1] - pair[0])
+        return max(values[0] + slope * (size - pair[0]), 0.0)
+
+    def _row(self, size: int) -> Row:
+        known = self.known.get(size)
+        total = self._total(size)
+        return Row(
+            microbatch_size=size,
+            num_microbatches=-(-self.batch_size // size),
+            temp_bytes=known.temp_bytes if known else round(self._between(size, "temp_bytes")),
+            total_bytes=total,
+            flops=known.flops if known else self._between(size, "flops"),
+            compiled=known is not None,
+            predicted_temp_bytes=self.guesses.get(size),
+            fits=total <= self.limit,
+        )
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.4g} {units[0]}"
