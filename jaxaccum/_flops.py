@@ -10,6 +10,8 @@ from typing import Any
 
 import jax.extend.core as jex
 
+from jaxaccum._jaxprs import opened
+
 _FREE = {  # what moves, names or makes data, and computes nothing
     "broadcast_in_dim", "reshape", "transpose", "slice", "squeeze", "concatenate", "pad", "rev", "copy", "copy_p",
     "convert_element_type", "bitcast_convert_type", "dynamic_slice", "dynamic_update_slice", "gather", "iota",
@@ -36,7 +38,7 @@ def _equation(eqn: jex.JaxprEqn, devices: int) -> float:
         return max(flops(branch.jaxpr, devices) for branch in params["branches"])
     if name == "shard_map":
         manual = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-        return flops(_open(params["jaxpr"]), max(devices // manual, 1))
+        return flops(opened(params["jaxpr"])[0], max(devices // manual, 1))
     inner = list(jex.jaxprs_in_params(params))
     if inner and not name.startswith(("reduce", "scatter", "cum")):
         # A custom rule carries its derivative's jaxpr as a parameter; the first is the one that runs.
@@ -65,7 +67,3 @@ def _shape(v: Any) -> tuple[int, ...]:
 
 def _size(v: Any) -> int:
     return math.prod(_shape(v))
-
-
-def _open(jaxpr: Any) -> jex.Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr

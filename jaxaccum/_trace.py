@@ -16,6 +16,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
 
+from jaxaccum._jaxprs import ClosedJaxpr, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._types import Array
 
@@ -90,12 +91,12 @@ def _eqn_with_strides(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
 
 
 def _param_with_strides(value: Any) -> Any:
-    if isinstance(value, jex.ClosedJaxpr):
+    if isinstance(value, ClosedJaxpr):
         jaxpr = _with_strides(value.jaxpr)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, jex.Jaxpr):
         return _with_strides(value)
-    if isinstance(value, tuple) and any(isinstance(x, jex.ClosedJaxpr) for x in value):
+    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
         new = tuple(_param_with_strides(x) for x in value)
         return value if all(x is y for x, y in zip(new, value, strict=True)) else new
     return value
@@ -181,9 +182,9 @@ class _Indexed:
 
     def closed(self, closed: Any, index: Array) -> Callable[..., list[Any]]:
         """A closed jaxpr as a function of its arguments, the index closed over."""
-        jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, jex.ClosedJaxpr) else (closed, [])
-        opened = _with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
-        return lambda *args: self.evaluate(opened, index, [*consts, *args])
+        jaxpr, consts = opened(closed)
+        jaxpr = _with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
+        return lambda *args: self.evaluate(jaxpr, index, [*consts, *args])
 
 
 def _open_jit(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
@@ -196,7 +197,7 @@ def _open_checkpoint(self: _Indexed, params: dict[str, Any], index: Array, value
 
 
 def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    fun, n, k = self.closed(params["jaxpr"], index), params["num_consts"], params["num_carry"]
+    fun, (n, k) = self.closed(params["jaxpr"], index), scan_arity(params)
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         outs = fun(*values[:n], *carry, *xs)

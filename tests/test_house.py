@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
-    ["_types", "_source"],
+    ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
     ["_check", "_tags", "_reduce", "_trace"],
     ["_accumulators", "_arguments", "_outputs"],

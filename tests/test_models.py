@@ -148,3 +148,10 @@ def test_loss_terms_are_by_name():
     terms = loss_terms(loss, jnp.zeros((5, 3, CLASSES)), a_batch())
     assert list(terms) == ["squared_error", "z"]
     assert float(terms["z"][1]) == 5
+
+
+@pytest.mark.parametrize("build", [linen_model, lambda layers: nnx_model(layers, WIDTH)], ids=["linen", "nnx"])
+def test_an_unknown_layer_is_refused(build):
+    model = build_model((HEAD,), WIDTH, seed=0)
+    with pytest.raises(ValueError, match="no layer of kind 'lattice'"):
+        build((Layer("lattice", "head", size=CLASSES),))(model.weights, model.state, a_batch())
