@@ -1,5 +1,8 @@
 """Gradient accumulation for JAX that is exact: the microbatched gradient equals the full-batch gradient."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxaccum import accumulators as accumulators
 from jaxaccum._microbatch import full_batch as full_batch
 from jaxaccum._microbatch import microbatch as microbatch
@@ -21,4 +24,22 @@ from jaxaccum._types import KEY as KEY
 from jaxaccum._value_and_grad import grad as grad
 from jaxaccum._value_and_grad import value_and_grad as value_and_grad
 
+if TYPE_CHECKING:
+    from jaxaccum._multisteps import MultiSteps as MultiSteps
+    from jaxaccum._multisteps import MultiStepsState as MultiStepsState
+
 __version__ = "0.1.0"
+
+_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps"}
+"""Names whose module needs optax or flax, and is imported when they are first used; None: the name is a module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LAZY[name] or name}")
+    return getattr(module, name) if _LAZY[name] else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

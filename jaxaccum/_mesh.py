@@ -11,9 +11,10 @@ from jax import lax
 from jaxaccum._types import Array, PyTree
 
 
-def varying_axes(x: Array) -> frozenset[str]:
+def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The manual mesh axes over which `x` differs between devices; empty outside `shard_map`."""
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
 
 

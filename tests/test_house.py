@@ -19,7 +19,7 @@ LAYERS = [
     ["_direct"],
     ["_microbatch", "_value_and_grad"],
     ["_lowering"],
-    ["_plan"],
+    ["_plan", "_multisteps"],
     ["accumulators"],
     ["testing"],
 ]

@@ -1,0 +1,314 @@
+"""`MultiSteps`: accumulation in a host loop, one microbatch a call, around any optax optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jaxaccum import _check, _mesh
+from jaxaccum._tree import cast, dtype_of, is_inexact, leaves_with_names, promote
+from jaxaccum._types import Array, PyTree
+
+
+class MultiStepsState(NamedTuple):
+    """The state of `MultiSteps`: that of ``optax.MultiSteps``, then our two fields.
+
+    A state of optax, of a running job or an old checkpoint, is taken as it is, and a window that is open goes on.
+    """
+
+    mini_step: ArrayLike
+    """int32: the microbatches of the open window."""
+    gradient_step: ArrayLike
+    """int32: the optimizer steps so far."""
+    inner_opt_state: Any
+    acc_grads: PyTree
+    """The mean of the open window so far, ``Σ w g / Σ w``; with ``use_grad_mean=False`` the sum ``Σ w g``."""
+    skip_state: PyTree = ()
+    total_weight: Any = None
+    """``Σ w`` of the open window; a microbatch without a weight counts 1."""
+    updated: Any = None
+    """bool: whether the last call ran the optimizer."""
+
+
+class MultiSteps(optax.MultiSteps):
+    """Accumulates a window of k microbatches and then runs `opt`, once, on their mean gradient.
+
+    Of the microbatches i of a window, with weights wᵢ (1 where none is given), `opt` sees ``Σ wᵢ gᵢ / Σ wᵢ``. It
+    equals::
+
+        def window(grads, weights, opt_state, params):
+            mean = sum(w * g for w, g in zip(weights, grads)) / sum(weights)
+            updates, opt_state = opt.update(mean, opt_state, params)
+            return updates, opt_state  # the k - 1 calls before returned zeros
+
+    A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs at the end of a
+    window and at no other time, also under ``jit``, ``scan`` and ``shard_map``; nothing is masked by multiplication,
+    so a window with NaN ends with itself; the gradient that `opt` sees is not cast back to low precision; extra
+    arguments pass through ``optax.chain``.
+
+    Args:
+        opt: the optimizer.
+        every_k_schedule: k, or a function of the number of optimizer steps so far that returns it as an integer.
+        use_grad_mean: whether `opt` sees the mean; False is the sum ``Σ wᵢ gᵢ``.
+        should_skip_update_fn: as for ``optax.MultiSteps``: ``(updates, gradient_step, params) -> (skip, skip_state)``.
+            A microbatch that it skips is as if it had not been there.
+        accumulator_dtype: of the sums; it widens and never narrows, so float64 and complex gradients stay what they
+            are. None is the parameter's own.
+
+    Guarantees:
+        Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have the dtype that `opt` itself
+        returns for these gradients and parameters; the states of `opt` keep theirs, so that it can be scanned.
+
+    Raises:
+        ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where the value is
+            concrete; traced values are checked under ``checkify``.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxaccum
+        >>> opt = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
+        >>> params = jnp.float32(0.0)
+        >>> state = opt.init(params)
+        >>> for grad, tokens in [(1.0, 6), (5.0, 2)]:
+        ...     updates, state = opt.update(jnp.float32(grad), state, params, weight=tokens)
+        >>> updates, state = opt.flush(state, params)  # the data ended after 2 of 3: (6 · 1 + 2 · 5) / 8
+        >>> float(updates), bool(opt.has_updated(state))
+        (-2.0, True)
+    """
+
+    def __init__(
+        self,
+        opt: optax.GradientTransformation,
+        every_k_schedule: int | Callable[[Any], Any],
+        use_grad_mean: bool = True,
+        should_skip_update_fn: Any = None,
+        accumulator_dtype: Any = jnp.float32,
+    ):
+        if not hasattr(opt, "init") or not hasattr(opt, "update"):
+            raise TypeError(f"opt must be an optax.GradientTransformation; got {opt!r}.")
+        if not callable(every_k_schedule):
+            every_k_schedule = _check.size(every_k_schedule, "every_k_schedule")
+        if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
+            raise TypeError(f"accumulator_dtype must be a floating dtype; got {accumulator_dtype!r}.")
+        super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, accumulator_dtype)
+
+    def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The state before the first microbatch."""
+        state = super().init(params)
+        acc_grads = jax.tree.map(self._zeros, params)
+        zero = jnp.zeros((), _weight_dtype(acc_grads))
+        return MultiStepsState(*state._replace(acc_grads=acc_grads), total_weight=zero, updated=jnp.array(False))
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, updates: PyTree, state: Any, params: PyTree = None, *, weight: ArrayLike | None = None, **extra_args: Any
+    ) -> tuple[PyTree, MultiStepsState]:
+        """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the window's mean, else zeros.
+
+        Args:
+            updates: the *mean* gradient of the microbatch, a pytree like the parameters.
+            state: of `init` or of the call before; a state of ``optax.MultiSteps`` is taken too.
+            params: the parameters, if `opt` reads them.
+            weight: the weight of the microbatch, a non-negative scalar: its number of examples or tokens. A
+                microbatch of weight 0 counts towards k and leaves the mean as it is, whatever its gradient.
+            **extra_args: passed to `opt`.
+
+        Returns:
+            ``(updates, state)``; updates are zeros until the window ends.
+        """
+        state = _extended(state)
+        _check_tree(updates, state.acc_grads)
+        k = _checked_k(self._every_k_schedule(state.gradient_step))
+        skip, skip_state = self._should_skip_update_fn(updates, state.gradient_step, params)
+        _check_skip(skip)
+        window = _Window.of(state)
+        window = _select(skip, window, self._added(window, updates, _checked_weight(weight, window.total_weight)))
+        emit = jnp.logical_and(jnp.logical_not(skip), window.mini_step >= k)
+        state = state._replace(skip_state=skip_state, updated=jnp.zeros_like(state.updated), **window._asdict())
+        return self._step(emit, state, params, like=updates, extra_args=extra_args)
+
+    def flush(self, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MultiStepsState]:
+        """Apply the open window as it is, with its true weight: 3 microbatches of 4 count as 3.
+
+        Args:
+            state: as for `update`.
+            params: the parameters; updates have the dtype that `opt` returns for gradients like them.
+            **extra_args: passed to `opt`.
+
+        Returns:
+            ``(updates, state)``, as at the end of a full window. Where no window is open, updates are zeros and the
+            state is as it was.
+        """
+        state = _extended(state)
+        like = state.acc_grads
+        if params is not None:
+            _check_tree(params, like, "params")
+            like = jax.tree.map(lambda acc, p: cast(acc, dtype_of(p)), like, params)
+        return self._step(jnp.greater(state.mini_step, 0), state, params, like=like, extra_args=extra_args)
+
+    def has_updated(self, state: Any) -> Array:
+        """Whether the call that returned `state` ran the optimizer; False after a microbatch that was skipped."""
+        return jnp.asarray(_extended(state).updated)
+
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The pair ``(init, update)`` for ``optax.chain``, which passes extra arguments, `weight` among them."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+    def _zeros(self, parameter: Any) -> Array:
+        dtype = dtype_of(parameter)
+        wide = dtype if self._accumulator_dtype is None else promote(dtype, jnp.dtype(self._accumulator_dtype))
+        return jnp.zeros(jnp.shape(parameter), wide)
+
+    def _added(self, window: _Window, grads: PyTree, weight: Array) -> _Window:
+        """The window with one more microbatch: Welford's running mean, or the sum."""
+        total = window.total_weight + weight
+
+        def added(acc: Array, grad: Any) -> Array:
+            grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
+            if self._use_grad_mean:
+                new = acc + (grad - acc) * w / cast(jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype)
+            else:
+                new = acc + grad * w
+            return jnp.where(w == 0, acc, new)  # a choice: 0 · NaN is NaN
+
+        return _Window(jnp.add(window.mini_step, 1), jax.tree.map(added, window.acc_grads, grads), total)
+
+    def _step(
+        self, emit: Array, state: MultiStepsState, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
+    ) -> tuple[PyTree, MultiStepsState]:
+        """The optimizer's step and an empty window where `emit`, else zeros and the state as it is."""
+        old = state.inner_opt_state
+
+        def bare(grads: PyTree) -> tuple[PyTree, Any]:
+            # The mean is wider than gradients and states of low precision, and optax mixes dtypes on its own.
+            with jax.numpy_dtype_promotion("standard"):
+                return self._opt.update(grads, old, params, **extra_args)
+
+        shapes, _ = jax.eval_shape(lambda: bare(like))
+
+        def run() -> tuple[PyTree, Any]:
+            updates, new = bare(state.acc_grads)
+            return jax.tree.map(_as, updates, shapes), jax.tree.map(_as, new, old)
+
+        def wait() -> tuple[PyTree, Any]:
+            return jax.tree.map(lambda shape: _as(jnp.zeros(shape.shape, shape.dtype), shape), shapes), old
+
+        updates, inner = _cond(emit, run, wait)
+        window = _Window.of(state)
+        window = _select(emit, jax.tree.map(jnp.zeros_like, window), window)
+        step = jnp.where(emit, optax.safe_increment(state.gradient_step), state.gradient_step)
+        return updates, state._replace(
+            inner_opt_state=inner, gradient_step=step, updated=jnp.logical_or(state.updated, emit), **window._asdict()
+        )
+
+
+class _Window(NamedTuple):
+    """The fields of the state that one window fills and the next finds empty."""
+
+    mini_step: Any
+    acc_grads: PyTree
+    total_weight: Any
+
+    @classmethod
+    def of(cls, state: MultiStepsState) -> _Window:
+        return cls(state.mini_step, state.acc_grads, state.total_weight)
+
+
+def _extended(state: Any) -> MultiStepsState:
+    """The state with our fields, also where it is one of optax: its microbatches have counted 1 each."""
+    if getattr(state, "total_weight", None) is not None:
+        return state
+    weight = cast(state.mini_step, _weight_dtype(state.acc_grads))
+    updated = jnp.logical_and(jnp.equal(state.mini_step, 0), jnp.greater(state.gradient_step, 0))
+    return MultiStepsState(*state[:5], total_weight=weight, updated=updated)
+
+
+def _weight_dtype(acc_grads: PyTree) -> Any:
+    """float32, or float64 where any gradient is summed in it."""
+    return promote(jnp.float32, *(jnp.finfo(acc.dtype).dtype for acc in jax.tree.leaves(acc_grads)))
+
+
+def _select(which: Any, yes: _Window, no: _Window) -> _Window:
+    return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
+
+
+def _cond(which: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """``lax.cond``, decided here where `which` is known: a host loop that is not jitted compiles no branches."""
+    if isinstance(which, jax.core.Tracer):
+        return lax.cond(which, yes, no)
+    return yes() if which else no()
+
+
+def _as(x: Any, like: Any) -> Array:
+    """`x` with the dtype of `like`, varying over the mesh axes that `like` varies over."""
+    return _mesh.vary(cast(x, dtype_of(like)), _mesh.varying_axes(like))
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates") -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
+        raise ValueError(
+            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
+            f"{jax.tree.structure(acc_grads)}; pass gradients of the parameters that init saw, or init again."
+        )
+    for (leaf, x), acc in zip(leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True):
+        if jnp.shape(x) != jnp.shape(acc):
+            raise ValueError(
+                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
+                f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
+            )
+        if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
+            raise TypeError(
+                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
+                "gradient of the parameter's kind."
+            )
+
+
+def _check_skip(skip: Any) -> None:
+    if jnp.shape(skip) != () or dtype_of(skip) != jnp.bool_:
+        raise ValueError(
+            "should_skip_update_fn must return a boolean scalar and a pytree; the first is "
+            f"{dtype_of(skip)}{list(jnp.shape(skip))}."
+        )
+
+
+def _checked_k(k: Any) -> Any:
+    if jnp.shape(k) != () or not jnp.issubdtype(dtype_of(k), jnp.integer):
+        raise TypeError(
+            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
+            "number of microbatches of the window: cast it, as in .astype(int)."
+        )
+    if not isinstance(k, jax.core.Tracer) and k < 1:
+        raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
+    checkify.debug_check(
+        jnp.greater_equal(k, 1), "every_k_schedule returned {k}; it must be at least 1", k=jnp.asarray(k)
+    )
+    return k
+
+
+def _checked_weight(weight: Any, total: Any) -> Array:
+    """The weight of a microbatch in the dtype of the `total`; 1 where none is given."""
+    if weight is None:
+        return jnp.ones_like(total)
+    dtype = dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"weight must be a real number; got {weight!r}.")
+    if jnp.shape(weight) != ():
+        raise ValueError(
+            f"weight has shape {list(jnp.shape(weight))}; pass one scalar a microbatch: its number of examples or "
+            "tokens, as jnp.sum(mask)."
+        )
+    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < np.inf:
+        raise ValueError(f"weight must be finite and not negative; got {float(weight)}.")
+    w = cast(weight, dtype_of(total))
+    checkify.debug_check((w >= 0) & jnp.isfinite(w), "weight must be finite and not negative; got {w}", w=w)
+    return w
