@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _loop, _mesh, _reduce
+from jaxaccum import _coupled, _loop, _mesh, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._outputs import Term
@@ -44,7 +44,7 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
         for weight in _moving_weights(program, term, wrt):
             parts.append(weight)
             seeds.append(_weight_seed(known[term.total], known[weight]))
-    result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
+    result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
     return _over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
 
 
@@ -57,8 +57,8 @@ def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     restricted, kept = program.only(sorted(wanted))
     if any(trace.effects for trace in restricted.traces):
         return None
-    if any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
-        totals = _over_mesh(restricted, _loop.run(restricted, arrays))
+    if restricted.coupled or any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
+        totals = _over_mesh(restricted, _coupled.run(restricted, arrays))
     else:
         totals = _static(restricted)
     return dict(zip(kept, totals, strict=True))
@@ -84,7 +84,7 @@ def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
         sets.append((term.total,))
         sets += [(weight,) for weight in _moving_weights(program, term, wrt)]
     ones = [[jnp.ones_like(_zero(program, part)) for part in parts] for parts in sets]
-    result = _loop.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(sets), sums), ones)
+    result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(sets), sums), ones)
     parts = _over_mesh(program, result.parts)
     scales = []
     for term in program.terms:

@@ -4,13 +4,14 @@
 cotangents and adds what arrives. It does so in place, into references, because a gradient tree that is added outside
 costs a second copy of the parameters. JAX differentiates through references silently wrongly when the loop stands
 inside another scan, and cannot batch a reference that an inner scan runs over. So the in-place loop is sealed by
-``run_state``, which lets no reference out, and is the primal of a ``custom_jvp`` and of a ``custom_vmap`` and nothing
+`in_references`, which lets no reference out, and is the primal of a ``custom_jvp`` and of a ``custom_vmap`` and nothing
 else: derivatives and batches are those of the same loop with plain sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Result(NamedTuple):
 
 def run(program: Program, arrays: Sequence[Array]) -> list[Array]:
     """The combined parts of the whole batch, at one microbatch's memory."""
-    return _scan(program, arrays, _forward(program, arrays)).parts
+    return scan(program, arrays, _forward(program, arrays)).parts
 
 
 def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
@@ -56,15 +57,18 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
 
     A cotangent of a summed part is the same for every microbatch; that of rows or of a stack is cut as the rows are.
     """
+    summed = functools.partial(_summed, program, gradient)
     if not gradient.sums.in_place:
-        return _summed(program, gradient, list(arrays), seeds)
+        return summed(list(arrays), seeds)
+    return sealed(functools.partial(_in_place, program, gradient), summed)(list(arrays), seeds)
 
-    def summed(arrays: list[Array], seeds: Seeds) -> Result:
-        return _summed(program, gradient, arrays, seeds)
+
+def sealed(loop: Callable[..., Result], summed: Callable[..., Result]) -> Callable[..., Result]:
+    """The loop that adds into references, whose derivatives and batches are those of the same loop with plain sums."""
 
     @jax.custom_batching.custom_vmap
     def in_place(arrays: list[Array], seeds: Seeds) -> Result:
-        return _in_place(program, gradient, arrays, seeds)
+        return loop(arrays, seeds)
 
     @in_place.def_vmap
     def batched(size: int, mapped: Any, arrays: list[Array], seeds: Seeds) -> tuple[Result, Any]:
@@ -74,7 +78,23 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
 
     accumulate = jax.custom_jvp(lambda arrays, seeds: in_place(arrays, seeds))
     accumulate.defjvp(lambda primals, tangents: jax.jvp(summed, primals, tangents))
-    return accumulate(list(arrays), seeds)
+    return accumulate
+
+
+def in_references(sums: Any, values: Any, fill: Callable[[Any], Any], axes: frozenset[str]) -> tuple[Any, Any]:
+    """What `fill` adds to references that start at `sums`, and what it returns, of the shapes `values`.
+
+    No reference leaves: JAX would take its creation for a constant and differentiate wrongly.
+    """
+
+    def body(refs: Any) -> None:
+        sums, outs = refs
+        for ref, x in zip(outs, jax.tree.leaves(fill(sums)), strict=True):
+            ref[...] = x
+
+    empty = [_mesh.vary(jnp.zeros(x.shape, x.dtype), axes) for x in jax.tree.leaves(values)]
+    sums, filled = run_state(body)((sums, empty))
+    return sums, jax.tree.unflatten(jax.tree.structure(values), filled)
 
 
 # -- the scan ---------------------------------------------------------------------------------------------------------
@@ -83,14 +103,14 @@ Visit = Callable[..., tuple[list[Array], Any, Any]]
 """``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once a microbatch."""
 
 
-class _Scanned(NamedTuple):
+class Scanned(NamedTuple):
     parts: list[Array]
     sums: Any
     written: list[Any]
     """What each microbatch wrote, stacked, one entry a group."""
 
 
-def _scan(
+def scan(
     program: Program,
     arrays: Sequence[Array],
     visit: Visit,
@@ -98,7 +118,7 @@ def _scan(
     sums: Any = (),
     idle: Callable[[int], Any] = lambda g: (),
     extra: Any = None,
-) -> _Scanned:
+) -> Scanned:
     """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
     partition, written, stacked = program.partition, [], []
     state = _Carried.first(program, arrays)
@@ -126,7 +146,7 @@ def _scan(
         (state, sums), (entries, out) = lax.scan(step, init, (indices, rows, extra[g] if extra else None))
         written.append(out)
         stacked.append(entries)
-    return _Scanned(state.parts(program, stacked), sums, written)
+    return Scanned(state.parts(program, stacked), sums, written)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -223,7 +243,7 @@ def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Se
         return parts, added, written
 
     zeros = [[gradient.sums.zeros(x) for x in step.parameters] for _ in gradient.sets]
-    scanned = _scan(program, arrays, visit, sums=zeros, idle=step.idle, extra=step.extra())
+    scanned = scan(program, arrays, visit, sums=zeros, idle=step.idle, extra=step.extra())
     return step.result(scanned.parts, scanned.sums, step.merged(scanned))
 
 
@@ -233,9 +253,7 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
     zeros = [gradient.sums.zeros(x) for x in step.parameters]
     inputs = [zero if zero.dtype != x.dtype else x for zero, x in zip(zeros, step.parameters, strict=True)]
 
-    def loop(refs: Any) -> None:
-        sums, outs = refs
-
+    def fill(sums: Any) -> Any:
         def visit(g: int, _: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
             parts, vjp, starts = step.at(g, inputs, rows=rows, carry=carry, index=index)
             written = []
@@ -245,13 +263,10 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
                 written.append(own)
             return parts, (), written
 
-        scanned = _scan(program, arrays, visit, idle=step.idle, extra=step.extra())
-        for ref, x in zip(outs, jax.tree.leaves((scanned.parts, step.merged(scanned))), strict=True):
-            ref[...] = x
+        scanned = scan(program, arrays, visit, idle=step.idle, extra=step.extra())
+        return scanned.parts, step.merged(scanned)
 
-    outs = jax.tree.map(lambda x: _mesh.vary(jnp.zeros(x.shape, x.dtype), program.axes), step.shapes())
-    sums, values = run_state(loop)(([zeros for _ in gradient.sets], jax.tree.leaves(outs)))
-    parts, merged = jax.tree.unflatten(jax.tree.structure(outs), values)
+    sums, (parts, merged) = in_references([zeros for _ in gradient.sets], step.shapes(), fill, program.axes)
     return step.result(parts, sums, merged)
 
 
@@ -337,7 +352,7 @@ class _Derivative:
         rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g] for i in self.rows]
         return [[jnp.zeros_like(x[0]) for x in rows] for _ in self.gradient.sets]
 
-    def merged(self, scanned: _Scanned) -> list[list[Array]]:
+    def merged(self, scanned: Scanned) -> list[list[Array]]:
         """For each set, the gradients of the differentiated rows, back in the batch's order."""
         sets = range(len(self.gradient.sets))
         axes = [self.program.slots[i].axis for i in self.rows]
@@ -347,7 +362,7 @@ class _Derivative:
     def shapes(self) -> tuple[list[Any], list[list[Array]]]:
         """The shapes of all parts and of the gradients of rows, for buffers to write them to."""
         pairs = zip(self.program.outputs.parts, self.program.traces[-1].jaxpr.outvars, strict=True)
-        parts = [_whole_shape(self.program, part.reduction, v.aval) for part, v in pairs]
+        parts = [whole_shape(self.program, part.reduction, v.aval) for part, v in pairs]
         return parts, [[self.arrays[i] for i in self.rows] for _ in self.gradient.sets]
 
     def result(self, parts: list[Array], sums: list[list[Array]], rows: list[list[Array]]) -> Result:
@@ -359,7 +374,8 @@ class _Derivative:
         return Result(parts, grads)
 
 
-def _whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
+def whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
+    """The shape of a part, of the given type in one microbatch, over the whole batch."""
     shape = aval.shape
     if reduction is Reduction.CONCAT:
         shape = (program.partition.batch_size, *shape[1:])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxaccum import _loop, _mesh, _program, _reduce
+from jaxaccum import _coupled, _loop, _mesh, _program, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._program import Options, Program
@@ -75,9 +75,8 @@ def microbatch(
     """
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
-        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
     )  # fmt: skip
-    del memory  # a choice among the schedules of a coupled program; here there is one schedule
 
     @functools.wraps(fun)
     def microbatched(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +128,7 @@ def _differentiable(program: Program) -> Any:
 
     @jax.custom_jvp
     def forward(arrays: list[Array]) -> list[Array]:
-        return _loop.run(program, arrays)
+        return _coupled.run(program, arrays)
 
     def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
         (arrays,), (tangents,) = primals, tangents
@@ -171,7 +170,7 @@ def _gradient_beside_value(
 ) -> tuple[list[Array], list[Any]]:
     aval: Any = program.traces[0].jaxpr.outvars[part].aval
     gradient = _loop.Gradient(wrt, ((part,),), Sums(in_place=True))
-    parts, (grads,) = _loop.run_with_gradient(program, arrays, gradient, [[jnp.ones(aval.shape, aval.dtype)]])
+    parts, (grads,) = _coupled.run_with_gradient(program, arrays, gradient, [[jnp.ones(aval.shape, aval.dtype)]])
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
@@ -185,16 +184,16 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
     @jax.custom_vjp
     def forward(arrays: list[Array]) -> list[Array]:
-        return _loop.run(program, arrays)
+        return _coupled.run(program, arrays)
 
     def save(arrays: list[Any]) -> tuple[list[Array], list[Array]]:
         values = [x.value for x in arrays]
-        return _loop.run(program, values), values
+        return _coupled.run(program, values), values
 
     def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
         gradient = _loop.Gradient(wrt, (tuple(given),), Sums(in_place=True))
-        _, (summed,) = _loop.run_with_gradient(program, values, gradient, [[cotangents[i] for i in given]])
+        _, (summed,) = _coupled.run_with_gradient(program, values, gradient, [[cotangents[i] for i in given]])
         by_slot = dict(zip(wrt, summed, strict=True))
         return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
 

@@ -31,6 +31,8 @@ class Part:
 
     name: str
     reduction: Reduction
+    once: bool = False
+    """Whether it is a carried state that a coupled program updates once, from the state before the first microbatch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,16 @@ class Outputs:
     treedef: Any
     leaves: tuple[Leaf, ...]
     parts: tuple[Part, ...]
+
+    def updated_once(self) -> Outputs:
+        """The same outputs, where the carried state is not threaded: every microbatch computes the one new state."""
+        once = [
+            dataclasses.replace(part, reduction=Reduction.LAST, once=True)
+            if part.reduction is Reduction.CARRY
+            else part
+            for part in self.parts
+        ]
+        return dataclasses.replace(self, parts=tuple(once))
 
     def finalize(self, values: list[Any]) -> PyTree:
         """The output over the whole batch, from the combined parts: `fun`'s structure with every tag resolved."""

@@ -13,8 +13,9 @@ from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
+from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, trace
-from jaxaccum._types import Array, Axes, Fun, PyTree, Split
+from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Options:
     num_examples_argnum: int | None = None
     axis_name: str = "microbatch"
     mesh_axes: str | Sequence[str] | None = None
+    memory: Memory = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,13 @@ class Program:
     """The mesh axes over which each slot varied as the caller gave it, before the loop's cast."""
     limit: int | None = None
     """The slot that counts the examples that are no padding, if the call has one."""
+    memory: Memory = None
+    """The budget of a coupled program."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether it holds a collective over the axis of the loop, so that no microbatch stands alone."""
+        return any(one.coupling is not None for one in self.traces)
 
     def positions(self, role: Role) -> list[int]:
         """The slots that have the role."""
@@ -57,18 +66,24 @@ class Program:
         self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
     ) -> list[Any]:
         """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays` the whole call's."""
+        return self.traces[g](index, self.inputs(g, arrays, rows=rows, carry=carry, index=index))
+
+    def inputs(
+        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+    ) -> list[Any]:
+        """What the trace of group `g` reads at microbatch `index`, of the arguments of `parts`."""
         own = list(arrays)
         for positions, values in ((self.positions(Role.ROWS), rows), (self.positions(Role.CARRY), carry)):
             for position, value in zip(positions, values, strict=True):
                 own[position] = value
         for position, slot in enumerate(self.slots):
             own[position] = self._folded(slot, own[position], g=g, index=index)
-        return self.traces[g](index, [own[i] for i in self._inputs(g)])
+        return [own[i] for i in self.sources(g)]
 
     def depends(self, parts: Sequence[int], wrt: Collection[int]) -> bool:
         """Whether any of the parts depends on any of the slots `wrt`."""
         for g, one in enumerate(self.traces):
-            used = zip(self._inputs(g), one.needs(parts), strict=True)
+            used = zip(self.sources(g), one.needs(parts), strict=True)
             if any(needed and i in wrt for i, needed in used):
                 return True
         return False
@@ -83,7 +98,7 @@ class Program:
         outputs = dataclasses.replace(self.outputs, parts=tuple(self.outputs.parts[i] for i in kept))
         return dataclasses.replace(self, traces=traces, outputs=outputs), kept
 
-    def _inputs(self, g: int) -> list[int]:
+    def sources(self, g: int) -> list[int]:
         """The slots that trace `g` reads: its constants, then the arguments."""
         num_args = len(self.slots) - sum(one.num_consts for one in self.traces)
         first = num_args + sum(one.num_consts for one in self.traces[:g])
@@ -122,11 +137,6 @@ def prepare(
         counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
     layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=counted)
     limit = _arguments.counter(layout.slots, arrays, counted)
-    if mesh_axes and any(slot.role is Role.CARRY for slot in layout.slots):
-        raise ValueError(
-            "a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; "
-            "drop one of the two."
-        )
     partition = _check.partition(
         _arguments.batch_size(layout.slots, arrays),
         num_microbatches=options.num_microbatches,
@@ -140,17 +150,40 @@ def prepare(
     for g, group in enumerate(partition.groups):
         shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
         one, consts = trace(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
+        if one.coupling is not None:
+            _check_coupled(one.coupling, partition)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
         given_axes += [_mesh.varying_axes(x) for x in consts]
+    outputs = call.outputs[0]
+    if traces[0].coupling is not None:
+        # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
+        outputs, limit = outputs.updated_once(), None
+    elif mesh_axes and any(slot.role is Role.CARRY for slot in slots):
+        raise ValueError(
+            "a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; "
+            "drop one of the two."
+        )
     call.check_sizes(partition)
     axes = frozenset(mesh_axes).union(*given_axes)
-    outputs = call.outputs[0]
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
     return Program(
-        tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit
-    ), arrays
+        tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
+        options.memory,
+    ), arrays  # fmt: skip
+
+
+def _check_coupled(coupling: Any, partition: Partition) -> None:
+    """All microbatches of a coupled loss have one size, as devices have."""
+    if len(partition.groups) > 1:
+        large, small = partition.groups
+        raise ValueError(
+            f"the loss is coupled by {coupling.primitive.name} (at {frame_of(coupling)}), and a collective is one over "
+            f"equal microbatches; here {large.count} have {large.size} examples and {small.count} have {small.size}. "
+            "Choose a number that divides the batch, or pad the batch, jaxaccum.pad_batch(batch, to=…), and mask the "
+            "padding: sums of masked values over sums of the mask."
+        )
 
 
 def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:

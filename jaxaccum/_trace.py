@@ -27,6 +27,8 @@ class Trace:
 
     jaxpr: jex.Jaxpr
     num_consts: int
+    axis: tuple[str, int]
+    """The name and the size of the loop's axis."""
 
     def __call__(self, index: Any, arrays: Sequence[Any]) -> list[Any]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the arguments."""
@@ -41,12 +43,18 @@ class Trace:
         jaxpr, used = self._restrict(outputs)
         kept = iter(jaxpr.invars)
         invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
-        return Trace(_with_invars(jaxpr, invars), self.num_consts)
+        return dataclasses.replace(self, jaxpr=with_invars(jaxpr, invars))
+
+    @property
+    def coupling(self) -> jex.JaxprEqn | None:
+        """The first collective over the loop's axis, at any depth: it couples examples of different microbatches."""
+        return next((eqn for eqn in mentions(self.jaxpr, self.axis[0]) if eqn.primitive.name != "axis_index"), None)
 
     @property
     def effects(self) -> bool:
-        """Whether evaluating it can be seen from outside: prints, callbacks, references."""
-        return bool(self.jaxpr.effects)
+        """Whether evaluating it can be seen from outside: prints, callbacks, references; collectives cannot."""
+        # JAX counts the name of an axis among the effects, under a class that it does not export.
+        return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
         wanted = [i in set(outputs) for i in range(len(self.jaxpr.outvars))]
@@ -56,13 +64,13 @@ class Trace:
 def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace and its constants."""
     closed = jax.make_jaxpr(fun, axis_env=[axis])(*args)
-    closed = closed.replace(jaxpr=_with_strides(closed.jaxpr))
-    jaxpr = _with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
-    _refuse_collectives(jaxpr, axis[0])
-    return Trace(_index_as_argument(jaxpr, axis), len(closed.consts)), list(closed.consts)
+    closed = closed.replace(jaxpr=with_strides(closed.jaxpr))
+    jaxpr = with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
+    return Trace(_index_as_argument(jaxpr, axis), len(closed.consts), axis), list(closed.consts)
 
 
-def _with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
+def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
+    """The jaxpr with these arguments, of which there are no constants."""
     return jaxpr.replace(constvars=[], invars=invars, debug_info=_anonymous(jaxpr))
 
 
@@ -71,7 +79,7 @@ def _anonymous(jaxpr: jex.Jaxpr) -> Any:
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
 
 
-def _with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+def with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """The jaxpr with the strides of every slice spelled out, at any depth.
 
     In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None
@@ -92,53 +100,63 @@ def _eqn_with_strides(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
 
 def _param_with_strides(value: Any) -> Any:
     if isinstance(value, ClosedJaxpr):
-        jaxpr = _with_strides(value.jaxpr)
+        jaxpr = with_strides(value.jaxpr)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, jex.Jaxpr):
-        return _with_strides(value)
+        return with_strides(value)
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
         new = tuple(_param_with_strides(x) for x in value)
         return value if all(x is y for x, y in zip(new, value, strict=True)) else new
     return value
 
 
-# -- collectives over the loop's axis ---------------------------------------------------------------------------------
+# -- what stands inside of an equation -------------------------------------------------------------------------------
 
 
-def _axes(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
+def axes_of(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
+    """The named axes that the equation itself mentions."""
     names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
     return tuple(names) if isinstance(names, tuple | list) else (names,)
 
 
-def _mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
+def mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
     """The equations, at any depth, that name the axis."""
     for eqn in jaxpr.eqns:
-        if axis_name in _axes(eqn):
+        if axis_name in axes_of(eqn):
             yield eqn
         for sub in jex.jaxprs_in_params(eqn.params):
-            yield from _mentions(sub, axis_name)
+            yield from mentions(sub, axis_name)
 
 
-def _refuse_collectives(jaxpr: jex.Jaxpr, axis_name: str) -> None:
-    for eqn in _mentions(jaxpr, axis_name):
-        if eqn.primitive.name != "axis_index":
-            raise NotImplementedError(
-                f"{eqn.primitive.name} over {axis_name!r} couples the examples of different microbatches (at "
-                f"{frame_of(eqn)}); coupled losses are not supported yet. Where the collective only normalizes, "
-                "return Mean(total, weight) instead: it has the batch's denominator without one."
-            )
+def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:
+    """Whether the jaxprs inside of the equation mention the axis in an equation of one of the names."""
+    subs = jex.jaxprs_in_params(eqn.params)
+    return any(names(inner.primitive.name) for sub in subs for inner in mentions(sub, axis_name))
+
+
+def unchanged(eqn: jex.JaxprEqn, values: Sequence[Any], whole: jex.Jaxpr) -> list[Any]:
+    """Evaluate one equation of `whole` as JAX does, by way of a jaxpr that holds it alone."""
+    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
+    outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
+    single = whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(whole))
+    results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
+    return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
 
 
 # -- the index of the microbatch --------------------------------------------------------------------------------------
+
+
+def _is_index(name: str) -> bool:
+    return name == "axis_index"
 
 
 def _index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
     """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any depth."""
     avals = [v.aval for v in jaxpr.invars]
     index = jax.ShapeDtypeStruct((), "int32")
-    if next(_mentions(jaxpr, axis[0]), None) is None:
+    if not any(_is_index(eqn.primitive.name) for eqn in mentions(jaxpr, axis[0])):
         aval = jax.make_jaxpr(lambda i: i)(index).jaxpr
-        return _with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
+        return with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
     evaluate = _Indexed(axis[0], jaxpr).evaluate
     return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(index, *avals).jaxpr
 
@@ -158,10 +176,10 @@ class _Indexed:
         return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
 
     def _equation(self, eqn: jex.JaxprEqn, index: Array, values: list[Any]) -> list[Any]:
-        if self.axis_name in _axes(eqn):
+        if _is_index(eqn.primitive.name) and self.axis_name in axes_of(eqn):
             return [index]
-        if not any(next(_mentions(sub, self.axis_name), None) for sub in jex.jaxprs_in_params(eqn.params)):
-            return self._unchanged(eqn, values)
+        if not mentioned(eqn, self.axis_name, _is_index):
+            return unchanged(eqn, values, self.whole)
         rule = _OPEN.get(eqn.primitive.name)
         if rule is None:
             raise NotImplementedError(
@@ -170,20 +188,10 @@ class _Indexed:
             )
         return rule(self, eqn.params, index, values)
 
-    def _unchanged(self, eqn: jex.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Evaluate one equation as JAX does, by way of a jaxpr that holds it alone."""
-        given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
-        outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-        single = self.whole.replace(
-            constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(self.whole)
-        )
-        results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
-        return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
-
     def closed(self, closed: Any, index: Array) -> Callable[..., list[Any]]:
         """A closed jaxpr as a function of its arguments, the index closed over."""
         jaxpr, consts = opened(closed)
-        jaxpr = _with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
+        jaxpr = with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
         return lambda *args: self.evaluate(jaxpr, index, [*consts, *args])
 
 

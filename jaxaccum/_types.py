@@ -14,6 +14,8 @@ Fun = Callable[..., Any]
 Axes = Any
 """One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
 Split = Literal["contiguous", "strided"]
+Memory = int | Literal["min", "store"] | None
+"""What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""
 
 
 class Sentinel(enum.Enum):

@@ -77,9 +77,8 @@ def value_and_grad(
     """
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
-        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
     )  # fmt: skip
-    del memory  # a choice among the schedules of a coupled program; here there is one schedule
     sums = in_place() if accumulator is None else accumulator
 
     @functools.wraps(fun)

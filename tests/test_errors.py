@@ -148,16 +148,6 @@ def test_the_good_call_beside_them_is_accepted():
     assert grad.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_collective_over_the_axis_is_refused_with_its_line():
-    coupled = lambda w, x: jax.lax.pmean(jnp.mean(x @ w), "microbatch")
-    refused(call(coupled), "psum", "test_errors.py", "Mean(total, weight)", error=NotImplementedError)
-    nested = lambda w, x: jax.lax.scan(lambda c, _: (jax.lax.psum(c, "microbatch"), None), mean(w, x), None, length=2)[
-        0
-    ]
-    refused(call(nested), "psum", "test_errors.py", error=NotImplementedError)
-    assert float(ja.full_batch(coupled)(W, X)) == 3.0
-
-
 def test_an_index_inside_a_custom_rule_is_refused():
     @jax.custom_jvp
     def ruled(x):

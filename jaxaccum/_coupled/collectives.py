@@ -1,0 +1,53 @@
+"""Resolve collectives: of operands stacked over microbatches, by `jax.vmap`, for which they are named axes already.
+
+So every collective, its derivative and further axes (of a mesh, of an outer `vmap`) come from JAX. It has no derivative
+of ``pmax`` and ``pmin``; theirs is that of ``reduce_max`` over all operands, which divides it among equal maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+
+from jaxaccum._coupled.cut import Fragment
+from jaxaccum._trace import axes_of, unchanged
+from jaxaccum._types import Array
+
+
+def resolve(
+    fragment: Fragment, values: Sequence[Array], axis: tuple[str, int], stacked: Collection[Any]
+) -> list[Array]:
+    """Evaluate a fragment that holds collectives; `stacked` variables have an entry a microbatch, in and out."""
+    name, size = axis
+    mapped = lambda v: 0 if not isinstance(v, jex.Literal) and v in stacked else None
+    one = lambda _, values: _evaluate(fragment.jaxpr, values)
+    in_axes = (0, [mapped(v) for v in fragment.reads])
+    out_axes = [mapped(v) for v in fragment.writes]
+    return jax.vmap(one, in_axes, out_axes, axis_name=name)(jnp.zeros(size), list(values))
+
+
+def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
+    read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        rule = _EXTREMA.get(eqn.primitive.name)
+        outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+_EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
+
+
+def _extremum(rule: tuple[Any, Any], axes: tuple[Any, ...], operand: Array) -> Array:
+    collective, reduction = rule
+    extremum = jax.custom_jvp(lambda x: collective(x, axes))
+    gathered = lambda x: reduction(lax.all_gather(x, axes), axis=0)
+    extremum.defjvp(lambda primals, tangents: jax.jvp(gathered, primals, tangents))
+    return extremum(operand)
