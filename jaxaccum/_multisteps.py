@@ -98,7 +98,8 @@ class MultiSteps(optax.MultiSteps):
             every_k_schedule = _check.size(every_k_schedule, "every_k_schedule")
         if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
             raise TypeError(f"accumulator_dtype must be a floating dtype; got {accumulator_dtype!r}.")
-        super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, accumulator_dtype)
+        dtype: Any = accumulator_dtype  # optax takes None, and its types do not say so
+        super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, dtype)
 
     def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The state before the first microbatch."""

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import EXACT, data, normwise, refused, same
+from helpers import EXACT, data, normwise, same
 from hypothesis import given
 from jax import lax
-from jax.experimental import checkify
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -436,78 +435,3 @@ def test_extra_arguments_pass_through_a_chain():
     for grad, weight in ((2.0, 1), (6.0, 3)):
         updates, state = jax.jit(ours.update)(jnp.float64(grad), state, w, value=value, weight=weight)
     assert float(updates) == pytest.approx(-0.5 / 5, rel=1e-12)  # value / mean² · mean
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [0, -1, 2.5, 2.0, "3", None, True, np.array([2])], ids=repr)
-def test_every_k_is_a_positive_int(k):
-    refused(lambda: ja.MultiSteps(optax.sgd(1.0), k), "every_k_schedule")
-
-
-def test_every_k_may_be_any_integer_type():
-    for k in (3, np.int64(3)):
-        assert ja.MultiSteps(optax.sgd(1.0), k).init(PARAMS).mini_step == 0
-
-
-@pytest.mark.parametrize("k", [0, -2, 2.5, 2.0, [1, 2], True], ids=repr)
-def test_a_schedule_returns_a_positive_integer(k):
-    multi = ja.MultiSteps(optax.sgd(1.0), lambda step: jnp.asarray(k) if isinstance(k, list) else k)
-    for update in (multi.update, jax.jit(multi.update)):
-        refused(lambda update=update: update(tree(0), multi.init(PARAMS), PARAMS), "every_k_schedule")
-
-
-@pytest.mark.parametrize(
-    ("weight", "says"),
-    [
-        (-1.0, "-1.0"),
-        (np.nan, "nan"),
-        (np.inf, "inf"),
-        (jnp.ones(2), "[2]"),
-        ([1.0], "[1.0]"),
-        (1j, "1j"),
-        ("a", "'a'"),
-    ],
-    ids=repr,
-)
-def test_a_weight_is_a_non_negative_scalar(weight, says):
-    multi = ja.MultiSteps(optax.sgd(1.0), 2)
-    refused(lambda: multi.update(tree(0), multi.init(PARAMS), PARAMS, weight=weight), "weight", says)
-    refused(lambda: jax.jit(lambda: multi.update(tree(0), multi.init(PARAMS), PARAMS, weight=weight))(), "weight", says)
-
-
-def test_traced_values_are_checked_under_checkify():
-    multi = ja.MultiSteps(optax.sgd(1.0), lambda step: 2 - step)
-    run = jax.jit(checkify.checkify(lambda s, w: multi.update(tree(0), s, PARAMS, weight=w)))
-    state = multi.init(PARAMS)
-    for weight, says in ((1.0, None), (0.0, None), (-1.0, "weight"), (np.nan, "weight"), (np.inf, "weight")):
-        message = run(state, weight)[0].get()
-        assert message is None if says is None else says in message
-    message = run(state._replace(gradient_step=jnp.int32(2)), 1.0)[0].get()
-    assert "every_k_schedule returned 0" in message
-
-
-def test_a_changed_tree_is_refused():
-    multi = ja.MultiSteps(optax.sgd(1.0), 2)
-    state = multi.init(PARAMS)
-    refused(lambda: multi.update({"w": PARAMS["w"]}, state, PARAMS), "updates", "structure", "init")
-    refused(lambda: multi.update(PARAMS | {"w": jnp.ones((2, 3))}, state, PARAMS), "['w']", "[2, 3]", "[3, 2]")
-    refused(lambda: multi.update(PARAMS | {"w": 1j * PARAMS["w"]}, state, PARAMS), "['w']", "complex128", "float64")
-    refused(lambda: multi.flush(state, {"w": PARAMS["w"]}), "params", "structure")
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: ja.MultiSteps(lambda g: g, 2), "optax.GradientTransformation"),
-        (lambda: ja.MultiSteps(optax.sgd(1.0), 2, accumulator_dtype=jnp.int32), "accumulator_dtype"),
-    ],
-)
-def test_other_bad_options(make, says):
-    refused(make, says)
-
-
-def test_a_skip_function_returns_a_boolean_scalar():
-    multi = ja.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=lambda *_: (jnp.zeros(2), ()))
-    refused(lambda: multi.update(tree(0), multi.init(PARAMS), PARAMS), "should_skip_update_fn", "[2]")
