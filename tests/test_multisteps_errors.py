@@ -65,7 +65,12 @@ def test_a_changed_tree_is_refused():
     state = multi.init(PARAMS)
     refused(lambda: multi.update({"w": PARAMS["w"]}, state, PARAMS), "updates", "structure", "init")
     refused(lambda: multi.update(PARAMS | {"w": jnp.ones((2, 3))}, state, PARAMS), "['w']", "[2, 3]", "[3, 2]")
-    refused(lambda: multi.update(PARAMS | {"w": PARAMS["w"].astype(complex)}, state, PARAMS), "['w']", "complex128", "float64")
+    refused(
+        lambda: multi.update(PARAMS | {"w": PARAMS["w"].astype(complex)}, state, PARAMS),
+        "['w']",
+        "complex128",
+        "float64",
+    )
     refused(lambda: multi.flush(state, {"w": PARAMS["w"]}), "params", "structure")
 
 
