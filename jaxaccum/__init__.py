@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxaccum import accumulators as accumulators
+from jaxaccum._audit import AuditReport as AuditReport
+from jaxaccum._audit import audit as audit
 from jaxaccum._microbatch import full_batch as full_batch
 from jaxaccum._microbatch import microbatch as microbatch
 from jaxaccum._partition import pad_batch as pad_batch
@@ -25,14 +27,12 @@ from jaxaccum._value_and_grad import grad as grad
 from jaxaccum._value_and_grad import value_and_grad as value_and_grad
 
 if TYPE_CHECKING:
-    from jaxaccum import linen as linen
-    from jaxaccum import nnx as nnx
     from jaxaccum._multisteps import MultiSteps as MultiSteps
     from jaxaccum._multisteps import MultiStepsState as MultiStepsState
 
 __version__ = "0.1.0"
 
-_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps", "linen": None, "nnx": None}
+_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps"}
 """Names whose module needs optax or flax, and is imported when they are first used; None: the name is a module."""
 
 

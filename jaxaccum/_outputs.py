@@ -181,22 +181,27 @@ class Term:
 
 def split_loss(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
     """The loss and the aux of what a loss function returned, checked before either is read."""
-    aux = None
-    if has_aux:
-        if not isinstance(output, tuple) or len(output) != 2:
-            raise TypeError(f"has_aux=True, and fun returned {_describe(output)}; return the pair (loss, aux).")
-        output, aux = output
-    elif isinstance(output, tuple | list):
-        raise TypeError(
-            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun returns "
-            "(loss, aux), pass has_aux=True."
-        )
+    output, aux = loss_and_aux(output, has_aux)
     terms = output if isinstance(output, dict) else {"": output}
     if not terms:
         raise TypeError("the loss is an empty dict; return at least one term.")
     for name, term in terms.items():
         _check_term(f"loss[{name!r}]" if isinstance(output, dict) else "the loss", term)
     return output, aux
+
+
+def loss_and_aux(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
+    """The two parts of what a loss function returned, or the error that says which it lacks."""
+    if has_aux:
+        if not isinstance(output, tuple) or len(output) != 2:
+            raise TypeError(f"has_aux=True, and fun returned {_describe(output)}; return the pair (loss, aux).")
+        return output
+    if isinstance(output, tuple | list):
+        raise TypeError(
+            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
+            "returns (loss, aux), pass has_aux=True."
+        )
+    return output, None
 
 
 def terms(outputs: Outputs, count: int) -> tuple[Term, ...]:

@@ -12,16 +12,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
-    ["_check", "_tags", "_reduce", "_trace", "_moments"],
-    ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph"],
+    ["_check", "_tags", "_reduce", "_trace"],
+    ["_accumulators", "_arguments", "_outputs"],
     ["_program"],
     ["_loop", "_partition"],
     ["_coupled"],
     ["_direct"],
     ["_microbatch", "_value_and_grad"],
     ["_lowering"],
-    ["_plan", "_multisteps"],
-    ["accumulators", "linen", "nnx"],
+    ["_plan", "_multisteps", "_audit"],
+    ["accumulators"],
+    ["__main__"],
     ["testing"],
 ]
 LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}

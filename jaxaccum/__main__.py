@@ -1,0 +1,63 @@
+"""The command line: ``python -m jaxaccum audit module:function`` says whether a loss accumulates, by its exit status.
+
+`function` takes no arguments and returns what `jaxaccum.audit` takes: a tuple of the loss and its arguments, arrays or
+``jax.ShapeDtypeStruct``, or a dict with these under ``"fun"`` and ``"args"`` and the options beside them. It may return
+an `AuditReport` too. Status: 0 exact, 1 inexact, 2 a wrong call, 3 unknown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxaccum._audit import AuditReport, Verdict, audit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jaxaccum", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("audit", help="say whether a loss can be accumulated exactly")
+    command.add_argument("target", metavar="module:function", help="a function that returns (loss, *arguments)")
+    command.add_argument("--num-microbatches", type=int, help="how many there will be")
+    command.add_argument("--probe", action="store_true", help="compare gradients numerically as well")
+    options = parser.parse_args(arguments)
+    sys.path.insert(0, os.getcwd())
+    try:
+        given = _load(options.target)()
+    except (ImportError, AttributeError, ValueError) as error:
+        parser.error(f"{options.target}: {error}")
+    chosen = {"num_microbatches": options.num_microbatches, "probe": options.probe}
+    report = _report(given, {name: value for name, value in chosen.items() if value})
+    report.show()
+    return 0 if report.exact else 3 if report.verdict is Verdict.UNKNOWN else 1
+
+
+def _load(target: str) -> Callable[[], Any]:
+    module, _, name = target.partition(":")
+    if not name:
+        raise ValueError("name a function, as in train:loss_and_arguments")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _report(given: Any, chosen: dict[str, Any]) -> AuditReport:
+    """The report on what the user's function returned, under the options of the command line."""
+    if isinstance(given, AuditReport):
+        return given
+    if isinstance(given, dict):
+        options = dict(given)
+        return audit(options.pop("fun"), *options.pop("args"), **(options | chosen))
+    if isinstance(given, tuple | list) and given and callable(given[0]):
+        return audit(*given, **chosen)
+    raise SystemExit(f"the function returned {type(given).__name__}; return (loss, *arguments), or a dict of options.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

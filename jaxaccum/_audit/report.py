@@ -1,0 +1,156 @@
+"""What the audit says: a verdict, the lines that stand in the way, and what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.util
+import linecache
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jaxaccum._source import Frame
+
+if TYPE_CHECKING:
+    from jaxaccum._audit.probe import Probe
+
+
+class Verdict(enum.StrEnum):
+    """How a loss depends on the examples of its batch; as a string, its own name."""
+
+    SUM = "SUM"
+    MEAN = "MEAN"
+    RATIO = "RATIO"
+    PER_EXAMPLE = "PER_EXAMPLE"
+    UNBATCHED = "UNBATCHED"
+    MIS_SCALED = "MIS_SCALED"
+    POSITION = "POSITION"
+    COUPLED = "COUPLED"
+    UNKNOWN = "UNKNOWN"
+
+
+MEANING = {
+    Verdict.SUM: "a sum over examples",
+    Verdict.MEAN: "a mean over examples",
+    Verdict.RATIO: "a sum over examples divided by the sum of their weights",
+    Verdict.PER_EXAMPLE: "one entry an example",
+    Verdict.UNBATCHED: "independent of the batch",
+    Verdict.MIS_SCALED: "its parts scale differently with the size of the batch",
+    Verdict.POSITION: "an example's part depends on its place in the batch",
+    Verdict.COUPLED: "its examples are coupled",
+    Verdict.UNKNOWN: "the analysis cannot decide",
+}
+
+
+class InexactError(ValueError, AssertionError):
+    """The accumulated gradient is not, or may not be, the full batch's: a bad argument, and a failed check."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One reason for the verdict.
+
+    Attributes:
+        kind: coupling, pairwise, selection, state, batch_size, position, random, unknown, collective, scale, tag.
+        origin: the line where examples first meet, or None.
+        use: the line that makes it matter, or None.
+        fix: what to write instead.
+        note: what happens there.
+        fix_lines: the lines that the fix speaks of.
+        output: which output it concerns.
+    """
+
+    kind: str
+    origin: Frame | None
+    use: Frame | None
+    fix: str
+    note: str = ""
+    fix_lines: tuple[Frame, ...] = ()
+    output: str = "the loss"
+
+    def __str__(self) -> str:
+        return "\n".join(_finding_lines(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditReport:
+    """The answer of `jaxaccum.audit`.
+
+    Attributes:
+        verdict: how the loss depends on its examples; of a dict, its worst term's.
+        exact: whether ``value_and_grad(fun, …)`` as called equals the full batch, aux included where it is comparable.
+        random: whether random draws depend on how the batch is split.
+        findings: why not, line by line, each with its fix.
+        terms: the verdict of each output by its name.
+        probe: the numeric check, where it was asked for.
+    """
+
+    verdict: Verdict
+    exact: bool
+    random: bool
+    findings: tuple[Finding, ...]
+    terms: tuple[tuple[str, Verdict, bool], ...] = ()
+    probe: Probe | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """How often each primitive was walked."""
+
+    def raise_if_inexact(self) -> None:
+        """Raise unless the loss can be accumulated as it stands: for the first line of a training script."""
+        if not self.exact:
+            raise InexactError(f"{self}\n(jaxaccum.audit)")
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def __rich__(self) -> Any:
+        """The same in color, for ``rich.print``."""
+        from rich.text import Text
+
+        text = Text(str(self))
+        text.highlight_regex(r"(?m)^\S.*$", "bold green" if self.exact else "bold red")
+        text.highlight_regex(r"(?m)^\s+> .*$", "yellow")
+        text.highlight_regex(r"(?m)^\s+fix .*$", "cyan")
+        return text
+
+    def show(self) -> None:
+        """Print it, in color where rich is installed."""
+        if importlib.util.find_spec("rich"):
+            from rich.console import Console
+
+            Console().print(self, soft_wrap=True)
+        else:
+            print(self)
+
+    def _lines(self) -> Iterator[str]:
+        answer = "accumulates exactly" if self.exact else "does not accumulate exactly, as it stands"
+        answer = "may not accumulate exactly" if self.verdict is Verdict.UNKNOWN else answer
+        random = " (random draws depend on the split)" if self.random else ""
+        yield f"{self.verdict}: {MEANING[self.verdict]}; it {answer}{random}"
+        if len(self.terms) > 1:
+            yield from (f"  {name}: {verdict}{'' if exact else ', not exact'}" for name, verdict, exact in self.terms)
+        for finding in self.findings:
+            yield from _finding_lines(finding)
+        if self.probe is not None:
+            yield f"  {self.probe}"
+
+
+def _finding_lines(finding: Finding) -> Iterator[str]:
+    where = "" if finding.output == "the loss" else f" [{finding.output}]"
+    yield f"  {finding.kind}: {finding.note}{where}"
+    if finding.origin is not None:
+        yield from _marked(finding.origin, "from" if finding.use not in (None, finding.origin) else "at")
+    if finding.use is not None and finding.use != finding.origin:
+        yield from _marked(finding.use, "used at" if finding.origin is not None else "at")
+    if finding.fix:
+        yield f"    fix {finding.fix}"
+    for frame in finding.fix_lines:
+        yield from _marked(frame, "    line", around=0)
+
+
+def _marked(frame: Frame, word: str, around: int = 1) -> Iterator[str]:
+    """A line of the source with its neighbours."""
+    yield f"    {word} {frame}"
+    for number in range(frame.line - around, frame.line + around + 1):
+        source = linecache.getline(frame.file, number).rstrip()
+        if source:
+            yield f"      {'>' if number == frame.line else ' '} {number:4d} | {source}"

@@ -1,0 +1,273 @@
+"""Sums, products, quotients and powers, with the factor that is common to all examples: the normalizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    PLAIN,
+    UNIT,
+    Index,
+    Kind,
+    Scale,
+    Term,
+    Value,
+    Weight,
+    fixed,
+    rows,
+    statistic,
+)  # fmt: skip
+from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
+from jaxaccum._audit.rules.registry import Settled, rule
+from jaxaccum._audit.walk import Op, Walk
+
+# -- totals as divisors -----------------------------------------------------------------------------------------------
+
+
+def as_weight(x: Value) -> Scale | None:
+    """A total over the batch as a divisor, or what a guard has made of one; None where it is neither."""
+    if x.weight is not None or x.kind is not Kind.TOTAL or len(x.terms) != 1:
+        return x.weight
+    (term,) = x.terms
+    own = Scale(term.scale.power, frozenset([Weight(x.number)]))
+    return None if term.fixed or term.scale.weights else own
+
+
+def normalizer(x: Value) -> Scale | None:
+    """The same, of one number that divides everything."""
+    return as_weight(x) if x.summary and x.scalar else None
+
+
+def _noted(walk: Walk, y: Value, scale: Scale) -> Scale:
+    """The scale, with its weights' lines noted for the report."""
+    for weight in scale.weights:
+        if y.origin is not None:
+            walk.weights.setdefault(weight.number, y.origin)
+    return scale
+
+
+def guarded(x: Value, ins: list[Value]) -> Value:
+    """A statistic that is a weight kept from 0: its maximum with a constant, or its sum with one."""
+    weight = as_weight(x)
+    scalar = all(v.scalar for v in ins)
+    return statistic(x.origin, weight=None if weight is None else weight.guarded(), scalar=scalar)
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------
+
+
+@rule("add add_any", uniform=True)
+def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """x + y. The first example of the microbatch plus a row is the example's place in the batch: a datum of its own."""
+    if {v.index for v in ins} == {Index.START, Index.ROW}:
+        row = next(v for v in ins if v.index is Index.ROW)
+        assert row.layout is not None
+        return Settled([rows(row.layout, faults=frozenset())])
+    return added(walk, op, ins)
+
+
+@rule("sub", uniform=True)
+def sub(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """x - y."""
+    return added(walk, op, ins)
+
+
+def added(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A sum, or whatever is linear like one: the addends of all operands."""
+    live = [v for v in ins if not v.zero]
+    summaries = [v for v in live if v.summary]
+    if all(v.fixed for v in live):
+        return _added_fixed(op, ins)
+    if len(live) == 1:
+        return dataclasses.replace(live[0].but(scalar=all(v.scalar for v in ins)), weight=as_weight(live[0]))
+    if summaries and not all(v.fixed for v in live if v not in summaries):
+        return combine(walk, op, live)
+    if len(summaries) == 1 and summaries[0].kind is Kind.STATISTIC and summaries[0].weight is not None:
+        return guarded(summaries[0], ins)
+    if any(v.kind is Kind.STATISTIC for v in live) or not same_layout(live):
+        return combine(walk, op, live)
+    terms = _addends(walk, op, live, apart=bool(summaries))
+    if (layout := layout_of(live)) is not None:
+        return rows(layout, terms=terms, origin=origin_of(live))
+    weight = guarded(summaries[0], ins).weight if len(summaries) == 1 else None
+    return dataclasses.replace(summaries[0].but(scalar=all(v.scalar for v in ins)), terms=terms, weight=weight)
+
+
+def _added_fixed(op: Op, ins: list[Value]) -> Value:
+    scales = {v.scale for v in ins if not v.zero} or {UNIT}
+    known = None
+    if op.name in ("add", "sub") and all(v.known is not None for v in ins):
+        x, y = (v.known for v in ins)
+        known = x + y if op.name == "add" else x - y
+    return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, known=known, scalar=all(v.scalar for v in ins))
+
+
+def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> frozenset[Term]:
+    """The addends of all operands; `apart` keeps those that are independent of the batch, which stand once."""
+    terms: set[Term] = set()
+    for v in ins:
+        own = {dataclasses.replace(term, fixed=True) for term in v.terms} if v.fixed and apart else v.terms
+        for term in own:
+            walk.sites.setdefault(term, v.origin or walk.site(op))
+        terms |= own
+    return frozenset(terms)
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+@rule("mul", uniform=True, scales=True)
+def mul(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """x · y. The microbatch's place times its size is the place of its first example."""
+    for x, y in (ins, ins[::-1]):
+        if x.index is Index.MICROBATCH and _is_batch_size(walk, op, y):
+            return dataclasses.replace(x.but(scalar=True), index=Index.START)
+    for x, y in (ins, ins[::-1]):
+        if y.fixed:
+            return _scaled(x, y, scalar=x.scalar and y.scalar)
+        if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
+            return dataclasses.replace(x.scaled(_noted(walk, y, scale)), origin=x.origin or y.origin)
+    return times(walk, op, ins)
+
+
+def times(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A product of rows with rows of the same examples."""
+    x, y = ins
+    layout = layout_of(ins)
+    if layout is None or not (x.rows and y.rows and same_layout(ins)):
+        return combine(walk, op, ins)
+    terms = frozenset(s.times(t.scale) for s in x.terms for t in y.terms)
+    return rows(layout, terms=terms, origin=origin_of(ins))
+
+
+def _is_batch_size(walk: Walk, op: Op, x: Value) -> bool:
+    values = [getattr(v, "val", None) for eqn in (op.eqn, op.other) for v in eqn.invars]
+    given = [v for v in values if v is not None]
+    return x.fixed and given == [walk.sizes.first, walk.sizes.second]
+
+
+def _scaled(x: Value, factor: Value, *, scalar: bool) -> Value:
+    """A value times a factor that is independent of the batch."""
+    known = x.known * factor.known if x.known is not None and factor.known is not None else None
+    value = dataclasses.replace(x.scaled(factor.scale), scalar=scalar, known=known)
+    weight = as_weight(x) if factor.scalar else None
+    return value if weight is None else dataclasses.replace(value, weight=weight * factor.scale)
+
+
+@rule("div", uniform=True, scales=True)
+def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """x / y."""
+    x, y = ins
+    layout = layout_of(ins)
+    if y.fixed:
+        inverse = fixed(y.scale.inverse(), scalar=y.scalar)
+        return _scaled(x, inverse, scalar=x.scalar and y.scalar)
+    if y.summary and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
+        inverse = _noted(walk, y, scale).inverse()
+        if x.fixed:
+            return statistic(y.origin, weight=inverse * x.scale, scalar=x.scalar)
+        return dataclasses.replace(x.scaled(inverse), origin=x.origin or y.origin)
+    if layout is not None and y.rows and not x.summary and same_layout(ins) and len(y.terms) == 1:
+        return rows(layout, terms=frozenset(term.times(y.scale.inverse()) for term in x.terms), origin=origin_of(ins))
+    return combine(walk, op, ins)
+
+
+# -- powers -----------------------------------------------------------------------------------------------------------
+
+_EXPONENTS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2)}
+
+
+@rule("square sqrt rsqrt integer_pow", uniform=True, scales=True)
+def power(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """x to a constant power."""
+    (x,) = ins
+    exponent = _EXPONENTS.get(op.name) or Fraction(op.params["y"])
+    same = op.eqn.params.get("y") == op.other.params.get("y")
+    scale = x.scale
+    if same and not x.summary and not scale.weights and scale.power is not None:
+        terms = frozenset([Term(Scale(scale.power * exponent))])
+        return dataclasses.replace(x.but(scalar=x.scalar), terms=terms)
+    if same and exponent == -1 and (weight := normalizer(x)) is not None:
+        return statistic(x.origin, weight=_noted(walk, x, weight).inverse(), scalar=True)
+    return combine(walk, op, ins)
+
+
+# -- guards against an empty weight -----------------------------------------------------------------------------------
+
+
+@rule("max", uniform=True)
+def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """max(x, y): with a constant, it keeps a weight from 0."""
+    for x, y in (ins, ins[::-1]):
+        if x.summary and y.fixed and as_weight(x) is not None:
+            return guarded(x, ins)
+    return combine(walk, op, ins)
+
+
+@rule("eq ne gt ge lt le and or", uniform=True)
+def compare(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A comparison, which may be a guard's: of a weight with a constant."""
+    x, y = ins
+    if op.name == "lt" and x.index is not None and y.zero:
+        return fixed(known=False, number=walk.fresh())  # no place is negative: the index is taken as it stands
+    summaries = [v for v in ins if v.summary]
+    compared = [_compared(v) for v in summaries]
+    if summaries and all(compared) and not any(v.rows for v in ins):
+        return statistic(summaries[0].origin, compares=frozenset().union(*compared), scalar=all(v.scalar for v in ins))
+    return combine(walk, op, ins)
+
+
+def _compared(x: Value) -> frozenset[int]:
+    weight = as_weight(x)
+    return x.compares or (frozenset(w.number for w in weight.weights) if weight is not None else frozenset())
+
+
+@rule("select_n", uniform=True)
+def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """One of the cases, by a condition."""
+    which, *cases = ins
+    if which.known is not None:
+        return Settled([cases[int(which.known)]])
+    if which.compares and which.scalar:
+        return _guard(walk, op, ins)
+    if which.fixed and not which.faults and not any(v.rows for v in cases):
+        return added(walk, op, cases) if which.scale.trivial else combine(walk, op, ins)
+    if not which.summary and not any(v.summary for v in cases):
+        return _select_rows(walk, op, ins)
+    return combine(walk, op, ins)
+
+
+def _guard(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """``where(w > 0, x, constant)``: x may be w itself, or what w has normalized."""
+    which, *cases = ins
+    live = [v for v in cases if not v.zero]
+    if len(live) == 1 and _normalized_by(live[0], which.compares):
+        terms = frozenset(Term(t.scale.guarded(), t.fixed) for t in live[0].terms)
+        return dataclasses.replace(live[0].but(scalar=live[0].scalar), terms=terms)
+    weights = [v for v in cases if v.summary]
+    if (
+        len(weights) == 1
+        and _compared(weights[0]) == which.compares
+        and all(v.fixed for v in cases if v not in weights)
+    ):
+        return guarded(weights[0], ins)
+    return combine(walk, op, ins)
+
+
+def _normalized_by(x: Value, weights: frozenset[int]) -> bool:
+    """Whether every addend of a total is divided by all of the weights."""
+    scales = [{w.number for w in term.scale.weights} for term in x.terms]
+    return x.kind is Kind.TOTAL and all(weights <= scale for scale in scales)
+
+
+def _select_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A choice for each example: scaled like the cases, of which a 0 does not count."""
+    layout = layout_of(ins)
+    if not same_layout(ins) or not ins[0].scale.trivial:
+        return combine(walk, op, ins)
+    if layout is None:
+        return _added_fixed(op, ins[1:])
+    terms = frozenset().union(*(v.terms for v in ins[1:] if not v.zero)) or PLAIN
+    return rows(layout, terms=terms, origin=origin_of(ins))

@@ -1,0 +1,138 @@
+"""Calls, branches and whatever has no rule of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.extend.core as jex
+
+from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, FaultKind, Kind, Term, Value, fixed, statistic
+from jaxaccum._audit.rules.registry import rule
+from jaxaccum._audit.walk import Op, Walk
+
+
+def body_of(op: Op) -> str | None:
+    """The parameter that holds the one body of a call."""
+    return next(
+        (k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if isinstance(op.params.get(k), jex.Jaxpr | jex.ClosedJaxpr)),
+        None,
+    )
+
+
+@rule(
+    "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint custom_lin run_state_inlined",
+    complete=True,
+)
+def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """A function applied: its body, in place."""
+    key = body_of(op)
+    if key is None:
+        return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
+    cached = op.name in ("jit", "pjit")
+    return walk.body(op, (op.params[key], op.other.params[key]), ins, cached=cached)
+
+
+@rule("*")
+def no_rule(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """A primitive that the table does not know: unknown, unless nothing that enters depends on the batch."""
+    return unfollowed(walk, op, ins)
+
+
+def unfollowed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """The results of an equation whose meaning is not known."""
+    if all(v.fixed for v in ins) and "callback" not in op.name:
+        same = all(v.scale.trivial for v in ins) and _same_params(op)
+        return [fixed(UNIT if same else IRREGULAR) for _ in range(op.num_outs)]
+    if not any(v.rows or v.fixed for v in ins) and all(v.kind is Kind.STATISTIC and v.faults for v in ins):
+        return [statistic(ins[0].origin) for _ in range(op.num_outs)]
+    return [walk.unknown(op, f"{_described(op)} has no rule") for _ in range(op.num_outs)]
+
+
+def _described(op: Op) -> str:
+    name = op.params.get("name") or op.params.get("target_name") or op.params.get("call_target_name")
+    return f"{op.name} ({name})" if isinstance(name, str) else op.name
+
+
+def _same_params(op: Op) -> bool:
+    plain = lambda eqn: {k: v for k, v in eqn.params.items() if not isinstance(v, jex.Jaxpr | jex.ClosedJaxpr)}
+    try:
+        return bool(plain(op.eqn) == plain(op.other))
+    except ValueError:  # arrays among them
+        return False
+
+
+def numbered(walk: Walk, x: Value) -> Value:
+    """The value under a number of its own."""
+    return dataclasses.replace(x, number=walk.fresh())
+
+
+# -- branches ---------------------------------------------------------------------------------------------------------
+
+
+def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
+    """What is true of a value that may be either."""
+    if x == y:
+        return x
+    faults, params, origin = x.faults | y.faults, x.params or y.params, x.origin or y.origin
+    common: dict[str, Any] = {
+        "faults": faults, "params": params, "origin": origin, "scalar": x.scalar and y.scalar,
+        "number": x.number if x.number == y.number else walk.fresh(), "known": x.known if x.known == y.known else None,
+    }  # fmt: skip
+    if x.fixed and y.fixed:
+        scales = {v.scale for v in (x, y) if not v.zero} or {UNIT}
+        if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
+            common.update(index=x.index, layout=x.layout, columns=x.columns)
+        elif x.index or y.index:
+            common["faults"] = faults | {walk.fault(op, FaultKind.POSITION, "a place of an example enters")}
+        return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, **common)
+    kinds = {v.kind for v in (x, y)}
+    layouts = {v.layout for v in (x, y) if v.rows}
+    if kinds <= {Kind.FIXED, Kind.ROWS} and len(layouts) == 1 and not (x.index or y.index):
+        return Value(
+            Kind.ROWS,
+            layouts.pop(),
+            terms=frozenset().union(*(v.terms for v in (x, y) if not v.zero)) or PLAIN,
+            **common,
+        )
+    if kinds <= {Kind.FIXED, Kind.TOTAL} and not (x.index or y.index):
+        own = (frozenset(Term(t.scale, v.fixed or t.fixed) for t in v.terms) for v in (x, y) if not v.zero)
+        return Value(Kind.TOTAL, terms=frozenset().union(*own), **common)
+    note = "values that depend on the batch in different ways meet"
+    common.update(faults=faults | {walk.fault(op, FaultKind.UNKNOWN, note)}, scalar=False)
+    return Value(Kind.STATISTIC, **common)
+
+
+@rule("cond", complete=True)
+def cond(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """One of several bodies."""
+    which, *operands = ins
+    pairs = list(zip(op.params["branches"], op.other.params["branches"], strict=True))
+    results = [walk.body(op, pair, operands) for pair in pairs]
+    outs = [_joined(walk, op, list(values)) for values in zip(*results, strict=True)]
+    faults = which.faults
+    if not which.fixed:
+        kind = FaultKind.UNKNOWN if which.rows else FaultKind.COUPLING
+        faults |= walk.couple(op, [which], kind=kind, note="a branch is chosen by the data of the batch").faults
+    if which.index is not None:
+        faults |= {walk.fault(op, FaultKind.POSITION, "a branch is chosen by the place of an example")}
+    if not which.scale.trivial and which.fixed:
+        faults |= {walk.fault(op, FaultKind.BATCH_SIZE, "a branch is chosen by the batch size")}
+    changed = [dataclasses.replace(v, faults=v.faults | faults, params=v.params or which.params) for v in outs]
+    return [numbered(walk, v) for v in changed]
+
+
+def _joined(walk: Walk, op: Op, values: list[Value]) -> Value:
+    first, *rest = values
+    for other in rest:
+        first = join(walk, op, first, other)
+    return first
+
+
+@rule("custom_linear_solve", complete=True)
+def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """The solution of a linear system, by the solver that it comes with."""
+    lengths = op.params["const_lengths"]
+    before = lengths.matvec + lengths.vecmat
+    operands = [*ins[before : before + lengths.solve], *ins[sum(lengths) :]]
+    return walk.body(op, (op.params["jaxprs"].solve, op.other.params["jaxprs"].solve), operands)

@@ -1,0 +1,83 @@
+"""Functions applied entry by entry: examples stay apart, and what is no linear function undoes a sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxaccum._audit.lattice import IRREGULAR, UNIT, Fault, FaultKind, Layout, Value, fixed, rows
+from jaxaccum._audit.rules.registry import rule
+from jaxaccum._audit.sources import Site
+from jaxaccum._audit.walk import Op, Walk
+
+_NONLINEAR = """
+    abs sign floor ceil round nextafter exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh cosh
+    asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac igamma_grad_a random_gamma_grad polygamma
+    zeta regularized_incomplete_beta bessel_i0e bessel_i1e cbrt is_finite not xor pow rem min clamp shift_left mulhi
+    shift_right_logical shift_right_arithmetic bitcast_convert_type population_count clz complex
+"""
+_LINEAR = "neg conj real imag reduce_precision"
+_IDENTITY = "copy copy_p stop_gradient device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
+
+
+def same_layout(values: Sequence[Value]) -> bool:
+    """Whether all rows lie alike."""
+    return len({v.layout for v in values if v.rows}) <= 1
+
+
+def layout_of(values: Sequence[Value]) -> Layout | None:
+    """Where the rows of the operands lie."""
+    return next((v.layout for v in values if v.rows), None)
+
+
+def origin_of(values: Sequence[Value]) -> Site | None:
+    """The first reduction or split that the operands come from."""
+    return next((v.origin for v in values if v.origin is not None), None)
+
+
+@rule(_NONLINEAR, uniform=True)
+def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A function of its operands that is linear in none of them."""
+    parts, layout = [v for v in ins if v.rows], layout_of(ins)
+    if summaries := [v for v in ins if v.summary]:
+        return walk.couple(op, summaries, layout=layout)
+    if layout is None:
+        return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=all(v.scalar for v in ins))
+    if not same_layout(parts):
+        return walk.couple(op, parts, kind=FaultKind.PAIRWISE, note="different examples are combined", layout=layout)
+    if weighted := [v for v in parts if any(term.scale.weights for term in v.terms)]:
+        return walk.couple(op, weighted, note="an example scaled by a statistic of the batch enters", layout=layout)
+    faults: frozenset[Fault] = frozenset()
+    if not _constant(op, ins):
+        faults = frozenset([walk.fault(op, FaultKind.BATCH_SIZE, "a value that changes with the batch size enters")])
+    return rows(layout, faults=faults, origin=origin_of(parts))
+
+
+def _constant(op: Op, ins: list[Value]) -> bool:
+    """Whether neither the function nor its operands change with the batch size."""
+    mine, other = ({k: v for k, v in eqn.params.items() if "sharding" not in k} for eqn in (op.eqn, op.other))
+    return mine == other and all(v.scale.trivial for v in ins)
+
+
+@rule(_LINEAR, uniform=True)
+def linear(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A linear function of one operand."""
+    return ins[0].but(scalar=ins[0].scalar)
+
+
+@rule(_IDENTITY, uniform=True)
+def identity(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """The operands themselves."""
+    return list(ins)
+
+
+@rule("convert_element_type", uniform=True)
+def convert(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A change of dtype: linear, except from inexact to integer and to boolean."""
+    old, new = op.eqn.invars[0].aval.dtype, op.eqn.outvars[0].aval.dtype
+    exact = not jnp.issubdtype(old, jnp.inexact) or jnp.issubdtype(new, jnp.inexact)
+    if exact and (new != jnp.bool_ or old == jnp.bool_):
+        return dataclasses.replace(ins[0], number=-1)
+    return combine(walk, op, ins)

@@ -1,0 +1,38 @@
+"""Random numbers: keys of the examples' own give rows, and one key for all of them draws by the split."""
+
+from __future__ import annotations
+
+from jaxaccum._audit.lattice import FaultKind, Value, fixed, rows
+from jaxaccum._audit.rules.elementwise import layout_of, same_layout
+from jaxaccum._audit.rules.registry import RULES, Settled, rule
+from jaxaccum._audit.walk import Op, Walk, varying
+
+_ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
+
+
+@rule(
+    """random_bits random_seed random_split random_fold_in random_wrap random_unwrap random_clone random_gamma
+         threefry2x32 rng_bit_generator rng_uniform""",
+    uniform=True,
+)
+def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """Keys and bits: one function of each key."""
+    layout = layout_of(ins)
+    if any(v.summary for v in ins):
+        return walk.couple(op, [v for v in ins if v.summary], layout=layout)
+    if layout is not None:
+        alone = same_layout(ins) and (op.name != "rng_bit_generator" or not layout.axes)
+        return rows(layout) if alone else RULES["*"].apply(walk, op, ins)
+    faults = frozenset().union(*(v.faults for v in ins))
+    if _by_split(op, ins):
+        faults = frozenset(f for f in faults if f.kind is not FaultKind.POSITION)
+        faults |= {walk.fault(op, FaultKind.RANDOM, _ONE_KEY)}
+    return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+
+
+def _by_split(op: Op, ins: list[Value]) -> bool:
+    """Whether the draw has the batch's size, or its key is made of an example's place."""
+    grows = any(varying(op.out_shapes(i)) for i in range(op.num_outs))
+    grown = any(varying(op.shapes(i)) for i in range(len(ins)))
+    placed = any(v.index is not None or any(f.kind is FaultKind.POSITION for f in v.faults) for v in ins)
+    return placed or (grows and not grown) or not all(v.scale.trivial for v in ins)

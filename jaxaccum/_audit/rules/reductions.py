@@ -1,0 +1,122 @@
+"""Reductions, windows and scans of values along an axis: where examples are summed, and where they meet otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    PLAIN,
+    FaultKind,
+    Index,
+    Kind,
+    Value,
+    fixed,
+    rows,
+    statistic,
+    total,
+)
+from jaxaccum._audit.rules.elementwise import combine, layout_of, same_layout
+from jaxaccum._audit.rules.registry import Settled, rule
+from jaxaccum._audit.rules.shapes import moved, without
+from jaxaccum._audit.walk import Op, Walk, varying
+
+
+@rule("reduce_sum", uniform=True, scales=True)
+def reduce_sum(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """A sum over axes: over the examples, a total."""
+    x, axes = ins[0], [int(a) for a in op.params["axes"]]
+    others = [a for a in axes if x.layout is None or a not in x.layout.axes]
+    growth = walk.growth(op.shapes(), others)
+    if x.index is Index.GATHERED and x.layout is not None and set(x.layout.axes) <= set(axes):
+        return Settled([fixed(faults=x.faults)])
+    if x.fixed:
+        return fixed(x.scale * walk.growth(op.shapes(), axes))
+    if x.kind is Kind.STATISTIC:
+        return combine(walk, op, ins) if axes else x
+    if x.layout is None:
+        return x.scaled(growth)
+    return _summed_rows(walk, op, x.scaled(growth), axes)
+
+
+def _summed_rows(walk: Walk, op: Op, x: Value, axes: list[int]) -> Value:
+    assert x.layout is not None
+    summed = set(axes) & set(x.layout.axes)
+    if not summed:
+        return moved(x, without(x.layout, set(axes)))
+    if len(summed) == len(x.layout.axes) and not x.layout.looped:
+        site = walk.site(op)
+        for term in x.terms:
+            walk.sites.setdefault(term, site)
+        return total(site, x.terms)
+    return statistic(x.origin or walk.site(op))  # over a part of the examples
+
+
+@rule("reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin", uniform=True)
+def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A reduction that is no sum."""
+    x, axes = ins[0], {int(a) for a in op.params["axes"]}
+    if x.extremum is not None and op.name == f"reduce_{x.extremum}":
+        return statistic(x.origin, extremum=x.extremum)
+    if x.fixed:
+        grows = op.name in ("reduce_prod", "reduce_xor") and axes & set(varying(op.shapes()))
+        return fixed(IRREGULAR) if grows else combine(walk, op, ins)
+    value = combine(walk, op, ins)
+    if not value.rows or value.layout is None:
+        return value
+    if not axes & set(value.layout.axes):
+        return moved(value, without(value.layout, axes))
+    extremum = {"reduce_max": "max", "reduce_min": "min"}.get(op.name)
+    clean = len(value.layout.axes) == len(axes & set(value.layout.axes)) and not value.layout.looped
+    return dataclasses.replace(
+        statistic(x.origin or walk.site(op)),
+        faults=value.faults,
+        extremum=extremum if clean and x.terms == PLAIN else None,
+    )
+
+
+@rule("cumsum cumprod cummax cummin cumlogsumexp sort top_k approx_top_k")
+def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """Something that runs along one axis: along that of the examples it couples them."""
+    axis = _axis(op)
+    layout = layout_of(ins)
+    if layout is not None and not any(v.summary for v in ins) and any(v.layout and axis in v.layout.axes for v in ins):
+        kind = FaultKind.COUPLING if same_layout(ins) else FaultKind.PAIRWISE
+        return walk.couple(op, ins, kind=kind, note=f"{op.name} runs along the batch axis", layout=layout)
+    if op.name == "cumsum" and not ins[0].fixed and ins[0].kind is not Kind.STATISTIC:
+        grows = axis in varying(op.shapes())
+        return combine(walk, op, ins) if grows else ins[0].but()
+    return combine(walk, op, ins)
+
+
+def _axis(op: Op) -> int:
+    ndim = len(op.shapes()[0])
+    given = next(
+        (op.params[k] for k in ("axis", "dimension", "reduction_dimension", "operand_axis") if k in op.params), -1
+    )
+    return int(given) % max(ndim, 1)
+
+
+@rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
+def window(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """A reduction over windows, as pooling is."""
+    x, params = ins[0], op.params
+    if not x.rows or x.layout is None or not all(v.fixed for v in ins[1:]):
+        return combine(walk, op, ins[:1]) if all(v.fixed for v in ins) else _linear_window(walk, op, ins)
+    alone = all(
+        params["window_dimensions"][a] == 1
+        and params["window_strides"][a] == 1
+        and tuple(params["padding"][a]) == (0, 0)
+        for a in x.layout.axes
+    )
+    if not alone:
+        return walk.couple(op, ins, note="a window spans several examples", layout=x.layout)
+    if op.name == "reduce_window_sum":
+        return moved(x, x.layout)
+    value = combine(walk, op, ins[:1])
+    return rows(value.layout, faults=value.faults, origin=value.origin) if value.layout is not None else value
+
+
+def _linear_window(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    linear = op.name == "reduce_window_sum" and ins[0].kind is Kind.TOTAL and not varying(op.shapes())
+    return ins[0].but() if linear else combine(walk, op, ins)

@@ -1,0 +1,41 @@
+"""The table of rules: for each primitive, a function from what its operands are to what its results are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+Apply = Callable[..., Any]
+"""``(walk, op, operands) -> Value | list[Value]``; one value stands for all results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one family of primitives acts on values, and which of the walk's general checks it takes upon itself."""
+
+    apply: Apply
+    complete: bool = False
+    """It walks a body: faults, numbers and all else are already those of its results."""
+    uniform: bool = False
+    """Applied to what is uniform along an axis, it gives what is uniform along that axis."""
+    scales: bool = False
+    """It may turn scaled operands into a result without a scale."""
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str, **flags: bool) -> Callable[[Apply], Apply]:
+    """Register a function for the primitives of these names, separated by spaces."""
+
+    def register(apply: Apply) -> Apply:
+        for name in names.split():
+            RULES[name] = Rule(apply, **flags)
+        return apply
+
+    return register
+
+
+class Settled(list[Any]):
+    """Results whose faults are complete: those of the operands were considered and are not to be added."""

@@ -1,0 +1,287 @@
+"""Changes of shape: where the examples lie afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxaccum._audit.lattice import PLAIN, FaultKind, Index, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.rules.arithmetic import added
+from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
+from jaxaccum._audit.rules.registry import Settled, rule
+from jaxaccum._audit.walk import Op, Shape, Walk, varying
+
+
+def placed(x: Value) -> bool:
+    """Whether the value says where examples lie: rows, or indices of them."""
+    return x.layout is not None
+
+
+def moved(x: Value, layout: Layout, *, columns: tuple[bool, ...] = ()) -> Value:
+    """The same rows or indices, on other axes."""
+    return dataclasses.replace(
+        x.but(scalar=x.scalar), layout=layout, index=x.index, columns=columns, known=x.known, extremum=x.extremum
+    )
+
+
+def reshaped(x: Value) -> Value:
+    """A value without rows, in another shape: one number stays itself, weight and all."""
+    return x if x.scalar else dataclasses.replace(x.but(), known=x.known, extremum=x.extremum)
+
+
+@rule("broadcast_in_dim", uniform=True)
+def broadcast(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """New axes, and axes of size 1 repeated."""
+    x, dims = ins[0], op.params["broadcast_dimensions"]
+    if not placed(x) or x.layout is None:
+        return reshaped(x)
+    (shape, _), (out, _) = op.shapes(), op.out_shapes()
+    axes = tuple(int(dims[a]) for a in x.layout.axes)
+    if any(shape[a] != out[b] for a, b in zip(x.layout.axes, axes, strict=True)):
+        return walk.unknown(op, "the batch axis is broadcast")
+    return moved(dataclasses.replace(x, scalar=False), x.layout.at(*axes), columns=_columns(x, out))
+
+
+def _columns(x: Value, out: Shape) -> tuple[bool, ...]:
+    return (True,) if x.index is Index.ROW and out[-1:] == (1,) else ()
+
+
+@rule("reshape expand_dims", uniform=True)
+def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """The same entries in the same order: the batch axis may merge with others, or split in two."""
+    x, shapes, outs = ins[0], op.shapes(), op.out_shapes()
+    if x.fixed and not placed(x):
+        return _reshaped_fixed(walk, op, x)
+    if x.layout is None:
+        return reshaped(x)
+    if x.index is Index.GATHERED:
+        merged = walk.sizes.first * walk.axis_sizes[0]
+        return Settled([fixed(faults=x.faults)]) if not varying(outs) and merged in outs[0] else reshaped(x)
+    layout = relaid(x.layout, shapes, outs, walk.sizes)
+    if layout is None:
+        return walk.unknown(op, "a reshape divides the batch axis in a way that the analysis cannot follow")
+    out = moved(x, layout, columns=_columns(x, outs[0]) or (x.columns if shapes[0][-1:] == outs[0][-1:] else ()))
+    splits = len(layout.axes) == 2 and x.layout != layout
+    return dataclasses.replace(out, origin=walk.site(op)) if splits else out
+
+
+def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
+    """Where an axis that varies merges with one along which the value is not uniform, it has rows."""
+    axes = varying(op.shapes())
+    if x.scalar or not axes:
+        return reshaped(x)
+    layouts = [
+        relaid(Layout((a,), *_around(op.shapes(), a, walk.sizes)), op.shapes(), op.out_shapes(), walk.sizes)
+        for a in axes
+    ]
+    if all(layout is not None and layout.plain for layout in layouts):
+        return reshaped(x)
+    if len(layouts) == 1 and layouts[0] is not None:
+        return rows(layouts[0], terms=x.terms)
+    note = "a table over the places of the batch is reshaped"
+    return dataclasses.replace(reshaped(x), faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))
+
+
+def _around(shapes: tuple[Shape, Shape], axis: int, sizes: Sizes) -> tuple[int, int]:
+    """(outer, inner) of an axis along which the value is uniform."""
+    return max(shapes[0][axis] // sizes.first, 1), 1
+
+
+def relaid(layout: Layout, shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], sizes: Sizes) -> Layout | None:
+    """The layout after a reshape, the same at both sizes; None where there is none."""
+    if not layout.axes:
+        return layout
+    pairs = zip(shapes, outs, (sizes.first, sizes.second), strict=True)
+    first, second = (
+        _relaid(layout, shape, out, shape[layout.axes[0]] if layout.looped else n) for shape, out, n in pairs
+    )
+    return first if first == second else None
+
+
+def _relaid(layout: Layout, shape: Shape, out: Shape, size: int) -> Layout | None:
+    last = layout.axes[-1]
+    if len(layout.axes) == 2 and layout.axes != (last - 1, last):
+        return None
+    stride = layout.inner * math.prod(shape[last + 1 :])
+    for axis in range(len(out)):
+        after = math.prod(out[axis + 1 :])
+        if after and stride % after == 0 and out[axis] % (size * (stride // after)) == 0 and out[axis]:
+            inner = stride // after
+            return dataclasses.replace(layout.at(axis), outer=out[axis] // (size * inner), inner=inner)
+        splits = axis + 1 < len(out) and out[axis] * out[axis + 1] == size and math.prod(out[axis + 2 :]) == stride
+        if splits and not layout.looped:
+            return Layout((axis, axis + 1))
+    return None
+
+
+@rule("squeeze", uniform=True)
+def squeeze(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """Axes of size 1 dropped."""
+    x, dropped = ins[0], {d % len(op.shapes()[0]) for d in op.params["dimensions"]}
+    if x.layout is None:
+        return reshaped(x)
+    if dropped & set(x.layout.axes):
+        return walk.unknown(op, "the batch axis is squeezed")
+    return moved(x, without(x.layout, dropped))
+
+
+def without(layout: Layout, dropped: set[int]) -> Layout:
+    """The layout once other axes are gone."""
+    return layout.at(*(a - sum(d < a for d in dropped) for a in layout.axes))
+
+
+@rule("transpose", uniform=True)
+def transpose(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """Axes permuted."""
+    (x,) = ins
+    if x.layout is None:
+        return reshaped(x)
+    permutation = [int(a) for a in op.params["permutation"]]
+    return moved(x, x.layout.at(*(permutation.index(a) for a in x.layout.axes)))
+
+
+@rule("rev")
+def rev(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """Axes reversed."""
+    (x,) = ins
+    if x.layout is not None and set(x.layout.axes) & set(op.params["dimensions"]):
+        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is reversed", layout=x.layout)
+    return x.but(scalar=x.scalar)
+
+
+# -- parts and wholes -------------------------------------------------------------------------------------------------
+
+
+@rule("slice")
+def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """A part of an array: all examples, or whole views of them."""
+    (x,) = ins
+    if x.layout is None or not x.rows:
+        cut = set(varying(op.shapes())) ^ set(varying(op.out_shapes()))
+        return (
+            Settled([dataclasses.replace(x.but(scalar=x.scalar), faults=x.faults)])
+            if not cut and x.index is None
+            else x.but()
+        )
+    layout = x.layout
+    for axis in layout.axes:
+        kept = _kept(op, axis, layout, walk.sizes)
+        if kept is None:
+            note = "examples are picked by their place in the batch"
+            return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=layout)
+        layout = dataclasses.replace(layout, outer=kept)
+    return moved(x, layout)
+
+
+def _kept(op: Op, axis: int, layout: Layout, sizes: Sizes) -> int | None:
+    """How many views of all examples remain; None where some examples go."""
+    found = []
+    for eqn, size in ((op.eqn, sizes.first), (op.other, sizes.second)):
+        whole, unit = eqn.invars[0].aval.shape[axis], size * layout.inner
+        start, stop = eqn.params["start_indices"][axis], eqn.params["limit_indices"][axis]
+        step = (eqn.params["strides"] or (1,) * (axis + 1))[axis]
+        if step == 1 and (start, stop) == (0, whole):
+            found.append((0, layout.outer))
+        elif step == 1 and start % unit == 0 and stop % unit == 0 and len(layout.axes) == 1 and not layout.looped:
+            found.append((start // unit, stop // unit - start // unit))
+        else:
+            return None
+    return found[0][1] if found[0] == found[1] else None
+
+
+@rule("split")
+def split(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
+    """An array in parts, along one axis."""
+    (x,), axis, count = ins, op.params["axis"], op.num_outs
+    if x.layout is None or axis not in x.layout.axes:
+        return [moved(x, x.layout) if x.layout is not None else x.but()] * count
+    if len(set(op.params["sizes"])) == 1 and x.layout.outer % count == 0 and len(x.layout.axes) == 1:
+        return [moved(x, dataclasses.replace(x.layout, outer=x.layout.outer // count))] * count
+    note = "the batch axis is split by place"
+    return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=x.layout)
+
+
+@rule("concatenate", uniform=True)
+def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """Arrays side by side: features of the same examples, or views of all of them."""
+    axis, last = op.params["dimension"], len(op.out_shapes()[0]) - 1
+    if axis == last and any(v.index is Index.ROW for v in ins) and all(v.aval.shape[-1] == 1 for v in op.eqn.invars):
+        return _indices(walk, op, ins)
+    if axis in varying(op.out_shapes()) and not any(v.summary for v in ins):
+        return _views(walk, op, ins, axis)
+    if not any(v.rows for v in ins):
+        return dataclasses.replace(added(walk, op, ins), known=None, scalar=False, weight=None)
+    if any(v.summary for v in ins) or not same_layout(ins):
+        return combine(walk, op, ins)
+    (layout,) = {v.layout for v in ins if v.rows}
+    if layout is None or axis in layout.axes:
+        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="the batch axis is extended", layout=layout)
+    return rows(layout, terms=_union(ins), origin=origin_of(ins))
+
+
+def _union(ins: Sequence[Value]) -> frozenset:
+    return frozenset().union(*(v.terms for v in ins if not v.zero)) or PLAIN
+
+
+def _indices(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """A table of indices, one column of which is the example's own place."""
+    places = [v.index is Index.ROW for v in ins]
+    layouts = {v.layout for v in ins if v.rows or v.index is Index.ROW}
+    if len(layouts) != 1 or any(v.summary for v in ins):
+        return combine(walk, op, ins)
+    faults = frozenset().union(*(v.faults for v in ins))
+    kind = next((v.kind for v in ins if v.rows), ins[0].kind)
+    return Settled([Value(kind, layouts.pop(), columns=tuple(places), faults=faults)])
+
+
+def _views(walk: Walk, op: Op, ins: list[Value], axis: int) -> Value:
+    """Arrays one after the other along the axis of the examples, each with all of them."""
+    layouts = [v.layout if v.rows else _uniform(op, i, axis, walk.sizes) for i, v in enumerate(ins)]
+    if any(v.index for v in ins) or any(each is None or each.axes != (axis,) or each.looped for each in layouts):
+        if all(v.fixed for v in ins):
+            note = "a table with a row for each place in the batch"
+            return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))
+        layout = layout_of(ins)
+        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is extended", layout=layout)
+    known = [each for each in layouts if each is not None]
+    inners = {each.inner for each, v in zip(known, ins, strict=True) if v.rows} or {1}
+    if len(inners) > 1:
+        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts")
+    inner = inners.pop()
+    if any(op.eqn.invars[i].aval.shape[axis] % (walk.sizes.first * inner) for i in range(len(ins))):
+        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts")
+    outer = sum(v.aval.shape[axis] for v in op.eqn.invars) // (walk.sizes.first * inner)
+    return rows(Layout((axis,), outer, inner), terms=_union(ins), origin=origin_of(ins))
+
+
+def _uniform(op: Op, i: int, axis: int, sizes: Sizes) -> Layout | None:
+    """The layout of a piece that is uniform along the axis: any that fits."""
+    first, second = (shape[axis] for shape in op.shapes(i))
+    fits = first % sizes.first == 0 and second % sizes.second == 0 and first // sizes.first == second // sizes.second
+    return Layout((axis,), first // sizes.first) if fits and first else None
+
+
+@rule("pad")
+def pad(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """An array with a border of one value."""
+    x, border = ins
+    if not x.rows and not border.rows:
+        return dataclasses.replace(added(walk, op, ins), known=None, scalar=False, weight=None)
+    if x.layout is None or border.summary or x.summary or not same_layout(ins):
+        return combine(walk, op, ins)
+    if any(tuple(op.params["padding_config"][a]) != (0, 0, 0) for a in x.layout.axes):
+        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is padded", layout=x.layout)
+    return rows(x.layout, terms=_union(ins), origin=x.origin)
+
+
+@rule("iota", uniform=True)
+def iota(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """0, 1, 2, … along an axis: along the batch's, the place of each example."""
+    axis, (first, second) = op.params["dimension"], op.out_shapes()
+    if first[axis] == second[axis]:
+        return fixed()
+    if (first[axis], second[axis]) == (walk.sizes.first, walk.sizes.second):
+        return Value(index=Index.ROW, layout=Layout((axis,)))
+    note = "the result depends on the place of an example in its microbatch"
+    return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))

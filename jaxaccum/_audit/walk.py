@@ -1,0 +1,306 @@
+"""The walk through a program traced at two batch sizes: equation by equation, by the table of rules.
+
+Every rule that is missing, and every doubt, ends in a fault of kind ``unknown``: nothing is exact by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    PLAIN,
+    Fault,
+    FaultKind,
+    Kind,
+    Layout,
+    Scale,
+    Sizes,
+    Term,
+    Value,
+    fixed,
+    rows,
+    statistic,
+)  # fmt: skip
+from jaxaccum._audit.rules.registry import RULES, Rule, Settled
+from jaxaccum._audit.sources import Call, Site, is_library
+
+Shape = tuple[int, ...]
+
+
+_CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN)
+"""Faults after which a further meeting of examples is no news."""
+
+
+class ShapeOfProgramDiffersError(Exception):
+    """The two programs have different equations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One equation, as traced at both sizes."""
+
+    eqn: Any
+    other: Any
+
+    @property
+    def name(self) -> str:
+        """The primitive's."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters at the first size."""
+        return self.eqn.params
+
+    def shapes(self, i: int = 0) -> tuple[Shape, Shape]:
+        """Those of operand `i`."""
+        return self.eqn.invars[i].aval.shape, self.other.invars[i].aval.shape
+
+    def out_shapes(self, i: int = 0) -> tuple[Shape, Shape]:
+        """Those of result `i`."""
+        return self.eqn.outvars[i].aval.shape, self.other.outvars[i].aval.shape
+
+    @property
+    def num_outs(self) -> int:
+        """How many results it has."""
+        return len(self.eqn.outvars)
+
+
+def varying(shapes: tuple[Shape, Shape]) -> list[int]:
+    """The axes whose size is not the same at both batch sizes."""
+    return [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
+
+
+def _varies(v: Any, w: Any) -> bool:
+    return getattr(v.aval, "shape", ()) != getattr(w.aval, "shape", ())
+
+
+class Walk:
+    """The state of one analysis: the sizes, the calls around the current equation, and what was found so far."""
+
+    def __init__(self, sizes: Sizes, axis_name: str, axis_sizes: tuple[int, int]):
+        self.sizes = sizes
+        self.axis_name = axis_name
+        self.axis_sizes = axis_sizes
+        """How many microbatches there are, at each size."""
+        self.mesh_axes: frozenset[str] = frozenset()
+        """Inside a program for one device, the mesh axes over which the batch is sharded."""
+        self.calls: tuple[Call, ...] = ()
+        self.counts: Counter[str] = Counter()
+        self.sites: dict[Term, Site] = {}
+        """Where each addend of a total was first seen."""
+        self.weights: dict[int, Site] = {}
+        """Where each total that divides was taken."""
+        self.derivatives: dict[int, Any] = {}
+        """Backward passes of the user's own rules, by the identity of their equation."""
+        self.checks_derivatives = True
+        self._numbers: dict[Any, int] = {}
+        self._faults: dict[Any, Fault] = {}
+        self._fresh = 0
+
+    # -- identities ---------------------------------------------------------------------------------------------------
+
+    def fresh(self) -> int:
+        """The number of a value like no other."""
+        self._fresh += 1
+        return self._number(("fresh", self._fresh))
+
+    def _number(self, key: Any) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def site(self, op: Op) -> Site:
+        """Where the equation stands."""
+        return Site(op.eqn, self.calls)
+
+    def fault(
+        self, op: Op, kind: FaultKind, note: str, *, origin: Site | None = None, hoistable: bool = False
+    ) -> Fault:
+        """The fault of this kind at this equation: one, however often the equation is walked."""
+        key = (id(op.eqn), tuple(id(call.eqn) for call in self.calls), kind)
+        if key not in self._faults:
+            site = self.site(op)
+            self._faults[key] = Fault(kind, origin or site, site, note, hoistable)
+        return self._faults[key]
+
+    def couple(
+        self, op: Op, ins: Sequence[Value], *, kind: FaultKind = FaultKind.COUPLING, note: str = "",
+        layout: Layout | None = None,
+    ) -> Value:  # fmt: skip
+        """The result of an equation at which examples meet; rows where `layout` says so."""
+        summaries = [v for v in ins if v.summary]
+        known = any(f.kind in _CAUSES for v in summaries for f in v.faults)
+        origin = next((v.origin for v in summaries or ins if v.origin is not None), None)
+        faults: frozenset[Fault] = frozenset()
+        if not (known and all(v.kind is Kind.STATISTIC for v in summaries)):  # else it is a consequence, not a cause
+            note = note or ("a statistic of the whole batch enters" if summaries else "examples meet")
+            hoistable = not any(v.params for v in summaries or ins)
+            faults = frozenset([self.fault(op, kind, note, origin=origin, hoistable=hoistable)])
+        if layout is not None:
+            return rows(layout, faults=faults)
+        return statistic(origin or self.site(op), faults=faults)
+
+    def unknown(self, op: Op, note: str) -> Value:
+        """The result of an equation that the analysis cannot follow."""
+        return statistic(self.site(op), faults=frozenset([self.fault(op, FaultKind.UNKNOWN, note)]))
+
+    # -- bodies -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def inside(self, op: Op, body: Any, *, cached: bool = False) -> Iterator[None]:
+        """Walk a body of `op`; `cached` says that JAX may share it between callers."""
+        file = getattr(getattr(body, "debug_info", None), "func_filename", None) or ""
+        before = self.calls
+        self.calls = (*before, Call(op.eqn, cached and is_library(file)))
+        try:
+            yield
+        finally:
+            self.calls = before
+
+    def body(self, op: Op, bodies: tuple[Any, Any], ins: Sequence[Value], *, cached: bool = False) -> list[Value]:
+        """The results of a body, a jaxpr at each size, applied to values."""
+        first, second = (getattr(body, "jaxpr", body) for body in bodies)
+        consts = [self.constant(a, b) for a, b in zip(*(getattr(body, "consts", ()) for body in bodies), strict=False)]
+        if len(consts) != len(first.constvars):  # of an open jaxpr the constants are the first operands
+            consts, ins = list(ins[: len(first.constvars)]), ins[len(first.constvars) :]
+        with self.inside(op, first, cached=cached):
+            return self.run(first, second, consts, ins)
+
+    def run(self, first: Any, second: Any, consts: Sequence[Value], ins: Sequence[Value]) -> list[Value]:
+        """The results of a jaxpr, traced at both sizes."""
+        if len(first.eqns) != len(second.eqns) or len(first.invars) != len(ins):
+            raise ShapeOfProgramDiffersError
+        env = dict(zip([*first.constvars, *first.invars], [*consts, *ins], strict=True))
+
+        def read(v: Any, w: Any) -> Value:
+            if isinstance(v, jex.Literal) != isinstance(w, jex.Literal):
+                raise ShapeOfProgramDiffersError
+            return self.constant(v.val, w.val) if isinstance(v, jex.Literal) else env[v]
+
+        for eqn, other in zip(first.eqns, second.eqns, strict=True):
+            if eqn.primitive is not other.primitive or len(eqn.invars) != len(other.invars):
+                raise ShapeOfProgramDiffersError
+            ins = [read(v, w) for v, w in zip(eqn.invars, other.invars, strict=True)]
+            env.update(zip(eqn.outvars, self.apply(Op(eqn, other), ins), strict=True))
+        return [read(v, w) for v, w in zip(first.outvars, second.outvars, strict=True)]
+
+    # -- one equation -------------------------------------------------------------------------------------------------
+
+    def apply(self, op: Op, ins: list[Value]) -> list[Value]:
+        """The results of one equation, with what its operands suffer from."""
+        self.counts[op.name] += 1
+        entry = RULES.get(op.name) or Rule(RULES["*"].apply)
+        outs = entry.apply(self, op, ins)
+        outs = outs if isinstance(outs, list) else [outs] * op.num_outs
+        return (
+            outs
+            if entry.complete
+            else [
+                self._checked(op, ins, out, entry=entry, i=i, settled=isinstance(outs, Settled))
+                for i, out in enumerate(outs)
+            ]
+        )
+
+    def _checked(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool) -> Value:
+        faults = out.faults if settled else out.faults.union(*(v.faults for v in ins))
+        if not settled:
+            faults |= self._position(op, ins, out, entry=entry, i=i)
+        if not entry.scales and not settled and not faults - frozenset().union(*(v.faults for v in ins)):
+            faults |= self._lost_scale(op, ins, out)
+        number = out.number if out.number >= 0 else self._numbered(op, ins, i)
+        size = math.prod(op.out_shapes(i)[0]) if hasattr(op.eqn.outvars[i].aval, "shape") else 1
+        return dataclasses.replace(
+            out, faults=faults, number=number, params=out.params or any(v.params for v in ins),
+            scalar=out.scalar or (size == 1 and not _varies(op.eqn.outvars[i], op.other.outvars[i])),
+        )  # fmt: skip
+
+    def _position(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int) -> frozenset[Fault]:
+        """What is independent of the batch stays uniform along its axes, or depends on an example's place."""
+        spent = any(v.index is not None for v in ins) and out.index is None and not any(out.columns)
+        uneven = (
+            out.fixed
+            and not entry.uniform
+            and (
+                _varies(op.eqn.outvars[i], op.other.outvars[i])
+                or any(_varies(v, w) for v, w in zip(op.eqn.invars, op.other.invars, strict=True))
+            )
+        )
+        if not spent and not uneven:
+            return frozenset()
+        return frozenset(
+            [self.fault(op, FaultKind.POSITION, "the result depends on the place of an example in its microbatch")]
+        )
+
+    def _lost_scale(self, op: Op, ins: list[Value], out: Value) -> frozenset[Fault]:
+        """A scaled operand gives a scaled result, or a rule has dropped a factor."""
+        if out.kind is Kind.STATISTIC or out.terms != PLAIN:
+            return frozenset()
+        if all(term.scale.trivial for v in ins if not v.zero for term in v.terms if v.kind is not Kind.STATISTIC):
+            return frozenset()
+        return frozenset([self.fault(op, FaultKind.BATCH_SIZE, "a value scaled by the batch size enters")])
+
+    def _numbered(self, op: Op, ins: list[Value], i: int) -> int:
+        numbers = tuple(v.number for v in ins)
+        if op.num_outs == 0 or -1 in numbers or not numbers:
+            return self.fresh()
+        try:
+            return self._number((op.name, i, tuple(sorted(op.params.items())), numbers))
+        except TypeError:
+            return self.fresh()
+
+    # -- constants ----------------------------------------------------------------------------------------------------
+
+    def constant(self, a: Any, b: Any) -> Value:
+        """A constant of the program, `a` at the first size and `b` at the second."""
+        if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
+            return self._scalar(a, b)
+        if np.shape(a) == np.shape(b):
+            same = a is b or (_is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=_is_inexact(a)))
+            return fixed(number=self.fresh()) if same else fixed(IRREGULAR, number=self.fresh())
+        return self._table(a, b)
+
+    def _scalar(self, a: Any, b: Any) -> Value:
+        if not _is_numeric(a):
+            return fixed(number=self.fresh(), scalar=True)
+        power = self.sizes.power(a, b)
+        known = np.asarray(a).item() if power == 0 else None
+        number = (
+            self._number(("literal", str(a), str(getattr(a, "dtype", type(a)))))
+            if power == 0
+            else self._number(("literals", str(a), str(b)))
+        )
+        return fixed(Scale(power), known=known, scalar=True, number=number)
+
+    def _table(self, a: Any, b: Any) -> Value:
+        """A constant array of the batch's size: uniform, or a row for each place."""
+        a, b = np.asarray(a), np.asarray(b)
+        if a.size and b.size and _is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
+            return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
+        note = "a constant array has a row for each place in the batch"
+        fault = Fault(FaultKind.POSITION, None, None, note)
+        return fixed(faults=frozenset([self._faults.setdefault((note, a.shape), fault)]), number=self.fresh())
+
+    def growth(self, shapes: tuple[Shape, Shape], axes: Sequence[int]) -> Scale:
+        """The factor that a sum of equal entries over `axes` brings."""
+        first, second = (math.prod(shape[i] for i in axes) for shape in shapes)
+        return Scale(self.sizes.power(first, second))
+
+
+def _is_numeric(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return isinstance(x, bool | int | float | complex) or (
+        dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+    )
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
