@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxaccum import _batch
 from jaxaccum._tree import dtype_of, is_array, is_inexact
-from jaxaccum._types import Sentinel, Split
+from jaxaccum._types import Memory, Sentinel, Split
 
 
 def size(value: Any, name: str) -> int:
@@ -141,6 +141,20 @@ def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
                 "a batch axis needs one row an example; give a leaf that is not batched None in in_axes."
             )
     return first
+
+
+def memory(value: Any) -> Memory:
+    """The budget of a coupled program."""
+    if value is None or (isinstance(value, str) and value in ("min", "store")):
+        return value
+    if isinstance(value, str | bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f'memory must be None, "min", "store" or a number of bytes; got {value!r}. It says what a coupled loss may '
+            "keep of the full batch."
+        )
+    if operator.index(value) < 0:
+        raise ValueError(f"memory must be at least 0 bytes; got {value!r}.")
+    return operator.index(value)
 
 
 def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:

@@ -132,6 +132,7 @@ def prepare(
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
+    memory = _check.memory(options.memory)
     counted = options.num_examples_argnum
     if counted is not None:
         counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
@@ -170,7 +171,7 @@ def prepare(
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
     return Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
-        options.memory,
+        memory,
     ), arrays  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import jaxaccum as ja
 AXIS = "microbatch"
 W = {"a": data(4, 5), "b": data(5, 5), "scale": data(5)}
 X = data(8, 4, seed=1) * jnp.arange(1.0, 9.0)[:, None] / 4
-SETTINGS = ["min", "store", None, 2000]
+SETTINGS = ["min", "store", None, 800]
 
 
 def normalize(h):

@@ -7,16 +7,19 @@ the stages and `gradient` differentiates them. `run` and `run_with_gradient` hav
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
+
+import jax.extend.core as jex
 
 from jaxaccum import _loop
 from jaxaccum._arguments import Role
 from jaxaccum._coupled.cut import Cuts, cut, moved_by
 from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._coupled.gradient import Reverse
-from jaxaccum._coupled.schedule import stored
+from jaxaccum._coupled.schedule import Schedule, choose
 from jaxaccum._coupled.trace import opened
 from jaxaccum._loop import Gradient, Result, Seeds
 from jaxaccum._program import Program
@@ -29,7 +32,7 @@ def run(program: Program, arrays: Sequence[Array]) -> list[Array]:
     if not program.coupled:
         return _loop.run(program, arrays)
     cuts = _cuts(program)
-    sweep = Sweep.begin(Call(program, list(arrays), cuts, stored(cuts, program.memory)))
+    sweep = Sweep.begin(Call(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored))
     for level in range(len(cuts.stages)):
         sweep.enter(level)
         sweep.leave(level)
@@ -41,72 +44,104 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     if not program.coupled:
         return _loop.run_with_gradient(program, arrays, gradient, seeds)
     cuts = _cuts(program)
-    summed = functools.partial(_summed, program, cuts, gradient)
+    plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
+    summed = functools.partial(_summed, plan)
     if not gradient.sums.in_place:
         return summed(list(arrays), seeds)
-    return _loop.sealed(functools.partial(_in_place, program, cuts, gradient), summed)(list(arrays), seeds)
+    return _loop.sealed(functools.partial(_in_place, plan), summed)(list(arrays), seeds)
+
+
+def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:
+    """What the gradient with respect to the slots `wrt` stores and costs; None for a program that is not coupled."""
+    if not program.coupled:
+        return None
+    cuts = _cuts(program)
+    return choose(cuts, program.memory, _moved(program, cuts, wrt))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be differentiated, and how."""
+
+    program: Program
+    cuts: Cuts
+    gradient: Gradient
+    stored: frozenset[int]
+
+    @property
+    def whole(self) -> list[int]:
+        """The differentiated slots whose gradients are summed over microbatches."""
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.WHOLE]
+
+    @property
+    def rows(self) -> list[int]:
+        """The differentiated slots whose gradients are rows."""
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.ROWS]
+
+    def zeros(self, arrays: list[Array]) -> list[list[Array]]:
+        """The sums of `whole`, for each set of cotangents, before the first microbatch."""
+        return [[self.gradient.sums.zeros(arrays[i]) for i in self.whole] for _ in self.gradient.sets]
+
+    def result(self, parts: list[Array], sums: Any, rows: Any) -> Result:
+        """Gradients in the order of `wrt`."""
+        order = [*self.whole, *self.rows]
+        grads = [dict(zip(order, [*whole, *own], strict=True)) for whole, own in zip(sums, rows, strict=True)]
+        return Result(parts, [[by_slot[i] for i in self.gradient.wrt] for by_slot in grads])
+
+
+def _moved(program: Program, cuts: Cuts, wrt: Sequence[int]) -> set[Any]:
+    """The variables that have a derivative with respect to the slots `wrt`."""
+    return moved_by(cuts.jaxpr, [v for v, i in _pairs(program, cuts.jaxpr) if i in wrt], is_inexact)
+
+
+def _pairs(program: Program, jaxpr: jex.Jaxpr) -> list[tuple[Any, int]]:
+    """The arguments of a microbatch, and the slot of each."""
+    return list(zip(jaxpr.invars[1:], program.sources(0), strict=True))
 
 
 def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
-    pairs = zip(jaxpr.invars[1:], program.sources(0), strict=True)
-    own = [v for v, i in pairs if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)]
+    own = [v for v, i in _pairs(program, jaxpr) if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)]
     return cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
 
 
-def _summed(program: Program, cuts: Cuts, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
+def _summed(plan: _Plan, arrays: list[Array], seeds: Seeds) -> Result:
     """The gradients as values: JAX differentiates it any number of times, in either mode."""
-    sums = [[gradient.sums.zeros(arrays[i]) for i in _whole(program, gradient)] for _ in gradient.sets]
-    parts, rows = _reversed(program, cuts, gradient, arrays, seeds, sums, in_place=False)
-    return _result(program, gradient, parts, sums, rows)
+    sums = plan.zeros(arrays)
+    parts, rows = _reversed(plan, arrays, seeds, sums, in_place=False)
+    return plan.result(parts, sums, rows)
 
 
-def _in_place(program: Program, cuts: Cuts, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
+def _in_place(plan: _Plan, arrays: list[Array], seeds: Seeds) -> Result:
     """The gradients in references: every backward pass adds to them."""
-    sums = [[gradient.sums.zeros(arrays[i]) for i in _whole(program, gradient)] for _ in gradient.sets]
-    pairs = zip(program.outputs.parts, cuts.jaxpr.outvars, strict=True)
-    parts = [_loop.whole_shape(program, part.reduction, v.aval) for part, v in pairs]
-    rows = [[arrays[i] for i in _rows(program, gradient)] for _ in gradient.sets]
-    fill = lambda refs: _reversed(program, cuts, gradient, arrays, seeds, refs, in_place=True)
-    sums, (parts, rows) = _loop.in_references(sums, (parts, rows), fill, program.axes)
-    return _result(program, gradient, parts, sums, rows)
+    pairs = zip(plan.program.outputs.parts, plan.cuts.jaxpr.outvars, strict=True)
+    parts = [_loop.whole_shape(plan.program, part.reduction, v.aval) for part, v in pairs]
+    rows = [[arrays[i] for i in plan.rows] for _ in plan.gradient.sets]
+    fill = lambda refs: _reversed(plan, arrays, seeds, refs, in_place=True)
+    sums, (parts, rows) = _loop.in_references(plan.zeros(arrays), (parts, rows), fill, plan.program.axes)
+    return plan.result(parts, sums, rows)
 
 
 def _reversed(
-    program: Program, cuts: Cuts, gradient: Gradient, arrays: list[Array], seeds: Seeds, sums: Any, *, in_place: bool
+    plan: _Plan, arrays: list[Array], seeds: Seeds, sums: Any, *, in_place: bool
 ) -> tuple[list[Array], list[list[Array]]]:
     """One sweep over the stages, and back for each set of cotangents, whose gradients are added to `sums`."""
-    call = Call(program, arrays, cuts, stored(cuts, program.memory))
-    wrt = call.variables(gradient.wrt)
-    sweep = Sweep.begin(call, moved_by(cuts.jaxpr, wrt.values(), is_inexact))
-    for level in range(cuts.last):
+    call = Call(plan.program, arrays, plan.cuts, plan.stored)
+    variables = {i: v for v, i in _pairs(plan.program, plan.cuts.jaxpr)}
+    sweep = Sweep.begin(call, _moved(plan.program, plan.cuts, plan.gradient.wrt))
+    for level in range(plan.cuts.last):
         sweep.enter(level)
         sweep.leave(level)
-    sweep.enter(cuts.last)
-    parameters = {wrt[i]: place for place, i in enumerate(_whole(program, gradient))}
+    sweep.enter(plan.cuts.last)
+    parameters = {variables[i]: place for place, i in enumerate(plan.whole)}
     rows = []
-    for parts, given, own in zip(gradient.sets, seeds, sums, strict=True):
+    for parts, given, own in zip(plan.gradient.sets, seeds, sums, strict=True):
         reverse = Reverse(call, sweep, parameters, own, in_place, dict(zip(parts, given, strict=True)))
         reverse.run()
-        rows.append([reverse.rows(i, wrt[i]) for i in _rows(program, gradient)])
+        rows.append([reverse.rows(i, variables[i]) for i in plan.rows])
     return _in_order(sweep), rows
 
 
 def _in_order(sweep: Sweep) -> list[Array]:
     return [sweep.parts[i] for i in range(len(sweep.parts))]
-
-
-def _whole(program: Program, gradient: Gradient) -> list[int]:
-    return [i for i in gradient.wrt if program.slots[i].role is Role.WHOLE]
-
-
-def _rows(program: Program, gradient: Gradient) -> list[int]:
-    return [i for i in gradient.wrt if program.slots[i].role is Role.ROWS]
-
-
-def _result(program: Program, gradient: Gradient, parts: Any, sums: Any, rows: Any) -> Result:
-    """Gradients in the order of `wrt`."""
-    order = [*_whole(program, gradient), *_rows(program, gradient)]
-    grads = [dict(zip(order, [*whole, *own], strict=True)) for whole, own in zip(sums, rows, strict=True)]
-    return Result(parts, [[by_slot[i] for i in gradient.wrt] for by_slot in grads])

@@ -22,7 +22,7 @@ import jax.core
 import jax.extend.core as jex
 
 from jaxaccum._coupled.trace import is_collective
-from jaxaccum._source import frame_of
+from jaxaccum._source import Frame, frame_of
 from jaxaccum._trace import with_invars
 from jaxaccum._types import Array
 
@@ -98,9 +98,11 @@ class Cuts:
         v = self.jaxpr.outvars[part]
         return None if isinstance(v, jex.Literal) else v
 
-    def boundary_bytes(self, cut: int) -> int:
-        """How much the full batch takes at a cut."""
-        return self.axis[1] * sum(v.aval.size * v.aval.dtype.itemsize for v in self.stages[cut].live)
+    @property
+    def frames(self) -> tuple[tuple[Frame | None, ...], ...]:
+        """The lines of the collectives of every cut."""
+        found = [[frame_of(eqn) for eqn in stage.cut.jaxpr.eqns] for stage in self.stages[:-1]]
+        return tuple(tuple(dict.fromkeys(frames)) for frames in found)
 
 
 def cut(jaxpr: jex.Jaxpr, own: Collection[Any], axis: tuple[str, int]) -> Cuts:

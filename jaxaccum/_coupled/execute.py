@@ -40,11 +40,6 @@ class Call:
         pairs = zip(self.cuts.jaxpr.invars[1:], self.program.sources(0), strict=True)
         return {v: self.arrays[i] for v, i in pairs if v not in self.cuts.own}
 
-    def variables(self, slots: Collection[int]) -> dict[int, Any]:
-        """The arguments of the program that hold the given slots."""
-        pairs = zip(self.cuts.jaxpr.invars[1:], self.program.sources(0), strict=True)
-        return {i: v for v, i in pairs if i in slots}
-
     def start(self, level: int) -> int:
         """The stage at which a pass to stage `level` starts: that of the nearest boundary that is stored."""
         return max(c for c in (0, *self.stored) if c <= level)
@@ -97,7 +92,9 @@ class Sweep:
         """Run the microbatches to the end of stage `level`, and its cut."""
         stage, keep = self.call.cuts.stages[level], level + 1 in self.call.stored
         start = self.call.start(level)
-        wanted = [*stage.emits, *(self.call.cuts.stages[level + 1].live if keep else ())]
+        held = self.boundaries[start]  # what crosses both boundaries is stored once
+        crossing = [v for v in self.call.cuts.stages[level + 1].live if v not in held] if keep else []
+        wanted = [*stage.emits, *crossing]
 
         def visit(sums: Any, own: Env, index: Array) -> tuple[list[Array], Any, Env]:
             env, parts = self.shared | own, []
@@ -106,9 +103,10 @@ class Sweep:
                 env |= values
             return parts, sums, {v: env[v] for v in dict.fromkeys(wanted)}
 
-        _, written = self.over_microbatches(visit, parts=stage.parts, extra=self.boundaries[start] | self.stacked)
+        _, written = self.over_microbatches(visit, parts=stage.parts, extra=held | self.stacked)
         if keep:
-            self.boundaries[level + 1] = {v: written[v] for v in self.call.cuts.stages[level + 1].live}
+            known = held | written
+            self.boundaries[level + 1] = {v: known[v] for v in self.call.cuts.stages[level + 1].live}
         self._once("cut", level, stage.cut, {v: written[v] for v in stage.emits})
 
     def over_microbatches(self, visit: Visit, *, parts: tuple[int, ...], extra: Env, sums: Any = ()) -> tuple[Any, Env]:

@@ -99,14 +99,12 @@ class Reverse:
             extra=boundary | self.sweep.stacked | step.cotangents,
             sums=sums,
         )
-        for v, x in [
-            *zip(step.parameters, added, strict=False),
-            *zip(step.shared, shared, strict=True),
-            *written.items(),
-        ]:
+        for v, x in [*zip(step.parameters, added, strict=False), *zip(step.shared, shared, strict=True)]:
             self._add(v, x)
+        for v in step.own:
+            self._add(v, written[v])
         if step.starts:
-            self.boundary = dict(zip(step.live, buffers, strict=True))
+            self.boundary = dict(zip(step.live, buffers, strict=True)) | {v: written[v] for v in step.through}
             self.emitted = {}
 
 
@@ -121,7 +119,9 @@ class _Step:
     own: list[Any]
     """What stage `level` reads of rows and of collectives' stacked results."""
     live: list[Any]
-    """What it reads of the stored boundary at its entry, where the segment starts with it."""
+    """The stored boundary at its entry, where the segment starts with it: overwritten by its cotangent."""
+    through: list[Any]
+    """What crosses that boundary and an earlier one, for which it is still needed."""
     targets: list[Any]
     """What a cotangent has arrived for: ``("part", i)``, ``("emit", cut, v)`` or ``("end", v)``."""
 
@@ -131,6 +131,9 @@ class _Step:
         stages, own = call.cuts.stages, call.cuts.own
         reads = [v for v in dict.fromkeys([*stages[level].local.reads, *stages[level].emits]) if v in sweep.moved]
         outside = {*call.cuts.jaxpr.invars, *call.cuts.stacked}
+        starts = level > 0 and level == call.start(level)
+        live = [v for v in stages[level].live if v in sweep.moved] if starts else []
+        earlier = sweep.boundaries[call.start(level - 1)] if starts else {}
         targets: list[Any] = []
         for k in range(level, call.end(level)):
             targets += [
@@ -143,7 +146,8 @@ class _Step:
             parameters=[v for v in reads if v in reverse.parameters],
             shared=[v for v in reads if v not in own and v not in reverse.parameters],
             own=[v for v in reads if v in own and v in outside],
-            live=[v for v in stages[level].live if v in sweep.moved] if level and level == call.start(level) else [],
+            live=[v for v in live if v not in earlier],
+            through=[v for v in live if v in earlier],
             targets=targets,
         )  # fmt: skip
 
@@ -176,16 +180,18 @@ class _Step:
         base |= {v: lax.dynamic_index_in_dim(x, index, keepdims=False) for v, x in zip(self.live, buffers, strict=True)}
         for k in range(self.start, self.level):
             base |= self.reverse.call.cuts.stages[k].run(base)[1]
-        inputs = [[base[v] for v in names] for names in (self.shared, self.own, self.live)]
+        inputs = [[base[v] for v in names] for names in (self.shared, self.own, [*self.live, *self.through])]
         outs, vjp, parts = jax.vjp(self._forward(base), self._sinks(base), *inputs, has_aux=True)
         cotangents = [self._cotangent(t, x, own) for t, x in zip(self.targets, outs, strict=True)]
         grads, of_shared, of_own, of_live = self._pull(vjp, cotangents)
         added = [old + cast(x, old.dtype) for old, x in zip(added, grads, strict=True)]
         shared = [old + cast(x, old.dtype) for old, x in zip(shared, of_shared, strict=True)]
-        buffers = [lax.dynamic_update_index_in_dim(x, new, index, 0) for x, new in zip(buffers, of_live, strict=True)]
+        buffers = [lax.dynamic_update_index_in_dim(x, new, index, 0) for x, new in zip(buffers, of_live, strict=False)]
         if self.level < self.reverse.call.cuts.last:
             parts = []
-        return parts, (added, shared, buffers), dict(zip(self.own, of_own, strict=True))
+        of_through = of_live[len(self.live) :]
+        written = dict(zip([*self.own, *self.through], [*of_own, *of_through], strict=True))
+        return parts, (added, shared, buffers), written
 
     def _sinks(self, base: Env) -> list[Array]:
         """What stands for the parameters: they themselves, or zeros of the dtype in which gradients are summed."""
@@ -200,7 +206,7 @@ class _Step:
             return vjp(cotangents)
         value = jax.ad.GradValue()  # pyright: ignore[reportPrivateImportUsage]
         refs = [self.reverse.sums[self.reverse.parameters[v]] for v in self.parameters]
-        values = [[value] * len(names) for names in (self.shared, self.own, self.live)]
+        values = [[value] * len(names) for names in (self.shared, self.own, [*self.live, *self.through])]
         return [[], *vjp.with_refs(refs, *values)(cotangents)[1:]]
 
     def _forward(self, base: Env) -> Any:
@@ -211,7 +217,7 @@ class _Step:
             pairs = zip(self.parameters, sinks, strict=True)
             read = {v: x if x.dtype == base[v].dtype else port(x, base[v]) for v, x in pairs}
             read |= dict(zip([*self.shared, *self.own], [*shared, *own], strict=True))
-            carried, values, outputs = dict(zip(self.live, live, strict=True)), {}, []
+            carried, values, outputs = dict(zip([*self.live, *self.through], live, strict=True)), {}, []
             for k in range(first, call.end(first)):
                 stage, env = call.cuts.stages[k], base | carried | (read if k == first else {})
                 parts, made = stage.run(env)

@@ -1,13 +1,167 @@
-"""Choose which boundaries to store: the fastest schedule whose boundaries fit the memory."""
+"""Choose which boundaries to store: the fastest schedule within the memory, by a dynamic program over cuts.
+
+A segment from stored cut a to stored cut e is computed from its start for every one of its stages. Forward, stage k
+costs the stages a to k. In reverse, stage l costs the stages a to l again, its own derivative, and the derivative with
+respect to the boundary of every stage behind it in the segment. So a segment of m stages costs about m²/2 stages
+forward and 2 m² in reverse, while its boundary costs bytes; the best set of cuts up to cut e is the best one up to some
+earlier cut a, and the segment between.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from jaxaccum._coupled.cost import Costs, bytes_of, costs, microbatch_bytes, statistics_bytes
 from jaxaccum._coupled.cut import Cuts
+from jaxaccum._source import Frame
 from jaxaccum._types import Memory
 
+_EXPENSIVE = 3.0
+"""How many times the operations of the full batch a schedule may take without a warning."""
+_KEPT = 256
+"""How many of the best schedules up to a cut are remembered."""
 
-def stored(cuts: Cuts, memory: Memory) -> frozenset[int]:
-    """The cuts whose boundary is kept for the full batch."""
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One cut of the program: the lines of its collectives, and what its boundary takes."""
+
+    frames: tuple[Frame | None, ...]
+    bytes: int
+    stored: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which boundaries are stored, and what that is predicted to take."""
+
+    stored: frozenset[int]
+    cuts: tuple[Cut, ...]
+    stored_bytes: int
+    """The stored boundaries; a value that crosses several of them is stored once."""
+    statistics_bytes: int
+    """What every schedule holds of the full batch."""
+    flops: float
+    full_batch_flops: float
+
+    @property
+    def relative_flops(self) -> float:
+        """The operations over those of the full batch."""
+        return self.flops / self.full_batch_flops if self.full_batch_flops else 1.0
+
+
+def choose(cuts: Cuts, memory: Memory, moved: Collection[Any]) -> Schedule:
+    """The schedule for a budget; `moved` are the variables that are differentiated."""
+    cost, fixed = costs(cuts, moved), statistics_bytes(cuts)
     if memory == "min":
-        return frozenset()
-    return frozenset(range(1, cuts.last + 1))
+        chosen: frozenset[int] = frozenset()
+    elif memory == "store":
+        chosen = frozenset(range(1, len(cuts.stages)))
+    elif memory is None:
+        chosen = _cheap(cuts, cost, fixed, moved)
+    else:
+        if memory < fixed:
+            raise ValueError(
+                f"memory={memory} bytes, and no schedule meets it: the statistics of {cuts.last} cuts and what the "
+                f"largest of them takes are {fixed} bytes already. Pass at least {fixed}, or more microbatches' worth "
+                'of memory; memory="min" asks for the least.'
+            )
+        chosen = _fastest(_schedules(cuts, cost, memory - fixed, moved))
+    schedule = _described(cuts, cost, chosen, fixed, moved)
+    if schedule.relative_flops > _EXPENSIVE:
+        warnings.warn(
+            f"memory={memory!r} takes {schedule.relative_flops:.1f} times the operations of the full batch, since "
+            f"{cuts.last} cuts are computed again and again; it stores {schedule.stored_bytes} bytes. More memory is "
+            f"faster: memory=None or a larger budget, up to {_union(cuts, range(1, len(cuts.stages)))} bytes "
+            '(memory="store").',
+            stacklevel=2,
+        )
+    return schedule
+
+
+def _cheap(cuts: Cuts, cost: Costs, fixed: int, moved: Collection[Any]) -> frozenset[int]:
+    """No more than is held anyway, by one microbatch and by the statistics; unless that is too slow."""
+    schedules = _schedules(cuts, cost, None, moved)
+    limit = cost.full_batch * _EXPENSIVE if moved else math.inf
+    within = [s for s in schedules if s.bytes <= microbatch_bytes(cuts) + fixed]
+    best = min(within, key=lambda s: s.flops)
+    if best.flops > limit:
+        best = min((s for s in schedules if s.flops <= limit), key=lambda s: s.bytes, default=schedules[-1])
+    return best.stored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    bytes: int
+    flops: float
+    stored: frozenset[int]
+
+
+def _fastest(schedules: list[_Candidate]) -> frozenset[int]:
+    return min(schedules, key=lambda s: s.flops).stored
+
+
+def _schedules(cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[Any]) -> list[_Candidate]:
+    """The schedules that no other beats in both bytes and operations, the smallest first."""
+    count = len(cuts.stages)
+    best: list[list[_Candidate]] = [[_Candidate(0, cost.once, frozenset())], *([] for _ in range(count))]
+    for start in range(count):
+        best[start] = _undominated(best[start])
+        segment = _segments(cost, start, bool(moved))
+        for end in range(start + 1, count + 1):
+            extra = _extra_bytes(cuts, start, end) if end < count else 0
+            stored = frozenset({end} if end < count else ())
+            for s in best[start]:
+                if budget is None or s.bytes + extra <= budget:
+                    best[end].append(_Candidate(s.bytes + extra, s.flops + segment[end], s.stored | stored))
+    return _undominated(best[count])
+
+
+def _undominated(schedules: list[_Candidate]) -> list[_Candidate]:
+    kept: list[_Candidate] = []
+    for s in sorted(schedules, key=lambda s: (s.bytes, s.flops)):
+        if not kept or s.flops < kept[-1].flops:
+            kept.append(s)
+    if len(kept) <= _KEPT:
+        return kept
+    step = (len(kept) - 1) / (_KEPT - 1)  # evenly, both ends among them
+    return [kept[round(i * step)] for i in range(_KEPT)]
+
+
+def _segments(cost: Costs, start: int, differentiated: bool) -> dict[int, float]:
+    """The operations of the segments from `start`, by their end."""
+    total, again, found, last = 0.0, 0.0, {}, len(cost.forward) - 1
+    for k in range(start, last + 1):
+        total += (again + cost.forward[k]) if k < last or not differentiated else 0.0  # the last runs with its reverse
+        if differentiated:
+            total += again + cost.back[k] + (k - start) * cost.through[k]
+        again += cost.forward[k]
+        found[k + 1] = total
+    return found
+
+
+def _extra_bytes(cuts: Cuts, before: int, cut: int) -> int:
+    """What boundary `cut` adds to boundary `before`: a value that crosses both is stored once."""
+    held = set(cuts.stages[before].live)
+    return bytes_of((v for v in cuts.stages[cut].live if v not in held), cuts.axis[1])
+
+
+def _union(cuts: Cuts, stored: Collection[int]) -> int:
+    return bytes_of({v for c in stored for v in cuts.stages[c].live}, cuts.axis[1])
+
+
+def _described(cuts: Cuts, cost: Costs, stored: frozenset[int], fixed: int, moved: Collection[Any]) -> Schedule:
+    ends = [0, *sorted(stored), len(cuts.stages)]
+    flops = cost.once
+    for start, end in itertools.pairwise(ends):
+        flops += _segments(cost, start, bool(moved))[end]
+    described = [
+        Cut(cuts.frames[c - 1], bytes_of(cuts.stages[c].live, cuts.axis[1]), c in stored)
+        for c in range(1, len(cuts.stages))
+    ]
+    return Schedule(stored, tuple(described), _union(cuts, stored), fixed, flops, cost.full_batch)
