@@ -27,12 +27,14 @@ from jaxaccum._value_and_grad import grad as grad
 from jaxaccum._value_and_grad import value_and_grad as value_and_grad
 
 if TYPE_CHECKING:
+    from jaxaccum import linen as linen
+    from jaxaccum import nnx as nnx
     from jaxaccum._multisteps import MultiSteps as MultiSteps
     from jaxaccum._multisteps import MultiStepsState as MultiStepsState
 
 __version__ = "0.1.0"
 
-_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps"}
+_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps", "linen": None, "nnx": None}
 """Names whose module needs optax or flax, and is imported when they are first used; None: the name is a module."""
 
 

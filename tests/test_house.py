@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
-    ["_check", "_tags", "_reduce", "_trace"],
-    ["_accumulators", "_arguments", "_outputs"],
+    ["_check", "_tags", "_reduce", "_trace", "_moments"],
+    ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph"],
     ["_program"],
     ["_loop", "_partition"],
     ["_coupled"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["_microbatch", "_value_and_grad"],
     ["_lowering"],
     ["_plan", "_multisteps", "_audit"],
-    ["accumulators"],
+    ["accumulators", "linen", "nnx"],
     ["__main__"],
     ["testing"],
 ]

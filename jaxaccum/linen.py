@@ -1,0 +1,95 @@
+"""Layers for Flax linen that are exact across microbatches: ``jaxaccum.linen.BatchNorm``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxaccum import _batch_norm
+from jaxaccum._types import Array
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm(nn.BatchNorm):
+    """``flax.linen.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever is masked.
+
+        n = Σᵢ nᵢ,   μ = Σᵢ nᵢ μᵢ / n,   σ² = (Σᵢ sᵢ + Σᵢ nᵢ (μᵢ − μ)²) / n       over the microbatches i
+
+    where nᵢ, μᵢ and sᵢ are count, mean and sum of squared deviations of the entries that are not masked. It equals::
+
+        def batch_norm(x, mask):  # of the whole batch
+            kept = x[mask]
+            mean, var = kept.mean(0), kept.var(0)
+            y = (x - mean) / sqrt(var + epsilon) * scale + bias
+            return y, momentum * running + (1 - momentum) * (mean, var)
+
+    Flax's own averages the masked means of the shards, which is wrong where the shards keep unequal numbers of entries.
+    Arguments, parameters and collections have Flax's names (``params``: scale, bias; ``batch_stats``: mean, var), so it
+    takes the place of ``nn.BatchNorm`` in a model and in a checkpoint.
+
+    Args:
+        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where an axis is not
+            bound (initialization, evaluation, a plain call) the batch at hand is the whole batch.
+        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes, σ²; ``"torch"`` the
+            unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the share that is kept: torch's is 1 − momentum.
+        use_fast_variance: changes nothing: the variance takes one collective and does not cancel.
+
+    All others are those of ``flax.linen.BatchNorm``. ``mask=`` at call is an array of booleans that broadcasts to the
+    input; running statistics do not move where nothing is counted.
+
+    Guarantees:
+        Equal to the full batch for any mask and any padding, in value, gradient and running statistics. Statistics in
+        float32 for inputs of lower precision. A mean far from 0 does not spoil the variance.
+
+    Raises:
+        ValueError: where `statistics` is neither ``"flax"`` nor ``"torch"``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum.linen
+        >>> model = jaxaccum.linen.BatchNorm(use_running_average=False, momentum=0.5)
+        >>> x, mask = jnp.array([[0.0], [2.0], [9.0], [4.0]]), jnp.array([True, True, False, True])[:, None]
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> apply = lambda x, mask: model.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]
+        >>> microbatches = x.reshape(2, 2, 1), mask.reshape(2, 2, 1)
+        >>> new = jax.vmap(apply, axis_name="microbatch", out_axes=None)(*microbatches)
+        >>> new["batch_stats"]["mean"]  # half the old one, 0, and half the mean of 0, 2 and 4
+        Array([1.], dtype=float32)
+    """
+
+    axis_name: str | Sequence[str] | None = "microbatch"  # pyright: ignore[reportIncompatibleVariableOverride]
+    statistics: str = "flax"
+
+    @nn.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        """Normalize `x`.
+
+        Args:
+            x: the input.
+            use_running_average: normalize by the running statistics and leave them as they are.
+            mask: which entries of `x` count; an array that broadcasts to it.
+
+        Returns:
+            The normalized input, of its shape; masked entries are normalized too.
+        """
+        rule = _batch_norm.rule(self.statistics)
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        axes = _batch_norm.reduced_axes(x.ndim, self.axis)
+        shape = [size for axis, size in enumerate(x.shape) if axis not in axes]
+        widen = _batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, widen(self.param_dtype))
+        var = self.variable("batch_stats", "var", jnp.ones, shape, widen(self.param_dtype))
+        used = mean.value, var.value
+        if not use_running_average:
+            across = {} if self.is_initializing() else {"axis_name": self.axis_name, "groups": self.axis_index_groups}
+            new = _batch_norm.moments(x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across)
+            used = new.mean, new.variance
+            if not self.is_initializing():
+                old = mean.value, var.value
+                mean.value, var.value = _batch_norm.update(old, new, momentum=self.momentum, rule=rule)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        y = _batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
+        return y.astype(self.dtype or _batch_norm.output_dtype(x, scale, bias))

@@ -1,0 +1,255 @@
+"""Flax nnx: gradients of ``fun(model, batch)`` over microbatches, and a BatchNorm that is exact across them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxaccum import _arguments, _batch_norm, _check, _value_and_grad
+from jaxaccum._accumulators import Sums
+from jaxaccum._graph import Models, holds_modules
+from jaxaccum._types import CARRY, Array, Axes, Fun, Split
+
+__all__ = ["BatchNorm", "grad", "value_and_grad"]
+
+
+def value_and_grad(
+    fun: Fun,
+    argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: Sequence[Axes] = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | None = None,
+) -> Fun:
+    """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
+
+    Parameters are differentiated; all other variables (batch statistics, counters, keys of random streams) run from
+    microbatch to microbatch, and the model holds the last ones afterwards. It equals::
+
+        def accumulated(model, batch):
+            grads = 0
+            for _, rows in partition(model, batch, num_microbatches=n):
+                value, own = nnx.value_and_grad(fun)(model, rows)  # updates the model
+                grads += own  # each term over the denominator of the whole batch
+
+    Statistics that collectives over the axis compute, such as those of `BatchNorm`, are the whole batch's: they are
+    updated once.
+
+    Args:
+        fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.
+        argnums: the arguments to differentiate, as in nnx: of a model its ``nnx.Param``, or what the filter of
+            ``nnx.DiffState(argnum, filter)`` selects.
+        has_aux: whether `fun` returns ``(loss, aux)``, its aux tagged.
+        num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
+        microbatch_size: the other way to say the partition.
+        in_axes: one entry an argument, None for a model.
+        split: contiguous or strided.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: the mesh axes to sum over.
+        memory: the budget of coupled programs.
+        accumulator: how gradients add up.
+
+    Returns:
+        A function of the same arguments that updates the models and returns ``(value, grads)`` or
+        ``((value, aux), grads)``. The gradient of a model is an ``nnx.State`` with the structure of
+        ``nnx.state(model, nnx.Param)``, as an ``nnx.Optimizer`` takes it, in the accumulator's dtype.
+
+    Raises:
+        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns to a parameter.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp, jaxaccum.nnx
+        >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        >>> loss = lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+        >>> batch = {"x": jnp.ones((10, 3), jnp.float32), "y": jnp.zeros((10, 1), jnp.float32)}
+        >>> value, grads = jaxaccum.nnx.value_and_grad(loss, microbatch_size=4)(model, batch)
+        >>> grads["kernel"].shape
+        (3, 1)
+    """
+    options: dict[str, Any] = {
+        "num_microbatches": num_microbatches, "microbatch_size": microbatch_size, "split": split,
+        "num_examples_argnum": num_examples_argnum, "axis_name": axis_name, "mesh_axes": mesh_axes, "memory": memory,
+        "accumulator": accumulator,
+    }  # fmt: skip
+
+    @functools.wraps(fun)
+    def accumulated(*args: Any, **kwargs: Any) -> Any:
+        axes = _arguments.per_argument(in_axes, len(args))
+        given = argnums if isinstance(argnums, tuple | list) else (argnums,)
+        numbers = _check.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes)
+        filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
+        _check_models(axes, args, kwargs)
+        models = Models.among(args, dict(zip(numbers, filters, strict=True)))
+        step = _value_and_grad.value_and_grad(
+            models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=(*axes, CARRY), **options
+        )
+        (value, (aux, state), *report), grads = step(*models.arguments(args), **kwargs)
+        if state:
+            models.update(state)
+        values = (value, *([aux] if has_aux else []), *report)
+        grads = grads if isinstance(argnums, tuple | list) else grads[0]
+        return (values if len(values) > 1 else value), grads
+
+    return accumulated
+
+
+def grad(
+    fun: Fun,
+    argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: Sequence[Axes] = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | None = None,
+) -> Fun:
+    """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
+
+    Args:
+        fun: the loss of one microbatch.
+        argnums: the arguments to differentiate: ints or ``nnx.DiffState``.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
+        microbatch_size: the other way to say the partition.
+        in_axes: one entry an argument, None for a model.
+        split: contiguous or strided.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: the mesh axes to sum over.
+        memory: the budget of coupled programs.
+        accumulator: how gradients add up.
+
+    Returns:
+        A function of the same arguments that updates the models and returns ``grads``, or ``(grads, aux)``.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp, jaxaccum.nnx
+        >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        >>> loss = lambda model, x: jnp.mean(model(x))
+        >>> grads = jaxaccum.nnx.grad(loss, microbatch_size=4)(model, jnp.ones((10, 3), jnp.float32))
+        >>> grads["bias"].get_value().item()
+        1.0
+    """
+    both = value_and_grad(
+        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
+        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        accumulator=accumulator,
+    )  # fmt: skip
+
+    @functools.wraps(fun)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def _check_models(axes: tuple[Axes, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for number, (axis, arg) in enumerate(zip(axes, args, strict=True)):
+        if axis is CARRY:
+            raise ValueError(
+                f"in_axes declares argument {number} CARRY, and the state of the models already runs through the "
+                "microbatches; keep that state in an nnx.Variable of the model."
+            )
+        if axis is not None and holds_modules(arg):
+            raise ValueError(
+                f"in_axes gives argument {number} {axis!r}, and it holds an nnx model, which every microbatch sees "
+                "whole; pass None for it."
+            )
+    for name, value in kwargs.items():
+        if holds_modules(value):
+            raise TypeError(f"keyword argument {name} holds an nnx model; pass models as positional arguments.")
+
+
+class BatchNorm(nnx.BatchNorm):
+    """``flax.nnx.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever is masked.
+
+    The equations, the program that it equals and the guarantees are those of `jaxaccum.linen.BatchNorm`. Arguments and
+    variables have Flax's names (``nnx.Param``: scale, bias; ``nnx.BatchStat``: mean, var).
+
+    Args:
+        num_features: the size of the feature axis.
+        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where an axis is not
+            bound (evaluation, a plain call) the batch at hand is the whole batch.
+        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes, σ²; ``"torch"`` the
+            unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the share that is kept: torch's is 1 − momentum.
+        rngs: the keys of the initial parameters.
+        **options: all others are those of ``flax.nnx.BatchNorm``; of these `use_fast_variance` changes nothing, since
+            the variance takes one collective and does not cancel.
+
+    Raises:
+        ValueError: where `statistics` is neither ``"flax"`` nor ``"torch"``.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp, jaxaccum.nnx
+        >>> layer = jaxaccum.nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[0.0], [2.0], [9.0], [4.0]]), mask=jnp.array([[True], [True], [False], [True]]))
+        >>> layer.mean.get_value()  # half the old one, 0, and half the mean of 0, 2 and 4
+        Array([1.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis_name: str | Sequence[str] | None = "microbatch",
+        statistics: _batch_norm.Statistics = "flax",
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(num_features, axis_name=axis_name, rngs=rngs, **options)  # pyright: ignore[reportArgumentType]
+        self.statistics: _batch_norm.Statistics = _batch_norm.rule(statistics)
+        dtype = _batch_norm.at_least_float32(self.param_dtype)
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), dtype))
+        self.var = nnx.BatchStat(jnp.ones((num_features,), dtype))
+
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+        """Normalize `x`.
+
+        Args:
+            x: the input.
+            use_running_average: normalize by the running statistics and leave them as they are.
+            mask: which entries of `x` count; an array that broadcasts to it.
+
+        Returns:
+            The normalized input, of its shape; masked entries are normalized too.
+        """
+        running = self.use_running_average if use_running_average is None else use_running_average
+        if running is None:
+            raise ValueError(
+                "BatchNorm was not told whether to normalize by the running statistics; pass use_running_average= to "
+                "the constructor or the call, or use nnx.view(model, use_running_average=…)."
+            )
+        mean, var = self.mean[...], self.var[...]
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        with jax.numpy_dtype_promotion("standard"):
+            x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+        axes = _batch_norm.reduced_axes(x.ndim, self.axis)
+        if not running:
+            across: dict[str, Any] = {"axis_name": self.axis_name, "groups": self.axis_index_groups}
+            new = _batch_norm.moments(x, axes, dtype=_batch_norm.at_least_float32(x.dtype), mask=mask, **across)
+            old, mean, var = (mean, var), new.mean, new.variance
+            self.mean[...], self.var[...] = _batch_norm.update(old, new, momentum=self.momentum, rule=self.statistics)
+        y = _batch_norm.normalize(x, mean, var, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
+        return y.astype(self.dtype or _batch_norm.output_dtype(x, scale, bias))
