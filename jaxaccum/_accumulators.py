@@ -32,8 +32,8 @@ class Sums:
         return jnp.dtype(self.dtype)
 
     def zeros(self, parameter: Array) -> Array:
-        """The sum before the first microbatch, varying over the mesh axes that the parameter varies over."""
-        return _mesh.vary(jnp.zeros(parameter.shape, self.dtype_for(parameter)), _mesh.varying_axes(parameter))
+        """The sum before the first microbatch, laid out over the mesh and varying as the parameter."""
+        return _mesh.vary(jnp.zeros_like(parameter, self.dtype_for(parameter)), _mesh.varying_axes(parameter))
 
 
 def in_place(dtype: DTypeLike | None = None) -> Sums:

@@ -11,9 +11,9 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _batch
+from jaxaccum import _batch, _mesh
 from jaxaccum._tree import dtype_of, is_array, is_inexact
-from jaxaccum._types import Memory, Sentinel, Split
+from jaxaccum._types import Gather, Memory, Sentinel, Split
 
 
 def size(value: Any, name: str) -> int:
@@ -157,14 +157,21 @@ def memory(value: Any) -> Memory:
     return operator.index(value)
 
 
-def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
+def gather(value: Any) -> str:
+    """When sharded parameters are gathered."""
+    if value not in get_args(Gather):
+        raise ValueError(f"gather must be one of {get_args(Gather)}; got {value!r}.")
+    return value
+
+
+def mesh_axes(value: Any, axis_name: str, seen: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
     """The mesh axes to sum over, all bound by a surrounding `shard_map`."""
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string; got {axis_name!r}.")
     names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
     mesh = jax.sharding.get_abstract_mesh()
     bound = mesh.manual_axes
-    if axis_name in mesh.axis_names:
+    if axis_name in mesh.axis_names or any(axis_name in names for names in seen):
         raise ValueError(
             f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh "
             "axis, or pass another axis_name."
@@ -178,3 +185,17 @@ def mesh_axes(value: Any, axis_name: str) -> tuple[str, ...]:
                 "function inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
             ) from None
     return names
+
+
+def divided(mesh_axes: Sequence[str], batch: Sequence[frozenset[str]]) -> None:
+    """Every mesh axis that is summed over divides the batch; `batch` are the axes over which its leaves vary."""
+    if not mesh_axes or not _mesh.checked(mesh_axes):
+        return
+    for name in mesh_axes:
+        if lax.axis_size(name) > 1 and not any(name in axes for axes in batch):
+            raise ValueError(
+                f"mesh_axes names {name!r}, and the batch is not divided over it (but over "
+                f"{sorted(frozenset().union(*batch)) or 'no axis'}), so each of its {lax.axis_size(name)} devices "
+                "would count the same examples; divide the batch over it in the in_specs of shard_map, or leave it out "
+                "of mesh_axes."
+            )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxaccum._types import Array, PyTree
 
@@ -16,6 +20,28 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
+
+
+def of(x: Array) -> Any:
+    """The mesh that the type of `x` names; without axes where it names none."""
+    return jax.typeof(x).sharding.mesh
+
+
+def axis_names(x: Array) -> tuple[str, ...]:
+    """The axes of the mesh that `x` is laid out on, as far as its type says, or itself where it is concrete."""
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return (*of(x).axis_names, *(sharding.mesh.axis_names if isinstance(sharding, NamedSharding) else ()))
+
+
+def spec(x: Array) -> PartitionSpec:
+    """Over which mesh axes each dimension is divided, as far as the type of `x` says: on explicit meshes."""
+    return jax.typeof(x).sharding.spec
+
+
+def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+    """The mesh axes over which one dimension is divided."""
+    entry = spec[dim] if dim < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
@@ -50,6 +76,16 @@ def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     return total(x)
 
 
+def last_shard(x: Array, mesh_axes: tuple[str, ...]) -> Array:
+    """The value on the last of the shards, whose microbatches are the last; itself where it is the same on all."""
+    own = tuple(name for name in mesh_axes if name in varying_axes(x)) if checked(mesh_axes) else mesh_axes
+    if not own:
+        return x
+    count = math.prod(lax.axis_size(name) for name in own)
+    wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+    return lax.psum(jnp.where(shard_index(own) == count - 1, wide, jnp.zeros_like(wide)), own).astype(x.dtype)
+
+
 def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     """`x`, whose gradient is summed over all shards where JAX does not do so by itself (``check_vma=False``)."""
     if not mesh_axes or checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -71,5 +107,8 @@ def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]
 
 
 def gradient_axes(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes over which a gradient is summed: `mesh_axes`, and those over which its parameter came replicated."""
-    return tuple(sorted((varying_axes(grad) - given_axes) | set(mesh_axes)))
+    """The axes over which a gradient is summed: `mesh_axes` and all others, but those over which its parameter varies.
+
+    A parameter that differs between devices is a different parameter on each; the gradient of one is its own.
+    """
+    return tuple(sorted((varying_axes(grad) | set(mesh_axes)) - given_axes))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxaccum import _coupled, _loop, _mesh, _program, _reduce
+from jaxaccum import _coupled, _explicit, _loop, _mesh, _program, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._program import Options, Program
@@ -80,6 +80,9 @@ def microbatch(
 
     @functools.wraps(fun)
     def microbatched(*args: Any, **kwargs: Any) -> Any:
+        return _explicit.spread(plain, fun, options, args, kwargs)
+
+    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
         arrays = [
             x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
@@ -175,7 +178,7 @@ def _gradient_beside_value(
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
         tangent = tangent + cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
-    return parts, [tangent if i == part else _zero_tangent(x) for i, x in enumerate(parts)]
+    return parts, [tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)]
 
 
 def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
@@ -199,6 +202,11 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
     forward.defvjp(save, pull, symbolic_zeros=True)
     return forward
+
+
+def _tangent_type(x: Array) -> Any:
+    aval: Any = jax.typeof(x)
+    return aval.to_tangent_aval()
 
 
 def _zero_tangent(x: Array) -> Any:

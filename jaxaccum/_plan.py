@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxaccum import _arguments, _check, _lowering
 from jaxaccum._accumulators import Sums
-from jaxaccum._types import Axes, Fun, Split
+from jaxaccum._types import Axes, Fun, Gather, Split
 from jaxaccum._value_and_grad import value_and_grad
 
 
@@ -78,6 +78,7 @@ def plan(
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
     accumulator: Sums | None = None,
+    gather: Gather = "each",
 ) -> Plan:
     """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
 
@@ -107,6 +108,7 @@ def plan(
             then those of one device's shard.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
 
     Returns:
         A `Plan`: `rows`, `best`, and a table as ``str``.
@@ -123,11 +125,14 @@ def plan(
         (True, True)
     """
     numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
-    call = _lowering.read(args, in_axes, traced={*numbers, num_examples_argnum}, mesh_axes=mesh_axes)
+    counted = num_examples_argnum
+    if counted is not None:
+        counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
+    call = _lowering.read(args, in_axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
     limit = _limit(memory_bytes, call)
     options: dict[str, Any] = {
         "in_axes": in_axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
-        "mesh_axes": mesh_axes, "memory": memory, "accumulator": accumulator,
+        "mesh_axes": mesh_axes, "memory": memory, "accumulator": accumulator, "gather": gather,
     }  # fmt: skip
 
     def measure(size: int) -> _lowering.Cost:

@@ -120,6 +120,16 @@ def example_keys(key: Array, examples: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
 
 
+def read(
+    options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Collection[int]
+) -> tuple[Layout, list[Array], int | None]:
+    """The layout of the arguments, the arrays of its slots, and the argument that counts the examples."""
+    counted = options.num_examples_argnum
+    if counted is not None:
+        counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
+    return *_arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=counted), counted
+
+
 def prepare(
     fun: Fun,
     options: Options,
@@ -131,12 +141,9 @@ def prepare(
     has_aux: bool = False,
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
-    mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name)
+    layout, arrays, counted = read(options, args, kwargs, argnums)
+    mesh_axes = _check.mesh_axes(options.mesh_axes, options.axis_name, [_mesh.axis_names(x) for x in arrays])
     memory = _check.memory(options.memory)
-    counted = options.num_examples_argnum
-    if counted is not None:
-        counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
-    layout, arrays = _arguments.read(args, kwargs, options.in_axes, differentiated=argnums, counted=counted)
     limit = _arguments.counter(layout.slots, arrays, counted)
     partition = _check.partition(
         _arguments.batch_size(layout.slots, arrays),
@@ -145,6 +152,9 @@ def prepare(
         split=options.split,
     )
     given_axes = [_mesh.varying_axes(x) for x in arrays]
+    _check.divided(
+        mesh_axes, [axes for slot, axes in zip(layout.slots, given_axes, strict=True) if slot.role is Role.ROWS]
+    )
     arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
     call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
     traces, slots = [], list(layout.slots)

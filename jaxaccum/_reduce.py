@@ -57,7 +57,7 @@ def update(reduction: Reduction, state: Array, x: Array) -> Array:
 
 
 def over_mesh(reduction: Reduction, x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """The value over all shards of the batch; rows, stacks and the last microbatch stay the device's own."""
+    """The value over all shards of the batch; rows and stacks stay the device's own."""
     if not mesh_axes:
         return x
     match reduction:
@@ -67,6 +67,8 @@ def over_mesh(reduction: Reduction, x: Array, mesh_axes: tuple[str, ...]) -> Arr
             return lax.pmax(x, mesh_axes)
         case Reduction.MIN:
             return lax.pmin(x, mesh_axes)
+        case Reduction.LAST:
+            return _mesh.last_shard(x, mesh_axes)
         case _:
             return x
 

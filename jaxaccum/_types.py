@@ -16,6 +16,8 @@ Axes = Any
 Split = Literal["contiguous", "strided"]
 Memory = int | Literal["min", "store"] | None
 """What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""
+Gather = Literal["each", "once"]
+"""When parameters sharded over the batch's mesh axes are gathered: at every microbatch, or before the loop."""
 
 
 class Sentinel(enum.Enum):

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _arguments, _check, _direct, _outputs, _program
+from jaxaccum import _arguments, _check, _direct, _explicit, _outputs, _program
 from jaxaccum._accumulators import Sums, in_place
 from jaxaccum._program import Options
-from jaxaccum._types import Array, Axes, Fun, PyTree, Split
+from jaxaccum._types import Array, Axes, Fun, Gather, PyTree, Split
 
 
 def value_and_grad(
@@ -28,6 +28,7 @@ def value_and_grad(
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
     accumulator: Sums | None = None,
+    gather: Gather = "each",
 ) -> Fun:
     """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
 
@@ -55,6 +56,9 @@ def value_and_grad(
         mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
         memory: the budget of coupled programs; without collectives over the axis it changes nothing.
         accumulator: how gradients add up, one of ``jaxaccum.accumulators``; None is ``in_place()``.
+        gather: what becomes of parameters sharded over the mesh axes of the batch. ``"each"`` leaves it to every
+            microbatch to gather them, and their gradients stay sharded; ``"once"`` gathers them before the loop, keeps
+            them, and scatters the sum of their gradients after it.
 
     Returns:
         A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
@@ -86,6 +90,11 @@ def value_and_grad(
         if not isinstance(sums, Sums):
             raise TypeError(f"accumulator must be one of jaxaccum.accumulators, as in_place() or tree(); got {sums!r}.")
         numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
+        head, trees = _explicit.spread(plain, fun, options, args, kwargs, argnums=numbers, gather=gather)
+        return head, trees if isinstance(argnums, tuple | list) else trees[0]
+
+    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        numbers = _check.argnums(argnums, tuple(in_axes))
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
         parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
@@ -95,8 +104,7 @@ def value_and_grad(
         trees = tuple(
             _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers
         )
-        result = trees if isinstance(argnums, tuple | list) else trees[0]
-        return ((value, aux), result) if has_aux else (value, result)
+        return (value, aux) if has_aux else value, trees
 
     return accumulated
 
@@ -115,6 +123,7 @@ def grad(
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
     accumulator: Sums | None = None,
+    gather: Gather = "each",
 ) -> Fun:
     """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
 
@@ -131,6 +140,7 @@ def grad(
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
 
     Returns:
         A function of the same arguments that returns ``grads``, or ``(grads, aux)``.
@@ -144,7 +154,7 @@ def grad(
     both = value_and_grad(
         fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator,
+        accumulator=accumulator, gather=gather,
     )  # fmt: skip
 
     @functools.wraps(fun)

@@ -15,7 +15,7 @@ LAYERS = [
     ["_check", "_tags", "_reduce", "_trace", "_moments"],
     ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph"],
     ["_program"],
-    ["_loop", "_partition"],
+    ["_loop", "_partition", "_explicit"],
     ["_coupled"],
     ["_direct"],
     ["_microbatch", "_value_and_grad"],

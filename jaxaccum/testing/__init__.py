@@ -5,6 +5,8 @@ Imported by name (`import jaxaccum.testing`), since it needs hypothesis.
 
 from jaxaccum.testing.bounds import normwise as normwise
 from jaxaccum.testing.bounds import sum_bound as sum_bound
+from jaxaccum.testing.collectives import Collective as Collective
+from jaxaccum.testing.collectives import collectives as collectives
 from jaxaccum.testing.exactness import assert_exact as assert_exact
 from jaxaccum.testing.language import Layer as Layer
 from jaxaccum.testing.language import Model as Model
