@@ -47,9 +47,9 @@ class Result(NamedTuple):
     grads: list[list[Array]]
 
 
-def run(program: Program, arrays: Sequence[Array]) -> list[Array]:
-    """The combined parts of the whole batch, at one microbatch's memory."""
-    return scan(program, arrays, _forward(program, arrays)).parts
+def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
+    """The combined parts of the whole batch, at one microbatch's memory; `checkpoint` keeps it under JAX's own AD."""
+    return scan(program, arrays, _forward(program, arrays), checkpoint=checkpoint).parts
 
 
 def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
@@ -58,7 +58,7 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     A cotangent of a summed part is the same for every microbatch; that of rows or of a stack is cut as the rows are.
     """
     summed = functools.partial(_summed, program, gradient)
-    if not gradient.sums.in_place:
+    if not gradient.sums.in_place or program.under_mapped_axes:
         return summed(list(arrays), seeds)
     return sealed(functools.partial(_in_place, program, gradient), summed)(list(arrays), seeds)
 
@@ -118,6 +118,7 @@ def scan(
     sums: Any = (),
     idle: Callable[[int], Any] = lambda g: (),
     extra: Any = None,
+    checkpoint: bool = False,
 ) -> Scanned:
     """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
     partition, written, stacked = program.partition, [], []
@@ -143,7 +144,8 @@ def scan(
         indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
         rows = [partition.split_rows(arrays[i], program.slots[i].axis)[g] for i in program.positions(Role.ROWS)]
         init = _mesh.vary((state, sums), program.axes)
-        (state, sums), (entries, out) = lax.scan(step, init, (indices, rows, extra[g] if extra else None))
+        body = jax.checkpoint(step) if checkpoint else step
+        (state, sums), (entries, out) = lax.scan(body, init, (indices, rows, extra[g] if extra else None))
         written.append(out)
         stacked.append(entries)
     return Scanned(state.parts(program, stacked), sums, written)

@@ -140,6 +140,9 @@ def _differentiable(program: Program) -> Any:
         if len(reached) == 1 and _is_scalar_sum(program, reached[0]):
             return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
         moves = [t if i in wrt else _zero_tangent(x) for i, (x, t) in enumerate(zip(arrays, tangents, strict=True))]
+        if program.under_mapped_axes:
+            # The backward pass runs when the outer axis is bound no more, so JAX derives it from this one, now.
+            return jax.jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=True), (arrays,), (moves,))
         return jax.jvp(_recomputing(program, wrt), (arrays,), (moves,))
 
     forward.defjvp(rule, symbolic_zeros=True)

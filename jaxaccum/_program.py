@@ -54,6 +54,12 @@ class Program:
     """The budget of a coupled program."""
 
     @property
+    def under_mapped_axes(self) -> bool:
+        """Whether it holds collectives over axes of an outer `vmap`, whose names a custom rule would not see."""
+        named = frozenset().union(*(one.other_axes for one in self.traces))
+        return bool(named - set(jax.sharding.get_abstract_mesh().manual_axes))
+
+    @property
     def coupled(self) -> bool:
         """Whether it holds a collective over the axis of the loop, so that no microbatch stands alone."""
         return any(one.coupling is not None for one in self.traces)

@@ -51,6 +51,11 @@ class Trace:
         return next((eqn for eqn in mentions(self.jaxpr, self.axis[0]) if eqn.primitive.name != "axis_index"), None)
 
     @property
+    def other_axes(self) -> frozenset[str]:
+        """The named axes, other than the loop's, that collectives in it mention."""
+        return frozenset(_axes(self.jaxpr)) - {self.axis[0]}
+
+    @property
     def effects(self) -> bool:
         """Whether evaluating it can be seen from outside: prints, callbacks, references; collectives cannot."""
         # JAX counts the name of an axis among the effects, under a class that it does not export.
@@ -126,6 +131,14 @@ def mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
             yield eqn
         for sub in jex.jaxprs_in_params(eqn.params):
             yield from mentions(sub, axis_name)
+
+
+def _axes(jaxpr: jex.Jaxpr) -> Iterator[str]:
+    """Every axis that is mentioned, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield from (name for name in axes_of(eqn) if isinstance(name, str))
+        for sub in jex.jaxprs_in_params(eqn.params):
+            yield from _axes(sub)
 
 
 def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:

@@ -27,12 +27,13 @@ from jaxaccum._tree import is_inexact
 from jaxaccum._types import Array
 
 
-def run(program: Program, arrays: Sequence[Array]) -> list[Array]:
-    """The combined parts of the whole batch."""
+def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
+    """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes every pass."""
     if not program.coupled:
-        return _loop.run(program, arrays)
+        return _loop.run(program, arrays, checkpoint=checkpoint)
     cuts = _cuts(program)
-    sweep = Sweep.begin(Call(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored))
+    call = Call(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored)
+    sweep = Sweep.begin(call, checkpoint=checkpoint)
     for level in range(len(cuts.stages)):
         sweep.enter(level)
         sweep.leave(level)
@@ -46,7 +47,7 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     cuts = _cuts(program)
     plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
     summed = functools.partial(_summed, plan)
-    if not gradient.sums.in_place:
+    if not gradient.sums.in_place or program.under_mapped_axes:
         return summed(list(arrays), seeds)
     return _loop.sealed(functools.partial(_in_place, plan), summed)(list(arrays), seeds)
 

@@ -78,11 +78,13 @@ class Sweep:
     boundaries: dict[int, Env]
     pulls: dict[tuple[str, int], Pull]
     """The derivative of each stage's shared fragment and of its cut."""
+    checkpoint: bool
+    """Whether JAX is to recompute the passes where it derives them."""
 
     @classmethod
-    def begin(cls, call: Call, moved: Collection[Any] = ()) -> Sweep:
+    def begin(cls, call: Call, moved: Collection[Any] = (), *, checkpoint: bool = False) -> Sweep:
         """Before the first stage."""
-        return cls(call, moved, {}, dict(call.given), {}, {0: {}}, {})
+        return cls(call, moved, {}, dict(call.given), {}, {0: {}}, {}, checkpoint)
 
     def enter(self, level: int) -> None:
         """Compute what follows, once, from the statistics of stage `level`."""
@@ -124,7 +126,8 @@ class Sweep:
             return outputs, sums, list(out.values())
 
         extras = [[extra[v] for v in names]]
-        scanned = _loop.scan(self.call.at(parts), self.call.arrays, step, extra=extras, sums=sums)
+        program, arrays, again = self.call.at(parts), self.call.arrays, self.checkpoint
+        scanned = _loop.scan(program, arrays, step, extra=extras, sums=sums, checkpoint=again)
         self.parts |= zip(parts, scanned.parts, strict=True)
         return scanned.sums, dict(zip(written, scanned.written[0], strict=True))
 
