@@ -45,7 +45,7 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
             parts.append(weight)
             seeds.append(_weight_seed(known[term.total], known[weight]))
     result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
-    return _over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
+    return over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
 
 
 def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array] | None:
@@ -93,7 +93,7 @@ def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
     grads = []
     for each in zip(*result.grads, strict=True):
         grads.append(sum(cast(scale, each[0].dtype) * grad for scale, grad in zip(scales, each, strict=True)))
-    return _over_shards(program, wrt, ValueAndGrad(result.parts, grads), dict(enumerate(parts)))
+    return over_shards(program, wrt, ValueAndGrad(result.parts, grads), dict(enumerate(parts)))
 
 
 def _moving_weights(program: Program, term: Term, wrt: tuple[int, ...]) -> list[int]:
@@ -124,7 +124,7 @@ def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
     return [_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
 
 
-def _over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]) -> ValueAndGrad:
+def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]) -> ValueAndGrad:
     """Totals and gradients of all shards by one collective, but for the parts whose sums are known already.
 
     Rows stay with the device that holds them.

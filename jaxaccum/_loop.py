@@ -119,8 +119,12 @@ def scan(
     idle: Callable[[int], Any] = lambda g: (),
     extra: Any = None,
     checkpoint: bool = False,
+    keep: Callable[[Any], Array] | None = None,
 ) -> Scanned:
-    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size."""
+    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size.
+
+    `keep` reads off what a microbatch wrote whether it counts; one that does not leaves the state as it was.
+    """
     partition, written, stacked = program.partition, [], []
     state = _Carried.first(program, arrays)
     for g, group in enumerate(partition.groups):
@@ -132,7 +136,8 @@ def scan(
             def active(carried: Any) -> tuple[Any, Any]:
                 state, sums = carried
                 parts, sums, out = visit(g, sums, rows, state.carry(program, arrays), index, cut)
-                state, entries = state.updated(program, parts)
+                new, entries = state.updated(program, parts)
+                state = new if keep is None else jax.tree.map(functools.partial(lax.select, keep(out)), new, state)
                 return _mesh.vary(((state, sums), (entries, out)), program.axes)
 
             if program.limit is None:
@@ -178,9 +183,9 @@ class _Carried:
         )
 
     def entering(self, program: Program, g: int) -> _Carried:
-        """The last value may have the shape of its microbatch, so it starts anew at each size."""
+        """The last value may have the shape of its microbatch; where it has, it starts anew at each size."""
         pairs = zip(self.values, _reductions(program, g, stacked=False), strict=True)
-        return _Carried([_reduce.initial(r, aval) if r is Reduction.LAST else x for x, (r, aval) in pairs])
+        return _Carried([x if x.shape == aval.shape else _reduce.initial(r, aval) for x, (r, aval) in pairs])
 
     def carry(self, program: Program, arrays: Sequence[Array]) -> list[Array]:
         """The carried state; the initial one in a program that does not compute it, because nothing there reads it."""
@@ -233,7 +238,7 @@ def _forward(program: Program, arrays: Sequence[Array]) -> Visit:
 
 def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
     """The gradients as values: one tree is added to another at each microbatch."""
-    step = _Derivative(program, gradient, arrays, seeds)
+    step = Derivative(program, gradient, arrays, seeds)
 
     def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
         parts, vjp, outs = step.at(g, step.parameters, rows=rows, carry=carry, index=index)
@@ -251,7 +256,7 @@ def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Se
 
 def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
     """The gradients in references: the backward pass itself adds to them."""
-    step = _Derivative(program, gradient, arrays, seeds)
+    step = Derivative(program, gradient, arrays, seeds)
     zeros = [gradient.sums.zeros(x) for x in step.parameters]
     inputs = [zero if zero.dtype != x.dtype else x for zero, x in zip(zeros, step.parameters, strict=True)]
 
@@ -273,7 +278,7 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Derivative:
+class Derivative:
     """What both ways of summing share: the derivative of one microbatch, its cotangents, and where gradients go."""
 
     program: Program

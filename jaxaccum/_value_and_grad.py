@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _arguments, _check, _direct, _explicit, _outputs, _program
-from jaxaccum._accumulators import Sums, in_place
+from jaxaccum import _arguments, _check, _custom, _direct, _explicit, _outputs, _program
+from jaxaccum._accumulators import Accumulator, Sums, in_place
 from jaxaccum._program import Options
 from jaxaccum._types import Array, Axes, Fun, Gather, PyTree, Split
 
@@ -27,7 +27,7 @@ def value_and_grad(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
-    accumulator: Sums | None = None,
+    accumulator: Sums | Accumulator | Any = None,
     gather: Gather = "each",
 ) -> Fun:
     """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
@@ -55,14 +55,16 @@ def value_and_grad(
         axis_name: the name of the loop's axis.
         mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
         memory: the budget of coupled programs; without collectives over the axis it changes nothing.
-        accumulator: how gradients add up, one of ``jaxaccum.accumulators``; None is ``in_place()``.
+        accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
+            needs a loss with one denominator; None is ``in_place()``.
         gather: what becomes of parameters sharded over the mesh axes of the batch. ``"each"`` leaves it to every
             microbatch to gather them, and their gradients stay sharded; ``"once"`` gathers them before the loop, keeps
             them, and scatters the sum of their gradients after it.
 
     Returns:
         A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
-        the accumulator's dtype: float32 for parameters of lower precision, else the parameter's own.
+        the accumulator's dtype: float32 for parameters of lower precision, else the parameter's own. A report of the
+        accumulator comes last: ``((value, report), grads)``, or ``((value, aux, report), grads)``.
 
     Guarantees:
         Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
@@ -87,8 +89,7 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def accumulated(*args: Any, **kwargs: Any) -> Any:
-        if not isinstance(sums, Sums):
-            raise TypeError(f"accumulator must be one of jaxaccum.accumulators, as in_place() or tree(); got {sums!r}.")
+        _check_record(sums)
         numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
         head, trees = _explicit.spread(plain, fun, options, args, kwargs, argnums=numbers, gather=gather)
         return head, trees if isinstance(argnums, tuple | list) else trees[0]
@@ -97,14 +98,23 @@ def value_and_grad(
         numbers = _check.argnums(argnums, tuple(in_axes))
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
-        parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
+
+        def assemble(arrays: Sequence[Array]) -> PyTree:
+            by_slot = dict(zip(slots, arrays, strict=True))
+            trees = tuple(
+                _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number])
+                for number in numbers
+            )
+            return trees if isinstance(argnums, tuple | list) else trees[0]
+
+        if isinstance(sums, Sums):
+            parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
+            grads, report = assemble(grads), None
+        else:
+            parts, grads, report = _custom.value_and_grad(program, arrays, slots, sums, assemble)
         loss, aux = program.outputs.finalize(parts)
-        value = _outputs.value(loss)
-        by_slot = dict(zip(slots, grads, strict=True))
-        trees = tuple(
-            _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]) for number in numbers
-        )
-        return (value, aux) if has_aux else value, trees
+        value = (_outputs.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))
+        return (value if len(value) > 1 else value[0]), (grads if isinstance(argnums, tuple | list) else (grads,))
 
     return accumulated
 
@@ -122,7 +132,7 @@ def grad(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
-    accumulator: Sums | None = None,
+    accumulator: Sums | Accumulator | Any = None,
     gather: Gather = "each",
 ) -> Fun:
     """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
@@ -143,7 +153,7 @@ def grad(
         gather: when sharded parameters are gathered.
 
     Returns:
-        A function of the same arguments that returns ``grads``, or ``(grads, aux)``.
+        A function of the same arguments that returns ``grads``, or ``(grads, aux)``; a report comes last.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -160,9 +170,18 @@ def grad(
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
+        return (grads, *value[1:]) if isinstance(value, tuple) else grads
 
     return gradient
+
+
+def _check_record(accumulator: Any) -> None:
+    missing = [name for name in ("init", "update", "finalize") if not callable(getattr(accumulator, name, None))]
+    if missing:
+        raise TypeError(
+            "accumulator must be one of jaxaccum.accumulators, as in_place() or tree(), or a record of functions init, "
+            f"update and finalize; got {accumulator!r}, without {missing}."
+        )
 
 
 def _like(arg: PyTree, leaves: list[Array]) -> PyTree:
