@@ -164,6 +164,15 @@ def gather(value: Any) -> str:
     return value
 
 
+def is_bound(axis_name: str) -> bool:
+    """Whether a surrounding loop or `vmap` has given the name to its axis."""
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
 def mesh_axes(value: Any, axis_name: str, seen: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
     """The mesh axes to sum over, all bound by a surrounding `shard_map`."""
     if not isinstance(axis_name, str):

@@ -163,12 +163,12 @@ def prepare(
     )
     arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
     call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
-    traces, slots = [], list(layout.slots)
+    traces, slots, shadows = [], list(layout.slots), _check.is_bound(options.axis_name)
     for g, group in enumerate(partition.groups):
         shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
         one, consts = trace(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
         if one.coupling is not None:
-            _check_coupled(one.coupling, partition)
+            _check_coupled(one, partition, shadows)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
@@ -191,15 +191,21 @@ def prepare(
     ), arrays  # fmt: skip
 
 
-def _check_coupled(coupling: Any, partition: Partition) -> None:
-    """All microbatches of a coupled loss have one size, as devices have."""
+def _check_coupled(one: Trace, partition: Partition, shadows: bool) -> None:
+    """All microbatches of a coupled loss have one size, as devices have, and their axis one meaning."""
+    coupling, name = one.coupling, one.axis[0]
+    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"  # pyright: ignore[reportOptionalMemberAccess]
+    if shadows:
+        raise ValueError(
+            f"{what}, and an axis of that name is bound around this loop too, so that it could mean either; "
+            'name one of them otherwise, as in axis_name="inner".'
+        )
     if len(partition.groups) > 1:
         large, small = partition.groups
         raise ValueError(
-            f"the loss is coupled by {coupling.primitive.name} (at {frame_of(coupling)}), and a collective is one over "
-            f"equal microbatches; here {large.count} have {large.size} examples and {small.count} have {small.size}. "
-            "Choose a number that divides the batch, or pad the batch, jaxaccum.pad_batch(batch, to=…), and mask the "
-            "padding: sums of masked values over sums of the mask."
+            f"{what}, and a collective is one over equal microbatches; here {large.count} have {large.size} examples "
+            f"and {small.count} have {small.size}. Choose a number that divides the batch, or pad it, "
+            "jaxaccum.pad_batch(batch, to=…), and mask the padding: sums of masked values over sums of the mask."
         )
 
 

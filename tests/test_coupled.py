@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import EXACT, data, normwise
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 
 import jaxaccum as ja
@@ -50,3 +52,162 @@ def test_value_gradient_and_aux_are_the_full_batchs(memory, options):
     assert normwise(value, truth) < EXACT
     assert normwise(grads, wanted) < EXACT
     assert normwise(aux, expected) < EXACT
+
+
+# -- every collective, tags, keys -------------------------------------------------------------------------------------
+
+MIXERS = {
+    "normalize": lambda w, h: jax.nn.relu(normalize(h @ w["b"])[0]) * w["scale"][None] + h,
+    "center": lambda w, h: h - lax.pmean(jnp.mean(h, axis=0), AXIS)[None],
+    "attend": lambda w, h: jnp.tanh(
+        jax.nn.softmax(h @ lax.all_gather(h, AXIS, tiled=True).T) @ lax.all_gather(h @ w["b"], AXIS, tiled=True)
+    ),
+    "shift": lambda w, h: jnp.sin(h + lax.ppermute(h @ w["b"], AXIS, [(i, (i + 1) % N) for i in range(N)])),
+    "exchange": lambda w, h: h * lax.psum_scatter(jnp.tile(h @ w["b"], (N, 1)), AXIS, tiled=True),
+    "bound": lambda w, h: h / (1.0 + lax.pmax(lax.stop_gradient(jnp.max(jnp.abs(h @ w["b"]))), AXIS)),
+    "weigh": lambda w, h: h * (1.0 + lax.axis_index(AXIS).astype(h.dtype)) * w["scale"][None],
+}
+N = 4
+Y = data(16, 3, 4, seed=2)
+
+
+def over_microbatches(fun, w, *batch):
+    """The oracle: devices in space, and every tag resolved by hand."""
+    parts = [x.reshape(N, len(x) // N, *x.shape[1:]) for x in batch]
+    return jax.vmap(fun, (None, *[0] * len(batch)), axis_name=AXIS)(w, *parts)
+
+
+def collectives(w, x):
+    """Each collective once, some of another's result."""
+    z = jnp.tanh(x @ w)
+    shifted = jnp.sin(z * lax.ppermute(z, AXIS, [(i, (i + 1) % N) for i in range(N)]))
+    scattered = lax.psum_scatter(shifted, AXIS, tiled=True)
+    exchanged = lax.all_to_all(shifted, AXIS, 0, 0)
+    most = lax.pmax(lax.stop_gradient(jnp.max(shifted)), AXIS)
+    logsum = most + jnp.log(lax.psum(jnp.sum(jnp.exp(shifted - most)), AXIS))
+    gathered = jnp.sum(lax.all_gather(shifted, AXIS), axis=0) + lax.all_gather(shifted, AXIS, tiled=True)[: len(z)]
+    index = 1.0 + lax.axis_index(AXIS).astype(z.dtype)
+    loss = lax.pmean(jnp.sum(scattered**2) + jnp.sum(exchanged * shifted), AXIS) + logsum
+    return loss + index * jnp.sum(gathered * z), index * jnp.sum(shifted, axis=(1, 2))
+
+
+@pytest.mark.parametrize("memory", ["min", "store"])
+def test_every_collective(memory):
+    def ours(w, x):
+        loss, rows = collectives(w, x)
+        return ja.Sum(loss), ja.Concat(rows)
+
+    def truth(w, x):
+        loss, rows = over_microbatches(collectives, w, x)
+        return jnp.sum(loss), rows.reshape(-1)
+
+    actual = jax.jit(ja.value_and_grad(ours, (0, 1), True, num_microbatches=N, memory=memory))(W["a"], Y)
+    assert normwise(actual, jax.value_and_grad(truth, (0, 1), has_aux=True)(W["a"], Y)) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore:memory=")
+@given(st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3), st.sampled_from(["min", "store", None]))
+@settings(max_examples=settings.default.max_examples // 10)  # each draw compiles twice
+def test_drawn_programs(mixers, memory):
+    """Any sequence of layers that mix examples, values of several stages read again at the end."""
+
+    def fun(w, x):
+        h, seen = jnp.tanh(x @ w["a"]), []
+        for mixer in mixers:
+            h = MIXERS[mixer](w, h)
+            seen.append(h)
+        return {"last": ja.Mean(jnp.sum(h**2), h.size), "all": ja.Sum(sum(jnp.sum(h) for h in seen))}, ja.Concat(h)
+
+    def flat(w, x):
+        terms, rows = fun(w, x)
+        return terms["last"].total, terms["all"].x, rows.x
+
+    def truth(w, x):
+        last, every, rows = over_microbatches(flat, w, x)
+        return jnp.sum(last) / rows.size + jnp.sum(every), rows.reshape(-1, rows.shape[-1])
+
+    actual = jax.jit(ja.value_and_grad(fun, has_aux=True, num_microbatches=N, memory=memory))(W, X)
+    assert normwise(actual, jax.jit(jax.value_and_grad(truth, has_aux=True))(W, X)) < EXACT
+
+
+def test_extrema_are_differentiated_as_reduce_max():
+    """Ties included: every equal maximum gets its share."""
+    x = X.at[3].set(X[5]).at[0].set(jnp.minimum(X[0], 0))
+
+    def fun(w, x):
+        h = jnp.tanh(x @ w["a"])
+        return jnp.mean((h * (lax.pmax(h[0], AXIS) - lax.pmin(h[0], AXIS))[None]) ** 2)
+
+    def truth(w, x):
+        h = jnp.tanh(x @ w["a"])
+        return jnp.mean((h * (jnp.max(h, axis=0) - jnp.min(h, axis=0))[None]) ** 2)
+
+    actual = ja.value_and_grad(fun, argnums=(0, 1), microbatch_size=1)(W, x)
+    assert normwise(actual, jax.value_and_grad(truth, argnums=(0, 1))(W, x)) < EXACT
+
+
+def test_a_weight_that_depends_on_collectives():
+    """A term over its own denominator, which other microbatches move."""
+
+    def fun(w, x):
+        h, _ = normalize(x @ w["a"])
+        return {"a": ja.Mean(jnp.sum(h**3), jnp.sum(jnp.exp(h))), "b": ja.Mean(jnp.sum(h), jnp.sum(h > 0))}
+
+    terms = lambda w, x: sum(jax.tree.leaves(ja.full_batch(fun)(w, x)))
+    assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X)) < EXACT
+
+
+def test_example_keys_do_not_depend_on_the_partition():
+    def fun(w, x, keys):
+        h, _ = normalize(x @ w["a"])
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (5,)))(keys)
+        return jnp.mean(normalize(jnp.where(keep, h, 0.0))[0] ** 3)
+
+    axes, key = (None, 0, ja.EXAMPLE_KEY), jax.random.key(3)
+    expected = jax.value_and_grad(ja.full_batch(fun, in_axes=axes))(W, X, key)
+    for n in (2, 8):
+        assert normwise(ja.value_and_grad(fun, in_axes=axes, num_microbatches=n)(W, X, key), expected) < EXACT
+
+
+def test_padding_that_is_masked_counts_nowhere():
+    def fun(w, batch, mask, count):
+        weight = mask.astype(float)[:, None]
+        h, total = batch @ w["a"], lax.psum(jnp.sum(weight), AXIS)
+        mean = lax.psum(jnp.sum(h * weight, axis=0), AXIS) / total
+        return ja.Mean(jnp.sum(((h - mean[None]) ** 3) * weight), jnp.sum(mask))
+
+    batch, mask = ja.pad_batch(X[:5], to=8)
+    options = {"in_axes": (None, 0, 0, None), "num_examples_argnum": 3, "num_microbatches": 4}
+    actual = ja.value_and_grad(fun, **options)(W, batch, mask, 5)
+    whole = lambda w: jnp.sum((X[:5] @ w["a"] - jnp.mean(X[:5] @ w["a"], axis=0)[None]) ** 3) / 5
+    assert normwise(actual, jax.value_and_grad(whole)(W)) < EXACT
+
+
+def test_gradients_of_low_precision_parameters_are_summed_in_float32():
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), W)
+    fun = lambda w, x: jnp.mean(normalize((x @ w["a"].astype(x.dtype)) ** 2)[0] ** 3)
+    for sums in (ja.accumulators.in_place(), ja.accumulators.tree()):
+        grads = ja.grad(fun, num_microbatches=4, accumulator=sums)(w, X)
+        assert grads["a"].dtype == jnp.float32
+    widened = jax.grad(ja.full_batch(fun))(jax.tree.map(lambda x: x.astype(X.dtype), w), X)
+    assert normwise(grads, widened) < 4 * jnp.finfo(jnp.bfloat16).eps
+
+
+def test_the_classic_wrong_answer_is_far():
+    """Each microbatch's own statistics, as accumulation usually computes them."""
+    apart = lambda w: sum(ja.full_batch(loss)(w, x)[0] for x in X.reshape(4, 2, 4)) / 4
+    assert normwise(jax.grad(apart)(W), full(loss)(W, X)[1]) > 0.1
+
+
+def test_side_effects_happen_and_results_stay():
+    seen = []
+
+    def fun(w, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), jnp.sum(x))
+        return jnp.mean(normalize(x @ w["a"])[0] ** 3)
+
+    actual = ja.value_and_grad(fun, num_microbatches=2)(W, X)
+    jax.effects_barrier()
+    assert len(seen) >= 2
+    plain = lambda w, x: jnp.mean(normalize(x @ w["a"])[0] ** 3)
+    assert normwise(actual, jax.value_and_grad(ja.full_batch(plain))(W, X)) < EXACT

@@ -104,7 +104,15 @@ def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
     own = [v for v, i in _pairs(program, jaxpr) if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)]
-    return cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
+    cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
+    for i, part in enumerate(program.outputs.parts):
+        if part.once and cuts.output(i) in cuts.own:
+            raise ValueError(
+                f"{part.name} differs between microbatches, and a coupled loss updates a carried state once, as the "
+                "full batch would. Compute it from collectives, as lax.pmean(…, "
+                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last."
+            )
+    return cuts
 
 
 def _summed(plan: _Plan, arrays: list[Array], seeds: Seeds) -> Result:
