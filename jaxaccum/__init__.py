@@ -27,14 +27,25 @@ from jaxaccum._value_and_grad import grad as grad
 from jaxaccum._value_and_grad import value_and_grad as value_and_grad
 
 if TYPE_CHECKING:
+    from jaxaccum import checkpoints as checkpoints
     from jaxaccum import linen as linen
     from jaxaccum import nnx as nnx
+    from jaxaccum._loss_scale import LossScaleState as LossScaleState
+    from jaxaccum._loss_scale import dynamic_loss_scale as dynamic_loss_scale
     from jaxaccum._multisteps import MultiSteps as MultiSteps
     from jaxaccum._multisteps import MultiStepsState as MultiStepsState
 
 __version__ = "0.1.0"
 
-_LAZY = {"MultiSteps": "_multisteps", "MultiStepsState": "_multisteps", "linen": None, "nnx": None}
+_LAZY = {
+    "MultiSteps": "_multisteps",
+    "MultiStepsState": "_multisteps",
+    "LossScaleState": "_loss_scale",
+    "dynamic_loss_scale": "_loss_scale",
+    "checkpoints": None,
+    "linen": None,
+    "nnx": None,
+}
 """Names whose module needs optax or flax, and is imported when they are first used; None: the name is a module."""
 
 

@@ -186,28 +186,38 @@ class MultiSteps(optax.MultiSteps):
     ) -> tuple[PyTree, MultiStepsState]:
         """The optimizer's step and an empty window where `emit`, else zeros and the state as it is."""
         old = state.inner_opt_state
-
-        def bare(grads: PyTree) -> tuple[PyTree, Any]:
-            # The mean is wider than gradients and states of low precision, and optax mixes dtypes on its own.
-            with jax.numpy_dtype_promotion("standard"):
-                return self._opt.update(grads, old, params, **extra_args)
-
-        shapes, _ = jax.eval_shape(lambda: bare(like))
-
-        def run() -> tuple[PyTree, Any]:
-            updates, new = bare(state.acc_grads)
-            return jax.tree.map(_as, updates, shapes), jax.tree.map(_as, new, old)
-
-        def wait() -> tuple[PyTree, Any]:
-            return jax.tree.map(lambda shape: _as(jnp.zeros(shape.shape, shape.dtype), shape), shapes), old
-
-        updates, inner = _cond(emit, run, wait)
+        updates, inner = step_if(emit, self._opt, state.acc_grads, old, params, like=like, extra_args=extra_args)
         window = _Window.of(state)
         window = _select(emit, jax.tree.map(jnp.zeros_like, window), window)
         step = jnp.where(emit, optax.safe_increment(state.gradient_step), state.gradient_step)
         return updates, state._replace(
             inner_opt_state=inner, gradient_step=step, updated=jnp.logical_or(state.updated, emit), **window._asdict()
         )
+
+
+def step_if(
+    run: Array, opt: Any, grads: PyTree, old: Any, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
+) -> tuple[PyTree, Any]:
+    """``opt.update(grads, old, params)`` where `run`, else zeros and the old state; `opt` does not run then.
+
+    Updates have the dtype that `opt` returns for gradients `like` these; the state keeps its own.
+    """
+
+    def bare(grads: PyTree) -> tuple[PyTree, Any]:
+        # The gradient is wider than gradients and states of low precision, and optax mixes dtypes on its own.
+        with jax.numpy_dtype_promotion("standard"):
+            return opt.update(grads, old, params, **extra_args)
+
+    shapes, _ = jax.eval_shape(lambda: bare(like))
+
+    def step() -> tuple[PyTree, Any]:
+        updates, new = bare(grads)
+        return jax.tree.map(_as, updates, shapes), jax.tree.map(_as, new, old)
+
+    def wait() -> tuple[PyTree, Any]:
+        return jax.tree.map(lambda shape: _as(jnp.zeros(shape.shape, shape.dtype), shape), shapes), old
+
+    return _cond(run, step, wait)
 
 
 class _Window(NamedTuple):

@@ -22,7 +22,8 @@ LAYERS = [
     ["_microbatch", "_value_and_grad"],
     ["_lowering"],
     ["_plan", "_multisteps", "_audit"],
-    ["accumulators", "linen", "nnx"],
+    ["_loss_scale"],
+    ["accumulators", "linen", "nnx", "checkpoints"],
     ["__main__"],
     ["testing"],
 ]

@@ -1,0 +1,138 @@
+"""Checkpoints of a training state that survive a kill: whole or refused, and bitwise.
+
+The arrays are Orbax's. Beside them stands a small file, written last, with the name, shape and dtype of each leaf and
+the checksum of each file: a checkpoint without it was never finished, and one that disagrees with it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxaccum._tree import leaves_with_names
+from jaxaccum._types import PyTree
+
+__all__ = ["restore", "save", "steps"]
+
+
+def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
+    """Write the whole training state: parameters, optimizer with its open window, keys, and where the data is.
+
+    Args:
+        directory: of all checkpoints of the run.
+        step: the number that names this one; one that is there already is replaced.
+        state: a pytree of arrays, PRNG keys and numbers.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp
+        >>> from jaxaccum import checkpoints
+        >>> state = {"w": jnp.arange(3.0), "key": jax.random.key(0), "next": 7}
+        >>> directory = tempfile.mkdtemp()
+        >>> checkpoints.save(directory, 1, state)
+        >>> checkpoints.steps(directory), checkpoints.restore(directory, state)["next"].item()
+        ([1], 7)
+    """
+    folder, note = _paths(directory, step)
+    note.unlink(missing_ok=True)
+    leaves = _leaves(state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, {str(i): x for i, (_, x) in enumerate(leaves)}, force=True)
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps({"leaves": [_entry(name, x) for name, x in leaves], "files": _checksums(folder)}))
+    os.replace(partial, note)
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The checkpoints that were finished, oldest first."""
+    return sorted(int(path.stem) for path in pathlib.Path(directory).glob("*.json") if path.stem.isdigit())
+
+
+def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None = None) -> PyTree:
+    """The saved state, bitwise.
+
+    Args:
+        directory: of all checkpoints of the run.
+        like: a state of the same structure, shapes and dtypes, such as the one a new run starts with.
+        step: which; None is the newest that was finished.
+
+    Raises:
+        FileNotFoundError: where there is no finished checkpoint.
+        ValueError: where it does not fit `like`, or was truncated or changed; it names the leaf or file, and the older
+            checkpoints.
+    """
+    found = steps(directory)
+    if step is None and found:
+        step = found[-1]
+    if step is None or step not in found:
+        raise FileNotFoundError(f"no finished checkpoint {'' if step is None else step} in {directory}; found {found}.")
+    folder, note = _paths(directory, step)
+    older = f"Older checkpoints: {[other for other in found if other < step]}, as restore(…, step=…)."
+    try:
+        saved = json.loads(note.read_text())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {step} is damaged: {note.name} cannot be read ({error}). {older}") from None
+    expected = _leaves(like)
+    _check_fits(step, saved["leaves"], [_entry(name, x) for name, x in expected], older)
+    found_files = _checksums(folder)
+    for name in sorted({*saved["files"], *found_files}):
+        if saved["files"].get(name) != found_files.get(name):
+            raise ValueError(f"checkpoint {step} is damaged: its file {name} is not what was written. {older}")
+    template = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, (_, x) in enumerate(expected)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder, template)
+    values = [_as(arrays[str(i)], x) for i, x in enumerate(jax.tree.leaves(like))]
+    return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _check_fits(step: int, saved: list[dict[str, Any]], expected: list[dict[str, Any]], older: str) -> None:
+    if [x["name"] for x in saved] != [x["name"] for x in expected]:
+        names = {x["name"] for x in saved}, {x["name"] for x in expected}
+        raise ValueError(
+            f"checkpoint {step} is of another state: it has {sorted(names[0] - names[1])} beside, and lacks "
+            f"{sorted(names[1] - names[0])}. {older}"
+        )
+    for own, other in zip(saved, expected, strict=True):
+        if (own["shape"], own["dtype"]) != (other["shape"], other["dtype"]):
+            raise ValueError(
+                f"checkpoint {step} is of another state: {own['name']} is {own['dtype']}{own['shape']} in it and "
+                f"{other['dtype']}{other['shape']} here. {older}"
+            )
+
+
+def _paths(directory: str | os.PathLike[str], step: int) -> tuple[pathlib.Path, pathlib.Path]:
+    folder = pathlib.Path(directory).absolute() / str(step)
+    return folder, folder.with_suffix(".json")
+
+
+def _leaves(state: PyTree) -> list[tuple[str, Any]]:
+    """The leaves as numpy arrays, keys as their data."""
+    return [(name, np.asarray(_data(x))) for name, x in leaves_with_names(state, "state")]
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _data(x: Any) -> Any:
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _as(array: Any, like: Any) -> Any:
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.asarray(array)
+
+
+def _entry(name: str, x: np.ndarray) -> dict[str, Any]:
+    return {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in files}

@@ -1,0 +1,53 @@
+"""Batches of any size up to a capacity: one trace, one compilation, and no microbatch of padding is run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EXACT, data, normwise
+
+import jaxaccum as ja
+
+CAPACITY, W = 12, data(3)
+
+
+def expected(w, x):
+    return jnp.mean((x @ w - 1) ** 2)
+
+
+@pytest.mark.parametrize("accumulator", [None, ja.accumulators.compensated()], ids=["in_place", "compensated"])
+def test_every_size_up_to_the_capacity(accumulator):
+    traced, ran = [], []
+
+    def seen(count):
+        ran.append(int(count))
+        return np.float64(0)
+
+    def loss(w, x, mask, count):
+        traced.append(len(x))
+        error = jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0))
+        tick = jax.pure_callback(seen, jax.ShapeDtypeStruct((), jnp.float64), jax.lax.stop_gradient(jnp.sum(mask)))
+        return ja.Mean(error + jax.lax.stop_gradient(tick), jnp.sum(jnp.where(mask, 1.0, 0.0)))
+
+    step = jax.jit(
+        ja.value_and_grad(
+            loss, in_axes=(None, 0, 0, None), microbatch_size=3, num_examples_argnum=3, accumulator=accumulator
+        )
+    )
+    for size in (5, 12, 1, 3, 4, 11, 6):
+        x = data(size, 3, seed=size)
+        padded, mask = ja.pad_batch(x, to=CAPACITY)
+        ran.clear()
+        got = step(W, padded, mask, size)
+        jax.block_until_ready(got)
+        assert normwise(got, jax.value_and_grad(expected)(W, x)) < EXACT
+        assert ran == [min(3, size - i) for i in range(0, size, 3)]
+    assert len(traced) == 1
+    assert step._cache_size() == 1
+
+
+def test_unpadded_batches_compile_anew():
+    step = jax.jit(ja.value_and_grad(expected, microbatch_size=3))
+    for size in (5, 12, 4):
+        step(W, data(size, 3))
+    assert step._cache_size() == 3
