@@ -57,8 +57,13 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 def _constant(op: Op, ins: list[Value]) -> bool:
     """Whether neither the function nor its operands change with the batch size."""
-    mine, other = ({k: v for k, v in eqn.params.items() if "sharding" not in k} for eqn in (op.eqn, op.other))
+    mine, other = ({k: v for k, v in eqn.params.items() if _says(k)} for eqn in (op.eqn, op.other))
     return mine == other and all(v.scale.trivial for v in ins)
+
+
+def _says(parameter: str) -> bool:
+    """Whether a parameter is a part of the function, and neither a placement nor a jaxpr, which has an identity."""
+    return not any(word in parameter for word in ("sharding", "jaxpr", "shape", "sizes"))
 
 
 @rule(_LINEAR, uniform=True)

@@ -215,6 +215,8 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         )
         faults = frozenset().union(*(v.faults for v in ins))
         return Settled([dataclasses.replace(value, faults=faults)]) if evenly and not varying(op.shapes(1)) else value
+    if updates.layout == ONE_EXAMPLE and indices.index is Index.STEP and op.name == "scatter":
+        return _written_at_a_step(walk, op, ins)
     if (layout := _scattered(op, ins)) is not None:
         if not adds and op.name != "scatter":
             value = combine(walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins])
@@ -231,6 +233,18 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     ):
         return _histogram(walk, op, ins)
     return RULES["*"].apply(walk, op, ins)
+
+
+def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """In a loop over the examples, each writes its own row."""
+    x, indices, updates = ins
+    numbers = op.params["dimension_numbers"]
+    axes = tuple(numbers.scatter_dims_to_operand_dims)
+    layout = Layout(axes)
+    if len(axes) != 1 or axes != tuple(numbers.inserted_window_dims) or x.layout not in (None, layout):
+        return RULES["*"].apply(walk, op, ins)
+    faults = x.faults | updates.faults | indices.faults
+    return Settled([rows(layout, terms=_terms([x, updates]), faults=faults, origin=updates.origin)])
 
 
 def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value:

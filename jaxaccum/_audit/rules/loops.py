@@ -97,7 +97,7 @@ def _role(users: dict[Any, list[Any]], given: list[Any], v: Any, out: Any) -> _R
             eqn.primitive.name in ("add", "add_any") or (eqn.primitive.name == "sub" and eqn.invars[0] is v)
         ):
             role = _Role("sum", next(w for w in eqn.invars if w is not v))
-        elif role is None and eqn.primitive.name == "dynamic_update_slice" and eqn.invars[0] is v:
+        elif role is None and eqn.primitive.name in ("dynamic_update_slice", "scatter") and eqn.invars[0] is v:
             role = _Role("write", None)
         else:
             return None

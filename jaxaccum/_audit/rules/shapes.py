@@ -262,6 +262,38 @@ def _uniform(op: Op, i: int, axis: int, sizes: Sizes) -> Layout | None:
     return Layout((axis,), first // sizes.first) if fits and first else None
 
 
+@rule("stack", uniform=True)
+def stack(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """Arrays along a new axis."""
+    axis, layout = op.params["axis"], layout_of(ins)
+    if layout is None:
+        return dataclasses.replace(added(walk, op, ins), known=None, scalar=False, weight=None)
+    if any(v.summary for v in ins) or not same_layout(ins):
+        return combine(walk, op, ins)
+    return rows(layout.at(*(a + (a >= axis) for a in layout.axes)), terms=_union(ins), origin=origin_of(ins))
+
+
+@rule("tile", uniform=True)
+def tile(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """An array repeated along its axes: further views of all examples, or of what is the same for each."""
+    (x,), (first, second) = ins, (op.params["reps"], op.other.params["reps"])
+    changing = [a for a, (r, s) in enumerate(zip(first, second, strict=True)) if r != s]
+    if x.rows and x.layout is not None:
+        repeated = [a for a in x.layout.axes if first[a] != 1 or a in changing]
+        if not repeated:
+            return moved(x, x.layout)
+        if len(x.layout.axes) != 1 or x.layout.looped or changing:
+            return walk.unknown(op, "the batch axis is repeated in a way that the analysis cannot follow")
+        return moved(x, dataclasses.replace(x.layout, outer=x.layout.outer * first[repeated[0]]))
+    (shape, _) = op.shapes()
+    if x.scalar or all(shape[a] == 1 for a in changing):
+        return reshaped(x)
+    sizes = (walk.sizes.first, walk.sizes.second)
+    if x.fixed and len(changing) == 1 and (first[changing[0]], second[changing[0]]) == sizes:
+        return rows(Layout((changing[0],), inner=shape[changing[0]]), terms=x.terms)
+    return walk.unknown(op, "a table is repeated in a way that the analysis cannot follow")
+
+
 @rule("pad")
 def pad(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """An array with a border of one value."""
