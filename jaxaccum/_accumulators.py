@@ -122,8 +122,8 @@ def accepted_by(accumulator: Any, mean_grads: PyTree, weight: Array) -> Array:
 def in_place(dtype: DTypeLike | None = None) -> Sums:
     """Sum gradients in place: the backward pass adds into the one buffer that the optimizer then reads.
 
-    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ`` in `dtype`, no second tree of gradients; reverse-mode differentiable any number of
-    times. It has no forward-mode derivative: use `tree` under `jax.jvp`, `jax.jacfwd` or `jax.hessian`.
+    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ`` in `dtype`, no second tree of gradients; differentiable any number of times, in
+    either mode: its derivatives are those of `tree`, which holds a second one.
 
     Args:
         dtype: of the sums; None is float32 for parameters of lower precision and the parameter's own otherwise.
