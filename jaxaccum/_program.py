@@ -16,6 +16,7 @@ from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, trace
 from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
+from jaxaccum._unchecked import unchecked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Program:
     """The slot that counts the examples that are no padding, if the call has one."""
     memory: Memory = None
     """The budget of a coupled program."""
+    checked: bool = True
+    """Whether JAX could follow which values vary over a mesh; see `_unchecked`."""
+    shard: Array | None = None
+    """The place of this device's shard, where it is known beforehand."""
 
     @property
     def under_mapped_axes(self) -> bool:
@@ -112,13 +117,16 @@ class Program:
 
     def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
         """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
-        shard = _mesh.shard_index(self.mesh_axes)
         if slot.role is Role.KEY:
-            return jax.random.fold_in(x, index + shard * self.partition.num_microbatches)
+            return jax.random.fold_in(x, index + self._shard() * self.partition.num_microbatches)
         if slot.role is Role.EXAMPLE_KEY:
-            examples = self.partition.examples(self.partition.groups[g], index) + shard * self.partition.batch_size
-            return example_keys(x, examples)
+            examples = self.partition.examples(self.partition.groups[g], index)
+            return example_keys(x, examples + self._shard() * self.partition.batch_size)
         return x
+
+    def _shard(self) -> Array | int:
+        """The place of this device's shard of the batch."""
+        return _mesh.shard_index(self.mesh_axes) if self.shard is None else self.shard
 
 
 def example_keys(key: Array, examples: Array) -> Array:
@@ -163,10 +171,10 @@ def prepare(
     )
     arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
     call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
-    traces, slots, shadows = [], list(layout.slots), _check.is_bound(options.axis_name)
+    checked, traces, slots, shadows = True, [], list(layout.slots), _check.is_bound(options.axis_name)
     for g, group in enumerate(partition.groups):
         shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
-        one, consts = trace(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
+        one, consts, checked = _traced(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
         if one.coupling is not None:
             _check_coupled(one, partition, shadows)
         traces.append(one)
@@ -187,8 +195,26 @@ def prepare(
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
     return Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
-        memory,
+        memory, checked,
     ), arrays  # fmt: skip
+
+
+def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any], bool]:
+    """The trace and its constants, and whether JAX could follow in it which values vary over a mesh."""
+    if not any(map(_mesh.varying_axes, shapes)):
+        return *trace(fun, shapes, axis), True
+    try:
+        return *trace(fun, shapes, axis), True
+    except (AssertionError, ValueError) as error:  # what JAX says of a collective over an axis that is not the mesh's
+        with unchecked():
+            plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+            try:
+                one, consts = trace(fun, plain, axis)
+            except Exception:
+                raise error from None
+        if one.coupling is None:
+            raise
+        return one, consts, False
 
 
 def _check_coupled(one: Trace, partition: Partition, shadows: bool) -> None:

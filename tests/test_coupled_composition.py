@@ -147,7 +147,7 @@ def whole(w, x):
 
 
 @pytest.mark.parametrize("memory", ["min", "store"])
-@pytest.mark.parametrize("check_vma", [False], ids=["unchecked"])
+@pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
 def test_devices_and_time(check_vma, memory):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = ja.value_and_grad(over_both, num_microbatches=2, mesh_axes="data", memory=memory)
@@ -169,3 +169,25 @@ def test_gradient_under_an_outer_mapped_axis(rows):
     mapped = jax.vmap(ja.microbatch(fun, num_microbatches=2), (None, 0), axis_name="data")
     actual = jax.value_and_grad(lambda w: jnp.mean(mapped(w, SHARDED.reshape(2, 4, 4))))(W)
     assert normwise(actual, jax.value_and_grad(whole)(W, SHARDED)) < EXACT
+
+
+@pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
+def test_jax_differentiates_on_devices_with_keys(check_vma):
+    """`microbatch` inside `shard_map`, keys of examples global over devices."""
+    axes = (None, 0, ja.EXAMPLE_KEY)
+
+    def fun(w, x, keys):
+        h = jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0)
+        mean = lax.pmean(jnp.mean(h, axis=0), BOTH)
+        return jnp.mean((h - mean[None]) ** 3)
+
+    def truth(w, x, key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(8))
+        h = jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0)
+        return jnp.mean((h - jnp.mean(h, axis=0)[None]) ** 3)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = jax.value_and_grad(ja.microbatch(fun, in_axes=axes, num_microbatches=2, mesh_axes="data"))
+    specs = {"in_specs": (P(), P("data"), P()), "out_specs": (P(), P()), "check_vma": check_vma}
+    actual = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED, jax.random.key(5))
+    assert normwise(actual, jax.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.extend.core as jex
+import jax.numpy as jnp
 
-from jaxaccum import _loop
+from jaxaccum import _loop, _mesh
 from jaxaccum._arguments import Role
 from jaxaccum._coupled.cut import Cuts, cut, moved_by
 from jaxaccum._coupled.execute import Call, Sweep
@@ -25,10 +26,16 @@ from jaxaccum._loop import Gradient, Result, Seeds
 from jaxaccum._program import Program
 from jaxaccum._tree import is_inexact
 from jaxaccum._types import Array
+from jaxaccum._unchecked import unchecked, untyped
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
     """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes every pass."""
+    if not program.checked:
+        plain = _plain(program)
+        with unchecked():
+            parts = run(plain, untyped(list(arrays)), checkpoint=checkpoint)
+        return _mesh.vary(parts, program.axes)
     if not program.coupled:
         return _loop.run(program, arrays, checkpoint=checkpoint)
     cuts = _cuts(program)
@@ -42,6 +49,11 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
 
 def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
     """The combined parts, and the gradients of all microbatches for each set of cotangents."""
+    if not program.checked:
+        plain = _plain(program)
+        with unchecked():
+            result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(seeds))
+        return _mesh.vary(result, program.axes)
     if not program.coupled:
         return _loop.run_with_gradient(program, arrays, gradient, seeds)
     cuts = _cuts(program)
@@ -50,6 +62,12 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     if not gradient.sums.in_place or program.under_mapped_axes:
         return summed(list(arrays), seeds)
     return _loop.sealed(functools.partial(_in_place, plan), summed)(list(arrays), seeds)
+
+
+def _plain(program: Program) -> Program:
+    """The program as it runs where JAX does not track which values vary."""
+    shard = untyped(jnp.asarray(_mesh.shard_index(program.mesh_axes), jnp.int32))
+    return dataclasses.replace(program, checked=True, axes=frozenset(), shard=shard)
 
 
 def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:

@@ -1,0 +1,45 @@
+"""Run a coupled program where JAX tracks which values vary over a mesh (`shard_map` with ``check_vma=True``).
+
+There JAX refuses every collective over an axis that is none of the mesh's, those of `jax.vmap` as well. So a coupled
+program is traced and run as under ``check_vma=False``, on values whose types say nothing about devices; what it returns
+varies over every axis that its arguments vary over, and the sums over devices that follow are typed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
+from jax.interpreters import ad, batching, mlir
+
+from jaxaccum import _mesh
+from jaxaccum._types import PyTree
+
+
+def unchecked() -> Any:
+    """A context in which JAX does not track which values vary."""
+    return config._check_vma(False)
+
+
+def untyped(tree: PyTree) -> PyTree:
+    """The same values, whose types say nothing about devices; keys have no such types."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: x if is_key(x) else _untyped.bind(x), tree)
+
+
+_untyped = jex.Primitive("untyped")
+_untyped.def_impl(lambda x: x)
+_untyped.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_untyped, lambda _, x: [x])
+batching.defvectorized(_untyped)
+
+
+def _transpose(cotangent: Any, x: Any) -> list[Any]:
+    return [_mesh.vary(cotangent, frozenset(x.aval.manual_axis_type.varying))]
+
+
+ad.deflinear2(_untyped, _transpose)
