@@ -54,7 +54,9 @@ def microbatch(
             microbatches of padding alone are skipped at run time.
         axis_name: the name that ``lax.axis_index`` and collectives use for the loop.
         mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are also summed.
-        memory: the budget of coupled programs; without collectives over the axis it changes nothing.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
+            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing.
 
     Returns:
         A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.

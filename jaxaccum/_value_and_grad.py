@@ -54,7 +54,9 @@ def value_and_grad(
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
         axis_name: the name of the loop's axis.
         mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
-        memory: the budget of coupled programs; without collectives over the axis it changes nothing.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
+            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
             needs a loss with one denominator; None is ``in_place()``.
         gather: what becomes of parameters sharded over the mesh axes of the batch. ``"each"`` leaves it to every

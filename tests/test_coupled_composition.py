@@ -1,6 +1,7 @@
 """Coupled programs under and over every transformation of JAX, against the same around the full batch."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -191,3 +192,15 @@ def test_jax_differentiates_on_devices_with_keys(check_vma):
     specs = {"in_specs": (P(), P("data"), P()), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED, jax.random.key(5))
     assert normwise(actual, jax.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT
+
+
+@pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
+def test_one_all_reduce_a_cut_each_way(check_vma):
+    """Two cuts, forward and back, and the one sum of the gradients: five, however many microbatches."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = ja.value_and_grad(over_both, num_microbatches=4, mesh_axes="data", memory="store")
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
+    text = jax.jit(jax.shard_map(step, mesh=mesh, **specs)).lower(W, SHARDED).compile().as_text()
+    everywhere = len(re.findall(r" all-reduce(?:-start)?\(", text))
+    entry = text[text.index("ENTRY") :]
+    assert everywhere == len(re.findall(r" all-reduce(?:-start)?\(", entry)) == 5
