@@ -52,9 +52,10 @@ def run(
         params = towers(width, layers, jnp.float64)
         batch = halves(batch_size)
         whole = jax.jit(jax.grad(clip))(params, batch)
-        rows = []
+        rows, scales = [], {}
         for way in track(list(WAYS), "contrastive: gradients"):
             grads = jax.jit(WAYS[way](k))(params, batch)
+            scales[way] = float(grads["scale"])
             rows.append({
                 "way": way, "Δ gradient of the towers": apart(grads["towers"], whole["towers"]),
                 "gradient of the logit scale / full batch's": float(grads["scale"] / whole["scale"]),
@@ -89,7 +90,7 @@ def run(
             _report.Check(f"exact: temporary memory over the full batch's, batch {largest}", ratio, MEMORY_BOUND),
         ],
         figure=picture(rows, memory, k, microbatch_size),
-        data={"temporary bytes": memory},
+        data={"temporary bytes": memory, "logit scale": scales},
     )
 
 

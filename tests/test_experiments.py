@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as cli
-from experiments import _report, _text, bert, memory, toy
+from experiments import _report, _text, bert, contrastive, memory, toy
 
 RECORD = {"name", "question", "settings", "rows", "checks", "passed", "data", "versions"}
 TINY_BERT = {"steps": 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -57,6 +57,16 @@ def test_bert_attributes_the_difference_and_leaves_rounding():
     assert rows["all five: usual loop"]["Δ gradient without"] < 1e-14
     assert rows["schedule and decay"]["Δ gradient alone"] < 1e-14  # it acts after the gradient
     assert rows["schedule and decay"]["Δ loss alone"] != 0
+
+
+@pytest.mark.usefixtures("_compiling_fast")
+def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
+    monkeypatch.setitem(contrastive.WAYS, "exact", contrastive.open_clip)
+    options = {"width": 16, "layers": 1, "batch_size": 32, "k": 4, "microbatch_size": 16, "batches": (64,)}
+    record = contrastive.run(**options)
+    assert [check.passed for check in record.checks[:5]] == [True, False, True, True, True]
+    right = contrastive.exact(4)(contrastive.towers(16, 1, "float64"), contrastive.halves(32))
+    assert right["scale"] * 4 == pytest.approx(record.data["logit scale"]["open_clip"], rel=1e-9)
 
 
 def test_masks_hide_real_tokens_only_and_at_least_one_a_text():
