@@ -136,7 +136,8 @@ class _Spread:
             if self.gather == "once":
                 for i, spec in sharded.items():
                     own[i] = gathered(own[i], spec)
-            fun = _gathering(self.fun, self._leaves_of(sharded)) if self.gather == "each" and sharded else self.fun
+            each = self.gather == "each" and sharded
+            fun = _gathering(self.fun, self._leaves_of(sharded), self._a_row()) if each else self.fun
             result = self.call(fun, self._own_options(), *self.layout.build(own))
             head, grads = result if self.argnums else (result, ())
             leaves, treedef = jax.tree.flatten(head)
@@ -189,6 +190,11 @@ class _Spread:
         positions = [i for i in range(self.layout.treedef.num_leaves) if i not in self.layout.statics]
         return {positions[i]: spec for i, spec in sharded.items()}
 
+    def _a_row(self) -> int:
+        """The position of one leaf that changes from microbatch to microbatch."""
+        roles = [slot.role for slot in self.layout.slots]
+        return next(iter(self._leaves_of({roles.index(Role.ROWS): P()})))
+
     def _scattered(self, i: int, grad: Array) -> Array:
         """This device's share of the gradient of a parameter that was gathered before the loop."""
         if i in self.sharded:
@@ -204,12 +210,17 @@ def gathered(x: Array, spec: P) -> Array:
     return x
 
 
-def _gathering(fun: Fun, sharded: dict[int, P]) -> Fun:
-    """`fun` of shares of its parameters, which it gathers at every microbatch."""
+def _gathering(fun: Fun, sharded: dict[int, P], row: int) -> Fun:
+    """`fun` of shares of its parameters, which it gathers at every microbatch.
+
+    The barrier ties them to the microbatch: else the compiler, which sees that they never change, gathers them before
+    the loop and keeps them.
+    """
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        own = [gathered(x, sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]
+        shares, leaves[row] = lax.optimization_barrier(({i: leaves[i] for i in sharded}, leaves[row]))
+        own = [gathered(shares[i], sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]
         args, kwargs = treedef.unflatten(own)
         return fun(*args, **kwargs)
 

@@ -59,9 +59,10 @@ def value_and_grad(
             again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
             needs a loss with one denominator; None is ``in_place()``.
-        gather: what becomes of parameters sharded over the mesh axes of the batch. ``"each"`` leaves it to every
-            microbatch to gather them, and their gradients stay sharded; ``"once"`` gathers them before the loop, keeps
-            them, and scatters the sum of their gradients after it.
+        gather: on an explicit mesh, when parameters divided over the batch's axes are gathered. ``"each"``: at every
+            microbatch, whose gradients are scattered, so that sums are divided as the parameters: n gathers and n
+            scatters. ``"once"``: before the loop, kept, and the sum of whole gradients is scattered after it: one of
+            each, for two whole copies. To hold one layer at a time, gather inside `fun`, in ``shard_map``.
 
     Returns:
         A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
