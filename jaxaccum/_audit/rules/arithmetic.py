@@ -207,11 +207,17 @@ def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 
 @rule("eq ne gt ge lt le and or", uniform=True)
-def compare(walk: Walk, op: Op, ins: list[Value]) -> Value:
+def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
     if op.name == "lt" and x.index is not None and y.zero:
         return fixed(known=False, number=walk.fresh())  # no place is negative: the index is taken as it stands
+    if op.name == "ne" and x.summary and x.number == y.number:
+        return Settled(
+            [fixed(known=False, number=walk.fresh())]
+        )  # only a NaN differs from itself: a guard against an empty mean
+    if op.name == "and" and any(v.known is False for v in ins):
+        return Settled([fixed(known=False, number=walk.fresh())])
     summaries = [v for v in ins if v.summary]
     compared = [_compared(v) for v in summaries]
     if summaries and all(compared) and not any(v.rows for v in ins):
