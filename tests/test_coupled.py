@@ -14,6 +14,7 @@ AXIS = "microbatch"
 W = {"a": data(4, 5), "b": data(5, 5), "scale": data(5)}
 X = data(8, 4, seed=1) * jnp.arange(1.0, 9.0)[:, None] / 4
 SETTINGS = ["min", "store", None, 800]
+pytestmark = pytest.mark.filterwarnings("ignore:memory=")  # of the slow schedules, tested by name elsewhere
 
 
 def normalize(h):
@@ -105,7 +106,6 @@ def test_every_collective(memory):
     assert normwise(actual, jax.value_and_grad(truth, (0, 1), has_aux=True)(W["a"], Y)) < EXACT
 
 
-@pytest.mark.filterwarnings("ignore:memory=")
 @given(st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3), st.sampled_from(["min", "store", None]))
 @settings(max_examples=settings.default.max_examples // 10)  # each draw compiles twice
 def test_drawn_programs(mixers, memory):
