@@ -5,7 +5,8 @@ In an explicit mesh an array's type says over which mesh axes its rows are divid
 strided: microbatch i holds the examples i, i + n, …, which cuts every shard in place.
 
 A call that cannot run so runs on the global arrays, also strided, and JAX sums at every microbatch: a carried state,
-which sees whole microbatches, and a `fun` that closes over arrays of the mesh or names its axes in shardings.
+which sees whole microbatches; a coupled loss, unless its collectives name the batch's mesh axes too; and a `fun` that
+closes over arrays of the mesh or names its axes in shardings.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def spread(
         return found.globally()
     try:
         return found.by_device()
+    except _program.NeedsGlobalArraysError:
+        return found.globally()
     except (NotImplementedError, ValueError) as error:
         if not any(says in str(error) for says in _NEEDS_GLOBAL_ARRAYS):
             raise
@@ -178,6 +181,7 @@ class _Spread:
             self.options,
             split="strided",
             mesh_axes=(*outer, *self.axes),
+            device_axes=self.axes,
             microbatch_size=None if size is None else min(size, whole) // self.shards,
         )
 

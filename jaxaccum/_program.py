@@ -14,7 +14,7 @@ from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
-from jaxaccum._trace import Trace, trace
+from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
 from jaxaccum._unchecked import unchecked
 
@@ -31,6 +31,12 @@ class Options:
     axis_name: str = "microbatch"
     mesh_axes: str | Sequence[str] | None = None
     memory: Memory = None
+    device_axes: tuple[str, ...] = ()
+    """The axes of an explicit mesh over which the call runs device by device."""
+
+
+class NeedsGlobalArraysError(Exception):
+    """A coupled loss whose collectives would stop at one device's rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +182,8 @@ def prepare(
         shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
         one, consts, checked = _traced(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
         if one.coupling is not None:
+            if not set(options.device_axes) <= set(axes_of(one.coupling)):
+                raise NeedsGlobalArraysError
             _check_coupled(one, partition, shadows)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)

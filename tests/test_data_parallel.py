@@ -255,6 +255,43 @@ def test_keys_differ_between_devices_and_microbatches():
     )
 
 
+# -- coupled losses ---------------------------------------------------------------------------------------------------
+
+
+def normalized(axes):
+    """A batch normalization whose statistics are those of all microbatches, and of all devices that `axes` names."""
+
+    def fun(w, x):
+        h = x @ w["a"]
+        mean = lax.pmean(jnp.mean(h, axis=0), axes)
+        variance = lax.pmean(jnp.mean((h - mean[None]) ** 2, axis=0), axes)
+        return jnp.mean(jnp.tanh((h - mean[None]) * lax.rsqrt(variance + 1e-3)[None] * w["b"][None]) ** 4)
+
+    return fun
+
+
+def whole_norm(w, x):
+    h = x @ w["a"]
+    h = (h - jnp.mean(h, axis=0)[None]) * lax.rsqrt(jnp.var(h, axis=0) + 1e-3)[None]
+    return jnp.mean(jnp.tanh(h * w["b"][None]) ** 4)
+
+
+def test_batch_normalization_over_devices_and_microbatches():
+    mesh = mesh_of((4, 2), "manual")
+    step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
+    over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
+    right = jax.value_and_grad(whole_norm)(W, X)
+    assert normwise(over(W, X), right) < EXACT
+    own = ja.value_and_grad(normalized("microbatch"), num_microbatches=2, mesh_axes="data")
+    alone = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
+    assert normwise(alone(W, X), right) > 1e-3  # each device's own statistics
+
+
+def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
+    right = jax.value_and_grad(whole_norm)(W, X)
+    assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT
+
+
 # -- bad meshes -------------------------------------------------------------------------------------------------------
 
 
