@@ -55,7 +55,7 @@ def combined(outputs, parts):
 
 
 def differs(loss):
-    """How far the accumulated value and gradient are from the full batch's; None where those are no more than rounding."""
+    """How far the accumulated value and gradient are from the full batch's; None where both are but rounding."""
     with jax.numpy_dtype_promotion("standard"):
         whole = jax.value_and_grad(accumulated(loss, [BATCH]))(PARAMS)
         parts = jax.value_and_grad(accumulated(loss, PARTS))(PARAMS)
