@@ -7,7 +7,8 @@ the least number of steps.
 
 Command   python -m experiments noise_scale
 Cost      two minutes
-Expected  both agree in their order of magnitude, as in the paper (103 and 17); the measured noise scale grows as the loss falls
+Expected  both agree in their order of magnitude, as in the paper (103 and 17); the measured noise scale grows as the
+          loss falls
 """
 
 from typing import Any

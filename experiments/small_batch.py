@@ -98,5 +98,5 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set(xlabel="batch size", ylabel="loss after equal examples")
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.95))
     return figure
