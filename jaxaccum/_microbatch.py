@@ -142,8 +142,9 @@ def _differentiable(program: Program) -> Any:
         if len(reached) == 1 and _is_scalar_sum(program, reached[0]):
             return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
         moves = [t if i in wrt else _zero_tangent(x) for i, (x, t) in enumerate(zip(arrays, tangents, strict=True))]
-        if program.under_mapped_axes:
-            # The backward pass runs when the outer axis is bound no more, so JAX derives it from this one, now.
+        if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
+            # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule that it does not
+            # run here. So it derives both passes from the forward one, now.
             return jax.jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=True), (arrays,), (moves,))
         return jax.jvp(_recomputing(program, wrt), (arrays,), (moves,))
 
@@ -156,6 +157,11 @@ def _moves(program: Program, i: int, tangent: Any) -> bool:
     return (
         not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
     )
+
+
+def _is_mapped(x: Any) -> bool:
+    """Whether `x` belongs to a `vmap` that stands around this rule, as in ``grad(vmap(f))``."""
+    return hasattr(x, "batch_dim")  # JAX exports no type of what `vmap` traces
 
 
 def _candidates(program: Program) -> list[int]:

@@ -115,6 +115,17 @@ def test_embeddings_of_the_whole_batch(options):
     assert normwise(jax.grad(apart)(W), truth[1][0]) > 0.01
 
 
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_mapped_embeddings_are_differentiable(axes):
+    """``grad(vmap(f))`` of rows: an ensemble of encoders, or several batches."""
+    encode = lambda w, x: jnp.tanh(x @ w["w"][0])
+    rows = ja.microbatch(lambda w, x: ja.Concat(encode(w, x)), num_microbatches=4)
+    args = TWO_W if axes[0] == 0 else W, TWO_X if axes[1] == 0 else X
+    for argnums in (0, 1):
+        total = lambda f, i=argnums: jax.jit(jax.grad(lambda w, x: jnp.sum(jax.vmap(f, axes)(w, x) ** 3), i))(*args)
+        assert normwise(total(rows), total(encode)) < EXACT
+
+
 def test_stacked_outputs_are_differentiable():
     f = ja.microbatch(lambda w, x: ja.Stack(jnp.sum(jnp.tanh(x @ w["w"][0]))), num_microbatches=3)
     truth = jax.grad(lambda w: sum((i + 1) * jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w["w"][0])) for i in range(3)))(W)
