@@ -223,12 +223,23 @@ def _gathering(fun: Fun, sharded: dict[int, P], row: int) -> Fun:
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        shares, leaves[row] = lax.optimization_barrier(({i: leaves[i] for i in sharded}, leaves[row]))
-        own = [gathered(shares[i], sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]
+        own = [gathered(_tied(x, leaves[row]), sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]
         args, kwargs = treedef.unflatten(own)
         return fun(*args, **kwargs)
 
     return whole
+
+
+@jax.custom_vjp
+def _tied(x: Array, row: Array) -> Array:
+    """`x`, which the compiler must take to depend on `row`; its cotangent passes as it is.
+
+    A rule of its own, because in jax 0.12 a barrier's transpose cannot add into references.
+    """
+    return lax.optimization_barrier((x, row))[0]
+
+
+_tied.defvjp(lambda x, row: (_tied(x, row), None), lambda _, cotangent: (cotangent, None))
 
 
 def _batch_axes(layout: Layout, arrays: Sequence[Array]) -> tuple[str, ...]:

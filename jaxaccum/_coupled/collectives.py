@@ -37,9 +37,17 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
         rule = _EXTREMA.get(eqn.primitive.name)
-        outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
+        if eqn.primitive.name == "psum" and _explicit():
+            outs = [jnp.sum(lax.all_gather(x, axes_of(eqn)), axis=0) for x in operands]
+        else:
+            outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _explicit() -> bool:
+    """Whether arrays are typed by an explicit mesh, for which jax 0.12 cannot lower a psum that `jax.vmap` resolves."""
+    return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 _EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
