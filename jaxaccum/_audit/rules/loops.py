@@ -26,6 +26,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.rules.control import join, numbered
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._jaxprs import scan_arity
 
 _ROUNDS = 12
 """More than any value can climb: kinds, terms and flags only grow."""
@@ -40,11 +41,7 @@ class _Scan:
     @property
     def counts(self) -> tuple[int, int]:
         """How many constants and how many carried values it has."""
-        params = self.eqn.params
-        if "num_carry" in params:
-            return params["num_consts"], params["num_carry"]
-        consts, carry, _ = params["ft_in"].unpack()  # jax 0.12 holds the structure of the operands instead
-        return len(list(consts)), len(list(carry))
+        return scan_arity(self.eqn.params)
 
     @property
     def body(self) -> Any:
