@@ -45,6 +45,10 @@ class Trace:
         invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
         return dataclasses.replace(self, jaxpr=with_invars(jaxpr, invars))
 
+    def read_at_once(self) -> list[bool]:
+        """Which of ``(*consts, *args)`` one equation alone reads, and whole: no loop over them and no slice."""
+        return _read_at_once(self.jaxpr)[1:]
+
     @property
     def coupling(self) -> jex.JaxprEqn | None:
         """The first collective over the loop's axis, at any depth: it couples examples of different microbatches."""
@@ -113,6 +117,26 @@ def _param_with_strides(value: Any) -> Any:
         new = tuple(_param_with_strides(x) for x in value)
         return value if all(x is y for x, y in zip(new, value, strict=True)) else new
     return value
+
+
+# -- how arguments are read ------------------------------------------------------------------------------------------
+
+
+def _read_at_once(jaxpr: jex.Jaxpr) -> list[bool]:
+    readers: dict[Any, list[bool]] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            inside = _read_at_once(opened(eqn.params["jaxpr"])[0])
+        else:
+            inside = [_reads_whole(eqn)] * len(eqn.invars)
+        for v, at_once in zip(eqn.invars, inside, strict=True):
+            if not isinstance(v, jex.Literal):
+                readers.setdefault(v, []).append(at_once)
+    return [v not in jaxpr.outvars and readers.get(v, [True]) == [True] for v in jaxpr.invars]
+
+
+def _reads_whole(eqn: jex.JaxprEqn) -> bool:
+    return eqn.primitive.name not in ("slice", "dynamic_slice") and not any(jex.jaxprs_in_params(eqn.params))
 
 
 # -- what stands inside of an equation -------------------------------------------------------------------------------

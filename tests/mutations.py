@@ -143,7 +143,8 @@ FAULTS = [
     ),
     Fault(
         "a denominator of one device's examples", "_direct.py",
-        "totals = _over_mesh(restricted, _coupled.run(restricted, arrays))", "totals = _coupled.run(restricted, arrays)",
+        "totals = _over_mesh(restricted, _coupled.run(restricted, arrays))",
+        "totals = _coupled.run(restricted, arrays)",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
     Fault(

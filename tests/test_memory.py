@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import jaxaccum as ja
+from jaxaccum._trace import trace
 
 WIDTH, LAYERS, BATCH, N = 1024, 12, 16, 8
 FLOAT = jnp.float32
@@ -85,3 +86,21 @@ def test_activations_are_those_of_one_microbatch():
     assert memory(ja.value_and_grad(deep, num_microbatches=16)) < full / 12
     embedded = lambda w, x: jnp.mean(ja.microbatch(encode, num_microbatches=16)(w, x) ** 2)
     assert memory(jax.value_and_grad(embedded)) < full / 8
+
+
+@pytest.mark.parametrize(
+    ("fun", "expected"),
+    [
+        (lambda w, x: jnp.mean(x @ w[0]), False),
+        (lambda w, x: jnp.mean(jax.jit(lambda w, x: jnp.einsum("bi,lij->bj", x, w))(w, x)), True),
+        (lambda w, x: jnp.mean(jax.jit(lambda w, x: x @ w[1])(w, x)), False),
+        (lambda w, x: jnp.mean(lax.scan(lambda h, w: (h @ w, None), x, w)[0]), False),
+        (lambda w, x: jnp.mean(x @ jnp.sum(w, axis=0) + jnp.sum(w)), False),
+    ],
+    ids=["a slice", "once", "a slice in jit", "scanned", "twice"],
+)
+def test_references_are_for_gradients_that_arrive_in_pieces(fun, expected):
+    """One that arrives whole is added after the backward pass, in the order of the scan that everybody writes."""
+    args = jax.ShapeDtypeStruct((2, 3, 3), FLOAT), jax.ShapeDtypeStruct((4, 3), FLOAT)
+    traced, _ = trace(lambda w, x: [fun(w, x)], args, ("microbatch", 1))
+    assert traced.read_at_once()[0] is expected
