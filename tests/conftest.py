@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,3 +31,13 @@ hypothesis.settings.register_profile("dev", max_examples=25, **_ALWAYS)
 hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **_ALWAYS)
 hypothesis.settings.register_profile("deep", max_examples=1000, **_ALWAYS)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def compiling_fast():
+    """XLA without most of its optimizations: for tests of numbers, where every program runs once and compilation is
+    nearly all of the time.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -92,6 +92,7 @@ CASES = [(ours, name) for ours in OURS for name in AROUND]
 CASES.remove(("grad of microbatch", "gradient of the batch"))  # that of value_and_grad once more
 
 
+@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize(("ours", "name"), CASES)
 def test_around(ours, name):
     assert normwise(AROUND[name](OURS[ours]), around_the_full_batch(name)) < EXACT
@@ -122,6 +123,7 @@ INSIDE = {
 }
 
 
+@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside(name):
     actual = jax.jit(ja.value_and_grad(INSIDE[name], num_microbatches=3))(W, X)

@@ -10,7 +10,7 @@ from jax import lax
 
 import jaxaccum as ja
 
-pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
+pytestmark = [pytest.mark.filterwarnings("ignore:memory='min' takes"), pytest.mark.usefixtures("compiling_fast")]
 
 AXIS = "microbatch"
 EXAMPLES = 8

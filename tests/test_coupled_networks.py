@@ -13,7 +13,7 @@ from vision import EPSILON, IMAGES, LABELS, MOMENTUM, cnn, cross_entropy, linen,
 
 import jaxaccum as ja
 
-pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
+pytestmark = [pytest.mark.filterwarnings("ignore:memory='min' takes"), pytest.mark.usefixtures("compiling_fast")]
 
 BATCHES = {net: {"x": IMAGES[net], "y": LABELS} for net in (cnn, resnet18)}
 AXES = (None, 0, None)
@@ -49,14 +49,6 @@ def torch_full_batch(net, params):
     value = F.cross_entropy(net(layers, x), torch.tensor(np.asarray(LABELS)))
     value.backward()
     return value.item(), jax.tree.map(lambda p: p.grad.numpy(), layers.params), layers.stats
-
-
-@pytest.fixture(autouse=True)
-def _compiling_fast():
-    """Every program runs once: its compilation is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ours(net, layer, **options):

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -38,15 +37,7 @@ def test_memory_measures_every_way_and_checks_ours(monkeypatch):
     assert not memory.run(**options).passed
 
 
-@pytest.fixture
-def _compiling_fast():
-    """Five programs run three steps each: their compilation is all that takes time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_compiling_fast")
+@pytest.mark.usefixtures("compiling_fast")
 def test_bert_attributes_the_difference_and_leaves_rounding():
     record = bert.run(**TINY_BERT)
     failed = [check.claim for check in record.checks if not check.passed]
@@ -59,7 +50,7 @@ def test_bert_attributes_the_difference_and_leaves_rounding():
     assert rows["schedule and decay"]["Δ loss alone"] != 0
 
 
-@pytest.mark.usefixtures("_compiling_fast")
+@pytest.mark.usefixtures("compiling_fast")
 def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     monkeypatch.setitem(contrastive.WAYS, "exact", contrastive.open_clip)
     options = {"width": 16, "layers": 1, "batch_size": 32, "k": 4, "microbatch_size": 16, "batches": (64,)}

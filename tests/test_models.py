@@ -16,6 +16,7 @@ from jaxaccum.testing.strategies import LOSSES, losses, model_batches, models
 with contextlib.suppress(ModuleNotFoundError):
     from torch_ref import losses as torch_losses
 
+pytestmark = pytest.mark.usefixtures("compiling_fast")
 WIDTH = 4
 EVERY_TERM = LOSSES[-1]
 HEAD = Layer("dense", "head", size=CLASSES)

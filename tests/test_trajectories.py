@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ from jaxaccum.testing.language import CLASSES, LENGTH, block
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 
+pytestmark = pytest.mark.usefixtures("compiling_fast")
 WIDTH = 4
 SIZE = 5
 STEPS = 4
