@@ -136,7 +136,12 @@ def run(
     return _report.Record(
         name="norms",
         question="Can BatchNorm be trained with accumulated gradients, or is GroupNorm the better choice?",
-        settings={"batch_size": BATCH_SIZE, "steps": steps, "seeds": seeds, "optimizer": f"sgd({RATE} to 0 by cosine, momentum 0.9)"},
+        settings={
+            "batch_size": BATCH_SIZE,
+            "steps": steps,
+            "seeds": seeds,
+            "optimizer": f"sgd({RATE} to 0 by cosine, momentum 0.9)",
+        },
         rows=rows,
         checks=[
             _report.Check("exact: gradient error, any microbatch size", max(r["Δ gradient"] for r in exact), BOUND),

@@ -46,10 +46,11 @@ def run(
     length: int = 64,
     batch_size: int = 16,
     n: int = 8,
+    layers: int = 4,
     rounds: int = 40,
 ) -> _report.Record:
     """Time both ways in turn and compare their medians."""
-    model = nn.Sequential([Block(width) for _ in range(4)])
+    model = nn.Sequential([Block(width) for _ in range(layers)])
     x = jax.random.normal(jax.random.key(0), (batch_size, length, width), jnp.float32)
     params = model.init(jax.random.key(1), x)
 
@@ -74,6 +75,7 @@ def run(
         name="speed",
         question="How long does a training step take, against a hand-written scan?",
         settings={
+            "layers": layers,
             "width": width,
             "length": length,
             "batch_size": batch_size,

@@ -2,11 +2,24 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import __main__ as cli
-from experiments import _report, _text, bert, contrastive, memory, toy
+from experiments import (
+    _report,
+    _text,
+    bert,
+    contrastive,
+    memory,
+    noise_scale,
+    norms,
+    precision,
+    small_batch,
+    speed,
+    toy,
+)
 
 RECORD = {"name", "question", "settings", "rows", "checks", "passed", "data", "versions"}
 TINY_BERT = {"steps": 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -58,6 +71,59 @@ def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     assert [check.passed for check in record.checks[:5]] == [True, False, True, True, True]
     right = contrastive.exact(4)(contrastive.towers(16, 1, "float64"), contrastive.halves(32))
     assert right["scale"] * 4 == pytest.approx(record.data["logit scale"]["open_clip"], rel=1e-9)
+
+
+@pytest.fixture
+def _as_in_a_script():
+    """The experiments run under JAX's own defaults, and optax mixes dtypes."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_precision_tells_the_accumulators_apart(monkeypatch):
+    record = precision.run(numbers=(1, 256))
+    assert record.passed
+    error = {row["relative error"]: row["N = 256"] for row in record.rows}
+    assert error["compensated float32"] < error["float32"] < error["compensated bfloat16"] < error["bfloat16"]
+    monkeypatch.setitem(precision.WAYS, "compensated float32", precision.WAYS["float16"])
+    assert not precision.run(numbers=(1, 256)).passed
+
+
+def test_the_critical_batch_is_that_of_the_curve():
+    sweep = {size: round(1000 * (1 + 50 / size)) for size in noise_scale.SIZES}
+    assert noise_scale.critical_batch(sweep) == pytest.approx(50, rel=0.02)
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_noise_scale_grows_as_the_loss_falls():
+    losses, scales = noise_scale.measured(steps=60)
+    assert losses[-1] < losses[0] / 2
+    assert noise_scale.growth(scales) < 0.5 < noise_scale.growth(scales[::-1])
+
+
+@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+def test_small_batch_compares_both_rules_with_accumulation():
+    record = small_batch.run(small=(32,), examples=1024, seeds=1)
+    assert [(row["batch"], row["β₂ rule"]) for row in record.rows] == [(32, "fixed"), (32, "half-life"), (256, "fixed")]
+    assert record.rows[1]["β₂"] == pytest.approx(0.95 ** (32 / 256))
+    assert record.passed
+
+
+@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+def test_norms_tells_exact_from_naive():
+    data = norms.digits()
+    assert norms.gradient_error("exact", 8, data) < norms.BOUND < norms.gradient_error("naive", 8, data) / 10
+    losses, accuracies = norms.trained("GroupNorm", 32, steps=20, seeds=2, data=data)
+    assert (losses[:, -1] < losses[:, 0]).all()
+    assert (accuracies > 0.2).all()
+
+
+@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+def test_speed_times_each_way_in_turn():
+    record = speed.run(layers=1, width=16, length=4, rounds=2)
+    assert record.checks[0].bound == speed.BOUND
+    assert [len(times) for times in record.data["seconds"].values()] == [2, 2]
 
 
 def test_masks_hide_real_tokens_only_and_at_least_one_a_text():
