@@ -85,6 +85,12 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
             f"{rows[0]} is part of the batch, and a custom accumulator combines gradients of what all microbatches "
             "share; leave it out of argnums, or use in_place() or tree()."
         )
+    for i in wrt:
+        if others := program.given_axes[i] - program.axes:
+            raise ValueError(
+                f"{program.slots[i].name} differs between the devices along {', '.join(map(repr, sorted(others)))}, "
+                "and a custom accumulator would decide by one device's part of its gradient; use in_place() or tree()."
+            )
     terms = program.terms
     weight = terms[0].weight
     if len(terms) != 1 or weight is None:

@@ -92,7 +92,7 @@ def in_references(sums: Any, values: Any, fill: Callable[[Any], Any], axes: froz
         for ref, x in zip(outs, jax.tree.leaves(fill(sums)), strict=True):
             ref[...] = x
 
-    empty = [_mesh.vary(jnp.zeros(x.shape, x.dtype), axes) for x in jax.tree.leaves(values)]
+    empty = [_mesh.vary(_mesh.zeros(x), axes) for x in jax.tree.leaves(values)]
     sums, filled = run_state(body)((sums, empty))
     return sums, jax.tree.unflatten(jax.tree.structure(values), filled)
 
@@ -175,7 +175,9 @@ class _Carried:
         states = iter(arrays[i] for i in program.positions(Role.CARRY))
         return cls(
             [
-                lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype))
+                _mesh.vary(
+                    lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype)), _mesh.varying_axes(aval)
+                )
                 if reduction is Reduction.CARRY
                 else _reduce.initial(reduction, aval)
                 for reduction, aval in _reductions(program, 0, stacked=False)
@@ -222,7 +224,7 @@ def _reductions(program: Program, g: int, *, stacked: bool) -> list[tuple[Reduct
 
 
 def _empty_entries(program: Program, g: int) -> list[Array]:
-    return [jnp.zeros(aval.shape, aval.dtype) for _, aval in _reductions(program, g, stacked=True)]
+    return [_mesh.zeros(aval) for _, aval in _reductions(program, g, stacked=True)]
 
 
 # -- what happens at each microbatch ----------------------------------------------------------------------------------
@@ -399,4 +401,4 @@ def whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
         shape = (program.partition.batch_size, *shape[1:])
     elif reduction is Reduction.STACK:
         shape = (program.partition.num_microbatches, *shape)
-    return jax.ShapeDtypeStruct(shape, aval.dtype)
+    return aval.update(shape=shape)

@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxaccum._types import Array, PyTree
 
 
-def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+def varying_axes(x: Array | jax.ShapeDtypeStruct | jax.core.ShapedArray) -> frozenset[str]:
     """The manual mesh axes over which `x` differs between devices; empty outside `shard_map`."""
-    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    aval = x if isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else frozenset(kind.varying)
 
@@ -42,6 +42,11 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     """The mesh axes over which one dimension is divided."""
     entry = spec[dim] if dim < len(spec) else None
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def zeros(aval: Any) -> Array:
+    """Zeros of a type, varying over the mesh axes that it names."""
+    return vary(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
 
 
 def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
@@ -104,6 +109,12 @@ def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]
         for i, x in zip(places, summed, strict=True):
             results[i] = x
     return results
+
+
+def sum_over_others(x: Array, axes: frozenset[str]) -> Array:
+    """`x` summed over the mesh axes that it varies over, `axes` excepted: the parts of a parameter that is divided."""
+    others = tuple(sorted(varying_axes(x) - axes))
+    return lax.psum(x, others) if others else x
 
 
 def gradient_axes(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> tuple[str, ...]:

@@ -188,7 +188,8 @@ def _gradient_beside_value(
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
-        tangent = tangent + cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
+        share = cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
+        tangent = tangent + _mesh.sum_over_others(share, _mesh.varying_axes(tangent))
     return parts, [tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)]
 
 

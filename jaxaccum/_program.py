@@ -175,7 +175,9 @@ def prepare(
     _check.divided(
         mesh_axes, [axes for slot, axes in zip(layout.slots, given_axes, strict=True) if slot.role is Role.ROWS]
     )
-    arrays = _mesh.vary(arrays, frozenset(mesh_axes).union(*given_axes))
+    own = [axes for slot, axes in zip(layout.slots, given_axes, strict=True) if slot.role is not Role.WHOLE]
+    axes = frozenset(mesh_axes).union(*own)
+    arrays = _mesh.vary(arrays, axes)
     call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
     checked, traces, slots, shadows = True, [], list(layout.slots), _check.is_bound(options.axis_name)
     for g, group in enumerate(partition.groups):
@@ -185,6 +187,8 @@ def prepare(
             if not set(options.device_axes) <= set(axes_of(one.coupling)):
                 raise NeedsGlobalArraysError
             _check_coupled(one, partition, shadows)
+            if not checked:
+                _check_undivided(layout.slots, given_axes, axes)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
@@ -199,7 +203,6 @@ def prepare(
             "drop one of the two."
         )
     call.check_sizes(partition)
-    axes = frozenset(mesh_axes).union(*given_axes)
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
     return Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
@@ -241,6 +244,17 @@ def _check_coupled(one: Trace, partition: Partition, shadows: bool) -> None:
             f"and {small.count} have {small.size}. Choose a number that divides the batch, or pad it, "
             "jaxaccum.pad_batch(batch, to=…), and mask the padding: sums of masked values over sums of the mask."
         )
+
+
+def _check_undivided(slots: Sequence[Slot], given_axes: Sequence[frozenset[str]], axes: frozenset[str]) -> None:
+    """A coupled loss runs where JAX tracks no types, and would count what parts of a parameter share on each device."""
+    for slot, own in zip(slots, given_axes, strict=True):
+        if others := own - axes:
+            raise NotImplementedError(
+                f"{slot.name} differs between the devices along {', '.join(map(repr, sorted(others)))}, which the "
+                "batch does not, and the loss has collectives over microbatches: parameters divided inside shard_map "
+                "need a loss without them. Divide them on an explicit mesh instead, outside shard_map."
+            )
 
 
 def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:

@@ -35,12 +35,13 @@ class Reduction(enum.Enum):
 
 
 def initial(reduction: Reduction, aval: Any) -> Array:
-    """The state before the first microbatch: the neutral element."""
+    """The state before the first microbatch: the neutral element, varying over a mesh as its type says."""
+    neutral: Any = 0
     if reduction is Reduction.MAX:
-        return jnp.full(aval.shape, _lowest(aval.dtype), aval.dtype)
-    if reduction is Reduction.MIN:
-        return jnp.full(aval.shape, _highest(aval.dtype), aval.dtype)
-    return jnp.zeros(aval.shape, aval.dtype)
+        neutral = _lowest(aval.dtype)
+    elif reduction is Reduction.MIN:
+        neutral = _highest(aval.dtype)
+    return _mesh.vary(jnp.full(aval.shape, neutral, aval.dtype), _mesh.varying_axes(aval))
 
 
 def update(reduction: Reduction, state: Array, x: Array) -> Array:

@@ -121,3 +121,55 @@ def test_bad_meshes_are_refused():
     )
     clash = ja.grad(loss, num_microbatches=2, axis_name="data")
     refused(lambda: jax.eval_shape(sharded(clash, P(), True), W, BATCH), "'data'", "axis_name")
+
+
+TENSOR = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+DIVIDED = {"a": P(None, "model"), "b": P("model"), "c": P("model", None)}
+
+
+def divided(w, batch):
+    """A network whose hidden units are divided over devices, as Megatron's: one sum over `model` at the end."""
+    hidden = jnp.tanh(batch[0] @ w["a"] + w["b"][None])
+    e = jnp.sum(jax.lax.psum(hidden @ w["c"], "model") ** 2, axis=-1)
+    return ja.Mean(jnp.sum(e * batch[1]), jnp.sum(batch[1]))
+
+
+def undivided(w, batch):
+    return jnp.sum(rows(w, batch[0]) * batch[1]) / jnp.sum(batch[1])
+
+
+def in_two_ways(fun, **options):
+    """Value and gradient by us, and by JAX through `microbatch`."""
+    through = ja.microbatch(fun, num_microbatches=2, mesh_axes="data", **options)
+    return {
+        "value_and_grad": ja.value_and_grad(fun, num_microbatches=2, mesh_axes="data", **options),
+        "microbatch": lambda w, b: jax.value_and_grad(lambda w: through(w, b))(w),
+    }
+
+
+@pytest.mark.parametrize("way", ["value_and_grad", "microbatch"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["divided", "beside a shared one"])
+def test_parameters_divided_over_another_axis(scaled, way):
+    """A shared parameter's gradient is summed over the devices that hold parts of what it meets, and counted once."""
+    w = {"a": data(3, 6), "b": data(6, seed=1), "c": data(6, 2, seed=2)} | ({"s": data(3, seed=5)} if scaled else {})
+    own = lambda fun: lambda w, b: fun(w, (b[0] * w["s"][None], b[1]) if scaled else b)
+    specs = DIVIDED | ({"s": P()} if scaled else {})
+    step = in_two_ways(own(divided))[way]
+    actual = jax.jit(jax.shard_map(step, mesh=TENSOR, in_specs=(specs, P("data")), out_specs=(P(), specs)))(w, BATCH)
+    assert normwise(actual, jax.value_and_grad(own(undivided))(w, BATCH)) < EXACT
+
+
+def test_divided_parameters_where_they_are_not_supported():
+    def over_microbatches(w, batch):
+        return divided(w, (batch[0] - jax.lax.pmean(jnp.mean(batch[0], axis=0), "microbatch")[None], batch[1]))
+
+    skip = ja.accumulators.skip_nonfinite()
+    for fun in (
+        ja.grad(over_microbatches, num_microbatches=2, mesh_axes="data"),
+        lambda w, b: ja.grad(divided, num_microbatches=2, mesh_axes="data", accumulator=skip)(w, b),
+    ):
+        w = {"a": data(3, 6), "b": data(6, seed=1), "c": data(6, 2, seed=2)}
+        over = jax.shard_map(fun, mesh=TENSOR, in_specs=(DIVIDED, P("data")), out_specs=DIVIDED)
+        refused(
+            lambda over=over, w=w: jax.eval_shape(over, w, BATCH), "'model'", error=(ValueError, NotImplementedError)
+        )
