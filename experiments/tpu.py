@@ -9,7 +9,7 @@ sequences of 128 tokens a device. Estimated seconds are the model's operations a
 collectives over its links, as published; they rank programs and predict no clock.
 
 Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]')
-Cost      some fifteen minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8; hours
+Cost      some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8; hours
           with --full, which compiles every N of every model
 Expected  jaxaccum sends its gradients once a step whatever N, outside of loops; a hand-written scan and
           `optax.microbatching` N times, inside

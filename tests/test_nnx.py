@@ -11,7 +11,6 @@ from helpers import EXACT, data, normwise, parts_of, refused, sizes_of
 
 import jaxaccum as ja
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 X, Y = data(7, 3), data(7, 2, seed=1)
 BATCH = {"x": X, "y": Y}
 OPTIONS = [{"num_microbatches": 1}, {"num_microbatches": 3}, {"microbatch_size": 1}, {"microbatch_size": 3}]

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum.linen
 import jaxaccum.nnx
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 STANDARD = functools.partial(jax.numpy_dtype_promotion, "standard")  # Flax's own layers need it
 X = 3 * data(12, 4, 3) + 1  # rows, positions, features
 MASK = (np.arange(12)[:, None, None] * 7 + np.arange(4)[None, :, None] * 5) % 3 > 0  # unequal in every microbatch

@@ -23,7 +23,6 @@ from jaxaccum.testing.strategies import LOSSES, compose, losses, model_batches, 
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 IN_AXES = (None, None, 0)  # weights, running statistics, batch
 WIDTH = 4
 SIZES = (1, 4, 5)
