@@ -7,7 +7,7 @@ S = S_min (1 + B_crit / B), fitted to the logarithms.
 
 Command   python -m experiments noise_scale
 Cost      two minutes
-Expected  both agree in their order of magnitude, as in the paper (103 and 17); the measured noise scale grows as the
+Expected  both agree in their order of magnitude, as in the paper (103 and 14); the measured noise scale grows as the
           loss falls
 """
 
