@@ -55,7 +55,7 @@ def run(
     params = model.init(jax.random.key(1), x)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
-        return jnp.mean(model.apply(params, x) ** 2)  # pyright: ignore[reportOperatorIssue]
+        return jnp.mean(jnp.square(jnp.asarray(model.apply(params, x))))
 
     ways = {
         "jaxaccum": Training(jaxaccum.value_and_grad(loss, num_microbatches=n), params),

@@ -154,6 +154,11 @@ def tree(dtype: DTypeLike | None = None) -> Sums:
     return Sums(in_place=False, dtype=dtype)
 
 
+# JAX documents the name and does not declare it exported.
+BY_VALUE = jax.ad.GradValue()  # pyright: ignore[reportPrivateImportUsage]
+"""In the place of a reference: the cotangent is to be returned."""
+
+
 @jax.custom_vjp
 def port(sink: Array, parameter: Array) -> Array:
     """The parameter; its cotangent goes, cast up, to `sink`, an array of zeros that is never read.

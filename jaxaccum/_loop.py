@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.pallas import run_state
 
 from jaxaccum import _mesh, _reduce
-from jaxaccum._accumulators import Sums, port
+from jaxaccum._accumulators import BY_VALUE, Sums, port
 from jaxaccum._arguments import Role
 from jaxaccum._program import Program
 from jaxaccum._reduce import Reduction
@@ -265,13 +265,13 @@ def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: 
     def fill(sums: Any) -> Any:
         def visit(g: int, _: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
             parts, vjp, starts = step.at(g, inputs, rows=rows, carry=carry, index=index)
-            written = []
+            at_once, written = step.at_once(g), []
             for s, buffers in enumerate(sums):
-                value = jax.ad.GradValue()  # pyright: ignore[reportPrivateImportUsage]
-                sinks = [value if known else buffer for buffer, known in zip(buffers, step.at_once(g), strict=True)]
-                grads, own = vjp.with_refs(sinks, [value] * len(step.rows))(step.cotangents(s, starts, extra))
-                for buffer, sink, grad in zip(buffers, sinks, grads, strict=True):
-                    if sink is value:
+                sinks = [BY_VALUE if whole else buffer for buffer, whole in zip(buffers, at_once, strict=True)]
+                pull = vjp.with_refs(sinks, [BY_VALUE] * len(step.rows))
+                grads, own = pull(step.cotangents(s, starts, extra))
+                for buffer, grad, whole in zip(buffers, grads, at_once, strict=True):
+                    if whole:
                         buffer[...] += grad
                 written.append(own)
             return parts, (), written

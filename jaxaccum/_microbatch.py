@@ -225,4 +225,4 @@ def _zero_tangent(x: Array) -> Any:
     """The tangent of a value that does not move."""
     if not is_inexact(x):
         return np.zeros(x.shape, jax.dtypes.float0)
-    return _mesh.vary(jnp.zeros(x.shape, x.dtype), _mesh.varying_axes(x))
+    return _mesh.zeros(x)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 
 from jaxaccum import _arguments, _check, _mesh, _outputs
 from jaxaccum._arguments import Layout, Role, Slot
@@ -183,10 +184,10 @@ def prepare(
     for g, group in enumerate(partition.groups):
         shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
         one, consts, checked = _traced(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
-        if one.coupling is not None:
-            if not set(options.device_axes) <= set(axes_of(one.coupling)):
+        if (coupling := one.coupling) is not None:
+            if not set(options.device_axes) <= set(axes_of(coupling)):
                 raise NeedsGlobalArraysError
-            _check_coupled(one, partition, shadows)
+            _check_coupled(coupling, options.axis_name, partition, shadows)
             if not checked:
                 _check_undivided(layout.slots, given_axes, axes)
         traces.append(one)
@@ -228,10 +229,9 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
         return one, consts, False
 
 
-def _check_coupled(one: Trace, partition: Partition, shadows: bool) -> None:
+def _check_coupled(coupling: jex.JaxprEqn, name: str, partition: Partition, shadows: bool) -> None:
     """All microbatches of a coupled loss have one size, as devices have, and their axis one meaning."""
-    coupling, name = one.coupling, one.axis[0]
-    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"  # pyright: ignore[reportOptionalMemberAccess]
+    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"
     if shadows:
         raise ValueError(
             f"{what}, and an axis of that name is bound around this loop too, so that it could mean either; "

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum._accumulators import port
+from jaxaccum._accumulators import BY_VALUE, port
 from jaxaccum._coupled.cut import Env
 from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._reduce import Reduction
@@ -204,9 +204,8 @@ class _Step:
     def _pull(self, vjp: Any, cotangents: list[Array]) -> Any:
         if not self.reverse.in_place:
             return vjp(cotangents)
-        value = jax.ad.GradValue()  # pyright: ignore[reportPrivateImportUsage]
         refs = [self.reverse.sums[self.reverse.parameters[v]] for v in self.parameters]
-        values = [[value] * len(names) for names in (self.shared, self.own, [*self.live, *self.through])]
+        values = [[BY_VALUE] * len(names) for names in (self.shared, self.own, [*self.live, *self.through])]
         return [[], *vjp.with_refs(refs, *values)(cotangents)[1:]]
 
     def _forward(self, base: Env) -> Any:
