@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum import _check
-from jaxaccum._tree import is_array, leaf_name, leaves_with_names
+from jaxaccum._tree import is_array, key_impl, leaf_name, leaves_with_names
 from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
 
 
@@ -36,6 +36,12 @@ class Slot:
     role: Role
     argnum: int | None = None
     axis: int = 0
+    key: Any = None
+    """Of a typed key that is carried, as the integers it is made of: its implementation."""
+
+    def value(self, array: Any) -> Any:
+        """What `fun` sees of the array."""
+        return array if self.key is None else jax.random.wrap_key_data(array, impl=self.key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Layout:
 
     def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments that hold `arrays`, one a slot."""
-        rest = iter(arrays)
+        rest = iter([slot.value(x) for slot, x in zip(self.slots, arrays, strict=True)])
         count = self.treedef.num_leaves
         return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
 
@@ -76,7 +82,7 @@ def read(
                 if number in differentiated:
                     _check.differentiable(leaf, name)
                 slots.append(_slot(name, leaf, axis, number))
-                arrays.append(leaf)
+                arrays.append(leaf if slots[-1].key is None else jax.random.key_data(leaf))
             leaves += 1
     for keyword, value in sorted(kwargs.items()):  # the order of the leaves of a dict
         for name, leaf in leaves_with_names(value, f"keyword argument {keyword}"):
@@ -137,7 +143,7 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int) -> Slot:
             raise TypeError(
                 f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only."
             )
-        return Slot(name, _ROLE_OF[axis], argnum)
+        return Slot(name, _ROLE_OF[axis], argnum, key=key_impl(leaf) if axis is CARRY else None)
     if axis is None:
         return Slot(name, Role.WHOLE, argnum)
     if not is_array(leaf):

@@ -18,7 +18,7 @@ from flax import nnx
 from flax.nnx import filterlib
 
 from jaxaccum._tags import Carry
-from jaxaccum._tree import dtype_of, leaf_name
+from jaxaccum._tree import leaf_name
 from jaxaccum._types import Array, Fun, PyTree
 
 
@@ -51,7 +51,7 @@ class Models:
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `pure` is called with: parameters in place of modules, and the state, a list of arrays, last."""
-        return (*self._placed(args, self.params), [_data(x) for x in jax.tree.leaves(self.rest)])
+        return (*self._placed(args, self.params), jax.tree.leaves(self.rest))
 
     def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
         """`fun` as a function of arrays that returns ``(loss, (aux, Carry(new state)))``."""
@@ -59,15 +59,14 @@ class Models:
         def call(*args: Any, **kwargs: Any) -> Any:
             *given, state = args
             params, rest = [given[i] for i in self.places], self._state(state)
-            before = jax.tree.leaves(params), jax.tree.leaves(rest)  # now: the modules take over their variables
+            before = jax.tree.leaves(params)  # now: the modules take over their variables
             states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
             modules = nnx.merge(self.graphdef, *states, rest)
             output = fun(*self._placed(tuple(given), modules), **kwargs)
             graphdef, new_params, new_rest = self.split(modules)
             _check_structure(self.graphdef, graphdef, (params, rest), (new_params, new_rest))
-            _check_unassigned(before[0], new_params)
-            leaves = zip(jax.tree.leaves(new_rest), before[1], state, strict=True)
-            new = [old if x is typed else _data(x) for x, typed, old in leaves]
+            _check_unassigned(before, new_params)
+            new = jax.tree.leaves(new_rest)
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
@@ -84,11 +83,8 @@ class Models:
         return tuple(by_place.get(i, arg) for i, arg in enumerate(args))
 
     def _state(self, arrays: list[Array]) -> Any:
-        """The state that holds `arrays`, its keys typed again."""
-        leaves, treedef = jax.tree.flatten(self.rest)
-        pairs = zip(arrays, leaves, strict=True)
-        typed = [jax.random.wrap_key_data(x, impl=jax.random.key_impl(old)) if _is_key(old) else x for x, old in pairs]
-        return treedef.unflatten(typed)
+        """The state that holds `arrays`."""
+        return jax.tree.unflatten(jax.tree.structure(self.rest), arrays)
 
 
 def _split(filters: list[Any], modules: tuple[Any, ...]) -> tuple[Any, list[Any], Any]:
@@ -100,15 +96,6 @@ def _within(place: int, filter: Any) -> Any:
     """The filter of one argument, for variables of all arguments."""
     accepts = filterlib.to_predicate(filter)
     return lambda path, variable: path[0] == place and accepts(path[1:], variable)
-
-
-def _is_key(x: Any) -> bool:
-    return jax.numpy.issubdtype(dtype_of(x), jax.dtypes.prng_key)
-
-
-def _data(x: Any) -> Any:
-    """A typed key as the integers that it is made of, which a loop can carry."""
-    return jax.random.key_data(x) if _is_key(x) else x
 
 
 def _paths(tree: PyTree) -> set[str]:

@@ -15,7 +15,18 @@ from jax import lax
 
 from jaxaccum._reduce import Reduction
 from jaxaccum._tags import Carry, Concat, Last, Max, Mean, Min, Stack, Sum, Tag, is_tag
-from jaxaccum._tree import cast, dtype_of, is_array, leaves_with_names, promote, ratio, total_of, widen
+from jaxaccum._tree import (
+    cast,
+    dtype_of,
+    is_array,
+    is_inexact,
+    key_impl,
+    leaves_with_names,
+    promote,
+    ratio,
+    total_of,
+    widen,
+)
 from jaxaccum._types import PyTree
 
 _TAGS = "Mean(total, weight), Sum(x), Max(x), Min(x), Concat(x), Stack(x), Last(x) or Carry(state)"
@@ -43,6 +54,8 @@ class Leaf:
     weight: int | None
     dtype: Any
     shape: tuple[int, ...]
+    key: Any = None
+    """Of a typed key, which the loop combines as the integers it is made of: its implementation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +94,11 @@ class _Reader:
         dtype = widen(dtype_of(x)) if reduction is Reduction.SUM else dtype_of(x)
         x = cast(x, dtype)
         self.parts.append(Part(name, reduction))
-        self.values.append(x if reduction.differentiable else lax.stop_gradient(x))
+        self.values.append(x if reduction.differentiable or not is_inexact(x) else lax.stop_gradient(x))
         return len(self.parts) - 1
 
-    def leaf(self, part: int, weight: int | None, dtype: Any) -> None:
-        self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part])))
+    def leaf(self, part: int, weight: int | None, dtype: Any, key: Any = None) -> None:
+        self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part]), key))
 
 
 def read(output: PyTree, *, size: int, carry: PyTree, has_carry: bool, padded: bool) -> tuple[Outputs, list[Any]]:
@@ -121,9 +134,12 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
         _check_array(leaf_name, leaf)
         if isinstance(x, Concat):
             _check_rows(leaf_name, leaf, reader.size)
+        if (key := key_impl(leaf)) is not None:
+            _check_combines_keys(leaf_name, x)
+            leaf = jax.random.key_data(leaf)
         part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
         dtype = jnp.int32 if isinstance(x, Sum) and dtype_of(leaf) == jnp.bool_ else dtype_of(leaf)
-        reader.leaf(part, None, dtype)
+        reader.leaf(part, None, dtype, key)
     return jax.tree.map(lambda _: 0, content)
 
 
@@ -132,6 +148,8 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
     weights = leaves_with_names(mean.weight, f"{name}.Mean.weight", is_leaf=is_tag)
     for leaf_name, leaf in [*totals, *weights]:
         _check_array(leaf_name, leaf)
+        if key_impl(leaf) is not None:
+            _check_combines_keys(leaf_name, mean)
     shared = jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight)) and jnp.shape(mean.weight) == ()
     if not shared and jax.tree.structure(mean.total) != jax.tree.structure(mean.weight):
         raise ValueError(
@@ -162,6 +180,8 @@ def _floating(dtype: Any) -> Any:
 
 def _finalize(leaf: Leaf, values: list[Any]) -> Any:
     value = values[leaf.part]
+    if leaf.key is not None:
+        return jax.random.wrap_key_data(value, impl=leaf.key)
     if leaf.weight is not None:
         # The widest of the two parts holds the quotient, so that a float64 weight is not rounded first.
         value = ratio(cast(value, promote(value.dtype, leaf.dtype)), values[leaf.weight])
@@ -250,6 +270,14 @@ def _check_array(name: str, x: Any) -> None:
         raise TypeError(f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside another tag.")
     if not is_array(x) and not isinstance(x, bool | int | float | complex):
         raise TypeError(f"{name} is no array but {type(x).__name__}; return arrays and scalars only.")
+
+
+def _check_combines_keys(name: str, tag: Tag) -> None:
+    if not isinstance(tag, Concat | Stack | Last | Carry):
+        raise TypeError(
+            f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could combine; return it as "
+            "Concat, Stack, Last or in the Carry."
+        )
 
 
 def _check_untagged(name: str, x: Any) -> None:

@@ -190,6 +190,8 @@ def prepare(
             _check_coupled(coupling, options.axis_name, partition, shadows)
             if not checked:
                 _check_undivided(layout.slots, given_axes, axes)
+            if partition.num_microbatches > 1:
+                one = _with_own_streams(one, layout.slots, partition, mesh_axes)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
@@ -227,6 +229,24 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
         if one.coupling is None:
             raise
         return one, consts, False
+
+
+def _with_own_streams(one: Trace, slots: Sequence[Slot], partition: Partition, mesh_axes: tuple[str, ...]) -> Trace:
+    """A coupled trace in which every carried key that `fun` only draws from is folded with the microbatch's index.
+
+    A coupled program updates its state once, so that all microbatches would draw the same numbers.
+    """
+    keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
+    streams = {out: i for out, i in one.returned().items() if i in keys}
+
+    def folded(index: Array, arrays: list[Any]) -> list[Any]:
+        place = index + _mesh.shard_index(mesh_axes) * partition.num_microbatches
+        for i in streams.values():
+            key = jax.random.wrap_key_data(arrays[i], impl=keys[i])
+            arrays[i] = jax.random.key_data(jax.random.fold_in(key, place))
+        return arrays
+
+    return one.before(folded, keep=streams) if streams else one
 
 
 def _check_coupled(coupling: jex.JaxprEqn, name: str, partition: Partition, shadows: bool) -> None:

@@ -27,6 +27,11 @@ def dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
+def key_impl(x: Any) -> Any:
+    """The implementation of a typed PRNG key, and None of what is no key."""
+    return jax.random.key_impl(x) if jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key) else None
+
+
 def leaf_name(name: str, path: tuple[Any, ...]) -> str:
     """``argument 1['x'][0]``: how errors call a leaf."""
     return name + jax.tree_util.keystr(path)

@@ -45,8 +45,8 @@ def value_and_grad(
                 grads += own  # each term over the denominator of the whole batch
 
     Statistics that collectives over the axis compute, such as those of `BatchNorm`, are the whole batch's: they are
-    updated once. In such a program every microbatch starts from the same state, that of the random streams included, so
-    a dropout layer of the model would draw one mask for all of them: pass its keys as an argument, an ``EXAMPLE_KEY``.
+    updated once. In such a program every microbatch starts from the same state, and the keys of the random streams are
+    folded with its index, so that each draws its own masks.
 
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXACT, data, normwise, same
+from helpers import EXACT, data, normwise, refused, same
 
 import jaxaccum as ja
 
@@ -95,3 +95,32 @@ def test_a_weight_that_reads_the_state_is_summed_in_order():
     )
     loss = lambda w: jnp.sum(X @ w) / (jnp.sum(jnp.abs(X)) + sum(range(7))) + jnp.mean(X @ w)
     assert normwise((value, grad), jax.value_and_grad(loss)(W)) < EXACT
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_typed_key_runs_in_the_state(impl):
+    def fun(x, state):
+        key, own = jax.random.split(state["key"])
+        drawn = jax.random.uniform(own, (len(x),), jnp.float64)
+        return {"state": ja.Carry({"key": key}), "drawn": ja.Concat(drawn), "keys": ja.Stack(own), "last": ja.Last(own)}
+
+    state = {"key": jax.random.key(0, impl=impl)}
+    actual = ja.microbatch(fun, in_axes=(0, ja.CARRY), microbatch_size=3)(X, state)
+    drawn, keys, carried = [], [], state
+    for rows in (X[:3], X[3:6], X[6:]):
+        out = fun(rows, carried)
+        carried, drawn, keys = out["state"].state, [*drawn, out["drawn"].x], [*keys, out["keys"].x]
+    assert same(actual["drawn"], jnp.concatenate(drawn))
+    data_of = jax.random.key_data
+    assert same(data_of(actual["keys"]), data_of(jnp.stack(keys)))
+    assert same(data_of(actual["last"]), data_of(keys[-1]))
+    assert same(data_of(actual["state"]["key"]), data_of(carried["key"]))
+    assert not same(actual["drawn"], jnp.concatenate([fun(rows, state)["drawn"].x for rows in (X[:3], X[3:6], X[6:])]))
+
+
+@pytest.mark.parametrize(
+    "tag", [ja.Sum, ja.Max, ja.Min, lambda key: ja.Mean(key, 1)], ids=["Sum", "Max", "Min", "Mean"]
+)
+def test_keys_are_no_numbers(tag):
+    fun = ja.microbatch(lambda x, key: tag(key), in_axes=(0, ja.KEY), microbatch_size=3)
+    refused(lambda: fun(X, jax.random.key(0)), "PRNG key", "Stack", error=TypeError)

@@ -97,6 +97,52 @@ def test_a_step_of_an_optimizer():
     assert normwise(arrays(model)["first"], arrays(Net())["first"]) > 1e-3
 
 
+class Coupled(nnx.Module):
+    """Statistics of the whole batch, and a mask of dropout from a stream of the model's own."""
+
+    def __init__(self):
+        rngs, wide = nnx.Rngs(0), {"param_dtype": jnp.float64}
+        self.norm, self.last = ja.nnx.BatchNorm(3, rngs=rngs, **wide), nnx.Linear(3, 2, rngs=rngs, **wide)
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+
+    def __call__(self, x):
+        return self.last(self.dropout(jnp.tanh(self.norm(x))))
+
+
+def across_microbatches(model, batch, count, *, folded=True):
+    """Value and gradient by `jax.vmap` over the microbatches, each with its own keys, or all with the same."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    own = lambda index: jax.tree.map(lambda x: jax.random.fold_in(x, index) if folded and is_key(x) else x, rest)
+    rows = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+    def mean(params):
+        one = lambda index, rows: loss(nnx.merge(graphdef, params, own(index), copy=True), rows)
+        return jnp.mean(jax.vmap(one, axis_name="microbatch")(jnp.arange(count), rows))
+
+    return jax.value_and_grad(mean)(params)
+
+
+@pytest.mark.parametrize("memory", ["min", "store"])
+def test_microbatches_of_a_coupled_model_draw_masks_of_their_own(memory):
+    model, batch = Coupled(), {"x": data(8, 3), "y": data(8, 2, seed=1)}
+    expected = across_microbatches(model, batch, 4)
+    repeated = across_microbatches(model, batch, 4, folded=False)
+    key = jax.random.key_data(model.dropout.rngs.key.get_value())
+    actual = ja.nnx.value_and_grad(loss, num_microbatches=4, memory=memory)(model, batch)
+    assert normwise(actual, expected) < EXACT
+    assert normwise(actual, repeated) > 1e-2
+    assert model.dropout.rngs.count.get_value() == 1  # the state is updated once
+    assert (jax.random.key_data(model.dropout.rngs.key.get_value()) == key).all()
+
+
+def test_one_microbatch_of_a_coupled_model_is_the_full_batch_with_its_masks():
+    model, twin, batch = Coupled(), Coupled(), {"x": data(8, 3), "y": data(8, 2, seed=1)}
+    expected = nnx.value_and_grad(loss)(twin, batch)
+    assert normwise(ja.nnx.value_and_grad(loss, num_microbatches=1)(model, batch), expected) < EXACT
+    assert normwise(arrays(model), arrays(twin)) < EXACT
+
+
 def test_aux_and_terms_and_tags():
     def fun(model, batch, scale):
         error = (model.last(jnp.tanh(model.first(batch["x"]))) - batch["y"]) ** 2
