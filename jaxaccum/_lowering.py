@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -10,13 +11,15 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _arguments
+from jaxaccum import _arguments, _program
 from jaxaccum._arguments import Role, Slot
 from jaxaccum._flops import flops
-from jaxaccum._tree import is_array, leaves_with_names
+from jaxaccum._program import Options
+from jaxaccum._tree import dtype_of, is_array, leaves_with_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,20 @@ class Call:
         jax.eval_shape(self._shard_map(note, None) if self.mesh_axes else note, *self.shapes)
         slots, batch_size = found[-1]
         return [slot for slot in slots if slot.role is Role.ROWS], batch_size
+
+    def couples(self, fun: Callable[..., Any], options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
+        """Whether the loss has collectives over microbatches, by one trace of it on the whole batch."""
+        found: list[bool] = []
+
+        def note(*arrays: Any) -> None:
+            prepare = functools.partial(_program.prepare, argnums=argnums, loss=True, has_aux=has_aux)
+            found.append(prepare(fun, options, self._build(arrays), {})[0].coupled)
+
+        if self.mesh_axes:
+            jax.eval_shape(self._shard_map(note, None), *self.shapes)
+        else:  # as on one device: what couples examples does so wherever they are
+            jax.eval_shape(note, *(jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)) for x in self.shapes))
+        return found[-1]
 
     def compiled(self, step: Callable[..., Any], argnums: Sequence[int]) -> Cost:
         """Compile ``step(*args)``, a gradient with respect to the arguments `argnums`."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxaccum import _arguments, _check, _lowering
 from jaxaccum._accumulators import Sums
-from jaxaccum._types import Axes, Fun, Gather, Split
+from jaxaccum._program import Options
+from jaxaccum._types import Axes, Fun, Gather, Memory, Split
 from jaxaccum._value_and_grad import value_and_grad
+
+_SCHEDULES: tuple[Memory, ...] = ("min", None, "store")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +23,8 @@ class Row:
 
     microbatch_size: int
     num_microbatches: int
+    memory: Memory
+    """The schedule of a coupled loss; None for every other."""
     temp_bytes: int
     """Beside arguments and results: activations and sums."""
     total_bytes: int
@@ -34,23 +41,27 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The candidates, smallest microbatch first, and the limit; `best` is the largest that fits, always compiled."""
+    """The candidates, smallest microbatch first, and the limit; of a coupled loss, those of every schedule."""
 
     rows: tuple[Row, ...]
     memory_bytes: int
+    coupled: bool = False
 
     @property
     def best(self) -> Row:
-        """The largest microbatch within the limit."""
-        return next(row for row in reversed(self.rows) if row.fits and row.compiled)
+        """The largest microbatch within the limit; of several schedules' the one of fewest operations. Compiled."""
+        largest = {row.memory: row for row in self.rows if row.fits and row.compiled}
+        return min(largest.values(), key=lambda row: row.flops)
 
     def __str__(self) -> str:
-        head = ("", "microbatch_size", "num_microbatches", "temporary", "total", "flops", "")
+        best = self.best
+        head = ("", "microbatch_size", "num_microbatches", *self._schedule("memory"), "temporary", "total", "flops", "")
         body = [
             (
-                "best" if row is self.best else "" if row.fits else "over",
+                "best" if row is best else "" if row.fits else "over",
                 str(row.microbatch_size),
                 str(row.num_microbatches),
+                *self._schedule(repr(row.memory)),
                 _bytes(row.temp_bytes),
                 _bytes(row.total_bytes),
                 f"{row.flops:.3g}",
@@ -61,6 +72,10 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
         return "\n".join([*(line.rstrip() for line in lines), f"limit {_bytes(self.memory_bytes)} a device"])
+
+    def _schedule(self, cell: str) -> list[str]:
+        """The column of schedules, which only a coupled loss has."""
+        return [cell] if self.coupled else []
 
 
 def plan(
@@ -76,7 +91,7 @@ def plan(
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
+    memory: Memory = None,
     accumulator: Sums | None = None,
     gather: Gather = "each",
 ) -> Plan:
@@ -89,6 +104,9 @@ def plan(
             step = jax.jit(value_and_grad(fun, microbatch_size=m, …))
             rows.append(step.lower(*args).compile().memory_analysis())
         best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
+
+    Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and ``"store"``, or the
+    one that `memory` names; among the largest microbatches that fit, the best takes the fewest operations.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.
@@ -106,7 +124,7 @@ def plan(
         axis_name: the name of the loop's axis.
         mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these axes; the sizes are
             then those of one device's shard.
-        memory: the budget of coupled programs.
+        memory: restricts the schedules of a coupled loss to this one.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
 
@@ -132,12 +150,18 @@ def plan(
     limit = _limit(memory_bytes, call)
     options: dict[str, Any] = {
         "in_axes": in_axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
-        "mesh_axes": mesh_axes, "memory": memory, "accumulator": accumulator, "gather": gather,
+        "mesh_axes": mesh_axes,
     }  # fmt: skip
+    coupled = call.couples(fun, Options(num_microbatches=1, **options), numbers, has_aux=has_aux)
+    schedules: tuple[Memory, ...] = _SCHEDULES if coupled and memory is None else (memory,)
+    options |= {"accumulator": accumulator, "gather": gather}
 
-    def measure(size: int) -> _lowering.Cost:
-        step = value_and_grad(fun, argnums, has_aux, microbatch_size=size, **options)
-        return call.compiled(step, numbers)
+    def measure(schedule: Memory, size: int) -> _lowering.Cost:
+        step = value_and_grad(fun, argnums, has_aux, microbatch_size=size, memory=schedule, **options)
+        with warnings.catch_warnings():
+            if len(schedules) > 1:  # that one of them is slow stands in the table
+                warnings.filterwarnings("ignore", message="memory=")
+            return call.compiled(step, numbers)
 
     if num_microbatches is not None or microbatch_size is not None:
         found = _check.partition(
@@ -145,8 +169,20 @@ def plan(
         )
         sizes = [found.groups[0].size]
     else:
-        sizes = candidates(call.batch_size, shards=call.shards, equal=split == "strided" or call.explicit)
-    return _Search(measure, sizes, batch_size=call.batch_size, limit=limit).run()
+        equal = split == "strided" or call.explicit or coupled
+        sizes = candidates(call.batch_size, shards=call.shards, equal=equal)
+    rows, needed = [], []
+    for schedule in schedules:
+        search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit)
+        choice = search.run()
+        rows += [search.row(size, schedule) for size in sizes]
+        needed.append((search.total(choice), choice))
+    if min(needed)[0] > limit:
+        raise ValueError(
+            f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, needs {min(needed)[0]} "
+            "bytes on a device; raise the limit, shard the parameters, or divide the batch over more devices."
+        )
+    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled)
 
 
 def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
@@ -172,27 +208,21 @@ def _limit(memory_bytes: Any, call: _lowering.Call) -> int:
 class _Search:
     """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed."""
 
-    def __init__(self, measure: Callable[[int], _lowering.Cost], sizes: list[int], *, batch_size: int, limit: int):
+    def __init__(self, measure: Callable[[int], _lowering.Cost], sizes: list[int], batch_size: int, limit: int):
         self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
         self.known: dict[int, _lowering.Cost] = {}
         self.guesses: dict[int, int] = {}
 
-    def run(self) -> Plan:
+    def run(self) -> int:
+        """The largest size that fits, or the smallest of all where none does; either is compiled."""
         for size in self._anchors():
             self._compile(size)
         while True:
-            fitting = [size for size in self.sizes if self._total(size) <= self.limit]
+            fitting = [size for size in self.sizes if self.total(size) <= self.limit]
             choice = max(fitting, default=self.sizes[0])
             if choice in self.known:
-                break
+                return choice
             self._compile(choice)
-        if self._total(choice) > self.limit:
-            raise ValueError(
-                f"memory_bytes={self.limit}, and the smallest microbatch, of {choice} examples, needs "
-                f"{self._total(choice)} bytes on a device; raise the limit, shard the parameters, or divide the batch "
-                "over more devices."
-            )
-        return Plan(tuple(map(self._row, self.sizes)), self.limit)
 
     def _anchors(self) -> list[int]:
         """About an eighth and a half of the batch: a single microbatch is no loop, and the smallest are padded."""
@@ -205,7 +235,8 @@ class _Search:
             self.guesses[size] = round(self._between(size, "temp_bytes"))
         self.known[size] = self.measure(size)
 
-    def _total(self, size: int) -> int:
+    def total(self, size: int) -> int:
+        """The bytes of the program at a size, compiled or predicted."""
         return self.known[size].total_bytes if size in self.known else round(self._between(size, "total_bytes"))
 
     def _between(self, size: int, name: str) -> float:
@@ -219,12 +250,13 @@ class _Search:
         slope = (values[1] - values[0]) / (pair[1] - pair[0])
         return max(values[0] + slope * (size - pair[0]), 0.0)
 
-    def _row(self, size: int) -> Row:
-        known = self.known.get(size)
-        total = self._total(size)
+    def row(self, size: int, memory: Memory) -> Row:
+        """What is known of a size."""
+        known, total = self.known.get(size), self.total(size)
         return Row(
             microbatch_size=size,
             num_microbatches=-(-self.batch_size // size),
+            memory=memory,
             temp_bytes=known.temp_bytes if known else round(self._between(size, "temp_bytes")),
             total_bytes=total,
             flops=known.flops if known else self._between(size, "flops"),

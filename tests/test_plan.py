@@ -140,6 +140,47 @@ def test_it_prints_as_a_table(planned):
     assert all(word in lines[0] for word in ("microbatch_size", "num_microbatches", "temporary", "total", "flops"))
 
 
+def normalized(params, x):
+    """Statistics of the whole batch, at two cuts."""
+    h = jnp.tanh(x @ params[0])
+    mean = lax.pmean(jnp.mean(h, axis=0, keepdims=True), "microbatch")
+    variance = lax.pmean(jnp.mean((h - mean) ** 2, axis=0, keepdims=True), "microbatch")
+    return jnp.mean((h - mean) ** 2 * lax.rsqrt(variance + 1) * jnp.arange(WIDTH, dtype=FLOAT)[None])
+
+
+@pytest.fixture(scope="module")
+def planned_coupled(_single_precision):
+    return ja.plan(normalized, *shapes(1536), memory_bytes=2_000_000)
+
+
+def test_a_coupled_loss_is_planned_under_every_schedule(planned_coupled):
+    plan, best = planned_coupled, planned_coupled.best
+    assert {row.memory for row in plan.rows} == {"min", None, "store"}
+    assert {row.microbatch_size for row in plan.rows} == set(candidates(1536, equal=True))  # powers of two among them
+    step = jax.jit(ja.value_and_grad(normalized, microbatch_size=best.microbatch_size, memory=best.memory))
+    real = step.lower(*shapes(1536)).compile().memory_analysis()
+    assert best.temp_bytes == real.temp_size_in_bytes
+    assert best.total_bytes <= 2_000_000
+    largest = {row.memory: row for row in plan.rows if row.fits and row.compiled}
+    assert len({row.flops for row in largest.values()}) > 1
+    assert best.flops == min(row.flops for row in largest.values())
+    assert "memory" in str(plan).splitlines()[0]
+
+
+def test_the_schedule_of_a_coupled_loss_can_be_asked_for(planned_coupled):
+    plan = ja.plan(normalized, *shapes(1536), memory_bytes=2_000_000, memory="store")
+    stored = [row for row in planned_coupled.rows if row.memory == "store"]
+    assert plan.rows == tuple(stored)
+    refused(lambda: ja.plan(normalized, *shapes(1536), memory_bytes=10_000), "memory_bytes=10000", "raise the limit")
+
+
+def test_a_coupled_batch_is_never_divided_into_unequal_microbatches():
+    """12 examples and a limit for 8 of them, which leave a remainder of 4."""
+    plan = ja.plan(normalized, *shapes(12), memory_bytes=10**7, memory="min")
+    assert [row.microbatch_size for row in plan.rows] == [1, 2, 3, 4, 6, 12]
+    refused(lambda: ja.plan(normalized, *shapes(12), memory_bytes=10**7, microbatch_size=8), "equal microbatches")
+
+
 def test_candidates():
     assert candidates(12) == [1, 2, 3, 4, 6, 8, 12]
     assert candidates(13) == [1, 2, 4, 8, 13]
