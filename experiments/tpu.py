@@ -86,11 +86,11 @@ def run(
         for name in models
         for n in (num_microbatches if place == first and (full or name == models[0]) else (8,))
         if full or first in (place,) or name == models[0]
-        for way in WAYS
+        for way in ways(name)
     ]
     rows = [measured(place, places[place], name, n=n, way=way, examples=examples, real=real)
             for place, name, n, way in track(points, "tpu")]  # fmt: skip
-    ours = [row for row in rows if row["way"] == "jaxaccum"]
+    ours = [row for row in rows if row["way"].startswith("jaxaccum")]
     reduced = max(row["gradients sent"] for row in ours)  # float32 sums of bfloat16 parameters count twice
     return _report.Record(
         name="tpu",
@@ -145,26 +145,42 @@ def _masked(module: bert.BertForMaskedLM, params: Any, ids: jax.Array) -> jax.Ar
 # -- the ways ---------------------------------------------------------------------------------------------------------
 
 
-def with_jaxaccum(loss: Loss, n: int, mesh: Mesh) -> Gradient:
+def with_jaxaccum(loss: Loss, n: int, mesh: Mesh, **options: Any) -> Gradient:
     """The loop inside shard_map: one all-reduce, after it."""
-    own = jaxaccum.value_and_grad(loss, num_microbatches=n, mesh_axes="data")
+    own = jaxaccum.value_and_grad(loss, num_microbatches=n, mesh_axes="data", **options)
     return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
 
 
 def with_scan(loss: Loss, n: int, mesh: Mesh) -> Gradient:
     """The scan that everyone writes, each microbatch spread over the devices."""
+    return _scan(loss, n, mesh, lambda params: params)
+
+
+def _scan(loss: Loss, n: int, mesh: Mesh, sums: Callable[[Any], Any]) -> Gradient:
     rows = NamedSharding(mesh, P(None, "data"))
 
     def gradient(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         def add(total: Any, microbatch: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, microbatch)), None
+            own = jax.value_and_grad(loss)(params, microbatch)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), None
 
         strided = jnp.swapaxes(batch.reshape(-1, n, *batch.shape[1:]), 0, 1)
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), sums(params)))
         total, _ = lax.scan(add, zeros, lax.with_sharding_constraint(strided, rows))
         return jax.tree.map(lambda leaf: leaf / n, total)
 
     return gradient
+
+
+def with_wide_scan(loss: Loss, n: int, mesh: Mesh) -> Gradient:
+    """The same with sums in float32, whatever the parameters: what jaxaccum does by itself."""
+    wide = lambda params: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
+    return _scan(loss, n, mesh, wide)
+
+
+def with_narrow_jaxaccum(loss: Loss, n: int, mesh: Mesh) -> Gradient:
+    """Sums in the dtype of the parameters: what the scan does by itself."""
+    return with_jaxaccum(loss, n, mesh, accumulator=jaxaccum.accumulators.in_place(jnp.bfloat16))
 
 
 def with_optax(loss: Loss, n: int, mesh: Mesh) -> Gradient:
@@ -183,6 +199,17 @@ WAYS: dict[str, Callable[[Loss, int, Mesh], Gradient]] = {
     "hand-written scan": with_scan,
     "optax.microbatching": with_optax,
 }
+OTHER_SUMS: dict[str, Callable[[Loss, int, Mesh], Gradient]] = {
+    "jaxaccum, bfloat16 sums": with_narrow_jaxaccum,
+    "scan, float32 sums": with_wide_scan,
+}
+"""For bfloat16 parameters, which jaxaccum sums in float32 and the scan in bfloat16: each as the other does."""
+
+
+def ways(name: str) -> dict[str, Callable[[Loss, int, Mesh], Gradient]]:
+    """The ways of one model."""
+    low = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(model(name).params))
+    return WAYS | (OTHER_SUMS if low else {})
 
 
 # -- one program ------------------------------------------------------------------------------------------------------
@@ -196,7 +223,7 @@ def measured(
     one, count = model(name), len(devices)
     params, state = _laid(one.params, mesh, P()), _laid(jax.eval_shape(OPTIMIZER.init, one.params), mesh, P())
     batch = _laid(one.batch(examples * count), mesh, P("data"))
-    step = jax.jit(_step(WAYS[way](one.loss, n, mesh)), donate_argnums=(0, 1))
+    step = jax.jit(_step(ways(name)[way](one.loss, n, mesh)), donate_argnums=(0, 1))
     traced = step.trace(params, state, batch)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one.params))
     row = {"topology": place, "model": name, "N": n, "way": way}

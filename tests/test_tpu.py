@@ -62,6 +62,28 @@ def test_gradients_alone(dtype, count, bound):
     assert over_parameters(step.compile(), params) <= bound
 
 
+def test_the_experiment_compiles_every_way_and_checks_it(monkeypatch):
+    options = {"models": ("scanned",), "topologies": ("v5e:2x2",), "num_microbatches": (2,), "examples": 4}
+    record = tpu.run(**options)
+    assert record.passed
+    assert [row["way"] for row in record.rows] == list(tpu.WAYS)
+    assert all(row["seconds"] > 0 and row["note"] == "estimated" for row in record.rows)
+    monkeypatch.setitem(tpu.WAYS, "jaxaccum", tpu.with_scan)
+    assert not tpu.run(**options).passed
+
+
+def test_parameters_of_low_precision_are_summed_both_ways_by_both():
+    assert list(tpu.ways("scanned")) == list(tpu.WAYS)
+    assert list(tpu.ways("decoder")) == [*tpu.WAYS, *tpu.OTHER_SUMS]
+    params = {"w": jnp.ones((8, 4), jnp.bfloat16)}
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    loss = lambda params, x: jnp.mean((x @ params["w"]).astype(jnp.float32) ** 2)
+    x = jax.device_put(jnp.ones((8, 8), jnp.bfloat16), NamedSharding(mesh, P("data")))
+    dtypes = {name: jax.jit(way(loss, 2, mesh))(params, x)[1]["w"].dtype for name, way in tpu.ways("decoder").items()}
+    wide = {name for name, dtype in dtypes.items() if dtype == jnp.float32}
+    assert wide == {"jaxaccum", "scan, float32 sums"}
+
+
 def test_a_pod_of_256_chips_reduces_once():
     mesh = mesh_of(256, "v5e:16x16")
     params, x = shapes(mesh)

@@ -10,12 +10,13 @@ import jax.extend.core as jex
 from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, FaultKind, Kind, Term, Value, fixed, statistic
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._jaxprs import ClosedJaxpr
 
 
 def body_of(op: Op) -> str | None:
     """The parameter that holds the one body of a call."""
     return next(
-        (k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if isinstance(op.params.get(k), jex.Jaxpr | jex.ClosedJaxpr)),
+        (k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if isinstance(op.params.get(k), jex.Jaxpr | ClosedJaxpr)),
         None,
     )
 
@@ -55,7 +56,7 @@ def _described(op: Op) -> str:
 
 
 def _same_params(op: Op) -> bool:
-    plain = lambda eqn: {k: v for k, v in eqn.params.items() if not isinstance(v, jex.Jaxpr | jex.ClosedJaxpr)}
+    plain = lambda eqn: {k: v for k, v in eqn.params.items() if not isinstance(v, jex.Jaxpr | ClosedJaxpr)}
     try:
         return bool(plain(op.eqn) == plain(op.other))
     except ValueError:  # arrays among them
