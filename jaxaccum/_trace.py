@@ -84,6 +84,12 @@ class Trace:
         return frozenset(_axes(self.jaxpr)) - {self.axis[0]}
 
     @property
+    def exchanges(self) -> bool:
+        """Whether collectives that are no sums mention an axis other than the loop's."""
+        eqns = (eqn for name in self.other_axes for eqn in mentions(self.jaxpr, name))
+        return any(eqn.primitive.name not in ("psum", "axis_index") for eqn in eqns)
+
+    @property
     def effects(self) -> bool:
         """Whether evaluating it can be seen from outside: prints, callbacks, references; collectives cannot."""
         # JAX counts the name of an axis among the effects, under a class that it does not export.

@@ -292,6 +292,74 @@ def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
     assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT
 
 
+def whole_contrastive(w, x):
+    """CLIP's loss: every example of the batch against all others."""
+    a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
+    return jnp.mean(jax.nn.logsumexp(a @ b.T, axis=1) - jnp.sum(a * b, axis=1))
+
+
+def contrastive(axes, *, global_labels=True):
+    """The same as data parallelism writes it: own rows against all features, gathered over `axes`."""
+
+    def fun(w, x):
+        a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
+        scores = a @ lax.all_gather(b, axes, tiled=True).T
+        first = lax.axis_index(axes) * len(x) if global_labels else 0
+        own = (jnp.arange(len(x), dtype=jnp.int32) + first)[:, None]
+        picked = jnp.take_along_axis(scores, own, axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(scores, axis=1) - picked)
+
+    return fun
+
+
+@pytest.mark.parametrize("memory", ["min", None, "store"])
+def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
+    right, mesh, both = jax.value_and_grad(whole_contrastive)(W, X), mesh_of((4, 2), "manual"), ("data", "microbatch")
+
+    def over(fun):
+        step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data", memory=memory)
+        return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))(W, X)
+
+    assert normwise(over(contrastive(both)), right) < EXACT
+    assert normwise(over(contrastive("microbatch")), right) > 1e-3  # each device among its own
+    assert normwise(over(contrastive(both, global_labels=False)), right) > 1e-3  # the first rows' partners for all
+    explicit = jax.jit(ja.value_and_grad(contrastive(both), num_microbatches=2, memory=memory))
+    w, (x, _), _ = laid_out(mesh_of((8,), "explicit"), ("data",))
+    assert normwise(explicit(w, x), right) < EXACT
+
+
+PLACES = jnp.cos(jnp.arange(16.0))[:, None]
+EXCHANGES = {
+    "all_gather, tiled": lambda z, axes: jnp.sin(lax.all_gather(z, axes, axis=1, tiled=True)).mean(axis=1) * z[:, 0],
+    "all_gather, stacked": lambda z, axes: jnp.sin(lax.all_gather(z, axes, axis=1))[:, 3] * z,
+    "psum_scatter, tiled": lambda z, axes: lax.psum_scatter(jnp.tile(z, (8, 1)) * PLACES, axes, tiled=True) ** 2,
+    "psum_scatter, stacked": lambda z, axes: lax.psum_scatter(z[:1] * PLACES, axes) ** 3,
+    "psum, pmax": lambda z, axes: z / lax.psum(jnp.sum(z**2), axes) + lax.pmax(lax.stop_gradient(jnp.max(z)), axes),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_collectives_over_devices_and_microbatches(name):
+    """The oracle is one axis of 16 that `jax.vmap` maps over."""
+    mesh = mesh_of((4, 2), "manual")
+    fun = lambda axes: lambda w, x: jnp.mean(jnp.tanh(EXCHANGES[name](x @ w["a"], axes)))
+    right = jax.value_and_grad(
+        lambda w: jnp.mean(jax.vmap(functools.partial(fun("all"), w), axis_name="all")(X.reshape(16, 2, 3)))
+    )(W)
+    step = ja.value_and_grad(fun(("data", "microbatch")), num_microbatches=4, mesh_axes="data")
+    over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
+    assert normwise(over(W, X), right) < EXACT
+
+
+def test_other_collectives_over_several_axes_are_refused():
+    def fun(w, x):
+        return jnp.mean(lax.all_to_all(jnp.tile(x @ w["a"], (8, 1)), ("data", "microbatch"), 0, 0, tiled=True))
+
+    step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
+    over = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P()))
+    refused(lambda: over(W, X), "all_to_all", "one axis a call", __file__, error=NotImplementedError)
+
+
 # -- bad meshes -------------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,9 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     """The combined parts, and the gradients of all microbatches for each set of cotangents."""
     if not program.checked:
         plain = _plain(program)
+        if any(trace.exchanges for trace in program.traces):
+            # References are resolved while XLA's program is written, where JAX checks again what collectives are of.
+            gradient = dataclasses.replace(gradient, sums=dataclasses.replace(gradient.sums, in_place=False))
         with unchecked():
             result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(seeds))
         return _mesh.vary(result, program.axes)

@@ -36,8 +36,10 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
     read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
-        rule = _EXTREMA.get(eqn.primitive.name)
-        if eqn.primitive.name == "psum" and _explicit():
+        rule, several = _EXTREMA.get(eqn.primitive.name), _OVER_SEVERAL_AXES.get(eqn.primitive.name)
+        if several is not None and len(axes_of(eqn)) > 1:
+            outs = [several(eqn, operands[0])]
+        elif eqn.primitive.name == "psum" and _explicit():
             outs = [jnp.sum(lax.all_gather(x, axes_of(eqn)), axis=0) for x in operands]
         else:
             outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
@@ -50,6 +52,24 @@ def _explicit() -> bool:
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
+def _all_gather(eqn: jex.JaxprEqn, x: Array) -> Array:
+    """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis alone."""
+    dimension = eqn.params["all_gather_dimension"]
+    x = x if eqn.params["tiled"] else jnp.expand_dims(x, dimension)
+    for name in reversed(axes_of(eqn)):
+        x = lax.all_gather(x, name, axis=dimension, tiled=True)
+    return x
+
+
+def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
+    """The transpose of `_all_gather`."""
+    dimension = eqn.params["scatter_dimension"]
+    for name in axes_of(eqn):
+        x = lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
+    return x if eqn.params["tiled"] else jnp.squeeze(x, dimension)
+
+
+_OVER_SEVERAL_AXES = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
 _EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
 
 

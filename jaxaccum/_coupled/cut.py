@@ -23,7 +23,7 @@ import jax.extend.core as jex
 
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._source import Frame, frame_of
-from jaxaccum._trace import with_invars
+from jaxaccum._trace import axes_of, with_invars
 from jaxaccum._types import Array
 
 Env = dict[Any, Any]
@@ -31,6 +31,7 @@ Env = dict[Any, Any]
 
 _SAME_EVERYWHERE = {"psum", "pmax", "pmin", "all_gather"}
 """The collectives whose result is the same for every microbatch."""
+_OVER_SEVERAL_AXES = _SAME_EVERYWHERE | {"reduce_scatter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,11 @@ class _Graph:
                 raise ValueError(
                     f"{eqn.primitive.name} over {self.axis_name!r} with axis_index_groups (at {frame_of(eqn)}): groups "
                     "of microbatches are not supported; leave axis_index_groups out."
+                )
+            if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
+                raise NotImplementedError(
+                    f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several axes at once only "
+                    f"{', '.join(sorted(_OVER_SEVERAL_AXES))} are divided between microbatches; name one axis a call."
                 )
             same = eqn.primitive.name in _SAME_EVERYWHERE
             kind = "cut" if differs or not same else "shared"
