@@ -118,7 +118,8 @@ def masked_loss(model: BertForMaskedLM) -> Callable[..., jaxaccum.Mean]:
 
     def loss(params: Params, batch: Batch, keys: jax.Array, dropout: Rate) -> jaxaccum.Mean:
         def scores(ids: jax.Array, attention: jax.Array, key: jax.Array) -> jax.Array:
-            return model.apply(params, ids[None], attention[None], dropout=dropout, rngs={"dropout": key})[0]  # type: ignore
+            out: Any = model.apply(params, ids[None], attention[None], dropout=dropout, rngs={"dropout": key})
+            return out[0]
 
         log_probs = jax.nn.log_softmax(jax.vmap(scores)(batch["ids"], batch["attention"], keys))
         picked = jnp.take_along_axis(log_probs, batch["labels"][..., None], axis=-1)[..., 0]

@@ -75,9 +75,10 @@ class Network(nn.Module):
 
 def loss(network: Network, params: Variables, batch: Any, stats: Variables) -> tuple[jax.Array, Variables]:
     """Cross entropy of one microbatch, and the new running statistics."""
-    logits, new = network.apply({"params": params, "batch_stats": stats}, batch["x"], True, mutable=["batch_stats"])
+    pair: Any = network.apply({"params": params, "batch_stats": stats}, batch["x"], True, mutable=["batch_stats"])
+    logits, new = pair
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], axis=1)
-    return -jnp.mean(picked), new.get("batch_stats", {})  # pyright: ignore[reportAttributeAccessIssue]
+    return -jnp.mean(picked), new.get("batch_stats", {})
 
 
 def carried(network: Network, **options: Any) -> Callable[..., Any]:

@@ -101,6 +101,7 @@ class MultiSteps(optax.MultiSteps):
         dtype: Any = accumulator_dtype  # optax takes None, and its types do not say so
         super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, dtype)
 
+    # The state has two fields more than optax's, and `weight` is ours: optax's types allow for neither.
     def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The state before the first microbatch."""
         state = super().init(params)

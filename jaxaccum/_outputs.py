@@ -129,7 +129,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
         return 0
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
-    content = x.state if isinstance(x, Carry) else x.x  # pyright: ignore[reportAttributeAccessIssue]
+    content: PyTree = getattr(x, "state" if isinstance(x, Carry) else "x")
     for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}", is_leaf=is_tag):
         _check_array(leaf_name, leaf)
         if isinstance(x, Concat):

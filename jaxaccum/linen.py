@@ -59,6 +59,7 @@ class BatchNorm(nn.BatchNorm):
         Array([1.], dtype=float32)
     """
 
+    # Flax takes several axes, and its types do not say so.
     axis_name: str | Sequence[str] | None = "microbatch"  # pyright: ignore[reportIncompatibleVariableOverride]
     statistics: str = "flax"
 

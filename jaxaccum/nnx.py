@@ -219,6 +219,7 @@ class BatchNorm(nnx.BatchNorm):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        # Flax takes several axes, and its types do not say so.
         super().__init__(num_features, axis_name=axis_name, rngs=rngs, **options)  # pyright: ignore[reportArgumentType]
         self.statistics: _batch_norm.Statistics = _batch_norm.rule(statistics)
         dtype = _batch_norm.at_least_float32(self.param_dtype)

@@ -84,8 +84,9 @@ def load(model: Model, weights: dict[str, Any]) -> None:
     """Copies nested dicts of arrays into the parameters."""
     for name, module in model.named.items():
         if isinstance(module, nn.ModuleList):
-            for index, copy in enumerate(module):
-                load(copy, map_tree(lambda leaf, index=index: leaf[index], weights[name]))  # type: ignore[arg-type]
+            copies: Any = module  # torch's types do not say of what a list is
+            for index, copy in enumerate(copies):
+                load(copy, map_tree(lambda leaf, index=index: leaf[index], weights[name]))
         else:
             _copy(views(module, lambda parameter: parameter.data), weights[name])
 
@@ -98,7 +99,8 @@ def read(model: Model, of: Callable[[Any], Tensor]) -> dict[str, Any]:
     values = {}
     for name, module in model.named.items():
         if isinstance(module, nn.ModuleList):
-            values[name] = _stack([read(copy, of) for copy in module])  # type: ignore[arg-type]
+            copies: Any = module  # torch's types do not say of what a list is
+            values[name] = _stack([read(copy, of) for copy in copies])
         else:
             values[name] = map_tree(lambda leaf: leaf.detach().double().numpy().copy(), views(module, of))
     return values
@@ -123,16 +125,16 @@ def views(module: nn.Module, of: Callable[[Any], Tensor]) -> dict[str, Any]:
             return _attention_views(module, of)
         case nn.RMSNorm():
             return {"scale": of(module.weight)}
-        case _:
-            return {"scale": of(module.weight), "bias": of(module.bias)}  # type: ignore[arg-type]
+        case norm:
+            return {"scale": of(norm.weight), "bias": of(norm.bias)}
 
 
 def running(model: Model) -> dict[str, Any]:
     """The running statistics of every batch normalization, as arrays."""
     norms = {name: module for name, module in model.named.items() if isinstance(module, nn.BatchNorm1d)}
+    number: Callable[[Any], Any] = lambda buffer: buffer.numpy().copy()
     return {
-        name: {"mean": module.running_mean.numpy().copy(), "var": module.running_var.numpy().copy()}  # type: ignore
-        for name, module in norms.items()
+        name: {"mean": number(module.running_mean), "var": number(module.running_var)} for name, module in norms.items()
     }
 
 

@@ -42,8 +42,9 @@ def linen_model(layers: tuple[Layer, ...], axis_name: str | None = None) -> Appl
     def apply(weights: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
         variables = {"params": weights, "batch_stats": state}
         with STANDARD_PROMOTION():
-            outputs, changed = module.apply(variables, batch["features"], batch, mutable=["batch_stats"])
-        return outputs, dict(changed).get("batch_stats", {})  # type: ignore[arg-type]
+            pair: Any = module.apply(variables, batch["features"], batch, mutable=["batch_stats"])
+        outputs, changed = pair
+        return outputs, changed.get("batch_stats", {})
 
     return apply
 
