@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
-from jaxaccum._unchecked import unchecked
+from jaxaccum._unchecked import unchecked, untyped_shard_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +192,8 @@ def prepare(
             if not checked:
                 _check_undivided(layout.slots, given_axes, axes)
             if partition.num_microbatches > 1:
-                one = _with_own_streams(one, layout.slots, partition, mesh_axes)
+                with contextlib.nullcontext() if checked else unchecked():
+                    one = _with_own_streams(one, layout.slots, partition, mesh_axes)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
@@ -240,7 +242,7 @@ def _with_own_streams(one: Trace, slots: Sequence[Slot], partition: Partition, m
     streams = {out: i for out, i in one.returned().items() if i in keys}
 
     def folded(index: Array, arrays: list[Any]) -> list[Any]:
-        place = index + _mesh.shard_index(mesh_axes) * partition.num_microbatches
+        place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches
         for i in streams.values():
             key = jax.random.wrap_key_data(arrays[i], impl=keys[i])
             arrays[i] = jax.random.key_data(jax.random.fold_in(key, place))

@@ -7,12 +7,14 @@ varies over every axis that its arguments vary over, and the sums over devices t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import lax
 from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
 from jax.interpreters import ad, batching, mlir
 
@@ -29,6 +31,14 @@ def untyped(tree: PyTree) -> PyTree:
     """The same values, whose types say nothing about devices; keys have no such types."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.tree.map(lambda x: x if is_key(x) else _untyped.bind(x), tree)
+
+
+def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
+    """`_mesh.shard_index` where JAX does not track which values vary: axis by axis, since their indices still do."""
+    place: Any = 0
+    for name in mesh_axes:
+        place = place * lax.axis_size(name) + untyped(lax.axis_index(name))
+    return place
 
 
 _untyped = jex.Primitive("untyped")

@@ -9,6 +9,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from helpers import EXACT, data, normwise, refused, same
 from hypothesis import strategies as st
 from jax import lax
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+import jaxaccum.nnx
 from jaxaccum.testing import collectives
 
 BATCH, WIDTH = 32, 6
@@ -358,6 +360,40 @@ def test_other_collectives_over_several_axes_are_refused():
     step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
     over = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P()))
     refused(lambda: over(W, X), "all_to_all", "one axis a call", __file__, error=NotImplementedError)
+
+
+class Dropped(nnx.Module):
+    """Statistics over devices and microbatches, and a mask of dropout from a stream of the model's own."""
+
+    def __init__(self):
+        rngs, wide = nnx.Rngs(0), {"param_dtype": jnp.float64}
+        self.norm = ja.nnx.BatchNorm(3, axis_name=("data", "microbatch"), rngs=rngs, **wide)
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+
+    def __call__(self, x):
+        return self.dropout(jnp.tanh(self.norm(x)))
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_streams_of_a_coupled_model_differ_between_devices_and_microbatches(check_vma):
+    graph, params, rest = nnx.split(Dropped(), nnx.Param, ...)
+    fun = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+
+    def step(params, rest, x):
+        model = nnx.merge(graph, params, rest)
+        return ja.nnx.value_and_grad(fun, num_microbatches=2, mesh_axes="data")(model, x)
+
+    def expected(params, place):
+        is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        own = lambda i: jax.tree.map(lambda x: jax.random.fold_in(x, i) if is_key(x) else x, rest)
+        one = lambda d, m, x: fun(nnx.merge(graph, params, own(place(d, m)), copy=True), x)
+        over = jax.vmap(jax.vmap(one, (None, 0, 0), axis_name="microbatch"), (0, None, 0), axis_name="data")
+        return jnp.mean(over(jnp.arange(4), jnp.arange(2), X.reshape(4, 2, 4, 3)))
+
+    specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
+    actual = jax.jit(jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs))(params, rest, X)
+    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: 2 * d + m)) < EXACT
+    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: m)) > 1e-2  # the same on every device
 
 
 # -- bad meshes -------------------------------------------------------------------------------------------------------
