@@ -163,6 +163,180 @@ FAULTS = [
         "            self.fun(*args, **kwargs)\n            output = self.fun(*args, **kwargs)\n",
         "test_value_and_grad.py::test_fun_is_traced_once_a_size",
     ),
+    Fault(
+        "a shifted value is taken for shared", "_coupled/cut.py",
+        '"pmax", "pmin", "all_gather"}', '"pmax", "pmin", "all_gather", "ppermute"}',
+        "test_coupled.py::test_every_collective[store]",
+    ),
+    Fault(
+        "a reversed scan runs forward", "_coupled/trace.py",
+        'reversed(range(length)) if params["reverse"] else range(length)', "range(length)",
+        "test_coupled_composition.py::test_inside[reversed scan of checkpoints]",
+    ),
+    Fault(
+        "a minimum is derived as the maximum", "_coupled/collectives.py",
+        "(lax.pmin, jnp.min)", "(lax.pmin, jnp.max)",
+        "test_coupled.py::test_extrema_are_differentiated_as_reduce_max",
+    ),
+    Fault(
+        "a mapped reverse keeps every pass", "_coupled/execute.py",
+        "sums=sums, checkpoint=again)", "sums=sums)",
+        "test_memory.py::test_rows_under_an_outer_vmap_keep_one_microbatchs_activations[coupled]",
+    ),
+    Fault(
+        "the adjoint of a statistic is the last microbatch's", "_coupled/gradient.py",
+        "shared = [old + cast(x, old.dtype) for", "shared = [cast(x, old.dtype) for",
+        "test_coupled_errors.py::test_distinct_names_nest",
+    ),
+    Fault(
+        "of two readers of a statistic one counts", "_coupled/gradient.py",
+        "table[v] = table[v] + x if v in table else x", "table[v] = x",
+        "test_coupled.py::test_a_statistic_that_two_stages_read",
+    ),
+    Fault(
+        "adjoints of low precision", "_coupled/gradient.py",
+        "[jnp.zeros(v.aval.shape, widen(v.aval.dtype)) for", "[jnp.zeros(v.aval.shape, v.aval.dtype) for",
+        "test_coupled.py::test_adjoints_of_low_precision_statistics_are_summed_in_float32",
+    ),
+    Fault(
+        "to compute again costs nothing", "_coupled/schedule.py",
+        "total += again + cost.back[k]", "total += cost.back[k]",
+        "test_coupled_schedule.py::test_the_prediction_is_that_of_the_compiled_program[perceptron-min]",
+    ),
+    Fault(
+        "what collectives take costs no memory", "_coupled/cost.py",
+        "bytes_of(stacked(results), size) + largest", "bytes_of(stacked(results), size)",
+        "test_coupled_schedule.py::test_stored_bytes_are_those_of_the_boundaries",
+    ),
+    Fault(
+        "the weight of a window outlives it", "_multisteps.py",
+        "_select(emit, jax.tree.map(jnp.zeros_like, window), window)",
+        "_select(emit, jax.tree.map(jnp.zeros_like, window)._replace(total_weight=window.total_weight), window)",
+        "test_multisteps.py::test_after_a_flush_the_next_window_is_clean",
+    ),
+    Fault(
+        "an empty window is flushed", "_multisteps.py",
+        "jnp.greater(state.mini_step, 0), state", "jnp.array(True), state",
+        "test_multisteps.py::test_flush_of_an_empty_window_changes_nothing",
+    ),
+    Fault(
+        "zero times NaN is NaN", "_multisteps.py",
+        "return jnp.where(w == 0, acc, new)", "return new",
+        "test_multisteps.py::test_a_weight_of_zero_hides_what_is_not_finite",
+    ),
+    Fault(
+        "an open window of optax weighs nothing", "_multisteps.py",
+        "weight = cast(state.mini_step, _weight_dtype(state.acc_grads))",
+        "weight = jnp.zeros((), _weight_dtype(state.acc_grads))",
+        "test_multisteps.py::test_a_state_of_optax_goes_on_here_and_back[1]",
+    ),
+    Fault(
+        "a bad step counts as a good one", "_loss_scale.py",
+        "jnp.where(finite, state.good_steps + 1, jnp.zeros_like(state.good_steps))", "state.good_steps + 1",
+        "test_mixed_precision.py::test_one_overflow_skips_the_batch_and_halves_the_scale",
+    ),
+    Fault(
+        "the running variance is biased", "_moments.py",
+        "jnp.maximum(self.counted - 1, 0)", "self.counted",
+        "test_norms.py::test_running_statistics_of_torch_are_unbiased[linen]",
+    ),
+    Fault(
+        "the variance is that within microbatches", "_moments.py",
+        "total(parts.squares + weighted(_square(apart)))", "total(parts.squares)",
+        "test_norms.py::test_masked_microbatches_have_the_statistics_of_the_whole_batch[2-linen]",
+    ),
+    Fault(
+        "the rounding of the mean stays", "_moments.py",
+        "jnp.maximum(squares - counted * _square(error), 0)", "squares",
+        "test_norms.py::test_the_rounding_of_the_mean_leaves_the_variance",
+    ),
+    Fault(
+        "an empty batch moves running statistics", "_batch_norm.py",
+        "jnp.where(new.counted > 0, average, before)", "average",
+        "test_norms.py::test_an_empty_batch_moves_nothing_and_has_gradient_zero[linen]",
+    ),
+    Fault(
+        "statistics of low precision", "linen.py",
+        "_batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype", "jnp.dtype",
+        "test_norms.py::test_statistics_of_low_precision_are_float32[bfloat16-linen]",
+    ),
+    Fault(
+        "the model forgets its state", "nnx.py",
+        "        if state:\n", "        if False:\n",
+        "test_nnx.py::test_it_is_the_host_loop_of_nnx_with_all_of_its_state[jit-{'num_microbatches': 3}]",
+    ),
+    Fault(
+        "a microbatch without weight is a sample", "_noise_scale.py",
+        "jnp.where(w > 0, jnp.int32(1), jnp.int32(0))", "jnp.int32(1)",
+        "test_accumulators.py::test_a_microbatch_without_weight_makes_no_noise",
+    ),
+    Fault(
+        "the squared norm keeps its noise", "_noise_scale.py",
+        "square - trace / jnp.where(many, state.weight, jnp.ones_like(square))", "square",
+        "test_accumulators.py::test_the_noise_scale_of_microbatches_of_many_weights",
+    ),
+    Fault(
+        "what is not finite is added", "_skip_nonfinite.py",
+        "unless(ok, held.update(state.inner, mean_grads, weight, index), state.inner)",
+        "held.update(state.inner, mean_grads, weight, index)",
+        "test_accumulators.py::test_where_nothing_is_finite_value_and_gradient_are_zero",
+    ),
+    Fault(
+        "what was rounded away is forgotten", "_compensated.py",
+        "low = pair.low + ((pair.high", "low = ((pair.high",
+        "test_accumulators.py::test_the_error_of_a_compensated_sum_does_not_grow[True-float32]",
+    ),
+    Fault(
+        "the best is predicted and not compiled", "_plan.py",
+        "if choice in self.known:", "if self.known:",
+        "test_plan.py::test_the_best_is_the_largest_that_fits",
+    ),
+    Fault(
+        "every device takes a whole microbatch", "_explicit.py",
+        "min(size, whole) // self.shards", "min(size, whole // self.shards)",
+        "test_data_parallel.py::test_sizes_are_those_of_the_whole_batch[{'microbatch_size': 16}]",
+    ),
+    Fault(
+        "parts of a parameter are added up", "_mesh.py",
+        "(varying_axes(grad) | set(mesh_axes)) - given_axes", "varying_axes(grad) | set(mesh_axes)",
+        "test_mesh.py::test_parameters_divided_over_another_axis[divided-value_and_grad]",
+    ),
+    Fault(
+        "a checkpoint of another dtype is restored", "checkpoints.py",
+        '(own["shape"], own["dtype"]) != (other["shape"], other["dtype"])', 'own["shape"] != other["shape"]',
+        "test_resume.py::test_a_checkpoint_of_another_state_is_refused",
+    ),
+    Fault(
+        "the audit reads one size of microbatch", "_audit/analysis.py",
+        "for group in partition.groups:", "for group in partition.groups[:1]:",
+        "test_audit.py::test_the_last_and_smaller_microbatches_are_judged_too",
+    ),
+    Fault(
+        "the audit lets randomness pass", "_audit/judge.py",
+        "worst is None and not random", "worst is None",
+        "test_audit.py::test_keys",
+    ),
+    Fault(
+        "the audit lets a constant of the size pass", "_audit/walk.py",
+        "else fixed(IRREGULAR, number=self.fresh())", "else fixed(number=self.fresh())",
+        "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[a constant of the size]",
+    ),
+    Fault(
+        "the audit drops one scale of two", "_audit/lattice.py",
+        "self.power is None or other.power is None else self.power + other.power",
+        "self.power is None or other.power is None else self.power",
+        "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Sum of a mean]",
+    ),
+    Fault(
+        "the audit takes n - 1 for n", "_audit/lattice.py",
+        "return power if close and abs(power) <= 4 else None", "return power",
+        "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Mean by size - 1]",
+    ),
+    Fault(
+        "the audit reads no aux", "_audit/traces.py",
+        '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
+        "test_audit.py::test_aux_is_judged_by_its_tags",
+    ),
 ]  # fmt: skip
 
 if importlib.metadata.version("jax").startswith("0.10."):  # later versions add into references without strides

@@ -287,6 +287,15 @@ def test_a_skipped_microbatch_makes_no_noise():
     assert np.isnan(report.norms).tolist() == [False, True, False, False]
 
 
+def test_a_microbatch_without_weight_makes_no_noise():
+    """Masked, and so no sample; the paper's n counts the others."""
+    mask = M.at[2:4].set(0.0)
+    step = jax.jit(ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale()))
+    kept = np.asarray([0, 1, 4, 5, 6])
+    (_, report), (_, truth) = step(W, X, mask), step(W, X[kept], mask[kept])
+    assert normwise(report[:3], truth[:3]) < EXACT
+
+
 # -- compensated ------------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,9 @@ LOSSES = {
     "sum + penalty": (lambda w, b: jnp.sum(errors(w, b)) + jnp.sum(w**2), "MIS_SCALED", False),
     "size": (lambda w, b: jnp.sum(w) * len(b["y"]), "MIS_SCALED", False),
     "places": (lambda w, b: jnp.mean(errors(w, b) * jnp.arange(1.0 * len(b["y"]))), "POSITION", False),
+    "a constant of the size": (
+        lambda w, b: jnp.mean(b["x"] @ (w * (np.arange(3.0) / len(b["y"])))), "MIS_SCALED", False,
+    ),
     "first": (lambda w, b: jnp.mean(errors(w, b)[:2]), "COUPLED", False),
     "Sum": (lambda w, b: Sum(jnp.sum(errors(w, b))), "SUM", True),
     "Sum of a mean": (lambda w, b: Sum(jnp.mean(errors(w, b))), "MIS_SCALED", False),
@@ -50,6 +53,7 @@ LOSSES = {
     "Mean by size": (lambda w, b: Mean(jnp.sum(errors(w, b)), b["y"].size), "RATIO", True),
     "Mean by ones": (lambda w, b: Mean(jnp.sum(errors(w, b)), jnp.sum(jnp.ones_like(b["y"]))), "RATIO", True),
     "Mean by 1": (lambda w, b: Mean(jnp.sum(errors(w, b)), 1.0), "MIS_SCALED", False),
+    "Mean by size - 1": (lambda w, b: Mean(jnp.sum(errors(w, b)), b["y"].size - 1), "MIS_SCALED", False),
     "Mean of a mean": (lambda w, b: Mean(jnp.mean(errors(w, b)), 1.0), "MIS_SCALED", False),
     "Mean of a ratio": (lambda w, b: Mean(masked(w, b) / jnp.sum(b["mask"]), jnp.sum(b["mask"])), "MIS_SCALED", False),
     "Mean, guarded": (lambda w, b: Mean(masked(w, b), jnp.sum(b["mask"]) + 1.0), "RATIO", False),
@@ -215,6 +219,13 @@ def test_code_that_depends_on_the_size_is_not_exact():
         report = jaxaccum.audit(loss, W, BATCH["x"])
         assert (report.verdict, report.exact) == (verdict, False)
         assert not is_exact(loss, BATCH["x"]) if loss is not reshapes else report.findings[0].note
+
+
+def test_the_last_and_smaller_microbatches_are_judged_too():
+    tail = lambda w, x: jnp.mean(x @ w) if len(x) != 2 else jnp.mean(jnp.tanh(x @ w))
+    for count, verdict in ((2, "MEAN"), (3, "UNKNOWN")):  # of 4; of 3, 3 and 2 examples
+        report = jaxaccum.audit(tail, W, BATCH["x"], num_microbatches=count)
+        assert (report.verdict, report.exact) == (verdict, verdict == "MEAN")
 
 
 # -- collectives ------------------------------------------------------------------------------------------------------

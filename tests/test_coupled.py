@@ -160,6 +160,19 @@ def test_a_weight_that_depends_on_collectives():
     assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X)) < EXACT
 
 
+def test_a_statistic_that_two_stages_read():
+    """A matrix, so that no broadcast of its own stands between the statistic and either product."""
+
+    def fun(w, x):
+        h = x @ w["a"]
+        covariance = lax.psum(h.T @ h, AXIS) / X.size
+        g = jnp.tanh(h @ covariance)
+        return jnp.mean((g @ (lax.psum(g.T @ g, AXIS) / X.size) @ covariance) ** 2)
+
+    actual = jax.jit(ja.value_and_grad(fun, num_microbatches=4, memory="min"))(W, X)
+    assert normwise(actual, jax.jit(jax.value_and_grad(ja.full_batch(fun)))(W, X)) < EXACT
+
+
 def test_example_keys_do_not_depend_on_the_partition():
     def fun(w, x, keys):
         h, _ = normalize(x @ w["a"])
@@ -194,6 +207,14 @@ def test_gradients_of_low_precision_parameters_are_summed_in_float32():
         assert grads["a"].dtype == jnp.float32
     widened = jax.grad(ja.full_batch(fun))(jax.tree.map(lambda x: x.astype(X.dtype), w), X)
     assert normwise(grads, widened) < 4 * jnp.finfo(jnp.bfloat16).eps
+
+
+def test_adjoints_of_low_precision_statistics_are_summed_in_float32():
+    """1024 microbatches each add 1 to the cotangent of one bfloat16 number, which stalls at 256."""
+    n, one = 1024, jnp.bfloat16(1)
+    fun = lambda w, x: ja.Sum(x[0] * lax.pmean(w * x[0], AXIS))
+    assert ja.grad(fun, num_microbatches=n)(one, jnp.ones(n, jnp.bfloat16)) == n
+    assert lax.fori_loop(0, n, lambda _, total: total + one, jnp.bfloat16(0)) == 256
 
 
 def test_the_classic_wrong_answer_is_far():

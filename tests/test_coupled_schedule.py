@@ -166,9 +166,11 @@ def test_the_prediction_is_that_of_the_compiled_program(full, name, memory):
 def test_stored_bytes_are_those_of_the_boundaries():
     """Each normalization stores its input, of the full batch's size."""
     boundary = 2048 * WIDTH * 4
-    assert predicted("perceptron", "min").stored_bytes == 0
+    least = predicted("perceptron", "min")
+    assert least.stored_bytes == 0
+    assert least.statistics_bytes == (6 + 8) * 2 * WIDTH * 4  # two a cut, and what 8 microbatches give to one of them
     assert predicted("perceptron", "store").stored_bytes == 6 * boundary
-    two = predicted("perceptron", 2 * boundary + predicted("perceptron", "min").statistics_bytes)
+    two = predicted("perceptron", 2 * boundary + least.statistics_bytes)
     assert two.stored_bytes == 2 * boundary
     assert len(two.stored) == 2
     assert [cut.bytes for cut in two.cuts] == [boundary] * 6

@@ -88,6 +88,22 @@ def test_activations_are_those_of_one_microbatch():
     assert memory(jax.value_and_grad(embedded)) < full / 8
 
 
+def centered(h):
+    return h - lax.pmean(jnp.mean(h, axis=0), "microbatch")[None]
+
+
+@pytest.mark.parametrize("mix", [lambda h: h, centered], ids=["plain", "coupled"])
+def test_rows_under_an_outer_vmap_keep_one_microbatchs_activations(mix):
+    """There JAX derives both passes from the forward one, and would keep what every microbatch computed."""
+    params, x = jax.ShapeDtypeStruct((16, 32, 32), FLOAT), jax.ShapeDtypeStruct((4096, 32), FLOAT)
+    deep = lambda w, h: lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), h, w)[0]
+    encode = lambda w, x: ja.Concat(deep(w, mix(deep(w, x))))
+    halves = jax.vmap(ja.microbatch(encode, num_microbatches=16), (None, 0))
+    memory = lambda f: jax.jit(jax.grad(f)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    ours = memory(lambda w, x: jnp.mean(halves(w, x.reshape(2, -1, 32)) ** 2))
+    assert ours < memory(lambda w, x: jnp.mean(ja.full_batch(encode)(w, x) ** 2)) / 8
+
+
 @pytest.mark.parametrize(
     ("fun", "expected"),
     [

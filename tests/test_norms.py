@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum.linen
 import jaxaccum.nnx
+from jaxaccum import _moments
 
 STANDARD = functools.partial(jax.numpy_dtype_promotion, "standard")  # Flax's own layers need it
 X = 3 * data(12, 4, 3) + 1  # rows, positions, features
@@ -202,6 +203,15 @@ def test_the_variance_does_not_cancel_far_from_zero(layer, n):
             one = jax.vmap(fn, in_axes=(None, None, 0), axis_name="microbatch")
             _, new = one(params, stats, cut(far, n))
         assert bool(np.max(np.abs(np.asarray(new["var"][0]) / expected - 1)) < bound) is holds
+
+
+def test_the_rounding_of_the_mean_leaves_the_variance():
+    """2²⁴ + 7 is no float32: about the number next to it the mean square of these eight is 22, and their variance 21."""
+    x = jnp.asarray(2.0**24 + 2 * np.arange(8), jnp.float32)
+    parts = jax.vmap(lambda x: _moments.over_axes(_moments.moments(x, (0,)), ("parts",)), axis_name="parts")
+    assert float(_moments.moments(x, (0,)).variance) == 21
+    assert parts(cut(x, 4)).variance.tolist() == [21] * 4
+    assert float(jnp.mean((x - jnp.mean(x)) ** 2)) == 22
 
 
 @LAYERS
