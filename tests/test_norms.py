@@ -206,7 +206,7 @@ def test_the_variance_does_not_cancel_far_from_zero(layer, n):
 
 
 def test_the_rounding_of_the_mean_leaves_the_variance():
-    """2²⁴ + 7 is no float32: about the number next to it the mean square of these eight is 22, and their variance 21."""
+    """2²⁴ + 7 is no float32: about the next one the mean square of these eight is 22, and their variance 21."""
     x = jnp.asarray(2.0**24 + 2 * np.arange(8), jnp.float32)
     parts = jax.vmap(lambda x: _moments.over_axes(_moments.moments(x, (0,)), ("parts",)), axis_name="parts")
     assert float(_moments.moments(x, (0,)).variance) == 21
