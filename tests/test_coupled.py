@@ -160,6 +160,14 @@ def test_a_weight_that_depends_on_collectives():
     assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X)) < EXACT
 
 
+def test_a_shifted_parameter_is_the_parameter():
+    """A collective of what every microbatch has alike."""
+    ring = [(i, (i + 1) % N) for i in range(N)]
+    fun = lambda w, x: jnp.mean(jnp.tanh(x @ lax.ppermute(w, AXIS, ring)))
+    actual = ja.value_and_grad(fun, num_microbatches=N)(W["a"], X)
+    assert normwise(actual, jax.value_and_grad(lambda w: jnp.mean(jnp.tanh(X @ w)))(W["a"])) < EXACT
+
+
 def test_a_statistic_that_two_stages_read():
     """A matrix, so that no broadcast of its own stands between the statistic and either product."""
 
@@ -175,9 +183,10 @@ def test_a_statistic_that_two_stages_read():
 
 def test_example_keys_do_not_depend_on_the_partition():
     def fun(w, x, keys):
-        h, _ = normalize(x @ w["a"])
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (5,)))(keys)
-        return jnp.mean(normalize(jnp.where(keep, h, 0.0))[0] ** 3)
+        first, second = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the second crosses a cut
+        dropped = lambda h, keys: jnp.where(jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (5,)))(keys), h, 0.0)
+        h, _ = normalize(dropped(x @ w["a"], first))
+        return jnp.mean(normalize(dropped(h, second))[0] ** 3)
 
     axes, key = (None, 0, ja.EXAMPLE_KEY), jax.random.key(3)
     expected = jax.value_and_grad(ja.full_batch(fun, in_axes=axes))(W, X, key)

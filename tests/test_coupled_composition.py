@@ -162,6 +162,14 @@ def test_devices_and_time(check_vma, memory):
     )
 
 
+@pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
+def test_evaluation_on_devices(check_vma):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    evaluate = ja.microbatch(over_both, num_microbatches=2, mesh_axes="data")
+    over = jax.shard_map(evaluate, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+    assert normwise(jax.jit(over)(W, SHARDED), whole(W, SHARDED)) < EXACT
+
+
 @pytest.mark.parametrize("rows", [False, True], ids=["scalar", "rows"])
 def test_gradient_under_an_outer_mapped_axis(rows):
     """The backward pass of an outer `vmap` runs when its axis is bound no more."""

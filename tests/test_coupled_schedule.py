@@ -210,6 +210,15 @@ def test_compiled_size_grows_linearly_with_the_cuts(memory):
     assert large - medium < 2.5 * (medium - small)
 
 
+def test_the_default_stores_more_than_it_holds_anyway_where_else_it_would_be_slow():
+    """Of 64 microbatches one holds less than any boundary."""
+    loss, params, batch, _ = LOSSES["perceptron"]
+    LOSSES["many"] = loss, params, batch, 64
+    default = predicted("many", None)
+    assert 0 < len(default.stored) < 6
+    assert default.relative_flops <= 3 < predicted("many", "min").relative_flops
+
+
 def test_a_slow_schedule_warns_of_its_cost():
     loss, params, batch, n = LOSSES["perceptron"]
     with pytest.warns(UserWarning, match=r"memory='min' takes 5\.\d times the operations of the full batch"):

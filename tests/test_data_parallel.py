@@ -434,3 +434,5 @@ def test_last_is_the_last_shards():
     for check_vma in (True, False):
         over = jax.shard_map(last, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma)
         assert same(over(X[:, 0]), (X[-1, 0], X[-1, 0] > 0))
+    constant = ja.microbatch(lambda x: ja.Last(jnp.float64(3)), in_axes=(0,), num_microbatches=2, mesh_axes="data")
+    assert float(jax.shard_map(constant, mesh=mesh, in_specs=P("data"), out_specs=P())(X[:, 0])) == 3

@@ -108,6 +108,13 @@ def test_keys_rows_and_extrema_over_shards(check_vma):
     assert normwise(actual["sum"], jnp.sum(x)) < EXACT
 
 
+def test_what_jax_refuses_of_fun_comes_through():
+    """A loss without a collective over the loop is never run where JAX does not check it."""
+    again = lambda w, batch: jnp.mean(rows(w, jax.lax.pcast(batch[0], "data", to="varying")))
+    over = sharded(ja.grad(again, num_microbatches=2, mesh_axes="data"), P(), True)
+    refused(lambda: jax.eval_shape(over, W, BATCH), "pcast", "varying")
+
+
 def test_bad_meshes_are_refused():
     carried = lambda w, x, s: (jnp.mean(x @ w["a"]), ja.Carry(s))
     fun = lambda w, x: ja.value_and_grad(

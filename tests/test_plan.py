@@ -194,6 +194,14 @@ def test_one_size_can_be_asked_for():
     assert dataclasses.astuple(plan.best)[0] == 20
 
 
+def test_two_examples_and_the_limit_of_the_device(monkeypatch):
+    """One program is compiled, the other takes its bytes until it is compiled too."""
+    monkeypatch.setattr("jaxaccum._lowering.Call.device_limit", lambda call: LIMIT)
+    plan = ja.plan(loss, *shapes(2))
+    assert (plan.memory_bytes, plan.best.microbatch_size) == (LIMIT, 2)
+    assert [row.compiled for row in plan.rows] == [True, True]
+
+
 def test_what_cannot_be_planned_is_refused():
     refused(lambda: ja.plan(loss, *shapes()), "memory_bytes", "cpu", "no limit")
     mean = lambda w, x: jnp.mean(x @ w[0])

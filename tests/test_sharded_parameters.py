@@ -1,5 +1,6 @@
 """Parameters divided over the batch's own axes: sums divided as they are, and the price of gathering them."""
 
+import contextlib
 import functools
 
 import jax
@@ -106,6 +107,18 @@ def test_two_axes_divide_the_batch_and_one_the_parameters():
         value, grad = jax.jit(ja.value_and_grad(loss, num_microbatches=N, gather=gather))(w, x)
         assert normwise((value, grad), expected()) < EXACT
         assert grad.sharding.is_equivalent_to(w.sharding, 3)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_carried_state_runs_on_global_arrays_with_parameters_gathered_once(context):
+    fun = lambda w, x, s: (loss(w, x), ja.Carry(s + jnp.sum(x)))
+    step = ja.value_and_grad(fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=N, gather="once")
+    w, x = (jax.device_put(a, NamedSharding(EXPLICIT, spec)) for a, spec in ((W, SPEC), (X, P("data"))))
+    with jax.set_mesh(EXPLICIT) if context else contextlib.nullcontext():
+        (value, state), grad = jax.jit(step)(w, x, 0.0)
+    assert normwise((value, grad), expected()) < EXACT
+    assert normwise(state, jnp.sum(X)) < EXACT
+    assert grad.sharding.is_equivalent_to(w.sharding, 3)
 
 
 def test_gather_is_checked():

@@ -68,7 +68,8 @@ def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozense
         for v, x, result in zip(given, primals, results[: len(given)], strict=True)
         if jnp.issubdtype(v.aval.dtype, jnp.inexact)
     ]
-    return frozenset().union(*(_mismatch(walk, op, x, result) for x, result in moved))
+    forward = frozenset().union(*(y.faults for y in results[len(given) :]))  # under differentiation, it runs instead
+    return forward.union(*(_mismatch(walk, op, x, result) for x, result in moved))
 
 
 def _alike(x: Value, y: Value) -> bool:
