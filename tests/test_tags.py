@@ -148,8 +148,8 @@ def test_a_sum_of_given_terms_is_within_its_rounding_bound(count, seed):
 
 
 def test_integer_counts_stay_integers_and_their_mean_is_floating():
-    outputs = ja.microbatch(
-        lambda x: (ja.Sum(jnp.sum(x > 1)), ja.Mean(jnp.sum(x > 1), x.size)), in_axes=(0,), num_microbatches=2
-    )(np.arange(4))
-    assert outputs[0].dtype == jnp.int64
-    assert float(outputs[1]) == 0.5
+    fun = lambda x: (ja.Sum(jnp.sum(x > 1)), ja.Mean(jnp.sum(x > 1), x.size), ja.Sum(x > 1))
+    total, mean, own = ja.microbatch(fun, in_axes=(0,), num_microbatches=4)(np.arange(4))
+    assert total.dtype == jnp.int64
+    assert float(mean) == 0.5
+    assert own.tolist() == [2]  # booleans are counted
