@@ -138,6 +138,8 @@ def dropout(x: jax.Array, keep: jax.Array) -> jax.Array:
 def pool(x: jax.Array, mask: jax.Array, choice: str) -> jax.Array:
     """Mean over the unmasked length, or maximum over all of it; the length becomes 1."""
     if choice == "max":
-        return jnp.max(x, axis=1, keepdims=True)
+        # By index: the derivative of jnp.max looks for the maximum among values that XLA may have computed again, with
+        # other last digits, and then loses it (https://github.com/jax-ml/jax/issues/40564; seen on CPU, in a scan).
+        return jnp.take_along_axis(x, jnp.argmax(x, axis=1, keepdims=True), axis=1)
     total = jnp.sum(jnp.where(mask[..., None], x, jnp.zeros_like(x)), axis=1, keepdims=True)
     return total / jnp.maximum(jnp.sum(mask, axis=1)[:, None, None], 1).astype(x.dtype)
