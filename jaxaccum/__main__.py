@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.target}: {error}")
     chosen = {"num_microbatches": options.num_microbatches, "probe": options.probe}
     report = _report(given, {name: value for name, value in chosen.items() if value})
+    if report is None:
+        parser.error(
+            f"{options.target} returned {type(given).__name__}; return (loss, *arguments), or a dict of options."
+        )
     report.show()
     return 0 if report.exact else 3 if report.verdict is Verdict.UNKNOWN else 1
 
@@ -47,8 +51,8 @@ def _load(target: str) -> Callable[[], Any]:
     return found
 
 
-def _report(given: Any, chosen: dict[str, Any]) -> AuditReport:
-    """The report on what the user's function returned, under the options of the command line."""
+def _report(given: Any, chosen: dict[str, Any]) -> AuditReport | None:
+    """The report on what the user's function returned, under the options of the command line; None of anything else."""
     if isinstance(given, AuditReport):
         return given
     if isinstance(given, dict):
@@ -56,7 +60,7 @@ def _report(given: Any, chosen: dict[str, Any]) -> AuditReport:
         return audit(options.pop("fun"), *options.pop("args"), **(options | chosen))
     if isinstance(given, tuple | list) and given and callable(given[0]):
         return audit(*given, **chosen)
-    raise SystemExit(f"the function returned {type(given).__name__}; return (loss, *arguments), or a dict of options.")
+    return None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jax import lax
 
 import jaxaccum
 from jaxaccum import CARRY, EXAMPLE_KEY, KEY, Carry, Concat, Last, Max, Mean, Min, Stack, Sum
+from jaxaccum.__main__ import main
 from jaxaccum.testing import assert_exact
 
 W = data(3)
@@ -313,10 +314,12 @@ def test_the_probe_needs_values():
 
 
 MODULE = """
-import jax, jax.numpy as jnp
-w, x = jnp.ones(3), jax.ShapeDtypeStruct((8, 3), jnp.float32)
+import jax, jax.numpy as jnp, jaxaccum
+w, x = jnp.ones(3, jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.float32)
 good = lambda: (lambda w, x: jnp.mean(x @ w), w, x)
 bad = lambda: {"fun": lambda w, x: jnp.std(x @ w), "args": (w, x), "num_microbatches": 4}
+report = lambda: jaxaccum.audit(*good())
+number = lambda: 7
 unsure = lambda: (lambda w, x: jnp.mean(x @ w) if len(x) > 4 else jnp.mean(x), w, x)
 """
 
@@ -331,3 +334,28 @@ def test_the_command_line_exits_by_verdict(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         assert says in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "says"),
+    [
+        ("train:good", 0, "MEAN"),
+        ("train:report", 0, "MEAN"),
+        ("train:bad", 1, "COUPLED"),
+        ("train:number", 2, "returned int; return (loss, *arguments)"),
+        ("train", 2, "name a function"),
+        ("missing:good", 2, "missing"),
+    ],
+)
+def test_a_wrong_call_has_a_status_of_its_own(target, status, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    try:
+        found = main(["audit", target])
+    except SystemExit as stopped:
+        found = stopped.code
+    assert found == status
+    printed = capsys.readouterr()
+    assert says in printed.out + printed.err
