@@ -8,6 +8,9 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxaccum._audit.sources import Site
 
 Power = Fraction | None
@@ -234,6 +237,12 @@ def statistic(site: Site | None, **fields: Any) -> Value:
     return Value(Kind.STATISTIC, origin=site, **fields)
 
 
+def _spacing(x: Any) -> float:
+    """How far apart, relatively, the numbers of a constant's dtype are."""
+    dtype = jnp.dtype(getattr(x, "dtype", float))
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else float(np.finfo(float).eps)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The two batch sizes at which the program was traced."""
@@ -243,6 +252,7 @@ class Sizes:
 
     def power(self, a: Any, b: Any) -> Power:
         """The power of the batch size by which `a` at the first size becomes `b` at the second."""
+        apart = 8 * max(_spacing(a), _spacing(b))
         try:
             a, b = complex(a), complex(b)
         except (TypeError, ValueError):
@@ -256,7 +266,7 @@ class Sizes:
             return None
         base = self.second / self.first
         power = Fraction(round(2 * math.log(ratio.real) / math.log(base)), 2)
-        close = abs(ratio.real / base ** float(power) - 1) < 1e-5
+        close = abs(ratio.real / base ** float(power) - 1) < apart
         return power if close and abs(power) <= 4 else None
 
     def divided(self, by: int) -> Sizes | None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,7 @@ from jaxaccum._audit.sources import Call, Site, is_library
 Shape = tuple[int, ...]
 
 
+_PLACE = "the result depends on the place of an example in its microbatch"
 _CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN)
 """Faults after which a further meeting of examples is no news."""
 
@@ -81,8 +83,14 @@ def varying(shapes: tuple[Shape, Shape]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
 
 
-def _varies(v: Any, w: Any) -> bool:
-    return getattr(v.aval, "shape", ()) != getattr(w.aval, "shape", ())
+def beyond(shapes: tuple[Shape, Shape], x: Value) -> list[int]:
+    """The axes that vary and hold no rows of `x`."""
+    own = x.layout.axes if x.rows and x.layout is not None else ()
+    return [a for a in varying(shapes) if a not in own]
+
+
+def _shapes(v: Any, w: Any) -> tuple[Shape, Shape]:
+    return getattr(v.aval, "shape", ()), getattr(w.aval, "shape", ())
 
 
 class Walk:
@@ -139,9 +147,12 @@ class Walk:
         """The result of an equation at which examples meet; rows where `layout` says so."""
         summaries = [v for v in ins if v.summary]
         known = any(f.kind in _CAUSES for v in summaries for f in v.faults)
+        unclear = any(f.kind is FaultKind.UNKNOWN for v in summaries for f in v.faults)
         origin = next((v.origin for v in summaries or ins if v.origin is not None), None)
         faults: frozenset[Fault] = frozenset()
-        if not (known and all(v.kind is Kind.STATISTIC for v in summaries)):  # else it is a consequence, not a cause
+        if not unclear and not (
+            known and all(v.kind is Kind.STATISTIC for v in summaries)
+        ):  # else it is a consequence, not a cause
             note = note or ("a statistic of the whole batch enters" if summaries else "examples meet")
             hoistable = not any(v.params for v in summaries or ins)
             faults = frozenset([self.fault(op, kind, note, origin=origin, hoistable=hoistable)])
@@ -220,25 +231,22 @@ class Walk:
         size = math.prod(op.out_shapes(i)[0]) if hasattr(op.eqn.outvars[i].aval, "shape") else 1
         return dataclasses.replace(
             out, faults=faults, number=number, params=out.params or any(v.params for v in ins),
-            scalar=out.scalar or (size == 1 and not _varies(op.eqn.outvars[i], op.other.outvars[i])),
+            scalar=out.scalar or (size == 1 and not varying(_shapes(op.eqn.outvars[i], op.other.outvars[i]))),
         )  # fmt: skip
 
     def _position(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int) -> frozenset[Fault]:
         """What is independent of the batch stays uniform along its axes, or depends on an example's place."""
         spent = any(v.index is not None for v in ins) and out.index is None and not any(out.columns)
-        uneven = (
-            out.fixed
-            and not entry.uniform
-            and (
-                _varies(op.eqn.outvars[i], op.other.outvars[i])
-                or any(_varies(v, w) for v, w in zip(op.eqn.invars, op.other.invars, strict=True))
-            )
-        )
+        uneven = out.kind is not Kind.STATISTIC and not entry.uniform and self._crosses(op, ins, out, i)
         if not spent and not uneven:
             return frozenset()
-        return frozenset(
-            [self.fault(op, FaultKind.POSITION, "the result depends on the place of an example in its microbatch")]
-        )
+        return frozenset([self.fault(op, FaultKind.POSITION, _PLACE)])
+
+    def _crosses(self, op: Op, ins: list[Value], out: Value, i: int) -> bool:
+        """Whether an axis has the batch's size and holds no examples: along it a value is known to be uniform."""
+        operands = zip(op.eqn.invars, op.other.invars, ins, strict=True)
+        results = [(op.eqn.outvars[i], op.other.outvars[i], out)]
+        return any(beyond(_shapes(v, w), x) for v, w, x in (*operands, *results))
 
     def _lost_scale(self, op: Op, ins: list[Value], out: Value) -> frozenset[Fault]:
         """A scaled operand gives a scaled result, or a rule has dropped a factor."""
@@ -253,7 +261,8 @@ class Walk:
         if op.num_outs == 0 or -1 in numbers or not numbers:
             return self.fresh()
         try:
-            return self._number((op.name, i, tuple(sorted(op.params.items())), numbers))
+            params = (tuple(sorted(eqn.params.items())) for eqn in (op.eqn, op.other))
+            return self._number((op.name, i, *params, numbers))
         except TypeError:
             return self.fresh()
 
@@ -264,13 +273,12 @@ class Walk:
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
             return self._scalar(a, b)
         if np.shape(a) == np.shape(b):
-            same = a is b or (_is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=_is_inexact(a)))
-            return fixed(number=self.fresh()) if same else fixed(IRREGULAR, number=self.fresh())
+            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh())
         return self._table(a, b)
 
     def _scalar(self, a: Any, b: Any) -> Value:
         if not _is_numeric(a):
-            return fixed(number=self.fresh(), scalar=True)
+            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
         power = self.sizes.power(a, b)
         known = np.asarray(a).item() if power == 0 else None
         number = (
@@ -300,6 +308,15 @@ def _is_numeric(x: Any) -> bool:
     return isinstance(x, bool | int | float | complex) or (
         dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two constants, numbers or keys, are equal."""
+    if a is b or not (hasattr(a, "dtype") and hasattr(b, "dtype")):
+        return a is b
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) and a.dtype == b.dtype:
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return _is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=_is_inexact(a))
 
 
 def _is_inexact(x: Any) -> bool:

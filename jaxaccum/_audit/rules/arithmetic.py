@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 
+import jax.numpy as jnp
+
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
@@ -64,13 +66,13 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if {v.index for v in ins} == {Index.START, Index.ROW}:
         row = next(v for v in ins if v.index is Index.ROW)
         assert row.layout is not None
-        return Settled([rows(row.layout, faults=frozenset())])
+        return Settled([rows(row.layout, faults=ins[0].faults | ins[1].faults)])
     return added(walk, op, ins)
 
 
-@rule("sub", uniform=True)
+@rule("sub complex", uniform=True)
 def sub(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """x - y."""
+    """x - y, or x + iy."""
     return added(walk, op, ins)
 
 
@@ -145,7 +147,9 @@ def times(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def _is_batch_size(walk: Walk, op: Op, x: Value) -> bool:
     values = [getattr(v, "val", None) for eqn in (op.eqn, op.other) for v in eqn.invars]
     given = [v for v in values if v is not None]
-    return x.fixed and given == [walk.sizes.first, walk.sizes.second]
+    first, second = walk.sizes.first, walk.sizes.second
+    equal = first * walk.axis_sizes[0] == second * walk.axis_sizes[1] and not walk.mesh_axes
+    return x.fixed and equal and given == [first, second]
 
 
 def _scaled(x: Value, factor: Value, *, scalar: bool) -> Value:
@@ -158,9 +162,11 @@ def _scaled(x: Value, factor: Value, *, scalar: bool) -> Value:
 
 @rule("div", uniform=True, scales=True)
 def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """x / y."""
+    """x / y; of integers it is rounded, and so linear in neither."""
     x, y = ins
     layout = layout_of(ins)
+    if not jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.inexact):
+        return combine(walk, op, ins)
     if y.fixed:
         inverse = fixed(y.scale.inverse(), scalar=y.scalar)
         return _scaled(x, inverse, scalar=x.scalar and y.scalar)

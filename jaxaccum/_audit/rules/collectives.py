@@ -23,8 +23,10 @@ def axes_of(op: Op) -> set[Any]:
 def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
     """A collective over devices, where the batch is sharded over some; None where it is over the loop."""
     axes = axes_of(op)
+    if op.params.get("axis_index_groups") is not None:
+        return walk.unknown(op, f"{op.name} over groups has no rule")
     if walk.axis_name in axes:
-        return None
+        return None if walk.mesh_axes <= axes else walk.unknown(op, f"{op.name} over the loop, on each device apart")
     if x.fixed and x.index is None:
         return x.but()
     if not axes & walk.mesh_axes and op.name.startswith("psum") and not x.summary:

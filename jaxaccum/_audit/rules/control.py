@@ -42,7 +42,7 @@ def no_rule(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 def unfollowed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The results of an equation whose meaning is not known."""
-    if all(v.fixed for v in ins) and "callback" not in op.name:
+    if all(v.fixed for v in ins) and "callback" not in op.name and not op.eqn.effects:
         same = all(v.scale.trivial for v in ins) and _same_params(op)
         return [fixed(UNIT if same else IRREGULAR) for _ in range(op.num_outs)]
     if not any(v.rows or v.fixed for v in ins) and all(v.kind is Kind.STATISTIC and v.faults for v in ins):

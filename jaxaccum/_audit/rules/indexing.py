@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from jaxaccum._audit.lattice import ONE_EXAMPLE, PLAIN, FaultKind, Index, Kind, Layout, Value, fixed, rows, total
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
 from jaxaccum._audit.rules.registry import RULES, Settled, rule
-from jaxaccum._audit.walk import Op, Walk, varying
+from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _READS = "an example is picked by an index, so it reads others"
 
@@ -55,8 +57,18 @@ class _Gather:
         dims = list(self.numbers.start_index_map)
         column = dims.index(axis) if axis in dims else len(indices.columns)
         return (
-            column < len(indices.columns) and indices.columns[column] and bool(indices.layout and indices.layout.plain)
+            column < len(indices.columns)
+            and indices.columns[column]
+            and bool(indices.layout and indices.layout.plain)
+            and self.op.params["slice_sizes"][axis] == self.op.other.params["slice_sizes"][axis] == 1
         )
+
+    def leaves(self, x: Value, indices: Value) -> bool:
+        """Whether an index may fall outside of an axis whose length is the batch's, and reads the filling there."""
+        axes = [a for a in self.numbers.start_index_map if a in varying(self.op.shapes())]
+        own = x.layout.axes if x.layout is not None else ()
+        inside = all(a in own and self.indexed_by_place(a, indices) for a in axes)
+        return self.op.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP and not inside
 
 
 @rule("gather", uniform=True)
@@ -65,6 +77,8 @@ def gather(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, indices, *_ = ins
     g = _Gather(op)
     own = g.of_indices(indices.layout) if indices.rows and indices.layout is not None else None
+    if g.leaves(x, indices):
+        return walk.unknown(op, "an index may fall outside of an axis of the batch's size")
     if x.kind is Kind.TOTAL and indices.fixed:
         return x.but()
     if x.summary or indices.summary:
@@ -175,7 +189,8 @@ def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[V
     if update.layout == ONE_EXAMPLE and not x.summary:
         steps = [a for a, v in enumerate(starts) if v.index is Index.STEP]
         layout = Layout((steps[0],)) if len(steps) == 1 else None
-        if layout is not None and x.layout in (None, layout) and _one_at_a_step(op, layout, starts, operand=1):
+        own = layout is not None and x.layout in (None, layout) and not beyond(op.shapes(), rows(layout))
+        if layout is not None and own and _one_at_a_step(op, layout, starts, operand=1):
             faults = x.faults | update.faults
             return Settled([rows(layout, terms=_terms([x, update]), faults=faults, origin=update.origin)])
     layout = layout_of([x, update])
@@ -217,7 +232,8 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return Settled([dataclasses.replace(value, faults=faults)]) if evenly and not varying(op.shapes(1)) else value
     if updates.layout == ONE_EXAMPLE and indices.index is Index.STEP and op.name == "scatter":
         return _written_at_a_step(walk, op, ins)
-    if (layout := _scattered(op, ins)) is not None:
+    crosses = any(beyond(op.shapes(i), v) for i, v in enumerate(ins))
+    if not crosses and (layout := _scattered(op, ins)) is not None:
         if not adds and op.name != "scatter":
             value = combine(walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins])
             return value
@@ -241,7 +257,12 @@ def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Val
     numbers = op.params["dimension_numbers"]
     axes = tuple(numbers.scatter_dims_to_operand_dims)
     layout = Layout(axes)
-    if len(axes) != 1 or axes != tuple(numbers.inserted_window_dims) or x.layout not in (None, layout):
+    if (
+        beyond(op.shapes(), rows(layout))
+        or len(axes) != 1
+        or axes != tuple(numbers.inserted_window_dims)
+        or x.layout not in (None, layout)
+    ):
         return RULES["*"].apply(walk, op, ins)
     faults = x.faults | updates.faults | indices.faults
     return Settled([rows(layout, terms=_terms([x, updates]), faults=faults, origin=updates.origin)])
@@ -297,13 +318,23 @@ def _inside(op: Op, axis: int) -> bool:
 
 
 def _by_place(op: Op, axis: int, indices: Value) -> bool:
-    dims = list(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
+    numbers = op.params["dimension_numbers"]
+    dims = list(numbers.scatter_dims_to_operand_dims)
     return (
         axis in dims
+        and _wide(op, axis) == 1
         and dims.index(axis) < len(indices.columns)
         and indices.columns[dims.index(axis)]
         and bool(indices.layout and indices.layout.plain)
     )
+
+
+def _wide(op: Op, axis: int) -> int:
+    """How many entries of an axis of the operand one update writes."""
+    numbers = op.params["dimension_numbers"]
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    kept = [i for i in range(len(op.shapes()[0])) if i not in gone]
+    return op.shapes(2)[0][numbers.update_window_dims[kept.index(axis)]] if axis in kept else 1
 
 
 def _of_updates(op: Op, axis: int, indices: Value) -> int | None:

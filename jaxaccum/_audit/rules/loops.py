@@ -137,6 +137,9 @@ class _Loop:
         lengths = (self.scan.length, self.other.length)
         self.repeats = self.walk.sizes.power(*lengths)
         self.over_examples = lengths == (self.walk.sizes.first, self.walk.sizes.second)
+        given = self.ins[self.consts + self.carried :]
+        self.examples = self.over_examples or any(x.layout is not None and 0 in x.layout.axes for x in given)
+        """Whether its steps are the examples, or chunks of them."""
         initial = self.ins[self.consts : self.consts + self.carried]
         for i, role in list(self.roles.items()):
             if role.name == "count" and not initial[i].zero:
@@ -149,8 +152,18 @@ class _Loop:
         if role is None:
             return x
         if role.name == "count":
-            return fixed(index=Index.STEP if self.over_examples else None, number=self.walk.fresh(), scalar=True)
+            return self.counter()
         return dataclasses.replace(x, known=None)
+
+    def counter(self) -> Value:
+        """The number of the step: of a loop forwards over the examples, that of the example."""
+        forwards = self.over_examples and not self.scan.eqn.params["reverse"]
+        faults: frozenset[Fault] = frozenset()
+        if self.repeats != 0 and not forwards:
+            note = "a counter of a loop whose length is the batch's"
+            faults = frozenset([self.walk.fault(self.op, FaultKind.POSITION, note)])
+        index = Index.STEP if forwards else None
+        return fixed(index=index, faults=faults, number=self.walk.fresh(), scalar=True)
 
     def element(self, x: Value) -> Value | None:
         """A scanned value as the body sees it; None where the analysis cannot say."""
@@ -169,10 +182,9 @@ class _Loop:
     def run(self) -> list[Value]:
         xs = [self.element(x) for x in self.ins[self.consts + self.carried :]]
         if any(x is None for x in xs):
-            return [
-                numbered(self.walk, self.walk.unknown(self.op, "a loop over part of the examples"))
-                for _ in self.op.eqn.outvars
-            ]
+            return self.given_up("a loop over part of the examples")
+        if self.examples and any(map(_of_a_step, self.ins)):
+            return self.given_up("a loop over the examples for each example")
         state = [
             numbered(self.walk, self.carry(i, dataclasses.replace(x, known=None) if i not in self.roles else x))
             for i, x in enumerate(self.initial)
@@ -184,7 +196,7 @@ class _Loop:
         for _ in range(_ROUNDS):
             outs = self.step(state, [x for x in xs if x is not None])
             new = [
-                x if i in self.roles and self.roles[i].name != "write" else self.next(x, outs[i])
+                x if i in self.roles and self.roles[i].name != "write" else self.next(x, outs[i], i)
                 for i, x in enumerate(state)
             ]
             if [_signature(x) for x in new] == [_signature(x) for x in state]:
@@ -196,6 +208,9 @@ class _Loop:
         carry = [numbered(self.walk, self.final(i, x, outs[i])) for i, x in enumerate(state)]
         changes = any(i not in self.roles and x.fixed and outs[i].number != x.number for i, x in enumerate(state))
         return [*carry, *(numbered(self.walk, self.stacked(y, changes=changes)) for y in outs[self.carried :])]
+
+    def given_up(self, note: str) -> list[Value]:
+        return [numbered(self.walk, self.walk.unknown(self.op, note)) for _ in self.op.eqn.outvars]
 
     def step(self, state: list[Value], xs: list[Value]) -> list[Value]:
         """The results of the body; of a sum, what is added."""
@@ -213,8 +228,8 @@ class _Loop:
         with self.walk.inside(self.op, bodies[0]):
             return self.walk.run(bodies[0], bodies[1], consts, [*self.ins[: self.consts], *state, *xs])
 
-    def next(self, x: Value, out: Value) -> Value:
-        """A state after one more step."""
+    def next(self, x: Value, out: Value, i: int) -> Value:
+        """State `i` after one more step."""
         joined = join(self.walk, self.op, x, out)
         looped = out.rows and out.layout is not None and out.layout.looped
         faults = joined.faults
@@ -224,6 +239,9 @@ class _Loop:
                     self.op, FaultKind.COUPLING, "a loop over the examples carries one example's state to the next"
                 )
             }
+        if self.repeats != 0 and out.number != x.number and not joined.fixed and not looped and i not in self.roles:
+            note = "the number of steps depends on the batch size"
+            faults |= {self.walk.fault(self.op, FaultKind.BATCH_SIZE, note)}
         if self.repeats != 0 and out.number != x.number and x.fixed and out.fixed:
             joined = fixed(IRREGULAR, **{f: getattr(joined, f) for f in ("faults", "params", "origin", "scalar")})
         kept = dataclasses.replace(joined.but(scalar=joined.scalar), faults=faults, number=x.number)
@@ -281,8 +299,14 @@ class _Loop:
                 [self.walk.fault(self.op, FaultKind.POSITION, "the result depends on the place of an example")]
             )
         if y.summary and self.repeats != 0:
-            return self.walk.couple(self.op, [y], note="a statistic for each example")
+            coupled = self.walk.couple(self.op, [y], note="a statistic for each example")
+            return dataclasses.replace(coupled, faults=coupled.faults | y.faults)
         return dataclasses.replace(y.but(), faults=y.faults | faults, layout=None)
+
+
+def _of_a_step(x: Value | None) -> bool:
+    """Whether a value belongs to one step of a loop over the examples."""
+    return x is not None and (x.index is Index.STEP or (x.layout is not None and x.layout.looped))
 
 
 def _once(start: Value) -> frozenset[Term]:
@@ -332,6 +356,8 @@ def _after(walk: Walk, op: Op, x: Value, out: Value, *, holds: Value) -> Value:
     joined = dataclasses.replace(joined.but(scalar=joined.scalar), number=x.number)
     if x.number == out.number:
         return joined
+    if holds.rows and holds.layout is not None and joined.fixed and joined.scale.trivial:
+        joined = dataclasses.replace(joined, kind=Kind.ROWS, layout=holds.layout)
     own = holds.rows and joined.rows and joined.layout == holds.layout  # a vmapped loop: JAX holds finished rows still
     if not holds.fixed and not own:
         note = "the number of steps depends on the data of the batch"

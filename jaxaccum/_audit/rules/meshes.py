@@ -26,6 +26,8 @@ def shard_map(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     ):
         return walk.unknown(op, "a shard_map that the analysis cannot follow")
     (names,) = axes
+    if any(v.fixed and set(names) & {name for dim in spec for name in dim} for spec, v in zip(specs, ins, strict=True)):
+        return walk.unknown(op, "a shard_map that divides what is independent of the batch over the batch's devices")
     sizes = walk.sizes.divided(math.prod(params["mesh"].shape[name] for name in names))
     if sizes is None:
         return walk.unknown(op, "the devices do not divide the batch")

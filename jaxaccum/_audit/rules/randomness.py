@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxaccum._audit.lattice import FaultKind, Value, fixed, rows
 from jaxaccum._audit.rules.elementwise import layout_of, same_layout
 from jaxaccum._audit.rules.registry import RULES, Settled, rule
-from jaxaccum._audit.walk import Op, Walk, varying
+from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
 
@@ -22,6 +22,8 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return walk.couple(op, [v for v in ins if v.summary], layout=layout)
     if layout is not None:
         alone = same_layout(ins) and (op.name != "rng_bit_generator" or not layout.axes)
+        if any(beyond(op.out_shapes(i), rows(layout)) for i in range(op.num_outs)):
+            return walk.unknown(op, "each example draws as many numbers as the batch has examples")
         return rows(layout) if alone else RULES["*"].apply(walk, op, ins)
     faults = frozenset().union(*(v.faults for v in ins))
     if _by_split(op, ins):

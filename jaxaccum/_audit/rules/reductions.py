@@ -19,7 +19,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.rules.elementwise import combine, layout_of, same_layout
 from jaxaccum._audit.rules.registry import Settled, rule
 from jaxaccum._audit.rules.shapes import moved, without
-from jaxaccum._audit.walk import Op, Walk, varying
+from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 
 @rule("reduce_sum", uniform=True, scales=True)
@@ -58,9 +58,11 @@ def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
     x, axes = ins[0], {int(a) for a in op.params["axes"]}
     if x.extremum is not None and op.name == f"reduce_{x.extremum}":
         return statistic(x.origin, extremum=x.extremum)
+    if op.name in ("reduce_prod", "reduce_xor") and axes & set(beyond(op.shapes(), x)):
+        note = "a product along an axis of the batch's size"
+        return fixed(IRREGULAR) if x.fixed else walk.couple(op, ins, kind=FaultKind.BATCH_SIZE, note=note)
     if x.fixed:
-        grows = op.name in ("reduce_prod", "reduce_xor") and axes & set(varying(op.shapes()))
-        return fixed(IRREGULAR) if grows else combine(walk, op, ins)
+        return combine(walk, op, ins)
     value = combine(walk, op, ins)
     if not value.rows or value.layout is None:
         return value

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxaccum._audit.lattice import PLAIN, FaultKind, Index, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.lattice import PLAIN, FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
 from jaxaccum._audit.rules.registry import Settled, rule
-from jaxaccum._audit.walk import Op, Shape, Walk, varying
+from jaxaccum._audit.walk import Op, Shape, Walk, beyond, varying
 
 
 def placed(x: Value) -> bool:
@@ -47,6 +47,9 @@ def _columns(x: Value, out: Shape) -> tuple[bool, ...]:
     return (True,) if x.index is Index.ROW and out[-1:] == (1,) else ()
 
 
+_MERGED = "a reshape merges an axis of the batch's size that holds no examples"
+
+
 @rule("reshape expand_dims", uniform=True)
 def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """The same entries in the same order: the batch axis may merge with others, or split in two."""
@@ -54,16 +57,43 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if x.fixed and not placed(x):
         return _reshaped_fixed(walk, op, x)
     if x.layout is None:
-        return reshaped(x)
+        kept = x.kind is Kind.STATISTIC or x.scalar or _kept_apart(shapes, outs, varying(shapes))
+        return reshaped(x) if kept else walk.unknown(op, _MERGED)
     if x.index is Index.GATHERED:
-        merged = walk.sizes.first * walk.axis_sizes[0]
-        return Settled([fixed(faults=x.faults)]) if not varying(outs) and merged in outs[0] else reshaped(x)
+        return _gathered(walk, op, x)
     layout = relaid(x.layout, shapes, outs, walk.sizes)
+    if x.rows and not _kept_apart(shapes, outs, beyond(shapes, x)):
+        return walk.unknown(op, _MERGED)
     if layout is None:
         return walk.unknown(op, "a reshape divides the batch axis in a way that the analysis cannot follow")
     out = moved(x, layout, columns=_columns(x, outs[0]) or (x.columns if shapes[0][-1:] == outs[0][-1:] else ()))
     splits = len(layout.axes) == 2 and x.layout != layout
     return dataclasses.replace(out, origin=walk.site(op)) if splits else out
+
+
+def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
+    """All microbatches' rows, one microbatch after the other: those of the batch."""
+    assert x.layout is not None
+    merged = walk.sizes.first * walk.axis_sizes[0]
+    (places, rows_), outs = x.layout.axes, op.out_shapes()
+    joined = rows_ == places + 1 and not varying(outs) and merged in outs[0]
+    return Settled([fixed(faults=x.faults)]) if joined else reshaped(x)
+
+
+def _kept_apart(shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], axes: list[int]) -> bool:
+    """Whether a reshape leaves these axes alone, each whole and by itself, so that what is uniform there stays so."""
+    pairs = list(zip(shapes, outs, strict=True))
+    return all(
+        len({_whole(shape, out, a) for shape, out in pairs} - {None}) == 1
+        and all(_whole(shape, out, a) is not None for shape, out in pairs)
+        for a in axes
+    )
+
+
+def _whole(shape: Shape, out: Shape, axis: int) -> int | None:
+    """The axis of the result that an axis of the operand is."""
+    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    return next((b for b in range(len(out)) if (math.prod(out[:b]), math.prod(out[b + 1 :])) == (before, after)), None)
 
 
 def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
@@ -210,7 +240,7 @@ def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return _indices(walk, op, ins)
     if axis in varying(op.out_shapes()) and not any(v.summary for v in ins):
         return _views(walk, op, ins, axis)
-    if not any(v.rows for v in ins):
+    if not any(v.rows for v in ins) and axis not in varying(op.out_shapes()):
         return dataclasses.replace(added(walk, op, ins), known=None, scalar=False, weight=None)
     if any(v.summary for v in ins) or not same_layout(ins):
         return combine(walk, op, ins)
@@ -280,9 +310,9 @@ def tile(walk: Walk, op: Op, ins: list[Value]) -> Value:
     changing = [a for a, (r, s) in enumerate(zip(first, second, strict=True)) if r != s]
     if x.rows and x.layout is not None:
         repeated = [a for a in x.layout.axes if first[a] != 1 or a in changing]
-        if not repeated:
+        if not repeated and all(op.shapes()[0][a] == 1 for a in changing):
             return moved(x, x.layout)
-        if len(x.layout.axes) != 1 or x.layout.looped or changing:
+        if not repeated or len(x.layout.axes) != 1 or x.layout.looped or changing:
             return walk.unknown(op, "the batch axis is repeated in a way that the analysis cannot follow")
         return moved(x, dataclasses.replace(x.layout, outer=x.layout.outer * first[repeated[0]]))
     (shape, _) = op.shapes()
