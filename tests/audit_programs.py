@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import audit_devices
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.scipy import special
 
 from jaxaccum import Mean, Sum
 
@@ -48,6 +51,15 @@ def _both(a, b, weight):
     return jnp.concatenate([a, b]) * weight
 
 
+def _inside(h):
+    """Between -1 and 1, where inverse functions are defined."""
+    return 0.9 * jnp.tanh(h)
+
+
+def _any(h):
+    return jnp.any((h != 0.0) & (h < -1.0), 1, keepdims=True)
+
+
 # -- entry by entry ---------------------------------------------------------------------------------------------------
 
 _all(
@@ -73,6 +85,28 @@ _all(
     complexed=lambda h, c: jnp.real(lax.complex(h, h**2) * lax.complex(c.x, h)),
     ones=lambda h, c: h + jnp.ones((c.n, 1)) * jnp.zeros((c.n, 3)) + jnp.full_like(h, 0.3),
 )
+
+_all(
+    STEPS,
+    arcs=lambda h, c: jnp.arcsin(_inside(h)) + jnp.arccos(_inside(h)) + jnp.arctan(h) + jnp.arctanh(_inside(h)),
+    hyperbolic=lambda h, c: jnp.sinh(_inside(h)) + jnp.cosh(_inside(h)) + jnp.arcsinh(h) + jnp.arccosh(1.1 + h**2),
+    tangent=lambda h, c: jnp.tan(_inside(h)) + jnp.exp2(-jnp.abs(h)) + jnp.expm1(-jnp.abs(h)) + jnp.cbrt(2.0 + h**2),
+    rounded=lambda h, c: h + 0.1 * (lax.round(h) + jnp.ceil(h) + lax.rem(h, 0.7)) + lax.clamp(-0.5, h, 0.5),
+    gammas=lambda h, c: special.gammaln(1.0 + h**2) + special.digamma(1.0 + h**2) + special.polygamma(1, 1.0 + c.x**2),
+    incomplete=lambda h, c: h * special.gammainc(2.0, 0.1 + c.x**2) + special.gammaincc(2.0, 0.1 + c.x**2),
+    incomplete_in_both=lambda h, c: h + 0.1 * lax.igamma(1.5 + jnp.tanh(c.x), 0.5 + c.x**2),
+    beta=lambda h, c: h + special.betainc(2.0, 3.0, 0.5 + _inside(c.x) / 3.0) + h * special.zeta(2.0 + c.x**2, 1.0),
+    bessel=lambda h, c: special.i0e(h) + special.i1e(h) + special.erfinv(_inside(h)) + lax.erfc(h),
+    bits=lambda h, c: h * (0.2 * lax.population_count((c.y << 2 | 1) ^ 3)[:, None]) + 0.1 * lax.clz(c.y)[:, None],
+    shifted=lambda h, c: h + 0.1 * ((c.y + 8) >> 1)[:, None] + 0.2 * (~c.y & 3)[:, None] * (c.y % 2)[:, None],
+    gathered_bits=lambda h, c: h * (1.0 + jnp.bitwise_xor.reduce(c.y[:, None] + jnp.arange(3)[None], axis=1))[:, None],
+    narrowed_floats=lambda h, c: lax.optimization_barrier(lax.reduce_precision(h, 11, 50)),
+    conjugated=lambda h, c: jnp.imag(jnp.conj(lax.complex(h, c.x)) * lax.complex(c.x, 0.5 * h)),
+    named=lambda h, c: checkpoint_name(h, "h") + jnp.copy(h),
+    chosen_by_all=lambda h, c: jnp.where(jnp.all(h > -0.5, 1, keepdims=True) & (h <= 2.0) | _any(h), h, 0.4 * h),
+    next_float=lambda h, c: h + lax.stop_gradient(lax.nextafter(lax.stop_gradient(h), c.x)),
+)  # fmt: skip
+
 
 # -- along the features -----------------------------------------------------------------------------------------------
 
@@ -101,6 +135,15 @@ _all(
     fourier=lambda h, c: jnp.abs(jnp.fft.rfft(h, axis=1)).sum(1, keepdims=True) * h / 4.0,
     pooled=lambda h, c: h + lax.reduce_window(h, -jnp.inf, lax.max, (1, 2), (1, 1), "SAME"),
     averaged=lambda h, c: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME") / 3.0,
+    pooled_low=lambda h, c: h + lax.reduce_window(h, jnp.inf, lax.min, (1, 2), (1, 1), "SAME"),
+    windowed=lambda h, c: h + lax.reduce_window(c.x, 1.0, lambda a, b: a * b + 0.0, (1, 2), (1, 1), "SAME"),
+    reduced=lambda h, c: h + lax.reduce(jnp.tanh(h), 1.0, lambda a, b: a * b + 0.0, (1,))[:, None],
+    running_products=lambda h, c: jnp.cumprod(_inside(h), axis=1) + lax.cummin(h, axis=1) + lax.cumlogsumexp(h, axis=1),
+    smallest=lambda h, c: h * (1.0 + jnp.argmin(h, 1))[:, None] / 2.0,
+    apart=lambda h, c: jnp.stack(jnp.unstack(h, axis=1)[::-1], 1),
+    expanded=lambda h, c: jnp.squeeze(lax.expand_dims(h, (1,)) * c.m[None, :1], 1),
+    slope_of_pool=lambda h, c: h * jax.grad(lambda x: jnp.sum(_pooled(x)))(c.x) + 0.5 * h,
+    slope=lambda h, c: h + jax.vmap(jax.grad(lambda r: jnp.sum(jnp.tanh(r) ** 2)))(h),
 )  # fmt: skip
 
 
@@ -123,6 +166,35 @@ def solved(h, c):
 
 
 @_in(STEPS)
+def decomposed(h, c):
+    matrices = _matrices(h)
+    q, r = jnp.linalg.qr(matrices)
+    return h + 0.1 * (r @ q).sum(2) + 0.1 * jnp.linalg.svd(matrices, compute_uv=False)
+
+
+@_in(STEPS)
+def measured(h, c):
+    matrices = _matrices(h)
+    return h * jnp.log(jnp.linalg.det(matrices))[:, None] / 3.0 + 0.1 * jnp.linalg.eigvalsh(matrices)
+
+
+@_in(STEPS)
+def inverted(h, c):
+    diagonals = jnp.ones_like(h), 3.0 + h**2, jnp.ones_like(h)
+    return jnp.linalg.inv(_matrices(h)).sum(2) + lax.linalg.tridiagonal_solve(*diagonals, c.x[..., None])[..., 0]
+
+
+def _matrices(h):
+    """One matrix an example, whose eigenvalues are apart."""
+    h = jnp.tanh(h)
+    return jnp.einsum("bi,bj->bij", h, h) / 3.0 + jnp.diag(jnp.asarray([1.0, 3.0, 6.0]))[None]
+
+
+def _pooled(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2), (1, 1), "VALID")
+
+
+@_in(STEPS)
 def factored(h, c):
     matrices = jnp.einsum("bi,bj->bij", h, h) + 2.0 * jnp.eye(3)[None]
     return jnp.linalg.cholesky(matrices).sum(2) - 1.0
@@ -142,6 +214,8 @@ _all(
     spread=lambda h, c: h + jnp.zeros((c.n, 3)).at[:, jnp.asarray([0, 2])].add(h[:, :2]),
     sliced=lambda h, c: h + lax.dynamic_slice(h, (0, jnp.argmax(c.w)), (c.n, 1)),
     updated=lambda h, c: lax.dynamic_update_slice(h, c.x[:, :1], (0, 1)),
+    extremes_put=lambda h, c: h.at[:, 0].min(0.3).at[:, 1].max(-0.2) - jnp.zeros_like(h).at[:, 2].subtract(h[:, 0]),
+    extremes_put_by_vmap=lambda h, c: jax.vmap(lambda row, y: row.at[y].min(0.1))(h, c.y),
     scattered_by_vmap=lambda h, c: jax.vmap(lambda row, y: row.at[y].add(c.w[0]))(h, c.y),
 )
 
@@ -180,6 +254,12 @@ def _until(h):
 
 
 @jax.jit
+def _steps_until(h):
+    one = lambda row: lax.while_loop(lambda s: s[0] < 3.0, lambda s: (s[0] + 0.5 + row[0] ** 2, s[1] + 1), (0.0, 0))[1]
+    return jax.vmap(one)(h)
+
+
+@jax.jit
 def _mapped(h, w):
     return lax.map(lambda row: jnp.tanh(row * w) + row.sum(), h)
 
@@ -204,6 +284,8 @@ _all(
     mapped=lambda h, c: _mapped(h, c.w),
     written=lambda h, c: _written(h, c.w),
     branched=lambda h, c: _branched(h, c.w),
+    counted_until=lambda h, c: h * (0.1 * _steps_until(lax.stop_gradient(h)))[:, None],
+    batched_alone=lambda h, c: h * jax.custom_batching.sequential_vmap(jnp.sin)(c.x),
 )
 
 # -- derivatives of one's own -----------------------------------------------------------------------------------------
@@ -253,8 +335,15 @@ _all(
     STEPS,
     dropped_by_example=lambda h, c: jnp.where(jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (3,)))(c.keys), h, 0.0),
     noisy_weights=lambda h, c: h @ (c.m + 0.1 * jax.random.normal(jax.random.key(3), (3, 3))),
+    gamma_by_example=lambda h, c: h * jax.vmap(lambda k: jax.random.gamma(k, 2.0))(c.keys)[:, None] / 2.0,
+    raw_keys=lambda h, c: h * jax.vmap(_of_raw_key)(jax.random.key_data(c.keys))[:, None],
     noise_by_example=lambda h, c: h + jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), (3,)))(c.keys),
 )  # fmt: skip
+
+
+def _of_raw_key(data):
+    return jax.random.uniform(jax.random.clone(jax.random.wrap_key_data(data)))
+
 
 # -- examples meet ----------------------------------------------------------------------------------------------------
 
@@ -298,8 +387,25 @@ _all(
     transposed_rows=lambda h, c: h.T.reshape(c.n, 3) + h,
     averaged_moving=lambda h, c: h + _moving(h)[None],
     statistic_of_data=lambda h, c: h - c.x.std(),
+    products_over_batch=lambda h, c: jnp.cumprod(_inside(h), axis=0),
+    smallest_of_batch=lambda h, c: h * (1.0 + jnp.argmin(c.x, 0))[None],
+    table_of_extremes=lambda h, c: h * jnp.ones(3).at[c.y].min(h[:, 0])[None],
+    gram_of_batch=lambda h, c: h @ jnp.linalg.inv(jnp.eye(3) + h.T @ h),
+    pairs_in_loops=lambda h, c: lax.map(lambda r: lax.scan(lambda s, q: (s + jnp.abs(r - q), None), 0.0 * r, h)[0], h),
+    from_behind=lambda h, c: lax.scan(lambda i, row: (i + 1, row * h[i]), 0, h, reverse=True)[1],
+    running_copies=lambda h, c: jnp.cumsum(_copies(h, c), 1).mean(1),
+    product_of_copies=lambda h, c: jnp.prod(_copies(_inside(h), c), 1),
+    written_copies=lambda h, c: _copies(h, c).at[:, 0].set(0.0).mean(1),
+    windows_of_batch=lambda h, c: jax.vmap(lambda i: lax.dynamic_slice(h, (i, 0), (2, 3)).sum(0))(jnp.arange(c.n)),
+    state_for_each=lambda h, c: lax.fori_loop(0, c.n, lambda i, s: jnp.sin(s), h),
+    half_the_steps=lambda h, c: h * lax.fori_loop(0, c.n // 2, lambda i, s: s + jnp.sin(1.0 * i), 0.0) / c.n,
+    whole_quotient=lambda h, c: h * lax.div(7, jnp.full((), c.n)),
     total_of_weights=lambda h, c: h * jnp.sum(c.w) / jnp.sum(h**2),
 )  # fmt: skip
+
+
+def _copies(h, c):
+    return jnp.broadcast_to(h[:, None], (c.n, c.n, 3))
 
 
 @jax.jit
@@ -346,6 +452,11 @@ _all(
 )  # fmt: skip
 
 
+STEPS.update(audit_devices.APART)
+MIXING.update(audit_devices.MIXING)
+_WORDS = STEPS | MIXING | audit_devices.DECLARED
+
+
 def program(steps, end):
     """The loss that applies the steps in turn, and then the end."""
 
@@ -353,7 +464,7 @@ def program(steps, end):
         c = Context(params, batch)
         h = c.x @ c.m
         for name in steps:
-            h = (STEPS.get(name) or MIXING[name])(h, c)
+            h = _WORDS[name](h, c)
         return ENDS[end](h, c)
 
     return loss

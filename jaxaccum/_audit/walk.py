@@ -244,9 +244,11 @@ class Walk:
 
     def _crosses(self, op: Op, ins: list[Value], out: Value, i: int) -> bool:
         """Whether an axis has the batch's size and holds no examples: along it a value is known to be uniform."""
+        if beyond(_shapes(op.eqn.outvars[i], op.other.outvars[i]), out):
+            return True
+        rows_ = len(out.layout.axes) if out.rows and out.layout is not None else 0  # beside which a constant may lie
         operands = zip(op.eqn.invars, op.other.invars, ins, strict=True)
-        results = [(op.eqn.outvars[i], op.other.outvars[i], out)]
-        return any(beyond(_shapes(v, w), x) for v, w, x in (*operands, *results))
+        return any(len(beyond(_shapes(v, w), x)) > (rows_ if x.fixed else 0) for v, w, x in operands)
 
     def _lost_scale(self, op: Op, ins: list[Value], out: Value) -> frozenset[Fault]:
         """A scaled operand gives a scaled result, or a rule has dropped a factor."""

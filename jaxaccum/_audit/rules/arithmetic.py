@@ -182,10 +182,10 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 # -- powers -----------------------------------------------------------------------------------------------------------
 
-_EXPONENTS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2)}
+_EXPONENTS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1)}
 
 
-@rule("square sqrt rsqrt integer_pow", uniform=True, scales=True)
+@rule("square sqrt rsqrt reciprocal integer_pow", uniform=True, scales=True)
 def power(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """x to a constant power."""
     (x,) = ins

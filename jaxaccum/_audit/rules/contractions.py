@@ -99,7 +99,8 @@ def convolution(walk: Walk, op: Op, ins: list[Value]) -> Value:
     numbers = op.params["dimension_numbers"]
     if all(v.fixed for v in ins):
         return combine(walk, op, ins)
-    if not kernel.fixed or x.kind is Kind.STATISTIC or op.params["batch_group_count"] != 1:
+    alone = kernel.fixed and not varying(op.shapes(1)) and op.params["batch_group_count"] == 1
+    if not alone or x.kind is Kind.STATISTIC:
         return RULES["*"].apply(walk, op, ins)
     if x.layout is None:
         return x.scaled(kernel.scale).but() if not varying(op.shapes()) else combine(walk, op, ins)
@@ -126,7 +127,7 @@ def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def linear_algebra(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Functions of matrices, one for each entry of the leading axes."""
     layout = layout_of(ins)
-    matrix = 1 if op.name == "lu_pivots_to_permutation" else 2
+    matrix = 1 if op.name in ("lu_pivots_to_permutation", "tridiagonal_solve") else 2
     if layout is None or any(v.summary for v in ins) or not same_layout(ins):
         return combine(walk, op, ins)
     if any(a >= len(op.shapes()[0]) - matrix for a in layout.axes):

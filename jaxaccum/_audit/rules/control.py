@@ -8,6 +8,7 @@ from typing import Any
 import jax.extend.core as jex
 
 from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, FaultKind, Kind, Term, Value, fixed, statistic
+from jaxaccum._audit.rules.elementwise import text_of
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._jaxprs import ClosedJaxpr
@@ -16,13 +17,18 @@ from jaxaccum._jaxprs import ClosedJaxpr
 def body_of(op: Op) -> str | None:
     """The parameter that holds the one body of a call."""
     return next(
-        (k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if isinstance(op.params.get(k), jex.Jaxpr | ClosedJaxpr)),
+        (
+            k
+            for k in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+            if isinstance(op.params.get(k), jex.Jaxpr | ClosedJaxpr)
+        ),
         None,
     )
 
 
 @rule(
-    "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint custom_lin run_state_inlined",
+    """jit pjit closed_call core_call core_closed_call remat remat2 checkpoint custom_lin run_state_inlined composite
+    custom_vmap_call""",
     complete=True,
 )
 def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
@@ -56,7 +62,8 @@ def _described(op: Op) -> str:
 
 
 def _same_params(op: Op) -> bool:
-    plain = lambda eqn: {k: v for k, v in eqn.params.items() if not isinstance(v, jex.Jaxpr | ClosedJaxpr)}
+    is_body = lambda v: isinstance(v, jex.Jaxpr | ClosedJaxpr)
+    plain = lambda eqn: {k: text_of(v) if is_body(v) else v for k, v in eqn.params.items()}
     try:
         return bool(plain(op.eqn) == plain(op.other))
     except ValueError:  # arrays among them

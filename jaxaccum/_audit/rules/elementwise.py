@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,6 +18,7 @@ _NONLINEAR = """
     asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac igamma_grad_a random_gamma_grad polygamma
     zeta regularized_incomplete_beta bessel_i0e bessel_i1e cbrt is_finite not xor pow rem min clamp shift_left mulhi
     shift_right_logical shift_right_arithmetic bitcast_convert_type population_count clz
+    lt_to le_to eq_to log2 one_minus_square
 """
 _LINEAR = "neg conj real imag reduce_precision"
 _IDENTITY = "copy copy_p stop_gradient device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
@@ -57,13 +59,21 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 def _constant(op: Op, ins: list[Value]) -> bool:
     """Whether neither the function nor its operands change with the batch size."""
-    mine, other = ({k: v for k, v in eqn.params.items() if _says(k)} for eqn in (op.eqn, op.other))
+    mine, other = (
+        {k: text_of(v) if "jaxpr" in k else v for k, v in eqn.params.items() if _says(k)} for eqn in (op.eqn, op.other)
+    )
     return mine == other and all(v.scale.trivial for v in ins)
 
 
 def _says(parameter: str) -> bool:
-    """Whether a parameter is a part of the function, and neither a placement nor a jaxpr, which has an identity."""
-    return not any(word in parameter for word in ("sharding", "jaxpr", "shape", "sizes"))
+    """Whether a parameter is a part of the function, and neither a placement nor what a jaxpr says as well."""
+    return not any(word in parameter for word in ("sharding", "computation", "shape", "sizes"))
+
+
+def text_of(body: Any) -> Any:
+    """What a jaxpr does, whose identity says nothing; with constants it is like no other."""
+    open_ = getattr(body, "jaxpr", body)
+    return str(open_) if not (getattr(body, "consts", ()) or getattr(open_, "constvars", ())) else body
 
 
 @rule(_LINEAR, uniform=True)

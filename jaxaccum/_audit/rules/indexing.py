@@ -232,8 +232,7 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return Settled([dataclasses.replace(value, faults=faults)]) if evenly and not varying(op.shapes(1)) else value
     if updates.layout == ONE_EXAMPLE and indices.index is Index.STEP and op.name == "scatter":
         return _written_at_a_step(walk, op, ins)
-    crosses = any(beyond(op.shapes(i), v) for i, v in enumerate(ins))
-    if not crosses and (layout := _scattered(op, ins)) is not None:
+    if (layout := _scattered(op, ins)) is not None:
         if not adds and op.name != "scatter":
             value = combine(walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins])
             return value
@@ -268,14 +267,15 @@ def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Val
     return Settled([rows(layout, terms=_terms([x, updates]), faults=faults, origin=updates.origin)])
 
 
-def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value:
+def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Each example adds to entries of a table: a total, which the table itself enters once."""
     x, _, updates = ins
     layout = layout_of(ins)
-    if layout is None or layout.looped or len(layout.axes) != 1 or _window_holds(op, ins):
+    repeats = max(len(varying(op.shapes(i))) for i in (1, 2)) > 1
+    if layout is None or layout.looped or len(layout.axes) != 1 or repeats or _window_holds(op, ins):
         return RULES["*"].apply(walk, op, ins)
     own = frozenset() if x.zero else frozenset(dataclasses.replace(term, fixed=True) for term in x.terms)
-    return total(walk.site(op), updates.terms | own)
+    return Settled([total(walk.site(op), updates.terms | own, faults=frozenset().union(*(v.faults for v in ins)))])
 
 
 def _window_holds(op: Op, ins: list[Value]) -> bool:
@@ -301,7 +301,9 @@ def _scattered(op: Op, ins: list[Value]) -> Layout | None:
                 return None
             found.add(v.layout if axis is None else v.layout.at(axis))
     layout = found.pop() if len(found) == 1 else None
-    return layout if layout is not None and _owned(op, layout, indices) else None
+    if layout is None or beyond(op.shapes(), rows(layout)) or len(varying(op.shapes(2))) > len(layout.axes):
+        return None
+    return layout if _owned(op, layout, indices) else None
 
 
 def _owned(op: Op, layout: Layout, indices: Value) -> bool:

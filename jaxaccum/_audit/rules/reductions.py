@@ -10,6 +10,7 @@ from jaxaccum._audit.lattice import (
     FaultKind,
     Index,
     Kind,
+    Layout,
     Value,
     fixed,
     rows,
@@ -77,6 +78,16 @@ def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
     )
 
 
+@rule("reduce")
+def reduce_by(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """A reduction by a function of the user's own."""
+    axes, layout = set(op.params["dimensions"]), layout_of(ins)
+    if layout is not None and axes & set(layout.axes):
+        return walk.couple(op, ins, note="reduce runs along the batch axis")
+    value = combine(walk, op, ins)
+    return value if not value.rows or value.layout is None else moved(value, without(value.layout, axes))
+
+
 @rule("cumsum cumprod cummax cummin cumlogsumexp sort top_k approx_top_k")
 def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Something that runs along one axis: along that of the examples it couples them."""
@@ -102,21 +113,36 @@ def _axis(op: Op) -> int:
 @rule("reduce_window_sum reduce_window_max reduce_window_min reduce_window")
 def window(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A reduction over windows, as pooling is."""
-    x, params = ins[0], op.params
+    x = ins[0]
     if not x.rows or x.layout is None or not all(v.fixed for v in ins[1:]):
         return combine(walk, op, ins[:1]) if all(v.fixed for v in ins) else _linear_window(walk, op, ins)
-    alone = all(
-        params["window_dimensions"][a] == 1
-        and params["window_strides"][a] == 1
-        and tuple(params["padding"][a]) == (0, 0)
-        for a in x.layout.axes
-    )
-    if not alone:
+    if not _alone(op, x.layout):
         return walk.couple(op, ins, note="a window spans several examples", layout=x.layout)
     if op.name == "reduce_window_sum":
         return moved(x, x.layout)
     value = combine(walk, op, ins[:1])
     return rows(value.layout, faults=value.faults, origin=value.origin) if value.layout is not None else value
+
+
+@rule("select_and_scatter_add select_and_gather_add", scales=True)
+def window_derivative(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """The derivative of a maximum over windows: linear in the first operand, which the second one picks from."""
+    given, picks = ins
+    layout = layout_of(ins)
+    if layout is None or given.summary or not same_layout(ins) or not picks.scale.trivial or picks.summary:
+        return combine(walk, op, ins)
+    if not _alone(op, layout):
+        return walk.couple(op, ins, note="a window spans several examples", layout=layout)
+    return rows(layout, terms=given.terms, origin=given.origin)
+
+
+def _alone(op: Op, layout: Layout) -> bool:
+    """Whether windows hold one example each."""
+    of = op.params
+    steps = [of["window_dimensions"], of["window_strides"], of.get("base_dilation")]
+    return all(
+        tuple(of["padding"][a]) == (0, 0) and all(step is None or step[a] == 1 for step in steps) for a in layout.axes
+    )
 
 
 def _linear_window(walk: Walk, op: Op, ins: list[Value]) -> Value:

@@ -232,6 +232,18 @@ def split(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
     return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=x.layout)
 
 
+@rule("unstack", uniform=True)
+def unstack(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
+    """The entries along one axis, each by itself."""
+    (x,), axis = ins, op.params["axis"]
+    if x.layout is None:
+        return [x.but() for _ in range(op.num_outs)]
+    if axis in x.layout.axes:
+        note = "examples are picked by their place in the batch"
+        return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note)
+    return [moved(x, without(x.layout, {axis})) for _ in range(op.num_outs)]
+
+
 @rule("concatenate", uniform=True)
 def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Arrays side by side: features of the same examples, or views of all of them."""
