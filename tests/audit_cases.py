@@ -391,6 +391,21 @@ MEETING = {
         "COUPLED",
     ),
     "custom_gradient": (lambda h, b: centred_gradient(h) ** 2, "COUPLED"),
+    "a system that its solver does not solve": (
+        lambda h, b: lax.custom_linear_solve(
+            lambda x: x - (x * h).mean(0), b["x"], lambda _, x: 1.0 * x, symmetric=True
+        ),
+        "COUPLED",
+    ),
+    "the transpose's own solver": (
+        lambda h, b: (
+            lax.custom_linear_solve(
+                lambda x: 2.0 * x, h, lambda _, x: x / 2.0, lambda _, x: x - x.mean(0, keepdims=True)
+            )
+            ** 2
+        ),
+        "COUPLED",
+    ),
     # -- state, callbacks, kernels
     "an unknown function of the size": (
         lambda h, b: (

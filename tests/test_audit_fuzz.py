@@ -1,9 +1,9 @@
 """Random programs: an answer of "exact" is never contradicted by the numbers, and seldom withheld in vain.
 
-The truth is float64 value and gradient on microbatches of 4 and 2 of 6 examples, combined by the tags in Python, or of
-3 microbatches as devices where there are collectives; the audit has traced 6 and 2.
-``HYPOTHESIS_PROFILE=deep pytest -s tests/test_audit_fuzz.py`` runs 5000 programs and prints how often each primitive was
-walked. Of the rules that are never walked, most are names of other versions of JAX, or of primitives without a gradient.
+The truth is float64 value and gradient on microbatches of 4 and 2 of 6 examples, combined by the tags in Python; of 3
+microbatches as devices where there are collectives. The audit has traced 6 and 2.
+``HYPOTHESIS_PROFILE=deep pytest -s tests/test_audit_fuzz.py`` runs 5000 programs and prints how often each primitive
+was walked. What never is has another version's name, or no gradient, or no rule but that it couples.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ PARTS = parts_of(BATCH, [4, 2])
 
 @st.composite
 def sentences(draw):
-    """Mostly steps that keep examples apart; in a third of the programs one mixes them, in a sixth a collective does."""
+    """Mostly steps that keep examples apart; one mixes them in a third of the programs, in a sixth by a collective."""
     steps = draw(st.lists(st.sampled_from(sorted(STEPS)), max_size=4))
     others = {0: MIXING, 1: MIXING, 2: DECLARED}.get(draw(st.integers(0, 5)))
     if others is not None:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from jaxaccum import Mean, Sum
+from jaxaccum import Concat, Last, Mean, Sum
 from jaxaccum.testing.bounds import normwise
 
 BATCH = {
@@ -116,6 +116,16 @@ def test_what_has_no_rule_is_fixed_where_nothing_of_the_batch_enters_and_nothing
     for function, exact in ((pure, True), (impure, False), (called, False)):
         report = audited(lambda w, b, f=function: jnp.mean(b["x"] * f(w)[None]))
         assert report.exact == exact, report
+
+
+def test_an_output_whose_shape_changes_with_the_batch_size_is_not_exact():
+    for tag in (Concat, Last, lambda x: jnp.mean(x, 0)):
+        loss = lambda w, b, tag=tag: (
+            jnp.mean(b["x"] @ w),
+            tag(jnp.broadcast_to(b["mask"][:, None], (len(b["x"]),) * 2)),
+        )
+        report = audited(loss, has_aux=True)
+        assert report.exact == (tag is Last)
 
 
 # -- devices and microbatches -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, FaultKind, Kind, Term, Value, fixed, statistic
+from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, Fault, FaultKind, Kind, Term, Value, fixed, statistic
 from jaxaccum._audit.rules.elementwise import text_of
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
@@ -139,8 +139,21 @@ def _joined(walk: Walk, op: Op, values: list[Value]) -> Value:
 
 @rule("custom_linear_solve", complete=True)
 def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """The solution of a linear system, by the solver that it comes with."""
-    lengths = op.params["const_lengths"]
-    before = lengths.matvec + lengths.vecmat
-    operands = [*ins[before : before + lengths.solve], *ins[sum(lengths) :]]
-    return walk.body(op, (op.params["jaxprs"].solve, op.other.params["jaxprs"].solve), operands)
+    """The solution of a linear system, by the solver that it comes with.
+
+    Its gradient is by the others: the system itself, its transpose, and the solver of that.
+    """
+    lengths, solution = op.params["const_lengths"], []
+    faults: frozenset[Fault] = frozenset()
+    for name in ("solve", "matvec", "vecmat", "transpose_solve"):
+        bodies = tuple(getattr(eqn.params["jaxprs"], name) for eqn in (op.eqn, op.other))
+        if bodies[0] is None:
+            continue
+        before = sum(lengths[: lengths._fields.index(name)])
+        consts = ins[before : before + getattr(lengths, name)]
+        outs = walk.body(op, bodies, [*consts, *(solution or ins[sum(lengths) :])])
+        solution = solution or outs
+        faults = faults.union(*(v.faults for v in outs))
+        if any((x.kind, x.layout) != (y.kind, y.layout) for x, y in zip(outs, solution, strict=True)):
+            faults |= {walk.fault(op, FaultKind.UNKNOWN, f"the {name} of a custom_linear_solve mixes examples")}
+    return [dataclasses.replace(v, faults=v.faults | faults) for v in solution]

@@ -83,11 +83,8 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
 def _kept_apart(shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], axes: list[int]) -> bool:
     """Whether a reshape leaves these axes alone, each whole and by itself, so that what is uniform there stays so."""
     pairs = list(zip(shapes, outs, strict=True))
-    return all(
-        len({_whole(shape, out, a) for shape, out in pairs} - {None}) == 1
-        and all(_whole(shape, out, a) is not None for shape, out in pairs)
-        for a in axes
-    )
+    places = [{_whole(shape, out, a) for shape, out in pairs} for a in axes]
+    return all(len(place) == 1 and None not in place for place in places)
 
 
 def _whole(shape: Shape, out: Shape, axis: int) -> int | None:
