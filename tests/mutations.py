@@ -318,7 +318,7 @@ FAULTS = [
     ),
     Fault(
         "the audit lets a constant of the size pass", "_audit/walk.py",
-        "else fixed(IRREGULAR, number=self.fresh())", "else fixed(number=self.fresh())",
+        "fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh())", "fixed(number=self.fresh())",
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[a constant of the size]",
     ),
     Fault(
