@@ -18,7 +18,7 @@ _NONLINEAR = """
     asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac igamma_grad_a random_gamma_grad polygamma
     zeta regularized_incomplete_beta bessel_i0e bessel_i1e cbrt is_finite not xor pow rem min clamp shift_left mulhi
     shift_right_logical shift_right_arithmetic bitcast_convert_type population_count clz
-    lt_to le_to eq_to log2 one_minus_square
+    lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
 _IDENTITY = "copy copy_p stop_gradient device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
