@@ -43,7 +43,7 @@ def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 @rule("call_hi_primitive", complete=True)
 def composed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """What jax 0.12 defines by simpler primitives: these, in place; of the user's own, whose derivative is too, none."""
+    """What jax 0.12 defines by simpler primitives: these, in place. One of the user's own derives itself: no rule."""
     prims = [eqn.params["_prim"] for eqn in (op.eqn, op.other)]
     if not all(type(prim).__module__.startswith("jax.") for prim in prims):
         return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
