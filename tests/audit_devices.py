@@ -21,6 +21,15 @@ def _gathered(h):
     return lax.all_gather(h, AXIS, tiled=True)
 
 
+def _six(h):
+    """As many rows on each device."""
+    return jnp.concatenate([h] * (6 // len(h)))
+
+
+def _around():
+    return [(i, (i + 1) % lax.axis_size(AXIS)) for i in range(lax.axis_size(AXIS))]
+
+
 def _own_places(c):
     return lax.axis_index(AXIS) * c.n + jnp.arange(c.n, dtype=jnp.int32)
 
@@ -45,7 +54,9 @@ DECLARED = {
     "swapped_rows": lambda h, c: h * (lax.all_gather(c.x, AXIS).swapaxes(0, 1).reshape(-1, 3) * _NUMBERS).sum(0)[None],
     "sum_of_roots": lambda h, c: h * lax.psum(jnp.sqrt(1.0 + jnp.sum(h**2)), AXIS),
     "sum_of_means": lambda h, c: h - lax.psum(h.mean(0), AXIS)[None],
-    "scattered_sum": lambda h, c: h + lax.ppermute(h, AXIS, [(0, 0)]),
+    "traded_rows": lambda h, c: h + lax.all_to_all(_six(h), AXIS, 0, 0, tiled=True)[: c.n],
+    "shares_of_a_sum": lambda h, c: h + lax.psum_scatter(_six(h), AXIS, tiled=True)[: c.n],
+    "shifted_rows": lambda h, c: h + lax.ppermute(h, AXIS, _around()),
 }
 """With a collective over the microbatches: a statistic of the batch, as declared, or by no other name."""
 

@@ -137,6 +137,8 @@ _all(
     averaged=lambda h, c: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME") / 3.0,
     pooled_low=lambda h, c: h + lax.reduce_window(h, jnp.inf, lax.min, (1, 2), (1, 1), "SAME"),
     windowed=lambda h, c: h + lax.reduce_window(c.x, 1.0, lambda a, b: a * b + 0.0, (1, 2), (1, 1), "SAME"),
+    searched=lambda h, c: h * (1.0 + jnp.searchsorted(jnp.asarray([-1.0, 0.0, 1.0]), c.x)) / 3.0,
+    nearly_top=lambda h, c: jax.device_put(h) + lax.approx_max_k(c.x, 2)[0].sum(1, keepdims=True),
     reduced=lambda h, c: h + lax.reduce(jnp.tanh(h), 1.0, lambda a, b: a * b + 0.0, (1,))[:, None],
     running_products=lambda h, c: jnp.cumprod(_inside(h), axis=1) + lax.cummin(h, axis=1) + lax.cumlogsumexp(h, axis=1),
     smallest=lambda h, c: h * (1.0 + jnp.argmin(h, 1))[:, None] / 2.0,
