@@ -39,6 +39,10 @@ class Slot:
     key: Any = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
 
+    def array(self, leaf: Any) -> Any:
+        """What the loop carries of the leaf."""
+        return leaf if self.key is None else jax.random.key_data(leaf)
+
     def value(self, array: Any) -> Any:
         """What `fun` sees of the array."""
         return array if self.key is None else jax.random.wrap_key_data(array, impl=self.key)
@@ -82,7 +86,7 @@ def read(
                 if number in differentiated:
                     _check.differentiable(leaf, name)
                 slots.append(_slot(name, leaf, axis, number))
-                arrays.append(leaf if slots[-1].key is None else jax.random.key_data(leaf))
+                arrays.append(slots[-1].array(leaf))
             leaves += 1
     for keyword, value in sorted(kwargs.items()):  # the order of the leaves of a dict
         for name, leaf in leaves_with_names(value, f"keyword argument {keyword}"):

@@ -72,6 +72,8 @@ class Models:
             loss, aux = output if has_aux else (output, None)
             return loss, (aux, Carry(new) if new else None)
 
+        # Its keys are random streams, of which each microbatch of a coupled loss has its own.
+        call.__dict__["has_streams"] = True
         return call
 
     def update(self, state: list[Array]) -> None:

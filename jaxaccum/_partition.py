@@ -49,7 +49,8 @@ def partition(
     """
     layout, _ = _arguments.read(args, {}, in_axes)
     leaves = jax.tree.leaves((args, {}))
-    arrays = [x for i, x in enumerate(leaves) if i not in layout.statics]
+    given = [x for i, x in enumerate(leaves) if i not in layout.statics]
+    arrays = [slot.array(x) for slot, x in zip(layout.slots, given, strict=True)]
     plan = _check.partition(
         _arguments.batch_size(layout.slots, arrays),
         num_microbatches=num_microbatches,

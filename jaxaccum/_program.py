@@ -191,9 +191,9 @@ def prepare(
             _check_coupled(coupling, options.axis_name, partition, shadows)
             if not checked:
                 _check_undivided(layout.slots, given_axes, axes)
-            if partition.num_microbatches > 1:
+            if getattr(fun, "has_streams", False) and (partition.num_microbatches > 1 or mesh_axes):
                 with contextlib.nullcontext() if checked else unchecked():
-                    one = _with_own_streams(one, layout.slots, partition, mesh_axes)
+                    one = _with_own_streams(one, call.outputs[g], layout.slots, partition, mesh_axes)
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
@@ -233,22 +233,28 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
         return one, consts, False
 
 
-def _with_own_streams(one: Trace, slots: Sequence[Slot], partition: Partition, mesh_axes: tuple[str, ...]) -> Trace:
-    """A coupled trace in which every carried key that `fun` only draws from is folded with the microbatch's index.
+def _with_own_streams(
+    one: Trace, outputs: Outputs, slots: Sequence[Slot], partition: Partition, mesh_axes: tuple[str, ...]
+) -> Trace:
+    """A coupled trace of a model, in which every carried key is folded with the microbatch's index.
 
-    A coupled program updates its state once, so that all microbatches would draw the same numbers.
+    A coupled program updates its state once, so that all microbatches would draw the same numbers. What the new state
+    makes of the old one alone, such as the next key, is made of the keys as they came.
     """
     keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
-    streams = {out: i for out, i in one.returned().items() if i in keys}
+    own = {one.num_consts + i for i, slot in enumerate(slots) if slot.role not in (Role.WHOLE, Role.CARRY)}
+    states = [i for i, part in enumerate(outputs.parts) if part.reduction is Reduction.CARRY]
+    kept = {i for i in states if not any(needed for j, needed in enumerate(one.needs([i])) if j in own)}
 
     def folded(index: Array, arrays: list[Any]) -> list[Any]:
         place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches
-        for i in streams.values():
-            key = jax.random.wrap_key_data(arrays[i], impl=keys[i])
-            arrays[i] = jax.random.key_data(jax.random.fold_in(key, place))
+        for i, impl in keys.items():
+            given = jax.random.wrap_key_data(arrays[i], impl=impl)
+            own = jax.vmap(jax.random.fold_in, (0, None))(given.reshape(-1), place)
+            arrays[i] = jax.random.key_data(own.reshape(given.shape))
         return arrays
 
-    return one.before(folded, keep=streams) if streams else one
+    return one.before(folded, keep=kept) if keys else one
 
 
 def _check_coupled(coupling: jex.JaxprEqn, name: str, partition: Partition, shadows: bool) -> None:

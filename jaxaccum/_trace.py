@@ -7,7 +7,7 @@ derivative, the derivative of the derivative, evaluates the jaxpr.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,29 +49,16 @@ class Trace:
         """Which of ``(*consts, *args)`` one equation alone reads, and whole: no loop over them and no slice."""
         return _read_at_once(self.jaxpr)[1:]
 
-    def returned(self) -> dict[int, int]:
-        """The outputs that are arguments, of ``(*consts, *args)``, as they came in; a typed key counts by its data."""
-        made = {v: eqn for eqn in self.jaxpr.eqns for v in eqn.outvars}
-
-        def source(v: Any) -> Any:
-            for name in ("random_unwrap", "random_wrap"):
-                if v in made and made[v].primitive.name == name:
-                    v = made[v].invars[0]
-            return v
-
-        place = {v: i for i, v in enumerate(self.jaxpr.invars[1:])}
-        sources = [None if isinstance(v, jex.Literal) else source(v) for v in self.jaxpr.outvars]
-        return {i: place[v] for i, v in enumerate(sources) if v in place}
-
-    def before(self, change: Callable[[Any, list[Any]], list[Any]], keep: dict[int, int]) -> Trace:
-        """The trace of changed arguments, but for the outputs `keep`, each an argument as it came in."""
+    def before(self, change: Callable[[Any, list[Any]], list[Any]], keep: Collection[int]) -> Trace:
+        """The trace of changed arguments, but for the outputs `keep`, which are those of the arguments as they came."""
 
         def changed(index: Any, *arrays: Any) -> list[Any]:
-            outs = self(index, change(index, list(arrays)))
-            return [arrays[keep[i]] if i in keep else out for i, out in enumerate(outs)]
+            outs, kept = self(index, change(index, list(arrays))), self(index, arrays)
+            return [kept[i] if i in keep else out for i, out in enumerate(outs)]
 
         jaxpr = jax.make_jaxpr(changed, axis_env=[self.axis])(*(v.aval for v in self.jaxpr.invars)).jaxpr
-        return dataclasses.replace(self, jaxpr=with_invars(with_strides(jaxpr), list(jaxpr.invars)))
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+        return dataclasses.replace(self, jaxpr=with_invars(with_strides(used), list(used.invars)))
 
     @property
     def coupling(self) -> jex.JaxprEqn | None:

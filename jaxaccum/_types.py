@@ -34,8 +34,7 @@ class Sentinel(enum.Enum):
 CARRY = Sentinel.CARRY
 """A state threaded from microbatch to microbatch; `fun` returns the new one as ``Carry(state)``.
 
-A coupled loss updates it once, from the state that the call was given; a typed key in it that `fun` draws from and
-returns as it came is folded with the microbatch's index.
+A coupled loss updates it once, from the state that the call was given, which every microbatch reads.
 """
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""

@@ -374,25 +374,26 @@ class Dropped(nnx.Module):
         return self.dropout(jnp.tanh(self.norm(x)))
 
 
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-def test_streams_of_a_coupled_model_differ_between_devices_and_microbatches(check_vma):
+def test_streams_of_a_coupled_model_differ_between_devices_and_microbatches(check_vma, n):
     graph, params, rest = nnx.split(Dropped(), nnx.Param, ...)
     fun = lambda model, x: jnp.mean((model(x) - 1) ** 2)
 
     def step(params, rest, x):
         model = nnx.merge(graph, params, rest)
-        return ja.nnx.value_and_grad(fun, num_microbatches=2, mesh_axes="data")(model, x)
+        return ja.nnx.value_and_grad(fun, num_microbatches=n, mesh_axes="data")(model, x)
 
     def expected(params, place):
         is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         own = lambda i: jax.tree.map(lambda x: jax.random.fold_in(x, i) if is_key(x) else x, rest)
         one = lambda d, m, x: fun(nnx.merge(graph, params, own(place(d, m)), copy=True), x)
         over = jax.vmap(jax.vmap(one, (None, 0, 0), axis_name="microbatch"), (0, None, 0), axis_name="data")
-        return jnp.mean(over(jnp.arange(4), jnp.arange(2), X.reshape(4, 2, 4, 3)))
+        return jnp.mean(over(jnp.arange(4), jnp.arange(n), X.reshape(4, n, -1, 3)))
 
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs))(params, rest, X)
-    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: 2 * d + m)) < EXACT
+    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: n * d + m)) < EXACT
     assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: m)) > 1e-2  # the same on every device
 
 

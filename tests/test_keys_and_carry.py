@@ -124,3 +124,24 @@ def test_a_typed_key_runs_in_the_state(impl):
 def test_keys_are_no_numbers(tag):
     fun = ja.microbatch(lambda x, key: tag(key), in_axes=(0, ja.KEY), microbatch_size=3)
     refused(lambda: fun(X, jax.random.key(0)), "PRNG key", "Stack", error=TypeError)
+
+
+def test_partition_hands_out_a_carried_key():
+    rows = [x for x, _ in ja.partition(X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4)]
+    keys = [
+        state["key"]
+        for _, state in ja.partition(X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4)
+    ]
+    assert [len(x) for x in rows] == [4, 3]
+    assert all(same(jax.random.key_data(key), jax.random.key_data(jax.random.key(0))) for key in keys)
+
+
+def test_a_coupled_loss_reads_a_carried_key_as_the_full_batch_does():
+    def fun(x, state):
+        drawn = jax.random.normal(state["key"], (3,), jnp.float64)
+        mean = jax.lax.pmean(jnp.mean(x, axis=0), "microbatch")
+        return {"value": ja.Mean(jnp.sum(jnp.sin(x - mean[None]) @ drawn), len(x)), "state": ja.Carry(state)}
+
+    state, rows = {"key": jax.random.split(jax.random.key(0), 2)[0]}, data(8, 3)
+    actual = ja.microbatch(fun, in_axes=(0, ja.CARRY), num_microbatches=4)(rows, state)
+    assert normwise(actual["value"], ja.full_batch(fun, (0, ja.CARRY))(rows, state)["value"]) < EXACT

@@ -136,6 +136,43 @@ def test_microbatches_of_a_coupled_model_draw_masks_of_their_own(memory):
     assert (jax.random.key_data(model.dropout.rngs.key.get_value()) == key).all()
 
 
+class Drawing(nnx.Module):
+    """A coupled model whose draws stand behind a transformation, or whose stream is one of several."""
+
+    def __init__(self, how):
+        self.norm, self.how = ja.nnx.BatchNorm(3, rngs=nnx.Rngs(0), param_dtype=jnp.float64), how
+        self.rngs, self.key = nnx.Rngs(1), nnx.RngKey(jax.random.key(2), tag="own")
+        self.several = nnx.RngKey(jax.random.split(jax.random.key(3), 2), tag="several")
+
+    def drawn(self):
+        draw = lambda key: jax.random.uniform(key, (), jnp.float64)
+        match self.how:
+            case "checkpoint":
+                return nnx.remat(lambda rngs: draw(rngs()))(self.rngs)
+            case "jit":
+                return nnx.jit(lambda rngs: draw(rngs()))(self.rngs)
+            case "split":
+                key, own = jax.random.split(self.key.get_value())
+                self.key.set_value(key)
+                return draw(own)
+            case _:
+                return draw(self.several.get_value()[1])
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "jit", "split", "several"])
+def test_wherever_a_coupled_model_draws_each_microbatch_draws_its_own(how):
+    def fun(model, x):
+        drawn = model.drawn()
+        return jnp.mean(model.norm(x) * drawn), ja.Stack(drawn)
+
+    model = Drawing(how)
+    _, drawn = ja.nnx.value_and_grad(fun, has_aux=True, num_microbatches=4)(model, data(8, 3))[0]
+    assert len(set(drawn.tolist())) == 4
+    following, _ = jax.random.split(jax.random.key(2))
+    expected = following if how == "split" else jax.random.key(2)
+    assert (jax.random.key_data(model.key.get_value()) == jax.random.key_data(expected)).all()
+
+
 def test_one_microbatch_of_a_coupled_model_is_the_full_batch_with_its_masks():
     model, twin, batch = Coupled(), Coupled(), {"x": data(8, 3), "y": data(8, 2, seed=1)}
     expected = nnx.value_and_grad(loss)(twin, batch)
