@@ -7,7 +7,7 @@ varies over every axis that its arguments vary over, and the sums over devices t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -53,3 +53,24 @@ def _transpose(cotangent: Any, x: Any) -> list[Any]:
 
 
 ad.deflinear2(_untyped, _transpose)
+
+
+def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
+    """The inverse of `untyped`: values that vary over the axes. JAX's own cast would sum cotangents over devices."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: x if is_key(x) else _typed.bind(x, axes=tuple(sorted(axes))), tree)
+
+
+def _varying(x: Any, axes: tuple[str, ...]) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(x.shape)))
+    kind = type(x.manual_axis_type)(varying=frozenset(axes))
+    return jax.core.ShapedArray(x.shape, x.dtype, sharding=sharding, manual_axis_type=kind)
+
+
+_typed = jex.Primitive("typed")
+_typed.def_impl(lambda x, axes: x)
+_typed.def_abstract_eval(_varying)
+mlir.register_lowering(_typed, lambda _, x, axes: [x])
+batching.defvectorized(_typed)
+ad.deflinear2(_typed, lambda cotangent, x, axes: [_untyped.bind(cotangent)])

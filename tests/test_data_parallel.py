@@ -289,6 +289,20 @@ def test_batch_normalization_over_devices_and_microbatches():
     assert normwise(alone(W, X), right) > 1e-3  # each device's own statistics
 
 
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+def test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside(check_vma):
+    """Reverse mode over the `shard_map`: no cotangent is counted once a device."""
+    mesh = mesh_of((4, 2), "manual")
+    step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
+    over = jax.shard_map(step, mesh=mesh, **specs)
+    norm = lambda grads: sum(jnp.sum(g**3) for g in jax.tree.leaves(grads))
+    right = jax.grad(whole_norm)(W, X)
+    assert normwise(jax.jit(jax.grad(lambda w: over(w, X)[0]))(W), right) < EXACT
+    second = jax.grad(lambda w: norm(jax.grad(whole_norm)(w, X)))(W)
+    assert normwise(jax.jit(jax.grad(lambda w: norm(over(w, X)[1])))(W), second) < EXACT
+
+
 def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
     right = jax.value_and_grad(whole_norm)(W, X)
     assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT

@@ -26,7 +26,7 @@ from jaxaccum._loop import Gradient, Result, Seeds
 from jaxaccum._program import Program
 from jaxaccum._tree import is_inexact
 from jaxaccum._types import Array
-from jaxaccum._unchecked import unchecked, untyped
+from jaxaccum._unchecked import typed, unchecked, untyped
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
@@ -35,7 +35,7 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
         plain = _plain(program)
         with unchecked():
             parts = run(plain, untyped(list(arrays)), checkpoint=checkpoint)
-        return _mesh.vary(parts, program.axes)
+        return typed(parts, program.axes)
     if not program.coupled:
         return _loop.run(program, arrays, checkpoint=checkpoint)
     cuts = _cuts(program)
@@ -56,7 +56,7 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
             gradient = dataclasses.replace(gradient, sums=dataclasses.replace(gradient.sums, in_place=False))
         with unchecked():
             result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(seeds))
-        return _mesh.vary(result, program.axes)
+        return typed(result, program.axes)
     if not program.coupled:
         return _loop.run_with_gradient(program, arrays, gradient, seeds)
     cuts = _cuts(program)
