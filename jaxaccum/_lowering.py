@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -11,15 +10,15 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _arguments, _program
+from jaxaccum import _arguments, _explicit, _program
 from jaxaccum._arguments import Role, Slot
 from jaxaccum._flops import flops
 from jaxaccum._program import Options
-from jaxaccum._tree import dtype_of, is_array, leaves_with_names
+from jaxaccum._tree import is_array, leaves_with_names
+from jaxaccum._types import Fun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +87,16 @@ class Call:
         slots, batch_size = found[-1]
         return [slot for slot in slots if slot.role is Role.ROWS], batch_size
 
-    def couples(self, fun: Callable[..., Any], options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
-        """Whether the loss has collectives over microbatches, by one trace of it on the whole batch."""
+    def couples(self, fun: Fun, options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
+        """Whether the loss has collectives over microbatches, by one trace of it where the real call would trace it."""
         found: list[bool] = []
 
-        def note(*arrays: Any) -> None:
-            prepare = functools.partial(_program.prepare, argnums=argnums, loss=True, has_aux=has_aux)
-            found.append(prepare(fun, options, self._build(arrays), {})[0].coupled)
+        def note(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            program, _ = _program.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
+            found.append(program.coupled)
 
-        if self.mesh_axes:
-            jax.eval_shape(self._shard_map(note, None), *self.shapes)
-        else:  # as on one device: what couples examples does so wherever they are
-            jax.eval_shape(note, *(jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)) for x in self.shapes))
+        one = lambda *arrays: _explicit.spread(note, fun, options, self._build(arrays), {})
+        jax.eval_shape(self._shard_map(one, None) if self.mesh_axes else one, *self.shapes)
         return found[-1]
 
     def compiled(self, step: Callable[..., Any], argnums: Sequence[int]) -> Cost:

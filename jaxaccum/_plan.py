@@ -24,7 +24,7 @@ class Row:
     microbatch_size: int
     num_microbatches: int
     memory: Memory
-    """The schedule of a coupled loss; None for every other."""
+    """The schedule of a coupled loss, as `value_and_grad` takes it; None for every other."""
     temp_bytes: int
     """Beside arguments and results: activations and sums."""
     total_bytes: int
@@ -51,7 +51,7 @@ class Plan:
     def best(self) -> Row:
         """The largest microbatch within the limit; of several schedules' the one of fewest operations. Compiled."""
         largest = {row.memory: row for row in self.rows if row.fits and row.compiled}
-        return min(largest.values(), key=lambda row: row.flops)
+        return min(largest.values(), key=lambda row: (row.flops, -row.microbatch_size))
 
     def __str__(self) -> str:
         best = self.best
@@ -106,7 +106,8 @@ def plan(
         best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
 
     Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and ``"store"``, or the
-    one that `memory` names; among the largest microbatches that fit, the best takes the fewest operations.
+    one that `memory` names; among the largest microbatches that fit, the best takes the fewest operations. What a
+    schedule stores may change with the size, so that both ends are compiled too and nothing is extrapolated.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.
@@ -152,8 +153,11 @@ def plan(
         "in_axes": in_axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
         "mesh_axes": mesh_axes,
     }  # fmt: skip
-    coupled = call.couples(fun, Options(num_microbatches=1, **options), numbers, has_aux=has_aux)
-    schedules: tuple[Memory, ...] = _SCHEDULES if coupled and memory is None else (memory,)
+    given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    asked = any(number is not None for number in given.values())
+    traced = Options(**(given if asked else {"num_microbatches": 1}), memory=memory, **options)
+    coupled = call.couples(fun, traced, numbers, has_aux=has_aux)
+    schedules: tuple[Memory, ...] = (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
     options |= {"accumulator": accumulator, "gather": gather}
 
     def measure(schedule: Memory, size: int) -> _lowering.Cost:
@@ -163,17 +167,15 @@ def plan(
                 warnings.filterwarnings("ignore", message="memory=")
             return call.compiled(step, numbers)
 
-    if num_microbatches is not None or microbatch_size is not None:
-        found = _check.partition(
-            call.batch_size, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split
-        )
+    if asked:
+        found = _check.partition(call.batch_size, **given, split=split)
         sizes = [found.groups[0].size]
     else:
         equal = split == "strided" or call.explicit or coupled
         sizes = candidates(call.batch_size, shards=call.shards, equal=equal)
     rows, needed = [], []
     for schedule in schedules:
-        search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit)
+        search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled)
         choice = search.run()
         rows += [search.row(size, schedule) for size in sizes]
         needed.append((search.total(choice), choice))
@@ -208,8 +210,11 @@ def _limit(memory_bytes: Any, call: _lowering.Call) -> int:
 class _Search:
     """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed."""
 
-    def __init__(self, measure: Callable[[int], _lowering.Cost], sizes: list[int], batch_size: int, limit: int):
+    def __init__(
+        self, measure: Callable[[int], _lowering.Cost], sizes: list[int], batch_size: int, limit: int, *, ends: bool
+    ) -> None:
         self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
+        self.ends = [sizes[0], sizes[-1]] if ends else []
         self.known: dict[int, _lowering.Cost] = {}
         self.guesses: dict[int, int] = {}
 
@@ -228,7 +233,7 @@ class _Search:
         """About an eighth and a half of the batch: a single microbatch is no loop, and the smallest are padded."""
         loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
         small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
-        return sorted({small, loops[-1]})
+        return sorted({small, loops[-1], *self.ends})
 
     def _compile(self, size: int) -> None:
         if len(self.known) > 1:

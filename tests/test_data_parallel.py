@@ -367,6 +367,26 @@ def test_collectives_over_devices_and_microbatches(name):
     assert normwise(over(W, X), right) < EXACT
 
 
+@pytest.mark.parametrize("memory", ["min", "store"])
+@pytest.mark.parametrize("kind", ["manual", "explicit"])
+@pytest.mark.parametrize(("collective", "whole"), [(lax.pmax, jnp.max), (lax.pmin, jnp.min)], ids=["pmax", "pmin"])
+def test_extrema_over_devices_and_microbatches_are_differentiated(collective, whole, kind, memory):
+    """By `reduce_max`'s rule on the whole batch; the extremum's own example carries its gradient, on one device."""
+    mesh, both, h = mesh_of((8,), kind), ("data", "microbatch"), lambda w, x: jnp.tanh(x @ w["a"]) * w["b"][None]
+    fun = lambda w, x: jnp.mean((h(w, x) - collective(whole(h(w, x), axis=0), both)[None]) ** 3)
+    right = jax.value_and_grad(lambda w, x: jnp.mean((h(w, x) - whole(h(w, x), axis=0)[None]) ** 3))(W, X)
+    step = ja.value_and_grad(fun, num_microbatches=2, mesh_axes="data" if kind == "manual" else None, memory=memory)
+    if kind == "manual":
+        over = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+        actual = jax.jit(over)(W, X)
+    else:
+        w, (x, _), _ = laid_out(mesh, ("data",))
+        actual = jax.jit(step)(w, x)
+    assert normwise(actual, right) < EXACT
+    constant = lambda w, x: jnp.mean((h(w, x) - lax.stop_gradient(whole(h(w, x), axis=0))[None]) ** 3)
+    assert normwise(jax.value_and_grad(constant)(W, X), right) > 1e-3  # an extremum without a gradient
+
+
 def test_other_collectives_over_several_axes_are_refused():
     def fun(w, x):
         return jnp.mean(lax.all_to_all(jnp.tile(x @ w["a"], (8, 1)), ("data", "microbatch"), 0, 0, tiled=True))

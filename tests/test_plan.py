@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from jaxaccum._flops import flops
-from jaxaccum._plan import candidates
+from jaxaccum._plan import Plan, Row, candidates
 
 FLOAT, LAYERS, WIDTH, BATCH = jnp.float32, 8, 64, 4096
 MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -174,11 +174,65 @@ def test_the_schedule_of_a_coupled_loss_can_be_asked_for(planned_coupled):
     refused(lambda: ja.plan(normalized, *shapes(1536), memory_bytes=10_000), "memory_bytes=10000", "raise the limit")
 
 
+def test_nothing_of_a_coupled_loss_is_extrapolated(planned_coupled):
+    """The schedule for None changes with the size: a line from the middle sizes would end below zero."""
+    for schedule in ("min", None, "store"):
+        rows = [row for row in planned_coupled.rows if row.memory == schedule]
+        assert rows[0].compiled
+        assert rows[-1].compiled
+        assert min(row.temp_bytes for row in rows) > 0
+        assert min(row.flops for row in rows) > 6 * WIDTH**2 * 1536 * 0.5
+
+
 def test_a_coupled_batch_is_never_divided_into_unequal_microbatches():
     """12 examples and a limit for 8 of them, which leave a remainder of 4."""
     plan = ja.plan(normalized, *shapes(12), memory_bytes=10**7, memory="min")
     assert [row.microbatch_size for row in plan.rows] == [1, 2, 3, 4, 6, 12]
     refused(lambda: ja.plan(normalized, *shapes(12), memory_bytes=10**7, microbatch_size=8), "equal microbatches")
+
+
+def row_sums(params, x):
+    """A loss over all devices and microbatches, or of this device's rows, and a sharding named in it."""
+    h = jnp.einsum("bw,wv->bv", x, params[0], out_sharding=P("data"))
+    return jnp.mean(jnp.tanh(h) ** 2)
+
+
+def over_all(params, x):
+    h = jnp.tanh(x @ params[0])
+    centre = lax.pmean(jnp.mean(h, axis=0, keepdims=True), ("data", "microbatch"))
+    return lax.pmean(jnp.mean((h - centre) ** 2), ("data", "microbatch"))
+
+
+@pytest.mark.parametrize(("fun", "coupled"), [(row_sums, False), (over_all, True), (loss, False)])
+def test_an_explicit_mesh_is_planned_as_it_runs(fun, coupled):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    at = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    w, x = shapes(256)
+    args = at(w, P()), at(x, P("data"))
+    plan = ja.plan(fun, *args, memory_bytes=10**7, microbatch_size=64)
+    assert plan.coupled is coupled
+    step = jax.jit(ja.value_and_grad(fun, microbatch_size=64, memory=plan.best.memory))
+    real = step.lower(*args).compile().memory_analysis()
+    assert plan.best.temp_bytes == pytest.approx(real.temp_size_in_bytes, rel=0.02)
+
+
+def test_a_function_of_one_size_is_planned_at_it():
+    def fixed(params, x):
+        assert x.shape[0] == 16
+        return loss(params, x)
+
+    plan = ja.plan(fixed, *shapes(64), memory_bytes=10**7, microbatch_size=16, memory="min")
+    assert [(row.microbatch_size, row.memory) for row in plan.rows] == [(16, None)]  # "min" says nothing of this loss
+    refused(lambda: ja.plan(fixed, *shapes(64), memory_bytes=10**7, microbatch_size=16, memory="most"), "memory", "most")
+
+
+def test_of_equally_many_operations_the_larger_microbatch_is_best():
+    def row(size, memory):
+        return Row(size, 64 // size, memory, 1, 1, 100.0, compiled=True, predicted_temp_bytes=None, fits=True)
+
+    rows = row(8, "min"), row(16, "store")
+    assert Plan(rows, 10, coupled=True).best is rows[1]
+    assert Plan(rows[::-1], 10, coupled=True).best is rows[1]
 
 
 def test_candidates():

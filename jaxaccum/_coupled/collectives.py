@@ -40,7 +40,7 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
         if several is not None and len(axes_of(eqn)) > 1:
             outs = [several(eqn, operands[0])]
         elif eqn.primitive.name == "psum" and _explicit():
-            outs = [jnp.sum(lax.all_gather(x, axes_of(eqn)), axis=0) for x in operands]
+            outs = [jnp.sum(_gathered(x[None], axes_of(eqn)), axis=0) for x in operands]
         else:
             outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -52,13 +52,16 @@ def _explicit() -> bool:
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def _all_gather(eqn: jex.JaxprEqn, x: Array) -> Array:
+def _gathered(x: Array, axes: tuple[Any, ...], dimension: int = 0) -> Array:
     """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis alone."""
-    dimension = eqn.params["all_gather_dimension"]
-    x = x if eqn.params["tiled"] else jnp.expand_dims(x, dimension)
-    for name in reversed(axes_of(eqn)):
+    for name in reversed(axes):
         x = lax.all_gather(x, name, axis=dimension, tiled=True)
     return x
+
+
+def _all_gather(eqn: jex.JaxprEqn, x: Array) -> Array:
+    dimension = eqn.params["all_gather_dimension"]
+    return _gathered(x if eqn.params["tiled"] else jnp.expand_dims(x, dimension), axes_of(eqn), dimension)
 
 
 def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
@@ -76,6 +79,6 @@ _EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
 def _extremum(rule: tuple[Any, Any], axes: tuple[Any, ...], operand: Array) -> Array:
     collective, reduction = rule
     extremum = jax.custom_jvp(lambda x: collective(x, axes))
-    gathered = lambda x: reduction(lax.all_gather(x, axes), axis=0)
-    extremum.defjvp(lambda primals, tangents: jax.jvp(gathered, primals, tangents))
+    over_all = lambda x: reduction(_gathered(x[None], axes), axis=0)
+    extremum.defjvp(lambda primals, tangents: jax.jvp(over_all, primals, tangents))
     return extremum(operand)
