@@ -18,7 +18,7 @@ from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
-from jaxaccum._unchecked import unchecked, untyped_shard_index
+from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
                 raise error from None
         if one.coupling is None:
             raise
-        return one, consts, False
+        return dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])), consts, False
 
 
 def _with_own_streams(

@@ -111,27 +111,41 @@ def with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None
     (`_slice_transpose_fancy` maps over them); 0.12 takes both.
     """
-    eqns = [_eqn_with_strides(eqn) for eqn in jaxpr.eqns]
-    changed = any(new is not old for new, old in zip(eqns, jaxpr.eqns, strict=True))
-    return jaxpr.replace(eqns=eqns) if changed else jaxpr
+    return changed(jaxpr, _eqn_with_strides)
 
 
 def _eqn_with_strides(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if eqn.primitive.name == "slice" and eqn.params["strides"] is None:
         return eqn.replace(params=eqn.params | {"strides": (1,) * len(eqn.params["start_indices"])})
-    params = {name: _param_with_strides(value) for name, value in eqn.params.items()}
-    changed = any(params[name] is not value for name, value in eqn.params.items())
-    return eqn.replace(params=params) if changed else eqn
+    return eqn
 
 
-def _param_with_strides(value: Any) -> Any:
+Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
+
+
+def changed(jaxpr: jex.Jaxpr, change: Change) -> jex.Jaxpr:
+    """The jaxpr with every equation changed, at any depth; itself where none is."""
+    eqns = [_changed_eqn(eqn, change) for eqn in jaxpr.eqns]
+    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
+    return jaxpr if same else jaxpr.replace(eqns=eqns)
+
+
+def _changed_eqn(eqn: jex.JaxprEqn, change: Change) -> jex.JaxprEqn:
+    if (new := change(eqn)) is not eqn:
+        return new
+    params = {name: _changed_param(value, change) for name, value in eqn.params.items()}
+    same = all(params[name] is value for name, value in eqn.params.items())
+    return eqn if same else eqn.replace(params=params)
+
+
+def _changed_param(value: Any, change: Change) -> Any:
     if isinstance(value, ClosedJaxpr):
-        jaxpr = with_strides(value.jaxpr)
+        jaxpr = changed(value.jaxpr, change)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, jex.Jaxpr):
-        return with_strides(value)
+        return changed(value, change)
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = tuple(_param_with_strides(x) for x in value)
+        new = tuple(_changed_param(x, change) for x in value)
         return value if all(x is y for x, y in zip(new, value, strict=True)) else new
     return value
 

@@ -7,7 +7,8 @@ varies over every axis that its arguments vary over, and the sums over devices t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from jax import lax
 from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
 from jax.interpreters import ad, batching, mlir
 
-from jaxaccum import _mesh
-from jaxaccum._types import PyTree
+from jaxaccum._trace import axes_of, changed, unchanged
+from jaxaccum._types import Array, PyTree
 
 
 def unchecked() -> Any:
@@ -49,7 +50,7 @@ batching.defvectorized(_untyped)
 
 
 def _transpose(cotangent: Any, x: Any) -> list[Any]:
-    return [_mesh.vary(cotangent, frozenset(x.aval.manual_axis_type.varying))]
+    return [typed(cotangent, x.aval.manual_axis_type.varying)]
 
 
 ad.deflinear2(_untyped, _transpose)
@@ -74,3 +75,58 @@ _typed.def_abstract_eval(_varying)
 mlir.register_lowering(_typed, lambda _, x, axes: [x])
 batching.defvectorized(_typed)
 ad.deflinear2(_typed, lambda cotangent, x, axes: [_untyped.bind(cotangent)])
+
+
+def exchanged(collective: Callable[[Array], Array], x: Array) -> Array:
+    """``collective(x)``, linear in `x`, of which JAX checks no types: nor of its transpose, wherever that is taken."""
+    with unchecked():
+        jaxpr = jax.make_jaxpr(collective)(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return _exchanged.bind(x, jaxpr=jaxpr)
+
+
+def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
+    """The jaxpr whose linear collectives over the mesh, those that the loop resolves apart, are `exchanged`."""
+
+    def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+        if eqn.primitive.name not in _LINEAR or loop_axis in axes_of(eqn) or len(eqn.invars) != 1:
+            return eqn
+        (x,) = eqn.invars
+        one = lambda x: unchanged(eqn, [x], jaxpr)[0]
+        with unchecked():
+            inner = jax.make_jaxpr(one)(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype))
+        return eqn.replace(primitive=_exchanged, params={"jaxpr": inner}, effects=jex.no_effects)
+
+    return changed(jaxpr, change)
+
+
+_LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}
+
+
+def _evaluated(x: Any, jaxpr: jex.ClosedJaxpr) -> Any:
+    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x)[0]
+
+
+def _lowered(ctx: Any, x: Any, jaxpr: jex.ClosedJaxpr) -> Any:
+    with unchecked():
+        return mlir.lower_fun(_evaluated, multiple_results=False)(ctx, x, jaxpr=jaxpr)
+
+
+def _backward(cotangent: Any, x: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
+    (aval,) = jaxpr.in_avals
+    shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    with unchecked():
+        transpose = jax.linear_transpose(functools.partial(_evaluated, jaxpr=jaxpr), shape)
+    return [exchanged(lambda cotangent: transpose(cotangent)[0], cotangent)]
+
+
+def _batched(args: Any, dims: Any, *, jaxpr: jex.ClosedJaxpr) -> tuple[Any, int]:
+    (x,), (dim,) = args, dims
+    return exchanged(jax.vmap(functools.partial(_evaluated, jaxpr=jaxpr), dim), x), 0
+
+
+_exchanged = jex.Primitive("exchanged")
+_exchanged.def_impl(_evaluated)
+_exchanged.def_abstract_eval(lambda x, jaxpr: jax.core.ShapedArray(jaxpr.out_avals[0].shape, jaxpr.out_avals[0].dtype))
+mlir.register_lowering(_exchanged, _lowered)
+batching.primitive_batchers[_exchanged] = _batched
+ad.deflinear2(_exchanged, _backward)

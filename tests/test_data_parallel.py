@@ -367,6 +367,36 @@ def test_collectives_over_devices_and_microbatches(name):
     assert normwise(over(W, X), right) < EXACT
 
 
+def gathered_twice(w, x):
+    """The contrastive loss with one gather an axis, the one inside a checkpoint, the other under jit."""
+    a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
+    own = jax.checkpoint(lambda b: lax.all_gather(b, "microbatch", tiled=True))
+    scores = a @ jax.jit(lambda b: lax.all_gather(own(b), "data", tiled=True))(b).T
+    place = jnp.arange(len(x), dtype=jnp.int32) + lax.axis_index(("data", "microbatch")) * len(x)
+    return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, place[:, None], axis=1)[:, 0])
+
+
+@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("fun", [contrastive(("data", "microbatch")), gathered_twice], ids=["at once", "axis by axis"])
+def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
+    """Gradients of values and of gradients, tangents and a mapped axis, taken over the `shard_map`."""
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
+    step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
+    ours = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs)
+    full = jax.value_and_grad(whole_contrastive)
+    scaled, tangents = lambda c: jax.tree.map(lambda x: c * x, W), jax.tree.map(jnp.cos, W)
+    transformed = {
+        "grad": lambda f: jax.grad(lambda w: f(w, X)[0])(W),
+        "grad of grad": lambda f: jax.grad(lambda w: sum(jnp.sum(g**3) for g in f(w, X)[1].values()))(W),
+        "jvp": lambda f: jax.jvp(lambda w: f(w, X), (W,), (tangents,)),
+        "vmap": lambda f: jax.vmap(lambda c: f(scaled(c), X))(jnp.arange(1.0, 4.0)),
+    }
+    for name, how in transformed.items():
+        assert normwise(jax.jit(lambda how=how: how(ours))(), how(full)) < EXACT, name
+    each = jax.grad(lambda w: sum(f(w, X)[0] for f in [full] * 4))(W)
+    assert normwise(each, transformed["grad"](full)) > 1  # counted once a device
+
+
 @pytest.mark.parametrize("memory", ["min", "store"])
 @pytest.mark.parametrize("kind", ["manual", "explicit"])
 @pytest.mark.parametrize(("collective", "whole"), [(lax.pmax, jnp.max), (lax.pmin, jnp.min)], ids=["pmax", "pmin"])

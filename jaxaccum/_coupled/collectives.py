@@ -6,7 +6,8 @@ of ``pmax`` and ``pmin``; theirs is that of ``reduce_max`` over all operands, wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 from jaxaccum._coupled.cut import Fragment
 from jaxaccum._trace import axes_of, unchanged
 from jaxaccum._types import Array
+from jaxaccum._unchecked import exchanged
 
 
 def resolve(
@@ -55,7 +57,7 @@ def _explicit() -> bool:
 def _gathered(x: Array, axes: tuple[Any, ...], dimension: int = 0) -> Array:
     """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis alone."""
     for name in reversed(axes):
-        x = lax.all_gather(x, name, axis=dimension, tiled=True)
+        x = _one(functools.partial(lax.all_gather, axis_name=name, axis=dimension, tiled=True), x, name)
     return x
 
 
@@ -68,8 +70,15 @@ def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
     """The transpose of `_all_gather`."""
     dimension = eqn.params["scatter_dimension"]
     for name in axes_of(eqn):
-        x = lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
+        scatter = functools.partial(lax.psum_scatter, axis_name=name, scatter_dimension=dimension, tiled=True)
+        x = _one(scatter, x, name)
     return x if eqn.params["tiled"] else jnp.squeeze(x, dimension)
+
+
+def _one(collective: Callable[[Array], Array], x: Array, name: str) -> Array:
+    """Over one axis: the loop's, or one of the mesh, of which JAX checks types where a caller differentiates."""
+    manual = name in jax.sharding.get_abstract_mesh().manual_axes
+    return exchanged(collective, x) if manual else collective(x)
 
 
 _OVER_SEVERAL_AXES = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
