@@ -90,10 +90,10 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         if eqn.primitive.name not in _LINEAR or loop_axis in axes_of(eqn) or len(eqn.invars) != 1:
             return eqn
-        (x,) = eqn.invars
-        one = lambda x: unchanged(eqn, [x], jaxpr)[0]
+        aval: Any = eqn.invars[0].aval
         with unchecked():
-            inner = jax.make_jaxpr(one)(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype))
+            one = jax.make_jaxpr(lambda x: unchanged(eqn, [x], jaxpr)[0])
+            inner = one(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return eqn.replace(primitive=_exchanged, params={"jaxpr": inner}, effects=jex.no_effects)
 
     return changed(jaxpr, change)

@@ -176,6 +176,20 @@ def test_a_carried_state_matters_where_the_loss_reads_it():
         assert (report.verdict, report.exact) == (verdict, exact)
 
 
+def test_a_carried_key_that_comes_back_is_no_changed_state():
+    def noisy(w, x, state, change):
+        scale = jax.random.uniform(state["key"], (), x.dtype)
+        return jnp.mean(x @ w) * scale, Carry({"key": jax.random.split(state["key"])[0] if change else state["key"]})
+
+    for change in (False, True):
+        report = jaxaccum.audit(
+            lambda w, x, s, change=change: noisy(w, x, s, change), W, BATCH["x"], {"key": jax.random.key(0)},
+            in_axes=(None, 0, CARRY), has_aux=True,
+        )  # fmt: skip
+        assert report.exact is not change
+        assert [f.kind for f in report.findings] == (["state"] if change else [])
+
+
 def test_aux_is_judged_by_its_tags():
     x = BATCH["x"]
     own = lambda z: {"rows": Concat(z), "sum": Sum(jnp.sum(z)), "top": Max(jnp.max(z)), "low": Min(jnp.min(z)),

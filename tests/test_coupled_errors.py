@@ -82,6 +82,18 @@ def test_a_carried_state_of_one_microbatch():
     refused(lambda: ja.value_and_grad(fun, **options)(W, X, 0.0), "Carry", "differs between microbatches", "pmean")
 
 
+def test_a_state_that_is_drawn_from_a_key():
+    """What a collective makes the same for all microbatches, a key of their own makes different again."""
+
+    def fun(w, x, state, key):
+        mean = lax.pmean(jnp.mean(x), AXIS)
+        return plain(w, x), ja.Carry(state + mean * jax.random.uniform(key))
+
+    options = {"in_axes": (None, 0, ja.CARRY, ja.KEY), "has_aux": True, "num_microbatches": 2}
+    step = ja.value_and_grad(fun, **options)
+    refused(lambda: step(W, X, 0.0, jax.random.key(0)), "Carry", "folded with the index of the microbatch")
+
+
 def test_a_carried_state_is_updated_once():
     def fun(w, x, state):
         return plain(w, x), ja.Carry(0.9 * state + 0.1 * lax.pmean(jnp.mean(x), AXIS))

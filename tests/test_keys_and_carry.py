@@ -126,6 +126,14 @@ def test_keys_are_no_numbers(tag):
     refused(lambda: fun(X, jax.random.key(0)), "PRNG key", "Stack", error=TypeError)
 
 
+def test_a_carried_key_keeps_its_implementation():
+    fun = lambda x, key: (jnp.mean(x), ja.Carry(jax.random.key(1, impl="rbg")))
+    step = ja.microbatch(fun, in_axes=(0, ja.CARRY), microbatch_size=3)
+    refused(lambda: step(X, jax.random.key(0)), "changes its", "return", error=(TypeError, ValueError))
+    plain = ja.microbatch(lambda x, s: (jnp.mean(x), ja.Carry(s * 1j)), in_axes=(0, ja.CARRY), microbatch_size=3)
+    refused(lambda: plain(X, 1.0), "changes its dtype", "astype(float", error=TypeError)
+
+
 def test_partition_hands_out_a_carried_key():
     rows = [x for x, _ in ja.partition(X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4)]
     keys = [

@@ -132,7 +132,7 @@ def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> li
     if len(first.consts) != len(second.consts):
         raise ShapeOfProgramDiffersError
     consts = [walk.constant(a, b) for a, b in zip(first.consts, second.consts, strict=True)]
-    unchanged = {id(v) for v in first.jaxpr.outvars}
+    unchanged = _returned(first.jaxpr)
     ins = []
     for slot, v in zip(arguments.slots, first.jaxpr.invars, strict=True):
         scalar = v.aval.shape == ()
@@ -154,6 +154,13 @@ def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> li
                 )
         ins.append(value)
     return walk.run(first.jaxpr, second.jaxpr, consts, ins)
+
+
+def _returned(jaxpr: Any) -> set[int]:
+    """The variables that come out as they went in; a carried key goes in as the integers that it is made of."""
+    found = {id(v) for v in jaxpr.outvars}
+    keys = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "random_wrap"]
+    return found | {id(eqn.invars[0]) for eqn in keys if id(eqn.outvars[0]) in found}
 
 
 def _undecided(output: Output, reason: str) -> Judged:

@@ -128,10 +128,16 @@ def _cuts(program: Program) -> Cuts:
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:
+            drawn = any(slot.key is not None or slot.role in (Role.KEY, Role.EXAMPLE_KEY) for slot in program.slots)
+            why = (
+                " A key is folded with the index of the microbatch: what is drawn from one differs too."
+                if drawn
+                else ""
+            )
             raise ValueError(
                 f"{part.name} differs between microbatches, and a coupled loss updates a carried state once, as the "
                 "full batch would. Compute it from collectives, as lax.pmean(…, "
-                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last."
+                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last.{why}"
             )
     return cuts
 

@@ -31,7 +31,7 @@ Env = dict[Any, Any]
 
 _SAME_EVERYWHERE = {"psum", "pmax", "pmin", "all_gather"}
 """The collectives whose result is the same for every microbatch."""
-_OVER_SEVERAL_AXES = _SAME_EVERYWHERE | {"reduce_scatter"}
+_OVER_SEVERAL_AXES = _SAME_EVERYWHERE | {"reduce_scatter"}  # which users call psum_scatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,8 @@ class _Graph:
             if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
                 raise NotImplementedError(
                     f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several axes at once only "
-                    f"{', '.join(sorted(_OVER_SEVERAL_AXES))} are divided between microbatches; name one axis a call."
+                    "psum, pmax, pmin, all_gather and psum_scatter are divided between microbatches; name one axis a "
+                    "call."
                 )
             same = eqn.primitive.name in _SAME_EVERYWHERE
             kind = "cut" if differs or not same else "shared"
