@@ -337,6 +337,31 @@ FAULTS = [
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",
     ),
+    Fault(
+        "a coupled cotangent counts once a device", "_coupled/__init__.py",
+        "return typed(result, program.axes)", "return _mesh.vary(result, program.axes)",
+        "test_data_parallel.py::test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside",
+    ),
+    Fault(
+        "a gather over the mesh is transposed where types are checked", "_coupled/collectives.py",
+        "return exchanged(collective, x) if manual else collective(x)", "return collective(x)",
+        "test_data_parallel.py::test_gathered_losses_are_transformed_from_outside",
+    ),
+    Fault(
+        "a gather takes its axes in the wrong order", "_coupled/collectives.py",
+        "for name in reversed(axes):", "for name in axes:",
+        "test_data_parallel.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
+    ),
+    Fault(
+        "a carried key that comes back is taken for a changed state", "_audit/analysis.py",
+        "return found | {id(eqn.invars[0]) for eqn in keys if id(eqn.outvars[0]) in found}", "return found",
+        "test_audit.py::test_a_carried_key_that_comes_back_is_no_changed_state",
+    ),
+    Fault(
+        "a plan extrapolates a coupled loss", "_plan.py",
+        "self.ends = [sizes[0], sizes[-1]] if ends else []", "self.ends = []",
+        "test_plan.py::test_nothing_of_a_coupled_loss_is_extrapolated",
+    ),
 ]  # fmt: skip
 
 if importlib.metadata.version("jax").startswith("0.10."):  # later versions add into references without strides
