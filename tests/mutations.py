@@ -340,17 +340,17 @@ FAULTS = [
     Fault(
         "a coupled cotangent counts once a device", "_coupled/__init__.py",
         "return typed(result, program.axes)", "return _mesh.vary(result, program.axes)",
-        "test_data_parallel.py::test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside",
+        "test_coupled_on_meshes.py::test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside",
     ),
     Fault(
         "a gather over the mesh is transposed where types are checked", "_coupled/collectives.py",
         "return exchanged(collective, x) if manual else collective(x)", "return collective(x)",
-        "test_data_parallel.py::test_gathered_losses_are_transformed_from_outside",
+        "test_coupled_on_meshes.py::test_gathered_losses_are_transformed_from_outside",
     ),
     Fault(
         "a gather takes its axes in the wrong order", "_coupled/collectives.py",
         "for name in reversed(axes):", "for name in axes:",
-        "test_data_parallel.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
+        "test_coupled_on_meshes.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
     ),
     Fault(
         "a carried key that comes back is taken for a changed state", "_audit/analysis.py",

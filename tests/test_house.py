@@ -12,8 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
-    ["_check", "_tags", "_reduce", "_trace", "_moments", "_unchecked"],
-    ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph"],
+    ["_check", "_tags", "_reduce", "_trace", "_moments"],
+    ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph", "_unchecked"],
     ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],
     ["_loop", "_partition", "_explicit"],
     ["_coupled"],
