@@ -132,7 +132,8 @@ def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
     if len(in_axes) != count:
         raise ValueError(
             f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass "
-            "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY."
+            "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
+            "arguments have no entry, and are passed whole."
         )
     if sum(axes is CARRY for axes in in_axes) > 1:
         raise ValueError("in_axes declares CARRY twice; one argument holds the state: put both states into one pytree.")

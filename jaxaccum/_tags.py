@@ -36,7 +36,8 @@ class _Scalable(Tag):
         name = type(self).__name__
         raise TypeError(
             f"{name} cannot be added to {type(other).__name__}: each term of a loss keeps its own denominator. Return "
-            f'a dict of terms, as in {{"nll": {name}(…), "balance": …}}; its value is their sum.'
+            f'a dict of terms, as in {{"nll": {name}(…), "decay": …}}; its value is their sum, and a regularizer stays '
+            "a bare scalar there."
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = _refuse

@@ -21,7 +21,11 @@ Gather = Literal["each", "once"]
 
 
 class Sentinel(enum.Enum):
-    """What a whole argument is to the loop, where neither "whole" nor "batched" says it."""
+    """What a whole argument is to the loop, where neither "whole" nor "batched" says it.
+
+    CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of the microbatch, and
+    EXAMPLE_KEY one that reaches `fun` as an array of keys, ``fold_in(key, i)`` for example i of the batch.
+    """
 
     CARRY = "CARRY"
     KEY = "KEY"
