@@ -102,16 +102,16 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
 _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}
 
 
-def _evaluated(x: Any, jaxpr: jex.ClosedJaxpr) -> Any:
+def _evaluated(x: Any, jaxpr: Any) -> Any:
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x)[0]
 
 
-def _lowered(ctx: Any, x: Any, jaxpr: jex.ClosedJaxpr) -> Any:
+def _lowered(ctx: Any, x: Any, jaxpr: Any) -> Any:
     with unchecked():
         return mlir.lower_fun(_evaluated, multiple_results=False)(ctx, x, jaxpr=jaxpr)
 
 
-def _backward(cotangent: Any, x: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
+def _backward(cotangent: Any, x: Any, jaxpr: Any) -> list[Any]:
     (aval,) = jaxpr.in_avals
     shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
     with unchecked():
@@ -119,7 +119,7 @@ def _backward(cotangent: Any, x: Any, jaxpr: jex.ClosedJaxpr) -> list[Any]:
     return [exchanged(lambda cotangent: transpose(cotangent)[0], cotangent)]
 
 
-def _batched(args: Any, dims: Any, *, jaxpr: jex.ClosedJaxpr) -> tuple[Any, int]:
+def _batched(args: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, int]:
     (x,), (dim,) = args, dims
     return exchanged(jax.vmap(functools.partial(_evaluated, jaxpr=jaxpr), dim), x), 0
 
