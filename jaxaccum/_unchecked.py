@@ -85,10 +85,11 @@ def exchanged(collective: Callable[[Array], Array], x: Array) -> Array:
 
 
 def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
-    """The jaxpr whose linear collectives over the mesh, those that the loop resolves apart, are `exchanged`."""
+    """The jaxpr whose linear collectives over the mesh alone are `exchanged`; the loop resolves those over its axis."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes) - {loop_axis}
 
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-        if eqn.primitive.name not in _LINEAR or loop_axis in axes_of(eqn) or len(eqn.invars) != 1:
+        if eqn.primitive.name not in _LINEAR or not manual.issuperset(axes_of(eqn)) or len(eqn.invars) != 1:
             return eqn
         aval: Any = eqn.invars[0].aval
         with unchecked():

@@ -348,6 +348,11 @@ FAULTS = [
         "test_coupled_on_meshes.py::test_gathered_losses_are_transformed_from_outside",
     ),
     Fault(
+        "a collective over the mesh alone is transposed where types are checked", "_unchecked.py",
+        "return changed(jaxpr, change)", "return jaxpr",
+        "test_coupled_on_meshes.py::test_gathered_losses_are_transformed_from_outside",
+    ),
+    Fault(
         "a gather takes its axes in the wrong order", "_coupled/collectives.py",
         "for name in reversed(axes):", "for name in axes:",
         "test_coupled_on_meshes.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
