@@ -244,7 +244,8 @@ def _with_own_streams(
     keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
     own = {one.num_consts + i for i, slot in enumerate(slots) if slot.role not in (Role.WHOLE, Role.CARRY)}
     states = [i for i, part in enumerate(outputs.parts) if part.reduction is Reduction.CARRY]
-    kept = {i for i in states if not any(needed for j, needed in enumerate(one.needs([i])) if j in own)}
+    pure = one.pure()
+    kept = {i for i in states if not any(needed for j, needed in enumerate(pure.needs([i])) if j in own)}
 
     def folded(index: Array, arrays: list[Any]) -> list[Any]:
         place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches

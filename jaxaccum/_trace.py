@@ -49,14 +49,20 @@ class Trace:
         """Which of ``(*consts, *args)`` one equation alone reads, and whole: no loop over them and no slice."""
         return _read_at_once(self.jaxpr)[1:]
 
+    def pure(self) -> Trace:
+        """The trace of which a print or a callback is no output: whatever no output depends on can be left out."""
+        return dataclasses.replace(self, jaxpr=changed(self.jaxpr, _pure))
+
     def before(self, change: Callable[[Any, list[Any]], list[Any]], keep: Collection[int]) -> Trace:
         """The trace of changed arguments, but for the outputs `keep`, which are those of the arguments as they came."""
 
-        def changed(index: Any, *arrays: Any) -> list[Any]:
-            outs, kept = self(index, change(index, list(arrays))), self(index, arrays)
-            return [kept[i] if i in keep else out for i, out in enumerate(outs)]
+        as_they_came = self.pure().only(sorted(keep))
 
-        jaxpr = jax.make_jaxpr(changed, axis_env=[self.axis])(*(v.aval for v in self.jaxpr.invars)).jaxpr
+        def both(index: Any, *arrays: Any) -> list[Any]:
+            outs, kept = self(index, change(index, list(arrays))), iter(as_they_came(index, arrays))
+            return [next(kept) if i in keep else out for i, out in enumerate(outs)]
+
+        jaxpr = jax.make_jaxpr(both, axis_env=[self.axis])(*(v.aval for v in self.jaxpr.invars)).jaxpr
         used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
         return dataclasses.replace(self, jaxpr=with_invars(with_strides(used), list(used.invars)))
 
@@ -136,6 +142,11 @@ def _changed_eqn(eqn: jex.JaxprEqn, change: Change) -> jex.JaxprEqn:
     params = {name: _changed_param(value, change) for name, value in eqn.params.items()}
     same = all(params[name] is value for name, value in eqn.params.items())
     return eqn if same else eqn.replace(params=params)
+
+
+def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
+    return eqn.replace(params=params, effects=jex.no_effects)
 
 
 def _changed_param(value: Any, change: Change) -> Any:

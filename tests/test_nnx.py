@@ -273,3 +273,30 @@ def test_plain_arguments_may_be_differentiated_without_any_model():
     fun = lambda w, x: jnp.mean((x @ w) ** 2)
     w = data(3, seed=4)
     assert normwise(ja.nnx.grad(fun, num_microbatches=3)(w, X), jax.grad(fun)(w, X)) < EXACT
+
+
+def test_a_print_does_not_change_how_streams_are_threaded():
+    """It reads the batch, and the next keys do not; it prints once a microbatch, as without streams."""
+
+    class Model(nnx.Module):
+        def __init__(self, rate):
+            wide = {"param_dtype": jnp.float64}
+            self.norm = ja.nnx.BatchNorm(3, axis_name="microbatch", rngs=nnx.Rngs(0), **wide)
+            self.dropout = nnx.Dropout(rate, rngs=nnx.Rngs(1)) if rate else (lambda x: x)
+
+        def __call__(self, x):
+            return self.dropout(self.norm(x))
+
+    def counted(rate):
+        seen = []
+
+        def loss(model, x):
+            jax.debug.callback(lambda mean: seen.append(float(mean)), jnp.mean(x))
+            return jnp.mean(model(x) ** 2)
+
+        value, _ = ja.nnx.value_and_grad(loss, num_microbatches=2)(Model(rate), jnp.ones((4, 3), jnp.float64))
+        jax.block_until_ready(value)
+        jax.effects_barrier()
+        return len(seen)
+
+    assert counted(0.5) == counted(0.0) > 0
