@@ -325,6 +325,6 @@ def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None
                 "that came in."
             )
         if dtype_of(x) != dtype_of(before):
-            is_key = any(jnp.issubdtype(dtype_of(leaf), jax.dtypes.prng_key) for leaf in (x, before))
+            is_key = any(key_impl(leaf) is not None for leaf in (x, before))
             mend = "return a key of the same kind" if is_key else f"cast it back with .astype({dtype_of(before)})"
             raise TypeError(f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; {mend}.")

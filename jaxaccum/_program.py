@@ -226,7 +226,7 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
             plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
             try:
                 one, consts = trace(fun, plain, axis)
-            except Exception:
+            except Exception:  # of the user's function: what JAX said first is about the program as it stands
                 raise error from None
         if one.coupling is None:
             raise
@@ -251,8 +251,8 @@ def _with_own_streams(
         place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches
         for i, impl in keys.items():
             given = jax.random.wrap_key_data(arrays[i], impl=impl)
-            own = jax.vmap(jax.random.fold_in, (0, None))(given.reshape(-1), place)
-            arrays[i] = jax.random.key_data(own.reshape(given.shape))
+            drawn_from = jax.vmap(jax.random.fold_in, (0, None))(given.reshape(-1), place)
+            arrays[i] = jax.random.key_data(drawn_from.reshape(given.shape))
         return arrays
 
     return one.before(folded, keep=kept) if keys else one

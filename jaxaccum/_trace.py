@@ -144,11 +144,6 @@ def _changed_eqn(eqn: jex.JaxprEqn, change: Change) -> jex.JaxprEqn:
     return eqn if same else eqn.replace(params=params)
 
 
-def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-    params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
-    return eqn.replace(params=params, effects=jex.no_effects)
-
-
 def _changed_param(value: Any, change: Change) -> Any:
     if isinstance(value, ClosedJaxpr):
         jaxpr = changed(value.jaxpr, change)
@@ -159,6 +154,11 @@ def _changed_param(value: Any, change: Change) -> Any:
         new = tuple(_changed_param(x, change) for x in value)
         return value if all(x is y for x, y in zip(new, value, strict=True)) else new
     return value
+
+
+def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
+    return eqn.replace(params=params, effects=jex.no_effects)
 
 
 # -- how arguments are read ------------------------------------------------------------------------------------------

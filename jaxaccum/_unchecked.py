@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
-import jax.numpy as jnp
 from jax import lax
 from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
 from jax.interpreters import ad, batching, mlir
 
 from jaxaccum._trace import axes_of, changed, unchanged
+from jaxaccum._tree import key_impl
 from jaxaccum._types import Array, PyTree
 
 
@@ -30,8 +30,7 @@ def unchecked() -> Any:
 
 def untyped(tree: PyTree) -> PyTree:
     """The same values, whose types say nothing about devices; keys have no such types."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: x if is_key(x) else _untyped.bind(x), tree)
+    return jax.tree.map(lambda x: _untyped.bind(x) if key_impl(x) is None else x, tree)
 
 
 def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
@@ -58,8 +57,8 @@ ad.deflinear2(_untyped, _transpose)
 
 def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
     """The inverse of `untyped`: values that vary over the axes. JAX's own cast would sum cotangents over devices."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: x if is_key(x) else _typed.bind(x, axes=tuple(sorted(axes))), tree)
+    names = tuple(sorted(axes))
+    return jax.tree.map(lambda x: _typed.bind(x, axes=names) if key_impl(x) is None else x, tree)
 
 
 def _varying(x: Any, axes: tuple[str, ...]) -> Any:

@@ -176,6 +176,20 @@ def test_a_carried_state_matters_where_the_loss_reads_it():
         assert (report.verdict, report.exact) == (verdict, exact)
 
 
+def test_a_state_that_comes_back_elsewhere_is_changed():
+    """Swapped, or as aux beside the new one: the next microbatch reads another."""
+    states = {"numbers": (jnp.float64(1.0), jnp.float64(2.0)), "keys": (jax.random.key(0), jax.random.key(1))}
+    scale = lambda s: s if jnp.issubdtype(s.dtype, jnp.floating) else jax.random.uniform(s, (), jnp.float64)
+    swapped = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[1], s[0])))
+    beside = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), {"new": Carry((s[1], s[1])), "old": Last(s[0])})
+    kept = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[0], s[1])))
+    for state in states.values():
+        for loss, exact in ((swapped, False), (beside, False), (kept, True)):
+            report = jaxaccum.audit(loss, W, BATCH["x"], state, in_axes=(None, 0, CARRY), has_aux=True)
+            assert report.exact is exact
+            assert [f.kind for f in report.findings] == ([] if exact else ["state"])
+
+
 def test_a_carried_key_that_comes_back_is_no_changed_state():
     def noisy(w, x, state, change):
         scale = jax.random.uniform(state["key"], (), x.dtype)

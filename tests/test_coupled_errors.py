@@ -91,7 +91,7 @@ def test_a_state_that_is_drawn_from_a_key():
 
     options = {"in_axes": (None, 0, ja.CARRY, ja.KEY), "has_aux": True, "num_microbatches": 2}
     step = ja.value_and_grad(fun, **options)
-    refused(lambda: step(W, X, 0.0, jax.random.key(0)), "Carry", "folded with the index of the microbatch")
+    refused(lambda: step(W, X, 0.0, jax.random.key(0)), "Carry", "random stream")
 
 
 def test_a_carried_state_is_updated_once():

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._arguments import Role
@@ -132,7 +133,7 @@ def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> li
     if len(first.consts) != len(second.consts):
         raise ShapeOfProgramDiffersError
     consts = [walk.constant(a, b) for a, b in zip(first.consts, second.consts, strict=True)]
-    unchanged = _returned(first.jaxpr)
+    unchanged = _unchanged(arguments, whole)
     ins = []
     for slot, v in zip(arguments.slots, first.jaxpr.invars, strict=True):
         scalar = v.aval.shape == ()
@@ -156,11 +157,18 @@ def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> li
     return walk.run(first.jaxpr, second.jaxpr, consts, ins)
 
 
-def _returned(jaxpr: Any) -> set[int]:
-    """The variables that come out as they went in; a carried key goes in as the integers that it is made of."""
-    found = {id(v) for v in jaxpr.outvars}
-    keys = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "random_wrap"]
-    return found | {id(eqn.invars[0]) for eqn in keys if id(eqn.outvars[0]) in found}
+def _unchanged(arguments: Arguments, traced: Traced) -> set[int]:
+    """The variables of the carried leaves that come back in their own place of the `Carry`, as they went in."""
+    jaxpr = traced.closed.jaxpr
+    # A carried key goes in as the integers that it is made of, and comes out typed.
+    made_of = {eqn.outvars[0]: eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "random_wrap"}
+    tags = [output.tag for output, count in zip(traced.outputs, traced.counts, strict=True) for _ in range(count)]
+    new = [v for v, tag in zip(jaxpr.outvars, tags, strict=True) if tag == "Carry"]
+    old = [v for v, slot in zip(jaxpr.invars, arguments.slots, strict=True) if slot.role is Role.CARRY]
+    if len(new) != len(old):
+        return set()
+    back = [v if isinstance(v, jex.Literal) else made_of.get(v, v) for v in new]
+    return {id(before) for before, after in zip(old, back, strict=True) if after is before}
 
 
 def _undecided(output: Output, reason: str) -> Judged:

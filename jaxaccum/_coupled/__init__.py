@@ -128,12 +128,11 @@ def _cuts(program: Program) -> Cuts:
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:
-            drawn = any(slot.key is not None or slot.role in (Role.KEY, Role.EXAMPLE_KEY) for slot in program.slots)
-            key = " A key is folded with the index of the microbatch: what it draws differs too." if drawn else ""
             raise ValueError(
                 f"{part.name} differs between microbatches, and a coupled loss updates a carried state once, as the "
                 "full batch would. Compute it from collectives, as lax.pmean(…, "
-                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last.{key}"
+                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last. What is drawn from a key of the "
+                "microbatch's own (KEY, EXAMPLE_KEY, a model's random stream) differs too."
             )
     return cuts
 
