@@ -44,9 +44,17 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def zeros(aval: Any) -> Array:
-    """Zeros of a type, varying over the mesh axes that it names."""
-    return vary(jnp.zeros(aval.shape, aval.dtype), varying_axes(aval))
+def full(aval: Any, value: Any, dtype: Any = None) -> Array:
+    """An array of one value, laid out over the mesh and varying as the type says; of another dtype where one is given."""
+    dtype, sharding = aval.dtype if dtype is None else dtype, getattr(aval, "sharding", None)
+    abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh)
+    x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if abstract else None)
+    return vary(x, varying_axes(aval))
+
+
+def zeros(aval: Any, dtype: Any = None) -> Array:
+    """Zeros of a type, as `full` makes them."""
+    return full(aval, 0, dtype)
 
 
 def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:

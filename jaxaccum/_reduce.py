@@ -35,13 +35,13 @@ class Reduction(enum.Enum):
 
 
 def initial(reduction: Reduction, aval: Any) -> Array:
-    """The state before the first microbatch: the neutral element, varying over a mesh as its type says."""
+    """The state before the first microbatch: the neutral element, over a mesh as its type says."""
     neutral: Any = 0
     if reduction is Reduction.MAX:
         neutral = _lowest(aval.dtype)
     elif reduction is Reduction.MIN:
         neutral = _highest(aval.dtype)
-    return _mesh.vary(jnp.full(aval.shape, neutral, aval.dtype), _mesh.varying_axes(aval))
+    return _mesh.full(aval, neutral)
 
 
 def update(reduction: Reduction, state: Array, x: Array) -> Array:

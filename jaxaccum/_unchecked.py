@@ -41,9 +41,14 @@ def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
     return place
 
 
+def _everywhere(x: Any) -> Any:
+    """The type of `x`, laid out over explicit axes as it is, and the same on all devices of manual ones."""
+    return x.update(weak_type=False, manual_axis_type=type(x.manual_axis_type)())
+
+
 _untyped = jex.Primitive("untyped")
 _untyped.def_impl(lambda x: x)
-_untyped.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+_untyped.def_abstract_eval(_everywhere)
 mlir.register_lowering(_untyped, lambda _, x: [x])
 batching.defvectorized(_untyped)
 
@@ -62,10 +67,10 @@ def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
 
 
 def _varying(x: Any, axes: tuple[str, ...]) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(x.shape)))
-    kind = type(x.manual_axis_type)(varying=frozenset(axes))
-    return jax.core.ShapedArray(x.shape, x.dtype, sharding=sharding, manual_axis_type=kind)
+    mesh, sharding = jax.sharding.get_abstract_mesh(), x.sharding
+    if sharding.mesh.empty:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(x.shape)))
+    return x.update(sharding=sharding, manual_axis_type=type(x.manual_axis_type)(varying=frozenset(axes)))
 
 
 _typed = jex.Primitive("typed")
@@ -78,9 +83,7 @@ ad.deflinear2(_typed, lambda cotangent, x, axes: [_untyped.bind(cotangent)])
 
 def exchanged(collective: Callable[[Array], Array], x: Array) -> Array:
     """``collective(x)``, linear in `x`, of which JAX checks no types: nor of its transpose, wherever that is taken."""
-    with unchecked():
-        jaxpr = jax.make_jaxpr(collective)(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return _exchanged.bind(x, jaxpr=jaxpr)
+    return _exchanged.bind(x, **_sealed(collective, jax.typeof(x)))
 
 
 def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
@@ -90,11 +93,8 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         if eqn.primitive.name not in _LINEAR or not manual.issuperset(axes_of(eqn)) or len(eqn.invars) != 1:
             return eqn
-        aval: Any = eqn.invars[0].aval
-        with unchecked():
-            one = jax.make_jaxpr(lambda x: unchanged(eqn, [x], jaxpr)[0])
-            inner = one(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-        return eqn.replace(primitive=_exchanged, params={"jaxpr": inner}, effects=jex.no_effects)
+        params = _sealed(lambda x: unchanged(eqn, [x], jaxpr)[0], eqn.invars[0].aval)
+        return eqn.replace(primitive=_exchanged, params=params, effects=jex.no_effects)
 
     return changed(jaxpr, change)
 
@@ -102,31 +102,52 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
 _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}
 
 
-def _evaluated(x: Any, jaxpr: Any) -> Any:
+def _sealed(collective: Callable[[Array], Array], aval: Any) -> dict[str, Any]:
+    """The collective of an array of that type: as it is lowered, and the type of its result.
+
+    It is lowered of arrays without a layout over explicit axes, for which JAX lowers no ``reduce_scatter`` (0.12: of
+    any array, 0.10: of one that is divided).
+    """
+    aval = _everywhere(aval)
+    with unchecked():
+        (out,) = jax.make_jaxpr(collective)(aval).out_avals
+        with _no_mesh():
+            return {"jaxpr": jax.make_jaxpr(collective)(_bare(aval)), "out": _everywhere(out)}
+
+
+def _no_mesh() -> Any:
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def _bare(aval: Any) -> Any:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _evaluated(x: Any, jaxpr: Any, out: Any) -> Any:
+    del out
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x)[0]
 
 
-def _lowered(ctx: Any, x: Any, jaxpr: Any) -> Any:
-    with unchecked():
-        return mlir.lower_fun(_evaluated, multiple_results=False)(ctx, x, jaxpr=jaxpr)
+def _lowered(ctx: Any, x: Any, **params: Any) -> Any:
+    with unchecked(), _no_mesh():
+        bare = ctx.replace(avals_in=params["jaxpr"].in_avals, avals_out=params["jaxpr"].out_avals)
+        return mlir.lower_fun(functools.partial(_evaluated, **params), multiple_results=False)(bare, x)
 
 
-def _backward(cotangent: Any, x: Any, jaxpr: Any) -> list[Any]:
-    (aval,) = jaxpr.in_avals
-    shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+def _backward(cotangent: Any, x: Any, **params: Any) -> list[Any]:
     with unchecked():
-        transpose = jax.linear_transpose(functools.partial(_evaluated, jaxpr=jaxpr), shape)
+        transpose = jax.linear_transpose(functools.partial(_evaluated, **params), _everywhere(x.aval))
     return [exchanged(lambda cotangent: transpose(cotangent)[0], cotangent)]
 
 
-def _batched(args: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, int]:
+def _batched(args: Any, dims: Any, **params: Any) -> tuple[Any, int]:
     (x,), (dim,) = args, dims
-    return exchanged(jax.vmap(functools.partial(_evaluated, jaxpr=jaxpr), dim), x), 0
+    return exchanged(jax.vmap(functools.partial(_evaluated, **params), dim), x), 0
 
 
 _exchanged = jex.Primitive("exchanged")
 _exchanged.def_impl(_evaluated)
-_exchanged.def_abstract_eval(lambda x, jaxpr: jax.core.ShapedArray(jaxpr.out_avals[0].shape, jaxpr.out_avals[0].dtype))
+_exchanged.def_abstract_eval(lambda x, jaxpr, out: out)
 mlir.register_lowering(_exchanged, _lowered)
 batching.primitive_batchers[_exchanged] = _batched
 ad.deflinear2(_exchanged, _backward)

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 from helpers import EXACT, normwise, refused
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import W, X, laid_out, mesh_of, on_mesh
+from meshes import EXPLICIT, W, X, laid_out, mesh_of, on_mesh
 
 import jaxaccum as ja
 import jaxaccum.nnx
@@ -63,6 +64,46 @@ def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
     assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT
 
 
+LAYOUTS = {
+    "whole": {"a": P(), "b": P()},
+    "columns": {"a": P(None, "other"), "b": P("other")},
+    "one of two": {"a": P(None, "other"), "b": P()},
+}
+
+
+def tensor_parallel(layout, step):
+    """A call on an explicit mesh of which one axis divides the rows and the other the parameters."""
+    put = lambda x, spec: jax.device_put(x, NamedSharding(EXPLICIT, spec))
+    w = {name: put(W[name], spec) for name, spec in LAYOUTS[layout].items()}
+    return w, jax.jit(step)(w, put(X, P("data")))
+
+
+@pytest.mark.parametrize("memory", ["min", "store"])
+@pytest.mark.parametrize("axes", ["microbatch", ("data", "microbatch")], ids=["global", "by device"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_coupled_loss_of_parameters_that_are_divided_over_another_axis(layout, axes, memory):
+    """Statistics, their cotangents and stored boundaries are laid out as what they are of."""
+    step = ja.value_and_grad(normalized(axes), num_microbatches=2, memory=memory)
+    w, (value, grads) = tensor_parallel(layout, step)
+    right = jax.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X)
+    assert normwise((value, grads), right) < EXACT
+    assert all(grads[name].sharding.is_equivalent_to(w[name].sharding, w[name].ndim) for name in w)
+    each = [jax.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X[i::2]) for i in range(2)]
+    assert normwise(jax.tree.map(lambda x, y: (x + y) / 2, *each), right) > 1e-3  # each microbatch by itself
+
+
+def test_derivatives_of_a_coupled_loss_of_divided_parameters():
+    step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2)
+    norm = lambda grads: sum(jnp.sum(g**3) for g in jax.tree.leaves(grads))
+    second = lambda f: jax.grad(lambda w, x: norm(f(w, x)[1]))
+    right = second(jax.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
+    with jax.set_mesh(EXPLICIT):
+        assert normwise(tensor_parallel("columns", second(step))[1], right) < EXACT
+        tangent = lambda f: lambda w, x: jax.jvp(lambda w: f(w, x), (w,), (w,))
+        right = tangent(jax.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
+        assert normwise(tensor_parallel("columns", tangent(step))[1], right) < EXACT
+
+
 def whole_contrastive(w, x):
     """CLIP's loss: every example of the batch against all others."""
     a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
@@ -97,6 +138,22 @@ def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
     explicit = jax.jit(ja.value_and_grad(contrastive(both), num_microbatches=2, memory=memory))
     w, (x, _) = laid_out(mesh_of((8,), "explicit"), ("data",))
     assert normwise(explicit(w, x), right) < EXACT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_features_are_gathered_beside_a_second_explicit_axis(layout):
+    """The loss says how its scores are laid out, as it must in JAX where both features are divided alike."""
+
+    def fun(w, x):
+        a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
+        scores = jnp.matmul(a, lax.all_gather(b, ("data", "microbatch"), tiled=True).T, out_sharding=P())
+        own = jnp.arange(len(x), dtype=jnp.int32) + lax.axis_index(("data", "microbatch")) * len(x)
+        picked = jnp.take_along_axis(scores, own[:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(scores, axis=1) - picked)
+
+    right = jax.value_and_grad(whole_contrastive)({"a": W["a"], "b": W["b"]}, X)
+    _, got = tensor_parallel(layout, ja.value_and_grad(fun, num_microbatches=2))
+    assert normwise(got, right) < EXACT
 
 
 PLACES = jnp.cos(jnp.arange(16.0))[:, None]

@@ -42,7 +42,7 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
         if several is not None and len(axes_of(eqn)) > 1:
             outs = [several(eqn, operands[0])]
         elif eqn.primitive.name == "psum" and _explicit():
-            outs = [jnp.sum(_gathered(x[None], axes_of(eqn)), axis=0) for x in operands]
+            outs = [_summed(x, axes_of(eqn)) for x in operands]
         else:
             outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -50,8 +50,16 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
 
 
 def _explicit() -> bool:
-    """Whether arrays are typed by an explicit mesh, for which jax 0.12 cannot lower a psum that `jax.vmap` resolves."""
+    """Whether arrays are typed by an explicit mesh: JAX cannot lower a psum of these that `jax.vmap` resolves."""
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _summed(x: Array, axes: tuple[Any, ...]) -> Array:
+    """Over the loop's axis, whose operands are gathered and added, and then over those of the mesh."""
+    for name in sorted(axes, key=_manual):
+        over = functools.partial(lax.psum, axis_name=name)
+        x = _one(over, x, name) if _manual(name) else jnp.sum(_gathered(x[None], (name,)), axis=0)
+    return x
 
 
 def _gathered(x: Array, axes: tuple[Any, ...], dimension: int = 0) -> Array:
@@ -77,8 +85,11 @@ def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
 
 def _one(collective: Callable[[Array], Array], x: Array, name: str) -> Array:
     """Over one axis: the loop's, or one of the mesh, of which JAX checks types where a caller differentiates."""
-    manual = name in jax.sharding.get_abstract_mesh().manual_axes
-    return exchanged(collective, x) if manual else collective(x)
+    return exchanged(collective, x) if _manual(name) else collective(x)
+
+
+def _manual(name: str) -> bool:
+    return name in jax.sharding.get_abstract_mesh().manual_axes
 
 
 _OVER_SEVERAL_AXES = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _loop
+from jaxaccum import _loop, _mesh
 from jaxaccum._arguments import Role
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Env, Fragment
@@ -169,4 +169,4 @@ def cotangent(x: Array | None, kind: Any) -> Any:
     """A cotangent of a value of the given type: `x`, or zero where nothing has arrived."""
     if not is_inexact(kind):
         return np.zeros(kind.shape, jax.dtypes.float0)
-    return jnp.zeros(kind.shape, kind.dtype) if x is None else cast(x, kind.dtype)
+    return _mesh.zeros(kind) if x is None else cast(x, kind.dtype)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxaccum import _mesh
 from jaxaccum._accumulators import BY_VALUE, port
 from jaxaccum._coupled.cut import Env
 from jaxaccum._coupled.execute import Call, Sweep
@@ -63,7 +64,7 @@ class Reverse:
     def rows(self, slot: int, v: Any) -> Array:
         """The gradient of a differentiated argument that holds rows, in the batch's order."""
         x, axis = self.call.arrays[slot], self.call.program.slots[slot].axis
-        return self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else _zero(x)
+        return self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else jnp.zeros_like(x)
 
     def _pulled(self, kind: str, level: int) -> Env:
         pull = self.sweep.pulls.get((kind, level))
@@ -90,8 +91,8 @@ class Reverse:
             self.boundary = {} if step.starts else self.boundary
             return
         buffers = [self.sweep.boundaries[level][v] for v in step.live]
-        zeros = [_zero(self.sums[self.parameters[v]]) for v in step.parameters] if not self.in_place else []
-        sums = (zeros, [jnp.zeros(v.aval.shape, widen(v.aval.dtype)) for v in step.shared], buffers)
+        zeros = [jnp.zeros_like(self.sums[self.parameters[v]]) for v in step.parameters] if not self.in_place else []
+        sums = (zeros, [jnp.zeros_like(self.sweep.shared[v], widen(v.aval.dtype)) for v in step.shared], buffers)
         boundary = {v: x for v, x in self.sweep.boundaries[step.start].items() if v not in step.live}
         (added, shared, buffers), written = self.sweep.over_microbatches(
             step.visit,
@@ -199,7 +200,7 @@ class _Step:
         if not self.reverse.in_place:
             return given
         dtypes = [self.reverse.sums[place].dtype for place in places]
-        return [x if x.dtype == dtype else jnp.zeros(x.shape, dtype) for x, dtype in zip(given, dtypes, strict=True)]
+        return [x if x.dtype == dtype else jnp.zeros_like(x, dtype) for x, dtype in zip(given, dtypes, strict=True)]
 
     def _pull(self, vjp: Any, cotangents: list[Array]) -> Any:
         if not self.reverse.in_place:
@@ -232,7 +233,3 @@ class _Step:
     def _cotangent(self, target: Any, x: Array, own: Env) -> Array:
         given = own[target] if target in own else self.reverse.seeds[target[1]]
         return cast(given, x.dtype)
-
-
-def _zero(x: Array) -> Array:
-    return jnp.zeros(x.shape, x.dtype)
