@@ -44,3 +44,13 @@ def compiling_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def forgotten_programs():
+    """After each test of a deep run, no compiled program: past some 65,000 mapped pieces of memory, Linux's limit, XLA
+    for CPU crashes when it compiles.
+    """
+    yield
+    if hypothesis.settings.default.max_examples > 100:
+        jax.clear_caches()
