@@ -238,14 +238,18 @@ def _with_own_streams(
 ) -> Trace:
     """A coupled trace of a model, in which every carried key is folded with the microbatch's index.
 
-    A coupled program updates its state once, so that all microbatches would draw the same numbers. What the new state
-    makes of the old one alone, such as the next key, is made of the keys as they came.
+    A coupled program updates its state once, so that all microbatches would draw the same numbers. What follows from
+    the old state alone is made of the keys as they came: the next keys, and whatever is not drawn from a key.
     """
     keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
     own = {one.num_consts + i for i, slot in enumerate(slots) if slot.role not in (Role.WHOLE, Role.CARRY)}
     states = [i for i, part in enumerate(outputs.parts) if part.reduction is Reduction.CARRY]
-    pure = one.pure()
-    kept = {i for i in states if not any(needed for j, needed in enumerate(pure.needs([i])) if j in own)}
+    carried = [slot for slot in slots if slot.role is Role.CARRY]
+    pure, kept = one.pure(), set()
+    for i, slot in zip(states, carried, strict=True):
+        needed = {j for j, read in enumerate(pure.needs([i])) if read}
+        if not needed & (own if slot.key is not None else own | keys.keys()):
+            kept.add(i)
 
     def folded(index: Array, arrays: list[Any]) -> list[Any]:
         place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches

@@ -38,7 +38,8 @@ class Sentinel(enum.Enum):
 CARRY = Sentinel.CARRY
 """A state threaded from microbatch to microbatch; `fun` returns the new one as ``Carry(state)``.
 
-A coupled loss updates it once, from the state that the call was given, which every microbatch reads.
+A coupled loss updates it once, from the state that the call was given, which every microbatch reads: from a key in it
+all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
 """
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""

@@ -173,6 +173,36 @@ def test_wherever_a_coupled_model_draws_each_microbatch_draws_its_own(how):
     assert (jax.random.key_data(model.key.get_value()) == jax.random.key_data(expected)).all()
 
 
+class Noisy(Coupled):
+    """A coupled model that keeps how often it drew, and what."""
+
+    def __init__(self, *, keeps):
+        super().__init__()
+        self.keeps, self.count, self.noise = keeps, nnx.BatchStat(jnp.int32(0)), nnx.BatchStat(jnp.float64(0))
+
+    def __call__(self, x):
+        noise = jax.random.normal(self.dropout.rngs(), (), jnp.float64)
+        self.count.set_value(self.count.get_value() + 1)
+        if self.keeps:
+            self.noise.set_value(noise)
+        return self.last(self.norm(x)) + noise
+
+
+def test_a_number_that_each_microbatch_drew_for_itself_is_no_state_of_the_whole_batch():
+    """There is none that all of them drew; what counts the draws is the same for all, and kept."""
+    batch = {"x": data(8, 3), "y": data(8, 2, seed=1)}
+    step = ja.nnx.value_and_grad(loss, num_microbatches=4)
+    model = Noisy(keeps=False)
+    assert normwise(step(model, batch), across_microbatches(Noisy(keeps=False), batch, 4)) < EXACT
+    assert (model.count.get_value(), model.dropout.rngs.count.get_value()) == (1, 1)
+    says = "differs between microbatches", "Stack, Mean or Last", "random stream"
+    refused(lambda: step(Noisy(keeps=True), batch), *says)
+    alone, twin = Noisy(keeps=True), Noisy(keeps=True)
+    ja.nnx.value_and_grad(loss, num_microbatches=1)(alone, batch)  # one microbatch is the full batch, draws and all
+    loss(twin, batch)
+    assert normwise(alone.noise.get_value(), twin.noise.get_value()) < EXACT
+
+
 def test_one_microbatch_of_a_coupled_model_is_the_full_batch_with_its_masks():
     model, twin, batch = Coupled(), Coupled(), {"x": data(8, 3), "y": data(8, 2, seed=1)}
     expected = nnx.value_and_grad(loss)(twin, batch)
