@@ -45,7 +45,7 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
 
 
 def full(aval: Any, value: Any, dtype: Any = None) -> Array:
-    """An array of one value, laid out over the mesh and varying as the type says; of another dtype where one is given."""
+    """An array of one value, over the mesh as its type says; of another dtype where one is given."""
     dtype, sharding = aval.dtype if dtype is None else dtype, getattr(aval, "sharding", None)
     abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh)
     x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if abstract else None)

@@ -81,7 +81,7 @@ def tensor_parallel(layout, step):
 @pytest.mark.parametrize("memory", ["min", "store"])
 @pytest.mark.parametrize("axes", ["microbatch", ("data", "microbatch")], ids=["global", "by device"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_coupled_loss_of_parameters_that_are_divided_over_another_axis(layout, axes, memory):
+def test_a_coupled_loss_of_divided_parameters(layout, axes, memory):
     """Statistics, their cotangents and stored boundaries are laid out as what they are of."""
     step = ja.value_and_grad(normalized(axes), num_microbatches=2, memory=memory)
     w, (value, grads) = tensor_parallel(layout, step)

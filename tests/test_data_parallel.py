@@ -231,6 +231,30 @@ def test_keys_differ_between_devices_and_microbatches():
     )
 
 
+def test_outputs_are_laid_out_as_the_parameters_that_they_come_from():
+    """Tensor parallelism beside data parallelism: sums, extrema and rows whose last axis is divided."""
+
+    def outputs(w, x):
+        h = jnp.tanh(x @ w)
+        reduced = {"sum": ja.Sum(jnp.sum(h, 0)), "max": ja.Max(jnp.max(h, 0)), "min": ja.Min(jnp.min(h, 0))}
+        return jnp.mean(h**2), reduced | {"rows": ja.Concat(h), "last": ja.Last(h[-1])}
+
+    h = jnp.tanh(X @ W["a"])
+    aux = {"sum": h.sum(0), "max": h.max(0), "min": h.min(0), "rows": h, "last": h[-1]}
+    right = (jnp.mean(h**2), aux), jax.grad(lambda w: jnp.mean(jnp.tanh(X @ w) ** 2))(W["a"])
+    step = jax.jit(ja.value_and_grad(outputs, has_aux=True, num_microbatches=4))
+    (value, found), grad = step(
+        jax.device_put(W["a"], NamedSharding(EXPLICIT, P(None, "other"))), jax.device_put(X, ROWS)
+    )
+    assert normwise(((value, found), grad), right) < EXACT
+    assert grad.sharding.spec == P(None, "other")
+    assert {name: x.sharding.spec for name, x in found.items()} == dict.fromkeys(aux, P("other")) | {
+        "rows": P("data", "other")
+    }
+    first = jnp.sum(jnp.tanh(X[:8] @ W["a"]), 0)
+    assert normwise(first, aux["sum"]) > 1e-3  # one microbatch's
+
+
 # -- bad meshes -------------------------------------------------------------------------------------------------------
 
 

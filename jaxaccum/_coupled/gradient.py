@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _mesh
 from jaxaccum._accumulators import BY_VALUE, port
 from jaxaccum._coupled.cut import Env
 from jaxaccum._coupled.execute import Call, Sweep
@@ -64,7 +63,9 @@ class Reverse:
     def rows(self, slot: int, v: Any) -> Array:
         """The gradient of a differentiated argument that holds rows, in the batch's order."""
         x, axis = self.call.arrays[slot], self.call.program.slots[slot].axis
-        return self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else jnp.zeros_like(x)
+        return (
+            self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else jnp.zeros_like(x)
+        )
 
     def _pulled(self, kind: str, level: int) -> Env:
         pull = self.sweep.pulls.get((kind, level))
