@@ -175,6 +175,30 @@ def decomposed(h, c):
 
 
 @_in(STEPS)
+def decomposed_as_constants(h, c):
+    """Decompositions without a derivative."""
+    matrices = lax.stop_gradient(_matrices(h))
+    triangle, _ = lax.linalg.schur(matrices)
+    reflectors, lengths = lax.linalg.hessenberg(matrices)
+    main, beside = lax.linalg.tridiagonal(matrices)[1:3]
+    values = jnp.sort(jnp.real(jnp.linalg.eigvals(matrices)), axis=-1)
+    order = lax.linalg.lu_pivots_to_permutation(lax.linalg.lu(matrices)[1], 3)
+    turned = lax.linalg.householder_product(reflectors[:, :, :2], lengths)
+    weights = triangle[..., 0] + turned[..., 0] + main + beside[:, :1] + values + order
+    return h * (1.0 + jnp.tanh(weights))
+
+
+@_in(STEPS)
+def updated_factor(h, c):
+    """A factor of the parameters, and the upper halves of integer products."""
+    factor = lax.linalg.cholesky_update(jnp.eye(3) * 2.0, lax.stop_gradient(c.w))
+    steps = lax.mulhi(
+        jnp.round(lax.stop_gradient(jnp.tanh(h)) * 2.0**20).astype(jnp.int32), jnp.full(h.shape, 1 << 20, jnp.int32)
+    )
+    return h @ factor + steps.astype(h.dtype) / 256.0
+
+
+@_in(STEPS)
 def measured(h, c):
     matrices = _matrices(h)
     return h * jnp.log(jnp.linalg.det(matrices))[:, None] / 3.0 + 0.1 * jnp.linalg.eigvalsh(matrices)
@@ -343,6 +367,10 @@ _all(
 )  # fmt: skip
 
 
+def _bits(shape):
+    return lax.rng_bit_generator(jnp.arange(4, dtype=jnp.uint32), shape, jnp.uint32)[1]
+
+
 def _of_raw_key(data):
     return jax.random.uniform(jax.random.clone(jax.random.wrap_key_data(data)))
 
@@ -375,6 +403,7 @@ _all(
     groups=lambda h, c: (h - h.reshape(2, -1, 3).mean(1, keepdims=True).repeat(c.n // 2, 1).reshape(c.n, 3)),
     histogram=lambda h, c: h * jnp.zeros(3).at[c.y].add(h[:, 0])[None],
     counted=lambda h, c: h * jnp.bincount(c.y, length=3)[None],
+    shared_generator=lambda h, c: h * (_bits(h.shape) % 7).astype(h.dtype),
     shared_key=lambda h, c: h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape),
     split_keys=lambda h, c: h + jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(1), c.n))[:, None],
     permuted=lambda h, c: h * c.x[jax.random.permutation(jax.random.key(2), c.n)],
