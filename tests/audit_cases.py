@@ -105,6 +105,7 @@ APART = {
     "population_count": lambda h, b: h * lax.population_count(b["y"])[:, None],
     "bits": lambda h, b: h * ((b["y"] << 2 | 5) ^ 3 & ~b["y"])[:, None],
     "integers": lambda h, b: h * (b["y"] // 2 + b["y"] % 2)[:, None],
+    "upper halves of products": lambda h, b: h * lax.mulhi(b["y"] << 40, jnp.full_like(b["y"], 1 << 25))[:, None],
     "complex": lambda h, b: jnp.abs(jnp.exp(1j * h) + lax.complex(h, b["x"])),
     "real part": lambda h, b: jnp.real((h + 1j * b["x"]) ** 2),
     "hypot": lambda h, b: jnp.hypot(h, 1.0),

@@ -1,4 +1,4 @@
-"""Random programs for the audit: steps that keep the shape (n, 3) of a batch, those that mix examples, and ends.
+"""Random programs for the audit: steps that keep the shape (n, 3) of a batch, and those that mix examples.
 
 Each step is a function of the rows `h` and of a context `c`; `c.n` is the size of the batch that it sees. Programs are
 sentences of these words, so that every rule of the audit's table meets every other.
@@ -12,15 +12,13 @@ from typing import Any
 import audit_devices
 import jax
 import jax.numpy as jnp
+from audit_ends import ENDS
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.scipy import special
 
-from jaxaccum import Mean, Sum
-
 STEPS: dict[str, Any] = {}
 MIXING: dict[str, Any] = {}
-ENDS: dict[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +100,7 @@ _all(
     gathered_bits=lambda h, c: h * (1.0 + jnp.bitwise_xor.reduce(c.y[:, None] + jnp.arange(3)[None], axis=1))[:, None],
     narrowed_floats=lambda h, c: lax.optimization_barrier(lax.reduce_precision(h, 11, 50)),
     conjugated=lambda h, c: jnp.imag(jnp.conj(lax.complex(h, c.x)) * lax.complex(c.x, 0.5 * h)),
+    updated_factor=lambda h, c: h @ lax.linalg.cholesky_update(2.0 * jnp.eye(3), lax.stop_gradient(c.w)),
     named=lambda h, c: checkpoint_name(h, "h") + jnp.copy(h),
     chosen_by_all=lambda h, c: jnp.where(jnp.all(h > -0.5, 1, keepdims=True) & (h <= 2.0) | _any(h), h, 0.4 * h),
     next_float=lambda h, c: h + lax.stop_gradient(lax.nextafter(lax.stop_gradient(h), c.x)),
@@ -186,16 +185,6 @@ def decomposed_as_constants(h, c):
     turned = lax.linalg.householder_product(reflectors[:, :, :2], lengths)
     weights = triangle[..., 0] + turned[..., 0] + main + beside[:, :1] + values + order
     return h * (1.0 + jnp.tanh(weights))
-
-
-@_in(STEPS)
-def updated_factor(h, c):
-    """A factor of the parameters, and the upper halves of integer products."""
-    factor = lax.linalg.cholesky_update(jnp.eye(3) * 2.0, lax.stop_gradient(c.w))
-    steps = lax.mulhi(
-        jnp.round(lax.stop_gradient(jnp.tanh(h)) * 2.0**20).astype(jnp.int32), jnp.full(h.shape, 1 << 20, jnp.int32)
-    )
-    return h @ factor + steps.astype(h.dtype) / 256.0
 
 
 @_in(STEPS)
@@ -442,45 +431,6 @@ def _copies(h, c):
 @jax.jit
 def _moving(h):
     return lax.scan(lambda s, row: (0.9 * s + row, None), jnp.zeros(3), h)[0]
-
-
-# -- ends -------------------------------------------------------------------------------------------------------------
-
-
-def _added_up(h):
-    return jax.jit(lambda h: lax.scan(lambda s, row: (s + jnp.sum(row), None), 0.0, h)[0])(h)
-
-
-_all(
-    ENDS,
-    mean=lambda h, c: jnp.mean(h),
-    mean_by_hand=lambda h, c: jnp.sum(h) / (3.0 * c.n),
-    mean_of_squares=lambda h, c: jnp.mean(h**2) + jnp.sum(c.w**2),
-    mean_in_steps=lambda h, c: h.sum(1).mean(0) - 0.1 * jnp.dot(jnp.ones(c.n) / c.n, h[:, 0]),
-    mean_of_a_loop=lambda h, c: _added_up(h) / c.n,
-    mean_by_dot=lambda h, c: jnp.vdot(h, c.x) / c.n,
-    total=lambda h, c: Sum(jnp.sum(h)),
-    total_in_a_loop=lambda h, c: Sum(_added_up(h)),
-    total_untagged=lambda h, c: jnp.sum(h),
-    total_and_penalty=lambda h, c: Sum(jnp.sum(h) + jnp.sum(c.w**2)),
-    ratio=lambda h, c: Mean(jnp.sum(h * c.mask[:, None]), jnp.sum(c.mask)),
-    ratio_by_size=lambda h, c: Mean(jnp.sum(h), h.size),
-    ratio_of_parameters=lambda h, c: Mean(jnp.sum(h), jnp.sum(jnp.exp(0.1 * h))),
-    ratio_guarded=lambda h, c: Mean(jnp.sum(h), jnp.sum(c.mask) + 0.5),
-    ratio_chosen=lambda h, c: Mean(jnp.sum(jnp.where(c.mask[:, None] > 0, h, 0.0)), jnp.sum(c.mask > 0)),
-    ratio_of_means=lambda h, c: Mean(jnp.mean(h), 1.0),
-    ratio_untagged=lambda h, c: jnp.sum(h * c.mask[:, None]) / jnp.sum(c.mask),
-    ratio_where=lambda h, c: jnp.where(c.mask.sum() > 0, jnp.sum(h * c.mask[:, None]) / c.mask.sum(), 0.0),
-    terms=lambda h, c: {"a": jnp.mean(h), "b": Sum(jnp.sum(h**2)), "c": Mean(h[:, 0] @ c.mask, jnp.sum(c.mask))},
-    mean_and_sum=lambda h, c: jnp.mean(h) + jnp.sum(h**2),
-    unbiased=lambda h, c: jnp.sum(h) / (c.n - 0.5),
-    root_of_mean=lambda h, c: jnp.sqrt(1.0 + jnp.mean(h**2)),
-    extreme=lambda h, c: jnp.mean(h) * jnp.max(c.x),
-    logsumexp=lambda h, c: jax.nn.logsumexp(h),
-    histogram_mean=lambda h, c: jnp.sum(jnp.zeros(3).at[c.y].add(h[:, 0]) * c.w) / c.n,
-    mean_and_place=lambda h, c: jnp.mean(h) + h[0, 0],
-    variance=lambda h, c: jnp.mean(h**2) - jnp.mean(h) ** 2,
-)  # fmt: skip
 
 
 STEPS.update(audit_devices.APART)
