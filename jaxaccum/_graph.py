@@ -19,7 +19,7 @@ from flax.nnx import filterlib
 
 from jaxaccum._tags import Carry
 from jaxaccum._tree import leaf_name
-from jaxaccum._types import Array, Fun, PyTree
+from jaxaccum._types import Array, Fun, PyTree, WithStreams
 
 
 def holds_modules(x: PyTree) -> bool:
@@ -72,9 +72,7 @@ class Models:
             loss, aux = output if has_aux else (output, None)
             return loss, (aux, Carry(new) if new else None)
 
-        # Its keys are random streams, of which each microbatch of a coupled loss has its own.
-        call.__dict__["has_streams"] = True
-        return call
+        return WithStreams(call)
 
     def update(self, state: list[Array]) -> None:
         """Put a new state into the modules."""

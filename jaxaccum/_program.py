@@ -17,7 +17,7 @@ from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
-from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split
+from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split, WithStreams
 from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 
 
@@ -191,7 +191,7 @@ def prepare(
             _check_coupled(coupling, options.axis_name, partition, shadows)
             if not checked:
                 _check_undivided(layout.slots, given_axes, axes)
-            if getattr(fun, "has_streams", False) and (partition.num_microbatches > 1 or mesh_axes):
+            if isinstance(fun, WithStreams) and (partition.num_microbatches > 1 or mesh_axes):
                 with contextlib.nullcontext() if checked else unchecked():
                     one = _with_own_streams(one, call.outputs[g], layout.slots, partition, mesh_axes)
         traces.append(one)

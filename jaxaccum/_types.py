@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from typing import Any, Literal
@@ -45,3 +46,13 @@ KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
 """A PRNG key that reaches `fun` as one key an example, folded with the example's index in the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WithStreams:
+    """A function whose carried keys are random streams, of which each microbatch of a coupled loss has its own."""
+
+    fun: Fun
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fun(*args, **kwargs)
