@@ -235,6 +235,7 @@ def measured(
         needs = re.search(r"Used (\S+) of (\S+)", str(error))
         none = {
             "temporary / parameters": float("inf"),
+            "peak / parameters": float("inf"),
             "gradients sent": 0.0,
             "inside loops": 0,
             "GB moved": float("nan"),
@@ -249,6 +250,8 @@ def measured(
     estimate = flops(traced.jaxpr.jaxpr, count) / chip.flops + moved / chip.link if chip else float("nan")
     return row | {
         "temporary / parameters": analysis.temp_size_in_bytes / size,
+        # Buffers that are alive together, beyond the arguments: the size of the temporary area counts its gaps too.
+        "peak / parameters": (analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes) / size,
         # Layers reduce in pieces inside a scan over them: what counts is how often a whole gradient is sent.
         "gradients sent": round(sum(c.times * c.bytes for c in large) / size, 3),
         "inside loops": sum(c.loops > 0 for c in large),
@@ -291,22 +294,25 @@ def _compiler(real: bool) -> str:
     return jax.devices()[0].device_kind if real else f"libtpu {importlib.metadata.version('libtpu')}"
 
 
+PANELS = {"peak / parameters": "peak memory / parameters", "gradients sent": "gradients sent"}
+
+
 def picture(rows: list[dict[str, Any]], models: tuple[str, ...]) -> Figure:
-    """Temporary memory and whole-gradient reductions against N, a panel for each model."""
+    """Memory beyond the arguments and whole-gradient reductions against N, two panels for each model."""
     figure, axes = _report.panels(2 * len(models))
     styles = dict(zip(WAYS, ((_report.BLUE, "o", 6), (_report.RED, "s", 10), (_report.ORANGE, "x", 7)), strict=True))
     for i, name in enumerate(models):
-        for panel, key in zip(axes[2 * i : 2 * i + 2], ("temporary / parameters", "gradients sent"), strict=True):
+        for panel, (key, label) in zip(axes[2 * i : 2 * i + 2], PANELS.items(), strict=True):
             for way, (color, marker, wide) in styles.items():
                 own = [
                     row for row in rows if (row["model"], row["way"]) == (name, way) and "exceeds" not in row["note"]
                 ]
-                own = [row for row in own if np.isfinite(row["temporary / parameters"])]
+                own = [row for row in own if np.isfinite(row["peak / parameters"])]
                 line = [row["N"] for row in own], [row[key] for row in own]
                 panel.plot(*line, color=color, marker=marker, markersize=wide, markerfacecolor="none", label=way)
             panel.set_xscale("log", base=2)
             ticks = sorted({row["N"] for row in rows})
             panel.set(ylim=(0, None), xticks=ticks, xticklabels=list(map(str, ticks)), xlabel="microbatches N")
-            panel.set_title(f"{name}: {'temporary / parameter bytes' if key != 'gradients sent' else 'gradients sent'}")
+            panel.set_title(f"{name}: {label}")
     axes[0].legend(frameon=False, fontsize=9)
     return figure
