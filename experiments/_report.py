@@ -107,10 +107,10 @@ def as_json(record: Record) -> dict[str, Any]:
     }
 
 
-def panels(count: int, *, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels side by side, as wide as a README column shows without shrinking the letters."""
-    figure = Figure(figsize=(4.8 * count, height), layout="constrained")
-    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+def panels(count: int, *, rows: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` of `count` panels side by side, wide enough that a README column keeps the letters legible."""
+    figure = Figure(figsize=(4.8 * count, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, count, i + 1) for i in range(rows * count)]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25, linewidth=0.6)
