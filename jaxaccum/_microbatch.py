@@ -56,7 +56,9 @@ def microbatch(
         mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are also summed.
         memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
             cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
-            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing.
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
+            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
+            comparison of the two takes both from the result, or ``"store"``.
 
     Returns:
         A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.

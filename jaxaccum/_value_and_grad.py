@@ -58,7 +58,9 @@ def value_and_grad(
             itself counts the gradient of what such devices share once on each.
         memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
             cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
-            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing.
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
+            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
+            comparison of the two takes both from the result, or ``"store"``.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
             needs a loss with one denominator; None is ``in_place()``.
         gather: on an explicit mesh, when parameters divided over the batch's axes are gathered. ``"each"``: at every

@@ -1,5 +1,7 @@
 """Coupled programs: collectives over the loop's axis, against the same function under `jax.vmap(axis_name=…)`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -179,6 +181,27 @@ def test_a_statistic_that_two_stages_read():
 
     actual = jax.jit(ja.value_and_grad(fun, num_microbatches=4, memory="min"))(W, X)
     assert normwise(actual, jax.jit(jax.value_and_grad(ja.full_batch(fun)))(W, X)) < EXACT
+
+
+@pytest.mark.parametrize("memory", ["min", "store"])
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_rank_is_that_among_all_examples(n, memory):
+    def ranked(w, x, *, everywhere=True):
+        score = jnp.sum(x @ w["a"], axis=1)
+        all_scores = lax.all_gather(score, AXIS, tiled=True) if everywhere else score
+        if memory == "min" and everywhere:  # what is computed again may differ from what was gathered
+            score = lax.dynamic_slice_in_dim(all_scores, lax.axis_index(AXIS) * len(score), len(score))
+        rank = jnp.searchsorted(jnp.sort(all_scores), score)
+        return jnp.mean(score * rank.astype(score.dtype))
+
+    value, grads = jax.jit(ja.value_and_grad(ranked, num_microbatches=n, memory=memory))(W, X)
+    scores = jnp.sum(X @ W["a"], axis=1)
+    ranks = jnp.argsort(jnp.argsort(scores))
+    truth, wanted = jax.value_and_grad(lambda w: jnp.mean(jnp.sum(X @ w["a"], axis=1) * ranks.astype(scores.dtype)))(W)
+    assert normwise(value, truth) < EXACT
+    assert normwise(grads, wanted) < EXACT
+    apart = ja.value_and_grad(functools.partial(ranked, everywhere=False), num_microbatches=n)(W, X)[0]
+    assert normwise(apart, truth) > 0.1  # the rank within the microbatch
 
 
 def test_example_keys_do_not_depend_on_the_partition():
