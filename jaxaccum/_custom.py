@@ -85,7 +85,14 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
             f"{rows[0]} is part of the batch, and a custom accumulator combines gradients of what all microbatches "
             "share; leave it out of argnums, or use in_place() or tree()."
         )
+    exchanged = frozenset().union(*(one.other_axes for one in program.traces))
     for i in wrt:
+        if shared := program.given_axes[i] & exchanged & set(program.mesh_axes):
+            raise ValueError(
+                f"{program.slots[i].name} is divided over {', '.join(map(repr, sorted(shared)))}, as the batch is, and "
+                "gathered at every microbatch: its gradients come of all devices, and a custom accumulator would "
+                'weigh them by one device\'s weight; on an explicit mesh pass gather="once", or use in_place() or tree().'
+            )
         if others := program.given_axes[i] - program.axes:
             raise ValueError(
                 f"{program.slots[i].name} differs between the devices along {', '.join(map(repr, sorted(others)))}, "

@@ -54,8 +54,8 @@ def value_and_grad(
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
         axis_name: the name of the loop's axis.
         mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
-            Parameters may be divided over further axes (tensor parallelism), with ``check_vma=True``: without it JAX
-            itself counts the gradient of what such devices share once on each.
+            Parameters may be divided over further axes (tensor parallelism), or over these and gathered in `fun`, with
+            ``check_vma=True``: without it nothing tells their gradients from those of parameters that devices share.
         memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
             cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
             again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but

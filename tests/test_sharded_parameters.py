@@ -123,3 +123,22 @@ def test_a_carried_state_runs_on_global_arrays_with_parameters_gathered_once(con
 
 def test_gather_is_checked():
     refused(lambda: ja.grad(loss, num_microbatches=N, gather="never")(W, X), "gather", "'never'", "once")
+
+
+@pytest.mark.parametrize("name", ["compensated", "skip_nonfinite", "noise_scale"])
+def test_an_accumulator_of_its_own_needs_gradients_of_one_device(name):
+    """Gathered at every microbatch they come of all devices, whose weights differ: refused; once, they are exact."""
+    w, weights = data(16) / 4, jnp.arange(16.0) % 3
+    x, y = data(16, 16, seed=1), data(16, seed=2)
+    made = getattr(ja.accumulators, name)
+
+    def loss(w, x, y, weights):
+        return ja.Mean(jnp.sum((jnp.tanh(x @ w) - y) ** 2 * weights), jnp.sum(weights))
+
+    lay = lambda array: jax.device_put(array, NamedSharding(EXPLICIT, P("data")))
+    step = functools.partial(ja.value_and_grad, loss, in_axes=(None, 0, 0, 0), num_microbatches=2)
+    arrays = [lay(array) for array in (w, x, y, weights)]
+    truth = jax.grad(lambda w: ja.full_batch(loss, in_axes=(None, 0, 0, 0))(w, x, y, weights))(w)
+    assert normwise(step(accumulator=made(), gather="once")(*arrays)[1], truth) < EXACT
+    assert normwise(step()(*arrays)[1], truth) < EXACT
+    refused(lambda: step(accumulator=made())(*arrays), "argument 0", "'data'", 'gather="once"', "in_place()")
