@@ -91,7 +91,7 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
             raise ValueError(
                 f"{program.slots[i].name} is divided over {', '.join(map(repr, sorted(shared)))}, as the batch is, and "
                 "gathered at every microbatch: its gradients come of all devices, and a custom accumulator would "
-                'weigh them by one device\'s weight; on an explicit mesh pass gather="once", or use in_place() or tree().'
+                'weigh them by one device\'s; on an explicit mesh pass gather="once", or use in_place() or tree().'
             )
         if others := program.given_axes[i] - program.axes:
             raise ValueError(

@@ -291,7 +291,7 @@ def _check_undivided(slots: Sequence[Slot], given_axes: Sequence[frozenset[str]]
 
 
 def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:
-    """The shapes at which group `g` sees the arguments."""
+    """The types at which group `g` sees the arguments: shapes alone would lose how a mesh divides them."""
     group = partition.groups[g]
 
     def cut(arrays: list[Array]) -> list[Array]:
@@ -304,7 +304,7 @@ def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -
             own.append(x)
         return own
 
-    return jax.eval_shape(cut, arrays)
+    return list(jax.make_jaxpr(cut)(arrays).out_avals)
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import EXACT, data, normwise, refused
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
@@ -41,6 +41,22 @@ def test_value_and_gradient_of_the_whole_batch(n, check_vma):
     fun = ja.value_and_grad(loss, argnums=(0, 1), num_microbatches=n, mesh_axes="data")
     actual = sharded(fun, (P(), (P(), P("data"))), check_vma)(W, BATCH)
     assert normwise(actual, jax.value_and_grad(expected, argnums=(0, 1))(W, BATCH)) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["manual, checked", "manual, unchecked", "explicit"])
+def test_parameters_that_the_compiler_divides_over_another_axis(kind):
+    """Data parallel by hand or by type, tensor parallel by the compiler: one axis of the mesh stays automatic."""
+    types = (AxisType.Explicit if kind == "explicit" else AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    lay = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    w = {"a": lay(data(3, 6), None, "model"), "b": lay(data(6, seed=1)), "c": lay(data(6, 2, seed=2))}
+    batch = tuple(lay(x, "data") for x in BATCH)
+    step = ja.value_and_grad(loss, num_microbatches=2, mesh_axes=None if kind == "explicit" else "data")
+    if kind != "explicit":
+        specs = {"in_specs": (P(), P("data")), "out_specs": P(), "axis_names": {"data"}}
+        step = jax.shard_map(step, mesh=mesh, check_vma=kind == "manual, checked", **specs)
+    actual = jax.jit(step)(w, batch)
+    assert normwise(jax.device_get(actual), jax.value_and_grad(expected)(*jax.device_get((w, BATCH)))) < EXACT
 
 
 @CHECKED
