@@ -126,7 +126,9 @@ class _Spread:
         head, grads = _in_mesh(self.mesh, lambda arrays: self._pair(options, arrays))(self._kept(self.arrays))
         leaves, treedef = jax.tree.flatten(grads)
         shardings = [jax.typeof(self.arrays[i]).sharding for i in self._differentiated()]
-        flat = [jax.sharding.reshard(g, own) for g, own in zip(leaves, shardings, strict=True)]
+        flat = [  # the gradient of what lies on no mesh stays whole on every device
+            g if own.mesh.empty else jax.sharding.reshard(g, own) for g, own in zip(leaves, shardings, strict=True)
+        ]
         return (head, treedef.unflatten(flat)) if self.argnums else head
 
     def by_device(self) -> Any:

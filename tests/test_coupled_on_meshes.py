@@ -64,6 +64,29 @@ def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
     assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT
 
 
+@pytest.mark.parametrize("everywhere", [True, False], ids=["on the mesh", "on no mesh"])
+def test_a_masked_normalization_on_an_explicit_mesh(everywhere):
+    mask = jnp.arange(len(X)) % 3 > 0
+    masked = lambda model, batch: model(batch[0], mask=batch[1][:, None]) ** 3
+
+    def loss(model, batch):
+        return ja.Mean(jnp.sum(jnp.where(batch[1][:, None], masked(model, batch), 0)), jnp.sum(batch[1]))
+
+    model = lambda name: jaxaccum.nnx.BatchNorm(3, axis_name=name, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    ours, whole, batch = model("microbatch"), model(None), (X, mask)
+    if everywhere:
+        lay = lambda x: jax.device_put(x, NamedSharding(EXPLICIT, P()))
+        nnx.update(ours, jax.tree.map(lay, nnx.state(ours)))
+    step = jaxaccum.nnx.value_and_grad(loss, num_microbatches=4)
+    value, grads = step(ours, jax.device_put(batch, NamedSharding(EXPLICIT, P("data"))))
+    ratio = lambda mean: mean.total / mean.weight.astype(jnp.float64)
+    truth, wanted = nnx.value_and_grad(lambda model: ratio(loss(model, batch)))(whole)
+    assert normwise((value, nnx.to_pure_dict(grads)), (truth, nnx.to_pure_dict(wanted))) < EXACT
+    assert normwise(ours.mean[...], whole.mean[...]) < EXACT
+    own = loss(model(None), (X[::4], mask[::4]))  # the classic wrong answer: a microbatch's own statistics
+    assert normwise(ratio(own), truth) > 1e-3
+
+
 LAYOUTS = {
     "whole": {"a": P(), "b": P()},
     "columns": {"a": P(None, "other"), "b": P("other")},

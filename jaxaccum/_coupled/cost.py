@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+from jax.sharding import PartitionSpec as P
 
 from jaxaccum import _flops
 from jaxaccum._coupled.collectives import resolve
@@ -61,7 +62,7 @@ def _operations(
 ) -> float:
     """The operations of a fragment and of its derivative with respect to the variables `moved` among what it reads."""
     reads, sizes = fragment.reads, sizes or {}
-    shapes = [jax.ShapeDtypeStruct((*([sizes[v]] if v in sizes else []), *v.aval.shape), v.aval.dtype) for v in reads]
+    shapes = [_stacked(v.aval, [sizes[v]] if v in sizes else []) for v in reads]
     places = [i for i, v in enumerate(reads) if v in moved]
 
     def work(values: list[Array]) -> Any:
@@ -79,6 +80,14 @@ def _operations(
 
     jaxpr = jax.make_jaxpr(work)(shapes).jaxpr
     return _flops.flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _stacked(aval: Any, sizes: list[int]) -> jax.ShapeDtypeStruct:
+    """The shape of a value with leading axes of the given sizes, which no mesh divides; the others stay as they are."""
+    sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
+    if sharding is not None:
+        sharding = sharding.update(spec=P(*[None] * len(sizes), *sharding.spec))
+    return jax.ShapeDtypeStruct((*sizes, *aval.shape), aval.dtype, sharding=sharding)
 
 
 def bytes_of(variables: Iterable[Any], count: int = 1) -> int:
