@@ -152,33 +152,3 @@ def tree(dtype: DTypeLike | None = None) -> Sums:
         10.0
     """
     return Sums(in_place=False, dtype=dtype)
-
-
-# JAX documents the name and does not declare it exported.
-BY_VALUE = jax.ad.GradValue()  # pyright: ignore[reportPrivateImportUsage]
-"""In the place of a reference: the cotangent is to be returned."""
-
-
-@jax.custom_vjp
-def port(sink: Array, parameter: Array) -> Array:
-    """The parameter; its cotangent goes, cast up, to `sink`, an array of zeros that is never read.
-
-    A reference takes cotangents of its own dtype only, so a float32 sum of bfloat16 gradients needs a float32 input.
-    """
-    del sink
-    return parameter
-
-
-def _port_backward(sink: Any, cotangent: Array) -> tuple[Array, None]:
-    return cast(cotangent, sink.dtype), None
-
-
-class _DtypeOf:
-    """A residual that holds a dtype and no array."""
-
-    def __init__(self, dtype: Any):
-        self.dtype = dtype
-
-
-jax.tree_util.register_static(_DtypeOf)
-port.defvjp(lambda sink, parameter: (parameter, _DtypeOf(sink.dtype)), _port_backward)

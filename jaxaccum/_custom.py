@@ -39,18 +39,20 @@ def value_and_grad(
     A report stays the device's own, its scalars with an axis, so that ``out_specs=P(axes)`` puts all of them together.
     """
     total_part, weight_part = _one_denominator(program, wrt)
-    step = _loop.Derivative(program, _loop.Gradient(wrt, ((total_part,),), in_place()), list(arrays), [])
+    weight_of_batch = _direct.known_first(program, arrays, wrt)[weight_part]
+    step = _loop.Derivative(program, _loop.Gradient(wrt, (total_part,), in_place()), list(arrays), [])
     params = assemble(step.parameters)
     state = jax.tree.map(_strong, accumulator.init(params))
     selective = getattr(accumulator, "accepts", None) is not None
 
     def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
         del extra
-        parts, vjp, outs = step.at(g, step.parameters, rows=rows, carry=carry, index=index)
+        parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
         total = parts[total_part]
         weight = cast(parts[weight_part], total.dtype)
-        grads, _ = vjp([_mesh.vary(ratio(jnp.ones_like(total), weight), _mesh.varying_axes(outs[0]))])
-        grads = assemble([cast(grad, widen(grad.dtype)) for grad in grads])
+        divisor = _divisor(weight_of_batch, weight)
+        shares, _ = pull([_mesh.vary(ratio(jnp.ones_like(total), divisor), _mesh.varying_axes(outs[0]))])
+        grads = assemble([_mean_gradient(share, divisor, weight) for share in shares])
         if selective:
             weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
         new = accumulator.update(sums, grads, weight, index)
@@ -70,6 +72,23 @@ def value_and_grad(
     if program.mesh_axes:  # each device has a report of its own, and along a leading axis there is room for all
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
     return Accumulated(parts, assemble(grads), report)
+
+
+def _divisor(weight_of_batch: Array, weight: Array) -> Array:
+    """What the cotangent of a total is divided by: the weight of the batch, as in the full batch.
+
+    A backward rule of the user's that is not linear, such as one that clips, then does what it does there. Where a
+    microbatch has spoiled that weight with NaN or infinity, the others are divided by their own.
+    """
+    whole = cast(weight_of_batch, weight.dtype)
+    return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)
+
+
+def _mean_gradient(share: Array, divisor: Array, weight: Array) -> Array:
+    """A microbatch's mean gradient, of its share ``g / divisor`` of the batch's."""
+    dtype = widen(share.dtype)
+    scale = jnp.where(divisor == weight, jnp.ones_like(weight), ratio(divisor, weight))
+    return cast(share, dtype) * cast(scale, dtype)
 
 
 def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:

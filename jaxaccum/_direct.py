@@ -34,29 +34,25 @@ class ValueAndGrad(NamedTuple):
 
 def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
     """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all shards."""
-    known = _known_first(program, arrays, wrt)
-    if known is None:
-        return _divide_last(program, arrays, wrt, sums)
+    known = known_first(program, arrays, wrt)
     parts, seeds = [], []
     for term in program.terms:
         parts.append(term.total)
-        seeds.append(_total_seed(program, term, known))
+        seeds.append(total_seed(program, term, known))
         for weight in _moving_weights(program, term, wrt):
             parts.append(weight)
             seeds.append(_weight_seed(known[term.total], known[weight]))
-    result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, (tuple(parts),), sums), [seeds])
-    return over_shards(program, wrt, ValueAndGrad(result.parts, result.grads[0]), known)
+    result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds)
+    return over_shards(program, wrt, ValueAndGrad(result.parts, result.grads), known)
 
 
-def _known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array] | None:
-    """The parts that cotangents are made of, over the whole batch; None if computing them twice would be seen."""
+def known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array]:
+    """The parts that cotangents are made of, over the whole batch. Prints and callbacks wait for the loop itself."""
     wanted: set[int] = set()
     for term in program.terms:
         if term.weight is not None:
             wanted |= {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
-    restricted, kept = program.only(sorted(wanted))
-    if any(trace.effects for trace in restricted.traces):
-        return None
+    restricted, kept = program.pure().only(sorted(wanted))
     if restricted.coupled or any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
         totals = _over_mesh(restricted, _coupled.run(restricted, arrays))
     else:
@@ -77,25 +73,6 @@ def _static(program: Program) -> list[Array]:
     return totals
 
 
-def _divide_last(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
-    """One gradient for each total and weight, divided after the loop: `fun`'s side effects happen once."""
-    sets: list[tuple[int, ...]] = []
-    for term in program.terms:
-        sets.append((term.total,))
-        sets += [(weight,) for weight in _moving_weights(program, term, wrt)]
-    ones = [[jnp.ones_like(_zero(program, part)) for part in parts] for parts in sets]
-    result = _coupled.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(sets), sums), ones)
-    parts = _over_mesh(program, result.parts)
-    scales = []
-    for term in program.terms:
-        scales.append(_total_seed(program, term, dict(enumerate(parts))))
-        scales += [_weight_seed(parts[term.total], parts[weight]) for weight in _moving_weights(program, term, wrt)]
-    grads = []
-    for each in zip(*result.grads, strict=True):
-        grads.append(sum(cast(scale, each[0].dtype) * grad for scale, grad in zip(scales, each, strict=True)))
-    return over_shards(program, wrt, ValueAndGrad(result.parts, grads), dict(enumerate(parts)))
-
-
 def _moving_weights(program: Program, term: Term, wrt: tuple[int, ...]) -> list[int]:
     """The denominator of a term, if it has a gradient of its own."""
     if term.weight is None or not is_inexact(_zero(program, term.weight)):
@@ -108,7 +85,7 @@ def _zero(program: Program, part: int) -> Array:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
+def total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
     """The cotangent of a total: ``1 / W``, 0 where W is 0, and 1 for a sum."""
     one = jnp.ones_like(_zero(program, term.total))
     return one if term.weight is None else ratio(one, known[term.weight])

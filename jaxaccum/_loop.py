@@ -1,11 +1,10 @@
-"""The one scan over microbatches, and the one place that holds references to gradients.
+"""The one scan over microbatches, and the gradient of one microbatch.
 
-`run` combines the parts of every microbatch; asked for a gradient, it also back-propagates each microbatch with given
-cotangents and adds what arrives. It does so in place, into references, because a gradient tree that is added outside
-costs a second copy of the parameters. JAX differentiates through references silently wrongly when the loop stands
-inside another scan, and cannot batch a reference that an inner scan runs over. So the in-place loop is sealed by
-`in_references`, which lets no reference out, and is the primal of a ``custom_jvp`` and of a ``custom_vmap`` and nothing
-else: derivatives and batches are those of the same loop with plain sums.
+`run` combines the parts of every microbatch. Asked for a gradient, the loop also back-propagates each microbatch with
+given cotangents and carries the sum of what arrives. By default the backward pass adds to that sum itself, slice by
+slice where it can (`_running_sums`); with ``tree()`` a whole tree of gradients is added after it.
+
+The loop is made of ``lax.scan`` and ``jax.vjp`` alone, so every transformation of JAX applies to it.
 """
 
 from __future__ import annotations
@@ -18,33 +17,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import run_state
 
 from jaxaccum import _mesh, _reduce
-from jaxaccum._accumulators import BY_VALUE, Sums, port
+from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._program import Program
 from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast
 from jaxaccum._types import Array
 
-Seeds = list[list[Array]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """What to differentiate: slots `wrt`, and for each gradient asked for, the parts that its cotangents belong to."""
+    """What to differentiate: the slots `wrt`; and the parts of the output that have a cotangent."""
 
     wrt: tuple[int, ...]
-    sets: tuple[tuple[int, ...], ...]
+    parts: tuple[int, ...]
     sums: Sums
 
 
 class Result(NamedTuple):
-    """The combined parts of the output, and one list of gradients (one a slot of `wrt`) for each set of cotangents."""
+    """The combined parts of the output, and one gradient a slot of `wrt`."""
 
     parts: list[Array]
-    grads: list[list[Array]]
+    grads: list[Array]
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
@@ -52,49 +48,15 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
     return scan(program, arrays, _forward(program, arrays), checkpoint=checkpoint).parts
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
-    """The combined parts, and ``Σ vjp(seeds)`` over microbatches for each set of cotangents.
+def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
+    """The combined parts, and ``Σ vjp(seeds)`` over microbatches; one seed for each of the gradient's parts.
 
-    A cotangent of a summed part is the same for every microbatch; that of rows or of a stack is cut as the rows are.
+    The seed of a summed part is the cotangent in every microbatch; that of rows or of a stack is cut as the rows are.
     """
-    summed = functools.partial(_summed, program, gradient)
-    if not gradient.sums.in_place or program.under_mapped_axes:
-        return summed(list(arrays), seeds)
-    return sealed(functools.partial(_in_place, program, gradient), summed)(list(arrays), seeds)
-
-
-def sealed(loop: Callable[..., Result], summed: Callable[..., Result]) -> Callable[..., Result]:
-    """The loop that adds into references, whose derivatives and batches are those of the same loop with plain sums."""
-
-    @jax.custom_batching.custom_vmap
-    def in_place(arrays: list[Array], seeds: Seeds) -> Result:
-        return loop(arrays, seeds)
-
-    @in_place.def_vmap
-    def batched(size: int, mapped: Any, arrays: list[Array], seeds: Seeds) -> tuple[Result, Any]:
-        axes = jax.tree.map(lambda x: 0 if x else None, mapped)
-        result = jax.vmap(summed, in_axes=tuple(axes), axis_size=size)(arrays, seeds)
-        return result, jax.tree.map(lambda _: True, result)
-
-    accumulate = jax.custom_jvp(lambda arrays, seeds: in_place(arrays, seeds))
-    accumulate.defjvp(lambda primals, tangents: jax.jvp(summed, primals, tangents))
-    return accumulate
-
-
-def in_references(sums: Any, values: Any, fill: Callable[[Any], Any], axes: frozenset[str]) -> tuple[Any, Any]:
-    """What `fill` adds to references that start at `sums`, and what it returns, of the shapes `values`.
-
-    No reference leaves: JAX would take its creation for a constant and differentiate wrongly.
-    """
-
-    def body(refs: Any) -> None:
-        sums, outs = refs
-        for ref, x in zip(outs, jax.tree.leaves(fill(sums)), strict=True):
-            ref[...] = x
-
-    empty = [_mesh.vary(_mesh.zeros(x), axes) for x in jax.tree.leaves(values)]
-    sums, filled = run_state(body)((sums, empty))
-    return sums, jax.tree.unflatten(jax.tree.structure(values), filled)
+    step = Derivative(program, gradient, list(arrays), list(seeds))
+    visit = step.add_in_place if gradient.sums.in_place else step.add_tree
+    scanned = scan(program, arrays, visit, sums=step.zeros(), idle=step.idle, extra=step.extra())
+    return step.result(scanned)
 
 
 # -- the scan ---------------------------------------------------------------------------------------------------------
@@ -238,59 +200,14 @@ def _forward(program: Program, arrays: Sequence[Array]) -> Visit:
     return visit
 
 
-def _summed(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
-    """The gradients as values: one tree is added to another at each microbatch."""
-    step = Derivative(program, gradient, arrays, seeds)
-
-    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
-        parts, vjp, outs = step.at(g, step.parameters, rows=rows, carry=carry, index=index)
-        added, written = [], []
-        for s, old in enumerate(sums):
-            whole, own = vjp(step.cotangents(s, outs, extra))
-            added.append([x + cast(y, x.dtype) for x, y in zip(old, whole, strict=True)])
-            written.append(own)
-        return parts, added, written
-
-    zeros = [[gradient.sums.zeros(x) for x in step.parameters] for _ in gradient.sets]
-    scanned = scan(program, arrays, visit, sums=zeros, idle=step.idle, extra=step.extra())
-    return step.result(scanned.parts, scanned.sums, step.merged(scanned))
-
-
-def _in_place(program: Program, gradient: Gradient, arrays: list[Array], seeds: Seeds) -> Result:
-    """The gradients in references: the backward pass itself adds to them."""
-    step = Derivative(program, gradient, arrays, seeds)
-    zeros = [gradient.sums.zeros(x) for x in step.parameters]
-    inputs = [zero if zero.dtype != x.dtype else x for zero, x in zip(zeros, step.parameters, strict=True)]
-
-    def fill(sums: Any) -> Any:
-        def visit(g: int, _: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
-            parts, vjp, starts = step.at(g, inputs, rows=rows, carry=carry, index=index)
-            at_once, written = step.at_once(g), []
-            for s, buffers in enumerate(sums):
-                sinks = [BY_VALUE if whole else buffer for buffer, whole in zip(buffers, at_once, strict=True)]
-                pull = vjp.with_refs(sinks, [BY_VALUE] * len(step.rows))
-                grads, own = pull(step.cotangents(s, starts, extra))
-                for buffer, grad, whole in zip(buffers, grads, at_once, strict=True):
-                    if whole:
-                        buffer[...] += grad
-                written.append(own)
-            return parts, (), written
-
-        scanned = scan(program, arrays, visit, idle=step.idle, extra=step.extra())
-        return scanned.parts, step.merged(scanned)
-
-    sums, (parts, merged) = in_references([zeros for _ in gradient.sets], step.shapes(), fill, program.axes)
-    return step.result(parts, sums, merged)
-
-
 @dataclasses.dataclass(frozen=True)
 class Derivative:
-    """What both ways of summing share: the derivative of one microbatch, its cotangents, and where gradients go."""
+    """The derivative of one microbatch: its cotangents, and where its gradients go."""
 
     program: Program
     gradient: Gradient
     arrays: list[Array]
-    seeds: Seeds
+    seeds: list[Array]
 
     @property
     def whole(self) -> list[int]:
@@ -304,101 +221,112 @@ class Derivative:
 
     @property
     def parameters(self) -> list[Array]:
+        """The arrays whose gradients are summed."""
         return [self.arrays[i] for i in self.whole]
 
-    @property
-    def wanted(self) -> list[int]:
-        """The parts that any cotangent belongs to."""
-        return sorted({part for parts in self.gradient.sets for part in parts})
+    def zeros(self) -> list[Array]:
+        """The sums before the first microbatch."""
+        return [self.gradient.sums.zeros(x) for x in self.parameters]
 
-    def differentiated_rows(self, rows: Sequence[Array]) -> list[Array]:
+    # -- one microbatch
+
+    def add_in_place(
+        self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
+    ) -> tuple[list[Array], Any, Any]:
+        """The backward pass maps the sums so far to the sums with this microbatch."""
+        places = self._places(g)
+
+        def forward(sums: list[Array], own: list[Array]) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
+            cut = self._with_rows(rows, own)
+            inputs = self.program.inputs(g, self.arrays, rows=cut, carry=carry, index=index)
+            parts, sums = self.program.traces[g].with_sums(index, inputs, sums, places)
+            return (self._wanted(parts), sums), parts
+
+        unread = [_mesh.zeros(jax.typeof(x)) for x in sums]
+        (outs, _), pull, parts = jax.vjp(forward, unread, self._differentiated(rows), has_aux=True)
+        sums, written = pull((self.cotangents(outs, extra), sums))
+        return parts, sums, written
+
+    def add_tree(
+        self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
+    ) -> tuple[list[Array], Any, Any]:
+        """The backward pass returns a tree of gradients, which is added to the sums."""
+        parts, pull, outs = self.at(g, rows=rows, carry=carry, index=index)
+        grads, written = pull(self.cotangents(outs, extra))
+        sums = [total + cast(grad, total.dtype) for total, grad in zip(sums, grads, strict=True)]
+        return parts, sums, written
+
+    def at(
+        self, g: int, *, rows: list[Array], carry: Any, index: Array
+    ) -> tuple[list[Array], Callable[[list[Array]], Any], list[Array]]:
+        """One microbatch forward: all its parts, the pullback to parameters and rows, and the parts it starts from."""
+
+        def forward(parameters: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
+            arrays = list(self.arrays)
+            for i, x in zip(self.whole, parameters, strict=True):
+                arrays[i] = x
+            cut = self._with_rows(rows, own)
+            parts = self.program.parts(g, arrays, rows=cut, carry=carry, index=index)
+            return self._wanted(parts), parts
+
+        outs, pull, parts = jax.vjp(forward, self.parameters, self._differentiated(rows), has_aux=True)
+        return parts, pull, outs
+
+    def _places(self, g: int) -> dict[int, int]:
+        """The arguments of trace `g` that have a running sum: their positions there, and those of the sums."""
+        place_of = {slot: place for place, slot in enumerate(self.whole)}
+        sources = enumerate(self.program.sources(g))
+        return {position: place_of[slot] for position, slot in sources if slot in place_of}
+
+    def _wanted(self, parts: list[Array]) -> list[Array]:
+        return [parts[i] for i in self.gradient.parts]
+
+    def _differentiated(self, rows: Sequence[Array]) -> list[Array]:
         """Of one microbatch's rows, those to differentiate."""
         order = self.program.positions(Role.ROWS)
         return [rows[order.index(i)] for i in self.rows]
 
-    def at(
-        self, g: int, inputs: list[Array], *, rows: list[Array], carry: Any, index: Array
-    ) -> tuple[list[Array], Any, list[Array]]:
-        """One microbatch forward: all its parts, the pullback to ``(inputs, rows)``, and the parts it starts from."""
-        order = self.program.positions(Role.ROWS)
-
-        def primal(inputs: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
-            arrays, cut = list(self.arrays), list(rows)
-            for i, x in zip(self.whole, inputs, strict=True):
-                arrays[i] = x if x.dtype == arrays[i].dtype else port(x, arrays[i])
-            for i, x in zip(self.rows, own, strict=True):
-                cut[order.index(i)] = x
-            parts = self.program.parts(g, arrays, rows=cut, carry=carry, index=index)
-            return [parts[i] for i in self.wanted], parts
-
-        outs, vjp, parts = jax.vjp(primal, inputs, self.differentiated_rows(rows), has_aux=True)
-        return parts, vjp, outs
-
-    def at_once(self, g: int) -> list[bool]:
-        """Of each parameter, whether its gradient arrives whole: a reference spares no memory then, and the order in
-        which XLA for CPU schedules a sum amid the backward pass costs some 5 % of the time.
-        """
-        known = dict(zip(self.program.sources(g), self.program.traces[g].read_at_once(), strict=True))
-        return [known.get(i, True) for i in self.whole]
-
-    def cotangents(self, s: int, outs: list[Array], extra: Any) -> list[Array]:
-        """The cotangents of set `s` at one microbatch, one for each wanted part: zero for those of other sets."""
-        cut = iter(extra[s])
-        given = {}
-        for part, seed in zip(self.gradient.sets[s], self.seeds[s], strict=True):
-            given[part] = next(cut) if self.program.outputs.parts[part].reduction.stacked else seed
-        pairs = zip(self.wanted, outs, strict=True)
-        return [_mesh.vary(given.get(part, jnp.zeros_like(out)), _mesh.varying_axes(out)) for part, out in pairs]
-
-    def extra(self) -> list[Any]:
-        """The cotangents of rows and stacks, cut for each group as the rows are."""
-        partition, kinds = self.program.partition, self.program.outputs.parts
-        cut = []
-        for g, group in enumerate(partition.groups):
-            sets = []
-            for parts, seeds in zip(self.gradient.sets, self.seeds, strict=True):
-                own = []
-                for part, seed in zip(parts, seeds, strict=True):
-                    if kinds[part].reduction is Reduction.CONCAT:
-                        own.append(partition.split_rows(seed, 0)[g])
-                    elif kinds[part].reduction is Reduction.STACK:
-                        own.append(seed[group.first : group.first + group.count])
-                sets.append(own)
-            cut.append(sets)
+    def _with_rows(self, rows: Sequence[Array], own: Sequence[Array]) -> list[Array]:
+        """One microbatch's rows, with those to differentiate replaced."""
+        order, cut = self.program.positions(Role.ROWS), list(rows)
+        for i, x in zip(self.rows, own, strict=True):
+            cut[order.index(i)] = x
         return cut
 
-    def idle(self, g: int) -> list[list[Array]]:
+    # -- cotangents
+
+    def cotangents(self, outs: list[Array], extra: Any) -> list[Array]:
+        """The cotangents of the wanted parts at one microbatch; `extra` are its own entries of the stacked ones."""
+        entries, given = iter(extra), []
+        for part, seed, out in zip(self.gradient.parts, self.seeds, outs, strict=True):
+            stacked = self.program.outputs.parts[part].reduction.stacked
+            given.append(_mesh.vary(next(entries) if stacked else seed, _mesh.varying_axes(out)))
+        return given
+
+    def extra(self) -> list[list[Array]]:
+        """The cotangents of rows and stacks, cut for each group as the rows are."""
+        partition = self.program.partition
+        cut: list[list[Array]] = [[] for _ in partition.groups]
+        for part, seed in zip(self.gradient.parts, self.seeds, strict=True):
+            kind = self.program.outputs.parts[part].reduction
+            for g, group in enumerate(partition.groups):
+                if kind is Reduction.CONCAT:
+                    cut[g].append(partition.split_rows(seed, 0)[g])
+                elif kind is Reduction.STACK:
+                    cut[g].append(seed[group.first : group.first + group.count])
+        return cut
+
+    # -- the result
+
+    def idle(self, g: int) -> list[Array]:
         """What a skipped microbatch of group `g` writes: zeros."""
         rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g] for i in self.rows]
-        return [[jnp.zeros_like(x[0]) for x in rows] for _ in self.gradient.sets]
+        return [jnp.zeros_like(x[0]) for x in rows]
 
-    def merged(self, scanned: Scanned) -> list[list[Array]]:
-        """For each set, the gradients of the differentiated rows, back in the batch's order."""
-        sets = range(len(self.gradient.sets))
-        axes = [self.program.slots[i].axis for i in self.rows]
-        merge = self.program.partition.merge_rows
-        return [[merge([group[s][j] for group in scanned.written], axis) for j, axis in enumerate(axes)] for s in sets]
-
-    def shapes(self) -> tuple[list[Any], list[list[Array]]]:
-        """The shapes of all parts and of the gradients of rows, for buffers to write them to."""
-        pairs = zip(self.program.outputs.parts, self.program.traces[-1].jaxpr.outvars, strict=True)
-        parts = [whole_shape(self.program, part.reduction, v.aval) for part, v in pairs]
-        return parts, [[self.arrays[i] for i in self.rows] for _ in self.gradient.sets]
-
-    def result(self, parts: list[Array], sums: list[list[Array]], rows: list[list[Array]]) -> Result:
-        """Gradients in the order of `wrt`."""
-        grads = []
-        for whole, own in zip(sums, rows, strict=True):
-            by_slot = dict(zip([*self.whole, *self.rows], [*whole, *own], strict=True))
-            grads.append([by_slot[i] for i in self.gradient.wrt])
-        return Result(parts, grads)
-
-
-def whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
-    """The shape of a part, of the given type in one microbatch, over the whole batch."""
-    shape = aval.shape
-    if reduction is Reduction.CONCAT:
-        shape = (program.partition.batch_size, *shape[1:])
-    elif reduction is Reduction.STACK:
-        shape = (program.partition.num_microbatches, *shape)
-    return aval.update(shape=shape)
+    def result(self, scanned: Scanned) -> Result:
+        """Gradients in the order of `wrt`; those of rows back in the batch's order."""
+        by_slot = dict(zip(self.whole, scanned.sums, strict=True))
+        for j, i in enumerate(self.rows):
+            groups = [group[j] for group in scanned.written]
+            by_slot[i] = self.program.partition.merge_rows(groups, self.program.slots[i].axis)
+        return Result(scanned.parts, [by_slot[i] for i in self.gradient.wrt])

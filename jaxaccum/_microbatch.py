@@ -185,8 +185,8 @@ def _gradient_beside_value(
     program: Program, arrays: list[Array], tangents: list[Any], *, wrt: tuple[int, ...], part: int
 ) -> tuple[list[Array], list[Any]]:
     aval: Any = program.traces[0].jaxpr.outvars[part].aval
-    gradient = _loop.Gradient(wrt, ((part,),), Sums(in_place=True))
-    parts, (grads,) = _coupled.run_with_gradient(program, arrays, gradient, [[jnp.ones(aval.shape, aval.dtype)]])
+    gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
+    parts, grads = _coupled.run_with_gradient(program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)])
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
@@ -209,8 +209,8 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
     def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
-        gradient = _loop.Gradient(wrt, (tuple(given),), Sums(in_place=True))
-        _, (summed,) = _coupled.run_with_gradient(program, values, gradient, [[cotangents[i] for i in given]])
+        gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
+        _, summed = _coupled.run_with_gradient(program, values, gradient, [cotangents[i] for i in given])
         by_slot = dict(zip(wrt, summed, strict=True))
         return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
 

@@ -107,6 +107,10 @@ class Program:
                 return True
         return False
 
+    def pure(self) -> Program:
+        """The program without its prints and callbacks, unless an output depends on one."""
+        return dataclasses.replace(self, traces=tuple(one.pure() for one in self.traces))
+
     def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
         """The program that computes the given parts alone, and which parts it returns: these and what they carry."""
         carried = [i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY]

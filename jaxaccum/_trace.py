@@ -7,7 +7,7 @@ derivative, the derivative of the derivative, evaluates the jaxpr.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
 
+from jaxaccum import _running_sums
 from jaxaccum._jaxprs import ClosedJaxpr, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._types import Array
@@ -34,6 +35,13 @@ class Trace:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the arguments."""
         return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
 
+    def with_sums(
+        self, index: Any, arrays: Sequence[Any], sums: Sequence[Any], places: Mapping[int, int]
+    ) -> tuple[list[Any], list[Any]]:
+        """Evaluate at microbatch `index`, with running sums of the gradients of the arrays at `places`."""
+        shifted = {position + 1: place for position, place in places.items()}  # the index is the first argument
+        return _running_sums.evaluate(self.jaxpr, [index, *arrays], sums, shifted)
+
     def needs(self, outputs: Sequence[int]) -> list[bool]:
         """Which of ``(*consts, *args)`` the given outputs depend on."""
         return self._restrict(outputs)[1][1:]
@@ -44,10 +52,6 @@ class Trace:
         kept = iter(jaxpr.invars)
         invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
         return dataclasses.replace(self, jaxpr=with_invars(jaxpr, invars))
-
-    def read_at_once(self) -> list[bool]:
-        """Which of ``(*consts, *args)`` one equation alone reads, and whole: no loop over them and no slice."""
-        return _read_at_once(self.jaxpr)[1:]
 
     def pure(self) -> Trace:
         """The trace of which a print or a callback is no output: whatever no output depends on can be left out."""
@@ -64,7 +68,7 @@ class Trace:
 
         jaxpr = jax.make_jaxpr(both, axis_env=[self.axis])(*(v.aval for v in self.jaxpr.invars)).jaxpr
         used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-        return dataclasses.replace(self, jaxpr=with_invars(with_strides(used), list(used.invars)))
+        return dataclasses.replace(self, jaxpr=with_invars(used, list(used.invars)))
 
     @property
     def coupling(self) -> jex.JaxprEqn | None:
@@ -96,7 +100,6 @@ class Trace:
 def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace and its constants."""
     closed = jax.make_jaxpr(fun, axis_env=[axis])(*args)
-    closed = closed.replace(jaxpr=with_strides(closed.jaxpr))
     jaxpr = with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
     return Trace(_index_as_argument(jaxpr, axis), len(closed.consts), axis), list(closed.consts)
 
@@ -109,21 +112,6 @@ def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
 def _anonymous(jaxpr: jex.Jaxpr) -> Any:
     """The debug information without the names of arguments, of which there is one a variable or none at all."""
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-
-
-def with_strides(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """The jaxpr with the strides of every slice spelled out, at any depth.
-
-    In jax 0.10 the transpose of a slice adds into a reference only if its strides are not None
-    (`_slice_transpose_fancy` maps over them); 0.12 takes both.
-    """
-    return changed(jaxpr, _eqn_with_strides)
-
-
-def _eqn_with_strides(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-    if eqn.primitive.name == "slice" and eqn.params["strides"] is None:
-        return eqn.replace(params=eqn.params | {"strides": (1,) * len(eqn.params["start_indices"])})
-    return eqn
 
 
 Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
@@ -151,34 +139,20 @@ def _changed_param(value: Any, change: Change) -> Any:
     if isinstance(value, jex.Jaxpr):
         return changed(value, change)
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = tuple(_changed_param(x, change) for x in value)
-        return value if all(x is y for x, y in zip(new, value, strict=True)) else new
+        new = [_changed_param(x, change) for x in value]
+        same = all(x is y for x, y in zip(new, value, strict=True))
+        return value if same else jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)
     return value
+
+
+def _is_part(x: Any) -> bool:
+    """Whether `x` is an entry of a parameter that is a tuple, or a named tuple, of jaxprs."""
+    return not isinstance(x, tuple)
 
 
 def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
     return eqn.replace(params=params, effects=jex.no_effects)
-
-
-# -- how arguments are read ------------------------------------------------------------------------------------------
-
-
-def _read_at_once(jaxpr: jex.Jaxpr) -> list[bool]:
-    readers: dict[Any, list[bool]] = {}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "pjit"):
-            inside = _read_at_once(opened(eqn.params["jaxpr"])[0])
-        else:
-            inside = [_reads_whole(eqn)] * len(eqn.invars)
-        for v, at_once in zip(eqn.invars, inside, strict=True):
-            if not isinstance(v, jex.Literal):
-                readers.setdefault(v, []).append(at_once)
-    return [v not in jaxpr.outvars and readers.get(v, [True]) == [True] for v in jaxpr.invars]
-
-
-def _reads_whole(eqn: jex.JaxprEqn) -> bool:
-    return eqn.primitive.name not in ("slice", "dynamic_slice") and not any(jex.jaxprs_in_params(eqn.params))
 
 
 # -- what stands inside of an equation -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the stages and `gradient` differentiates them. `run` and `run_with_gradient` hav
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._coupled.gradient import Reverse
 from jaxaccum._coupled.schedule import Schedule, choose
 from jaxaccum._coupled.trace import opened
-from jaxaccum._loop import Gradient, Result, Seeds
+from jaxaccum._loop import Gradient, Result
 from jaxaccum._program import Program
 from jaxaccum._tree import is_inexact
 from jaxaccum._types import Array
@@ -47,24 +46,18 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
     return _in_order(sweep)
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Seeds) -> Result:
-    """The combined parts, and the gradients of all microbatches for each set of cotangents."""
+def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
+    """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
     if not program.checked:
         plain = _plain(program)
-        if any(trace.exchanges for trace in program.traces):
-            # References are resolved while XLA's program is written, where JAX checks again what collectives are of.
-            gradient = dataclasses.replace(gradient, sums=dataclasses.replace(gradient.sums, in_place=False))
         with unchecked():
-            result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(seeds))
+            result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(list(seeds)))
         return typed(result, program.axes)
     if not program.coupled:
         return _loop.run_with_gradient(program, arrays, gradient, seeds)
     cuts = _cuts(program)
     plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
-    summed = functools.partial(_summed, plan)
-    if not gradient.sums.in_place or program.under_mapped_axes:
-        return summed(list(arrays), seeds)
-    return _loop.sealed(functools.partial(_in_place, plan), summed)(list(arrays), seeds)
+    return _reversed(plan, list(arrays), list(seeds))
 
 
 def _plain(program: Program) -> Program:
@@ -100,15 +93,9 @@ class _Plan:
         """The differentiated slots whose gradients are rows."""
         return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.ROWS]
 
-    def zeros(self, arrays: list[Array]) -> list[list[Array]]:
-        """The sums of `whole`, for each set of cotangents, before the first microbatch."""
-        return [[self.gradient.sums.zeros(arrays[i]) for i in self.whole] for _ in self.gradient.sets]
-
-    def result(self, parts: list[Array], sums: Any, rows: Any) -> Result:
-        """Gradients in the order of `wrt`."""
-        order = [*self.whole, *self.rows]
-        grads = [dict(zip(order, [*whole, *own], strict=True)) for whole, own in zip(sums, rows, strict=True)]
-        return Result(parts, [[by_slot[i] for i in self.gradient.wrt] for by_slot in grads])
+    def zeros(self, arrays: list[Array]) -> list[Array]:
+        """The sums of `whole` before the first microbatch."""
+        return [self.gradient.sums.zeros(arrays[i]) for i in self.whole]
 
 
 def _moved(program: Program, cuts: Cuts, wrt: Sequence[int]) -> set[Any]:
@@ -137,27 +124,8 @@ def _cuts(program: Program) -> Cuts:
     return cuts
 
 
-def _summed(plan: _Plan, arrays: list[Array], seeds: Seeds) -> Result:
-    """The gradients as values: JAX differentiates it any number of times, in either mode."""
-    sums = plan.zeros(arrays)
-    parts, rows = _reversed(plan, arrays, seeds, sums, in_place=False)
-    return plan.result(parts, sums, rows)
-
-
-def _in_place(plan: _Plan, arrays: list[Array], seeds: Seeds) -> Result:
-    """The gradients in references: every backward pass adds to them."""
-    pairs = zip(plan.program.outputs.parts, plan.cuts.jaxpr.outvars, strict=True)
-    parts = [_loop.whole_shape(plan.program, part.reduction, v.aval) for part, v in pairs]
-    rows = [[arrays[i] for i in plan.rows] for _ in plan.gradient.sets]
-    fill = lambda refs: _reversed(plan, arrays, seeds, refs, in_place=True)
-    sums, (parts, rows) = _loop.in_references(plan.zeros(arrays), (parts, rows), fill, plan.program.axes)
-    return plan.result(parts, sums, rows)
-
-
-def _reversed(
-    plan: _Plan, arrays: list[Array], seeds: Seeds, sums: Any, *, in_place: bool
-) -> tuple[list[Array], list[list[Array]]]:
-    """One sweep over the stages, and back for each set of cotangents, whose gradients are added to `sums`."""
+def _reversed(plan: _Plan, arrays: list[Array], seeds: list[Array]) -> Result:
+    """One sweep over the stages, and back; gradients in the order of `wrt`."""
     call = Call(plan.program, arrays, plan.cuts, plan.stored)
     variables = {i: v for v, i in _pairs(plan.program, plan.cuts.jaxpr)}
     sweep = Sweep.begin(call, _moved(plan.program, plan.cuts, plan.gradient.wrt))
@@ -166,12 +134,12 @@ def _reversed(
         sweep.leave(level)
     sweep.enter(plan.cuts.last)
     parameters = {variables[i]: place for place, i in enumerate(plan.whole)}
-    rows = []
-    for parts, given, own in zip(plan.gradient.sets, seeds, sums, strict=True):
-        reverse = Reverse(call, sweep, parameters, own, in_place, dict(zip(parts, given, strict=True)))
-        reverse.run()
-        rows.append([reverse.rows(i, variables[i]) for i in plan.rows])
-    return _in_order(sweep), rows
+    given = dict(zip(plan.gradient.parts, seeds, strict=True))
+    reverse = Reverse(call, sweep, parameters, plan.zeros(arrays), plan.gradient.sums.in_place, given)
+    reverse.run()
+    grads = dict(zip(plan.whole, reverse.sums, strict=True))
+    grads |= {i: reverse.rows(i, variables[i]) for i in plan.rows}
+    return Result(_in_order(sweep), [grads[i] for i in plan.gradient.wrt])
 
 
 def _in_order(sweep: Sweep) -> list[Array]:

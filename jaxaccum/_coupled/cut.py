@@ -14,13 +14,14 @@ The outputs of the program belong to the stage of their level.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
 
+from jaxaccum import _running_sums
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._source import Frame, frame_of
 from jaxaccum._trace import axes_of, with_invars
@@ -54,6 +55,12 @@ class Fragment:
         """The values of `writes`."""
         return jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars))
 
+    def with_sums(self, env: Env, sums: list[Array], places: Mapping[Any, int]) -> tuple[list[Array], list[Array]]:
+        """The values of `writes`, and the running sums of the gradients of the variables at `places`."""
+        reads = self.jaxpr.invars
+        positions = {i: places[v] for i, v in enumerate(reads) if v in places}
+        return _running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -74,7 +81,17 @@ class Stage:
 
     def run(self, env: Env) -> tuple[list[Array], Env]:
         """The outputs of one microbatch, and the values that it hands on."""
-        values, count = self.local(env), len(self.parts)
+        return self._divided(self.local(env))
+
+    def run_with_sums(
+        self, env: Env, sums: list[Array], places: Mapping[Any, int]
+    ) -> tuple[list[Array], Env, list[Array]]:
+        """The same, and the running sums of the gradients of the variables at `places`."""
+        values, sums = self.local.with_sums(env, sums, places)
+        return *self._divided(values), sums
+
+    def _divided(self, values: list[Array]) -> tuple[list[Array], Env]:
+        count = len(self.parts)
         return values[:count], dict(zip(self.local.writes[count:], values[count:], strict=True))
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum._accumulators import BY_VALUE, port
-from jaxaccum._coupled.cut import Env
+from jaxaccum import _mesh
+from jaxaccum._coupled.cut import Env, Stage
 from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast, widen
@@ -32,9 +32,10 @@ class Reverse:
     sweep: Sweep
     parameters: dict[Any, int]
     """The differentiated arguments that every microbatch reads whole: variable, and place in `sums`."""
-    sums: list[Any]
-    """The gradients of `parameters`: arrays, or references."""
+    sums: list[Array]
+    """The gradients of `parameters`."""
     in_place: bool
+    """Whether the backward pass adds to the sums itself (`_running_sums`)."""
     seeds: dict[int, Array]
     """The cotangents of outputs."""
     shared: Env = dataclasses.field(default_factory=dict)
@@ -75,10 +76,7 @@ class Reverse:
         """Add a cotangent that was computed once, outside of the passes."""
         if v in self.parameters:
             place = self.parameters[v]
-            if self.in_place:
-                self.sums[place][...] += cast(x, self.sums[place].dtype)
-            else:
-                self.sums[place] += cast(x, self.sums[place].dtype)
+            self.sums[place] += cast(x, self.sums[place].dtype)
         else:
             table = self.stacked if v in self.call.cuts.own else self.shared
             x = x if v in self.call.cuts.own else cast(x, widen(x.dtype))
@@ -92,8 +90,8 @@ class Reverse:
             self.boundary = {} if step.starts else self.boundary
             return
         buffers = [self.sweep.boundaries[level][v] for v in step.live]
-        zeros = [jnp.zeros_like(self.sums[self.parameters[v]]) for v in step.parameters] if not self.in_place else []
-        sums = (zeros, [jnp.zeros_like(self.sweep.shared[v], widen(v.aval.dtype)) for v in step.shared], buffers)
+        added = [self.sums[self.parameters[v]] for v in step.parameters]
+        sums = (added, [jnp.zeros_like(self.sweep.shared[v], widen(v.aval.dtype)) for v in step.shared], buffers)
         boundary = {v: x for v, x in self.sweep.boundaries[step.start].items() if v not in step.live}
         (added, shared, buffers), written = self.sweep.over_microbatches(
             step.visit,
@@ -101,7 +99,9 @@ class Reverse:
             extra=boundary | self.sweep.stacked | step.cotangents,
             sums=sums,
         )
-        for v, x in [*zip(step.parameters, added, strict=False), *zip(step.shared, shared, strict=True)]:
+        for v, x in zip(step.parameters, added, strict=True):
+            self.sums[self.parameters[v]] = x
+        for v, x in zip(step.shared, shared, strict=True):
             self._add(v, x)
         for v in step.own:
             self._add(v, written[v])
@@ -183,10 +183,15 @@ class _Step:
         for k in range(self.start, self.level):
             base |= self.reverse.call.cuts.stages[k].run(base)[1]
         inputs = [[base[v] for v in names] for names in (self.shared, self.own, [*self.live, *self.through])]
-        outs, vjp, parts = jax.vjp(self._forward(base), self._sinks(base), *inputs, has_aux=True)
-        cotangents = [self._cotangent(t, x, own) for t, x in zip(self.targets, outs, strict=True)]
-        grads, of_shared, of_own, of_live = self._pull(vjp, cotangents)
-        added = [old + cast(x, old.dtype) for old, x in zip(added, grads, strict=True)]
+        if self.reverse.in_place:
+            unread = [_mesh.zeros(jax.typeof(x)) for x in added]
+            (outs, _), pull, parts = jax.vjp(self._forward_with_sums(base), unread, *inputs, has_aux=True)
+            added, of_shared, of_own, of_live = pull((self._cotangents(outs, own), added))
+        else:
+            parameters = [base[v] for v in self.parameters]
+            outs, pull, parts = jax.vjp(self._forward(base), parameters, *inputs, has_aux=True)
+            grads, of_shared, of_own, of_live = pull(self._cotangents(outs, own))
+            added = [old + cast(x, old.dtype) for old, x in zip(added, grads, strict=True)]
         shared = [old + cast(x, old.dtype) for old, x in zip(shared, of_shared, strict=True)]
         buffers = [lax.dynamic_update_index_in_dim(x, new, index, 0) for x, new in zip(buffers, of_live, strict=False)]
         if self.level < self.reverse.call.cuts.last:
@@ -195,41 +200,55 @@ class _Step:
         written = dict(zip([*self.own, *self.through], [*of_own, *of_through], strict=True))
         return parts, (added, shared, buffers), written
 
-    def _sinks(self, base: Env) -> list[Array]:
-        """What stands for the parameters: they themselves, or zeros of the dtype in which gradients are summed."""
-        given, places = [base[v] for v in self.parameters], [self.reverse.parameters[v] for v in self.parameters]
-        if not self.reverse.in_place:
-            return given
-        dtypes = [self.reverse.sums[place].dtype for place in places]
-        return [x if x.dtype == dtype else jnp.zeros_like(x, dtype) for x, dtype in zip(given, dtypes, strict=True)]
-
-    def _pull(self, vjp: Any, cotangents: list[Array]) -> Any:
-        if not self.reverse.in_place:
-            return vjp(cotangents)
-        refs = [self.reverse.sums[self.reverse.parameters[v]] for v in self.parameters]
-        values = [[BY_VALUE] * len(names) for names in (self.shared, self.own, [*self.live, *self.through])]
-        return [[], *vjp.with_refs(refs, *values)(cotangents)[1:]]
-
     def _forward(self, base: Env) -> Any:
         """The targets of one microbatch, as a function of what its first stage reads; and that stage's outputs."""
-        call, first = self.reverse.call, self.level
 
-        def forward(sinks: list[Array], shared: list[Array], own: list[Array], live: list[Array]) -> Any:
-            pairs = zip(self.parameters, sinks, strict=True)
-            read = {v: x if x.dtype == base[v].dtype else port(x, base[v]) for v, x in pairs}
+        def forward(parameters: list[Array], shared: list[Array], own: list[Array], live: list[Array]) -> Any:
+            read = dict(zip(self.parameters, parameters, strict=True))
             read |= dict(zip([*self.shared, *self.own], [*shared, *own], strict=True))
-            carried, values, outputs = dict(zip([*self.live, *self.through], live, strict=True)), {}, []
-            for k in range(first, call.end(first)):
-                stage, env = call.cuts.stages[k], base | carried | (read if k == first else {})
-                parts, made = stage.run(env)
-                carried |= made
-                outputs = parts if k == first else outputs
-                values |= {("part", i): x for i, x in zip(stage.parts, parts, strict=True)}
-                values |= {("emit", k, v): (env | made)[v] for v in stage.emits}
-            values |= {("end", v): (base | carried)[v] for v in self.reverse.boundary}
-            return [values[t] for t in self.targets], outputs
+            carried = dict(zip([*self.live, *self.through], live, strict=True))
+            return self._targets(base, carried, lambda env: self._first.run(env | read), read)
 
         return forward
+
+    def _forward_with_sums(self, base: Env) -> Any:
+        """The same, of the running sums of the parameters' gradients, which come back with the targets."""
+        places = {v: place for place, v in enumerate(self.parameters)}
+
+        def forward(sums: list[Array], shared: list[Array], own: list[Array], live: list[Array]) -> Any:
+            read = dict(zip([*self.shared, *self.own], [*shared, *own], strict=True))
+            carried = dict(zip([*self.live, *self.through], live, strict=True))
+            after = list(sums)
+
+            def first(env: Env) -> tuple[list[Array], Env]:
+                parts, made, after[:] = self._first.run_with_sums(env | read, sums, places)
+                return parts, made
+
+            targets, parts = self._targets(base, carried, first, read)
+            return (targets, after), parts
+
+        return forward
+
+    @property
+    def _first(self) -> Stage:
+        return self.reverse.call.cuts.stages[self.level]
+
+    def _targets(self, base: Env, carried: Env, run_first: Any, read: Env) -> tuple[list[Array], list[Array]]:
+        """Run the stages of the segment; the targets, and the outputs of the first stage."""
+        call, values, outputs = self.reverse.call, {}, []
+        for k in range(self.level, call.end(self.level)):
+            stage, env = call.cuts.stages[k], base | carried
+            parts, made = run_first(env) if k == self.level else stage.run(env)
+            outputs = parts if k == self.level else outputs
+            env |= (read if k == self.level else {}) | made
+            carried |= made
+            values |= {("part", i): x for i, x in zip(stage.parts, parts, strict=True)}
+            values |= {("emit", k, v): env[v] for v in stage.emits}
+        values |= {("end", v): (base | carried)[v] for v in self.reverse.boundary}
+        return [values[t] for t in self.targets], outputs
+
+    def _cotangents(self, outs: list[Array], own: Env) -> list[Array]:
+        return [self._cotangent(t, x, own) for t, x in zip(self.targets, outs, strict=True)]
 
     def _cotangent(self, target: Any, x: Array, own: Env) -> Array:
         given = own[target] if target in own else self.reverse.seeds[target[1]]

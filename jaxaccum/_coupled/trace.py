@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 from jaxaccum._jaxprs import opened as open_jaxpr
 from jaxaccum._jaxprs import scan_arity
 from jaxaccum._source import frame_of
-from jaxaccum._trace import Trace, axes_of, mentioned, unchanged, with_invars, with_strides
+from jaxaccum._trace import Trace, axes_of, mentioned, unchanged, with_invars
 
 
 def is_collective(eqn: jex.JaxprEqn, axis_name: str) -> bool:
@@ -33,7 +33,7 @@ def opened(trace: Trace) -> jex.Jaxpr:
     if any(mentioned(eqn, trace.axis[0], _exchanges) for eqn in jaxpr.eqns):
         avals = [v.aval for v in jaxpr.invars]
         flat = lambda *args: _evaluate(jaxpr, list(args), trace)
-        jaxpr = with_strides(jax.make_jaxpr(flat, axis_env=[trace.axis])(*avals).jaxpr)
+        jaxpr = jax.make_jaxpr(flat, axis_env=[trace.axis])(*avals).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     return with_invars(used, list(used.invars))
 
