@@ -37,6 +37,8 @@ class Accumulator(NamedTuple):
         accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted leaves the value,
             `Mean`, `Sum`, extrema and the carried state as they were; a loss that is not finite shows as a weight of
             NaN. `update` sees every microbatch, and leaves out the same.
+        dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad`` does. Any other value
+            says that `finalize` returns gradients in the dtype that the caller receives.
 
     Example:
         The median over microbatches, entry by entry:
@@ -56,6 +58,7 @@ class Accumulator(NamedTuple):
     update: Callable[[Any, PyTree, Array, Array], Any]
     finalize: Callable[[Any], tuple[PyTree, Any]]
     accepts: Callable[[PyTree, Array], Array] | None = None
+    dtype: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Sums:
     dtype: Any = None
 
     def dtype_for(self, parameter: Array) -> Any:
-        """The dtype in which the gradient of `parameter` is summed and returned."""
+        """The dtype in which the gradient of `parameter` is summed."""
         if self.dtype is None or jnp.issubdtype(parameter.dtype, jnp.complexfloating):
             return widen(parameter.dtype)
         return jnp.dtype(self.dtype)
@@ -96,6 +99,12 @@ class Sums:
         """``Σ w g / Σ w``."""
         sums, total = state
         return jax.tree.map(lambda x: ratio(x, total), sums), None
+
+
+def returned(accumulator: Any, grad: Array, parameter: Array) -> Array:
+    """A gradient in the dtype that the caller receives: an explicit one of the accumulator's, or the parameter's."""
+    explicit = getattr(accumulator, "dtype", None) is not None
+    return grad if explicit else cast(grad, parameter.dtype)
 
 
 def weightless(params: PyTree) -> Array:
@@ -126,7 +135,8 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
     either mode: its derivatives are those of `tree`, which holds a second one.
 
     Args:
-        dtype: of the sums; None is float32 for parameters of lower precision and the parameter's own otherwise.
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
+            precision, and returns the parameter's dtype, as ``jax.grad`` does.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -142,7 +152,8 @@ def tree(dtype: DTypeLike | None = None) -> Sums:
     """Sum gradients as values, without references: every transformation of JAX applies, at one more tree of memory.
 
     Args:
-        dtype: of the sums; None is float32 for parameters of lower precision and the parameter's own otherwise.
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
+            precision, and returns the parameter's dtype, as ``jax.grad`` does.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum

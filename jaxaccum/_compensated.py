@@ -43,7 +43,7 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
             bfloat16 parameter has two bfloat16 arrays, the bytes of one float32 sum.
 
     Returns:
-        An accumulator; gradients come in float32 for parameters of lower precision and else in the parameter's dtype.
+        An accumulator; gradients have the parameter's dtype, or `dtype` where it is given.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -78,9 +78,11 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
     def finalize(state: Any) -> tuple[PyTree, None]:
         pairs, total = state
         is_pair = lambda x: isinstance(x, Pair)
-        return jax.tree.map(lambda pair: ratio(value(pair), value(total)), pairs, is_leaf=is_pair), None
+        mean = lambda pair: ratio(value(pair), value(total))
+        explicit = lambda pair: cast(mean(pair), pair.high.dtype)
+        return jax.tree.map(mean if dtype is None else explicit, pairs, is_leaf=is_pair), None
 
-    return Accumulator(init, update, finalize)
+    return Accumulator(init, update, finalize, dtype=dtype)
 
 
 def value(pair: Pair) -> Array:

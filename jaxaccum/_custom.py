@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum import _direct, _loop, _mesh
-from jaxaccum._accumulators import accepted_by, in_place
+from jaxaccum._accumulators import accepted_by, in_place, returned
 from jaxaccum._arguments import Role
 from jaxaccum._program import Program
 from jaxaccum._tags import Stack
@@ -71,6 +71,7 @@ def value_and_grad(
     parts, grads = _over_shards(program, wrt, weight_part, scanned.parts, grads)
     if program.mesh_axes:  # each device has a report of its own, and along a leading axis there is room for all
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
+    grads = [returned(accumulator, grad, x) for grad, x in zip(grads, step.parameters, strict=True)]
     return Accumulated(parts, assemble(grads), report)
 
 

@@ -330,3 +330,13 @@ class Derivative:
             groups = [group[j] for group in scanned.written]
             by_slot[i] = self.program.partition.merge_rows(groups, self.program.slots[i].axis)
         return Result(scanned.parts, [by_slot[i] for i in self.gradient.wrt])
+
+
+def whole_shape(program: Program, reduction: Reduction, aval: Any) -> Any:
+    """The shape of a part, of the given type in one microbatch, over the whole batch."""
+    shape = aval.shape
+    if reduction is Reduction.CONCAT:
+        shape = (program.partition.batch_size, *shape[1:])
+    elif reduction is Reduction.STACK:
+        shape = (program.partition.num_microbatches, *shape)
+    return aval.update(shape=shape)

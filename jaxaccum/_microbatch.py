@@ -126,11 +126,13 @@ def full_batch(fun: Fun, in_axes: Sequence[Axes] = (None, 0), axis_name: str = "
 
 
 def _differentiable(program: Program) -> Any:
-    """The loop with the derivative that its use asks for.
+    """The loop with the derivative that its use asks for. One rule does not fit all:
 
-    One rule does not fit all. Where one scalar depends on what is differentiated, its gradient is computed beside the
-    value and the tangent is ``Σ g · t``: one forward pass, and forward-mode works. Where several outputs or rows do,
-    their cotangents are not known yet: the backward pass runs the loop again.
+    * One scalar depends on what is differentiated: its gradient is computed beside the value, and the tangent is
+      ``Σ g · t``. One forward pass, and forward-mode works.
+    * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is not linear: the
+      cotangents are not known yet, so the backward pass runs the loop again.
+    * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the loop itself.
     """
 
     @jax.custom_jvp
@@ -140,18 +142,44 @@ def _differentiable(program: Program) -> Any:
     def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
         (arrays,), (tangents,) = primals, tangents
         wrt = tuple(i for i, t in enumerate(tangents) if _moves(program, i, t))
+        if not program.is_reversible(wrt):
+            return _jvp(lambda arrays: _coupled.run(program, arrays), arrays, tangents, wrt)
         reached = [i for i in _candidates(program) if program.depends([i], wrt)]
-        if len(reached) == 1 and _is_scalar_sum(program, reached[0]):
+        if len(reached) == 1 and _is_scalar_sum(program, reached[0]) and not program.has_backward_rule:
             return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
-        moves = [t if i in wrt else _zero_tangent(x) for i, (x, t) in enumerate(zip(arrays, tangents, strict=True))]
         if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
             # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule that it does not
-            # run here. So it derives both passes from the forward one, now.
-            return jax.jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=True), (arrays,), (moves,))
-        return jax.jvp(_recomputing(program, wrt), (arrays,), (moves,))
+            # run here. So it derives both passes from the forward one, now. A custom_vjp may close over a value that
+            # `vmap` traces, which JAX cannot keep inside a checkpoint.
+            again = not program.has_backward_rule
+            return _jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=again), arrays, tangents, wrt)
+        return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
 
     forward.defjvp(rule, symbolic_zeros=True)
+    if program.has_checks:  # JAX drops the checks of a loop inside a custom_jvp rule
+        return _recomputing(program, tuple(_floating(program)))
     return forward
+
+
+def _jvp(fun: Any, arrays: list[Array], tangents: list[Any], wrt: tuple[int, ...]) -> tuple[Any, Any]:
+    """JAX's own derivative with respect to the slots `wrt`; to JAX the others are constants."""
+
+    def of_moving(*moving: Array) -> list[Array]:
+        own = list(arrays)
+        for i, x in zip(wrt, moving, strict=True):
+            own[i] = x
+        return fun(own)
+
+    return jax.jvp(of_moving, [arrays[i] for i in wrt], [tangents[i] for i in wrt])
+
+
+def _floating(program: Program) -> list[int]:
+    """The slots that can be differentiated."""
+    floating: list[int] = []
+    for g, one in enumerate(program.traces):
+        pairs = zip(program.sources(g), one.arguments, strict=True)
+        floating += [i for i, v in pairs if is_inexact(v.aval) and program.slots[i].role in (Role.WHOLE, Role.ROWS)]
+    return list(dict.fromkeys(floating))
 
 
 def _moves(program: Program, i: int, tangent: Any) -> bool:
@@ -205,7 +233,12 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
     def save(arrays: list[Any]) -> tuple[list[Array], list[Array]]:
         values = [x.value for x in arrays]
-        return _coupled.run(program, values), values
+        if not program.has_backward_rule:
+            return _coupled.run(program, values), values
+        # JAX runs the forward rule of a custom_vjp only where it differentiates: an outer derivative needs that form,
+        # not the plain function, which may close over what is differentiated. Nobody reads these gradients.
+        gradient = _loop.Gradient(wrt, tuple(wanted), Sums(in_place=True))
+        return _coupled.run_with_gradient(program, values, gradient, _ones(program, wanted)).parts, values
 
     def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
@@ -216,6 +249,13 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
     forward.defvjp(save, pull, symbolic_zeros=True)
     return forward
+
+
+def _ones(program: Program, parts: list[int]) -> list[Array]:
+    """Cotangents of the given parts over the whole batch, all of them 1."""
+    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    shapes = [_loop.whole_shape(program, part.reduction, v.aval) for part, v in pairs]
+    return [_mesh.full(shapes[i], 1) for i in parts]
 
 
 def _tangent_type(x: Array) -> Any:

@@ -96,7 +96,7 @@ def noise_scale(inner: Any = None) -> Accumulator:
         norm = square - trace / jnp.where(many, state.weight, jnp.ones_like(square))
         return grads, NoiseScale(trace, norm, trace / norm, state.norms.x, report)
 
-    return Accumulator(init, update, finalize, getattr(held, "accepts", None))
+    return Accumulator(init, update, finalize, getattr(held, "accepts", None), getattr(held, "dtype", None))
 
 
 def squared(tree: PyTree, dtype: Any) -> Array:

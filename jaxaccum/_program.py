@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _arguments, _check, _mesh, _outputs
+from jaxaccum import _arguments, _check, _mesh, _outputs, _reversible
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs, Term
@@ -106,6 +106,21 @@ class Program:
             if any(needed and i in wrt for i, needed in used):
                 return True
         return False
+
+    def is_reversible(self, wrt: Collection[int]) -> bool:
+        """Whether JAX has a reverse derivative with respect to the slots `wrt`."""
+        pairs = [(one, [i in wrt for i in self.sources(g)]) for g, one in enumerate(self.traces)]
+        return all(one.is_reversible(moved) for one, moved in pairs)
+
+    @property
+    def has_backward_rule(self) -> bool:
+        """Whether a ``jax.custom_vjp`` in it may treat a cotangent in a way that is not linear."""
+        return any(_reversible.has_backward_rule(one.jaxpr) for one in self.traces)
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether it holds checks of ``checkify``."""
+        return any(_reversible.has_checks(one.jaxpr) for one in self.traces)
 
     def pure(self) -> Program:
         """The program without its prints and callbacks, unless an output depends on one."""

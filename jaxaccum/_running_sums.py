@@ -157,10 +157,10 @@ class _Threads:
         """The values, whose gradients go to the sums at `places`; no other sum takes part."""
         used = sorted(set(places))
         local = tuple(used.index(place) for place in places)
-        values, sums = _read(add, local, values, [self.sums[place] for place in used], where)
-        for place, total in zip(used, sums, strict=True):
+        read: Any = _read(add, local, values, [self.sums[place] for place in used], where)
+        for place, total in zip(used, read[1], strict=True):
             self.sums[place] = total
-        return values
+        return read[0]
 
     def _thread(
         self, eqn: jex.JaxprEqn, values: list[Array], parameters: Mapping[jex.Var, Array], places: Places

@@ -96,4 +96,4 @@ def skip_nonfinite(inner: Any = None) -> Accumulator:
         leaves = jax.tree.map(lambda stack: stack.x, state.leaves, is_leaf=lambda x: isinstance(x, Stack))
         return grads, Skipped(state.num_skipped, state.microbatches.x, leaves, state.loss.x, report)
 
-    return Accumulator(init, update, finalize, accepts)
+    return Accumulator(init, update, finalize, accepts, getattr(held, "dtype", None))

@@ -16,7 +16,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
 
-from jaxaccum import _running_sums
+from jaxaccum import _reversible, _running_sums
 from jaxaccum._jaxprs import ClosedJaxpr, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._types import Array
@@ -52,6 +52,15 @@ class Trace:
         kept = iter(jaxpr.invars)
         invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
         return dataclasses.replace(self, jaxpr=with_invars(jaxpr, invars))
+
+    @property
+    def arguments(self) -> list[jex.Var]:
+        """The variables of ``(*consts, *args)``."""
+        return list(self.jaxpr.invars[1:])
+
+    def is_reversible(self, moved: Sequence[bool]) -> bool:
+        """Whether JAX has a reverse derivative with respect to those of ``(*consts, *args)`` that are `moved`."""
+        return _reversible.is_reversible(self.jaxpr, [False, *moved])
 
     def pure(self) -> Trace:
         """The trace of which a print or a callback is no output: whatever no output depends on can be left out."""

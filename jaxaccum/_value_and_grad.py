@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxaccum import _arguments, _check, _custom, _direct, _explicit, _outputs, _program
-from jaxaccum._accumulators import Accumulator, Sums, in_place
+from jaxaccum._accumulators import Accumulator, Sums, in_place, returned
 from jaxaccum._program import Options
 from jaxaccum._types import Array, Axes, Fun, Gather, PyTree, Split
 
@@ -70,7 +70,8 @@ def value_and_grad(
 
     Returns:
         A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
-        the accumulator's dtype: float32 for parameters of lower precision, else the parameter's own. A report of the
+        the dtype of their parameters, as those of ``jax.value_and_grad``; they are summed in float32 where that is
+        lower. An accumulator with an explicit dtype, as ``in_place(jnp.float32)``, returns that dtype. A report of the
         accumulator comes last: ``((value, report), grads)``, or ``((value, aux, report), grads)``.
 
     Guarantees:
@@ -116,6 +117,7 @@ def value_and_grad(
 
         if isinstance(sums, Sums):
             parts, grads = _direct.value_and_grad(program, arrays, slots, sums)
+            grads = [returned(sums, grad, arrays[i]) for i, grad in zip(slots, grads, strict=True)]
             grads, report = assemble(grads), None
         else:
             parts, grads, report = _custom.value_and_grad(program, arrays, slots, sums, assemble)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
-    ["_running_sums"],
+    ["_running_sums", "_reversible"],
     ["_check", "_tags", "_reduce", "_trace", "_moments"],
     ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph", "_unchecked"],
     ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],

@@ -1,0 +1,63 @@
+"""Which derivatives JAX can take of a program: in reverse or only forward, linear in the cotangent or perhaps not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax.extend.core as jex
+
+from jaxaccum._jaxprs import opened
+from jaxaccum._tree import is_inexact
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "scan")
+"""Equations whose operands are, in order, the arguments of the jaxpr inside."""
+
+
+def names_inside(jaxpr: jex.Jaxpr) -> Iterator[str]:
+    """The names of all primitives, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from names_inside(inner)
+
+
+def has_backward_rule(jaxpr: jex.Jaxpr) -> bool:
+    """Whether it holds a ``jax.custom_vjp``: its backward rule may do to a cotangent what is not linear, as clip it."""
+    return any(name.startswith("custom_vjp_call") for name in names_inside(jaxpr))
+
+
+def has_checks(jaxpr: jex.Jaxpr) -> bool:
+    """Whether it holds a check of ``checkify``."""
+    return "check" in names_inside(jaxpr)
+
+
+def is_reversible(jaxpr: jex.Jaxpr, moved: Sequence[bool]) -> bool:
+    """Whether JAX has a reverse derivative with respect to the arguments that are `moved`.
+
+    It has none through a ``while_loop``, and none through a ``custom_linear_solve`` without a transposed solve.
+    """
+    known = {v for v, moves in zip(jaxpr.invars, moved, strict=True) if moves}
+    for eqn in jaxpr.eqns:
+        operands = [not isinstance(v, jex.Literal) and v in known for v in eqn.invars]
+        if not any(operands) or eqn.primitive.name == "stop_gradient":
+            continue
+        if not _eqn_is_reversible(eqn, operands):
+            return False
+        known.update(v for v in eqn.outvars if is_inexact(v.aval))
+    return True
+
+
+def _eqn_is_reversible(eqn: jex.JaxprEqn, moved: list[bool]) -> bool:
+    name = eqn.primitive.name
+    if name == "while":
+        return False
+    if name == "custom_linear_solve":
+        return eqn.params["jaxprs"].transpose_solve is not None
+    if name == "cond":
+        return all(is_reversible(opened(branch)[0], moved[1:]) for branch in eqn.params["branches"])
+    if name not in _CALLS:
+        return True
+    inner, _ = opened(eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"])
+    # What a scan carries moves as soon as anything does.
+    moved = [is_inexact(v.aval) for v in inner.invars] if name == "scan" else moved
+    return is_reversible(inner, moved)
