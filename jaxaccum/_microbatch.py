@@ -149,10 +149,8 @@ def _differentiable(program: Program) -> Any:
             return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
         if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
             # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule that it does not
-            # run here. So it derives both passes from the forward one, now. A custom_vjp may close over a value that
-            # `vmap` traces, which JAX cannot keep inside a checkpoint.
-            again = not program.has_backward_rule
-            return _jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=again), arrays, tangents, wrt)
+            # run here. So it derives both passes from the forward one, now.
+            return _jvp(lambda arrays: _coupled.run(program, arrays, checkpoint=True), arrays, tangents, wrt)
         return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
 
     forward.defjvp(rule, symbolic_zeros=True)

@@ -20,11 +20,13 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 from jaxaccum import _running_sums
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._source import Frame, frame_of
 from jaxaccum._trace import axes_of, with_invars
+from jaxaccum._tree import dtype_of
 from jaxaccum._types import Array
 
 Env = dict[Any, Any]
@@ -53,13 +55,18 @@ class Fragment:
 
     def __call__(self, env: Env) -> list[Array]:
         """The values of `writes`."""
-        return jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars))
+        return self._as_arrays(jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars)))
 
     def with_sums(self, env: Env, sums: list[Array], places: Mapping[Any, int]) -> tuple[list[Array], list[Array]]:
         """The values of `writes`, and the running sums of the gradients of the variables at `places`."""
         reads = self.jaxpr.invars
         positions = {i: places[v] for i, v in enumerate(reads) if v in places}
-        return _running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
+        values, sums = _running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
+        return self._as_arrays(values), sums
+
+    def _as_arrays(self, values: Sequence[Any]) -> list[Any]:
+        """JAX hands a constant output back as a Python scalar."""
+        return [jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import partial_eval
 
+from jaxaccum import _mesh
 from jaxaccum._jaxprs import opened as open_jaxpr
 from jaxaccum._jaxprs import scan_arity
 from jaxaccum._source import frame_of
@@ -58,7 +59,7 @@ def _open(eqn: jex.JaxprEqn, values: list[Any], trace: Trace) -> list[Any]:
     if name in _CALLS:
         return _function(eqn.params[_CALLS[name]], trace)(*values)
     if name == "scan":
-        return _unroll(eqn.params, values, trace)
+        return _unroll(eqn, values, trace)
     inner = next(_collectives(eqn, trace.axis[0]))
     raise ValueError(
         f"{inner.primitive.name} over {trace.axis[0]!r} stands inside a {_WHAT.get(name, name)} "
@@ -99,10 +100,13 @@ def _function(closed: Any, trace: Trace) -> Callable[..., list[Any]]:
     return lambda *args: _evaluate(whole, [*consts, *args], trace)
 
 
-def _unroll(params: dict[str, Any], values: list[Any], trace: Trace) -> list[Any]:
+def _unroll(eqn: jex.JaxprEqn, values: list[Any], trace: Trace) -> list[Any]:
+    params = eqn.params
     body = _function(params["jaxpr"], trace)
     (n, k), length = scan_arity(params), params["length"]
     consts, carry, xs = values[:n], values[n : n + k], values[n + k :]
+    if length == 0:
+        return [*carry, *(_mesh.zeros(v.aval) for v in eqn.outvars[k:])]
     written: list[list[Any]] = [[]] * length
     for i in reversed(range(length)) if params["reverse"] else range(length):
         outs = body(*consts, *carry, *(lax.index_in_dim(x, i, keepdims=False) for x in xs))
