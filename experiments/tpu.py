@@ -174,7 +174,7 @@ def _scan(loss: Loss, n: int, mesh: Mesh, sums: Callable[[Any], Any]) -> Gradien
 
 
 def with_wide_scan(loss: Loss, n: int, mesh: Mesh) -> Gradient:
-    """The same with sums in float32, whatever the parameters: what jaxaccum does by itself."""
+    """The same with sums in float32, whatever the parameters, as jaxaccum sums by itself."""
     wide = lambda params: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
     return _scan(loss, n, mesh, wide)
 

@@ -63,10 +63,9 @@ class Accumulator(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """The sum of weighted gradients: into references that the backward pass adds to, or as values.
+    """The sum of weighted gradients, added by the backward pass itself or as a whole tree after it.
 
-    Made by `in_place` and `tree`; `dtype` overrides that of the sums, which otherwise is the parameter's, or float32
-    for a parameter of lower precision.
+    `in_place` and `tree` make it. `dtype` is that of the sums; None is the parameter's, or float32 where that is lower.
     """
 
     in_place: bool
@@ -129,10 +128,12 @@ def accepted_by(accumulator: Any, mean_grads: PyTree, weight: Array) -> Array:
 
 
 def in_place(dtype: DTypeLike | None = None) -> Sums:
-    """Sum gradients in place: the backward pass adds into the one buffer that the optimizer then reads.
+    """Sum gradients in place: the backward pass adds to the one sum that the optimizer then reads.
 
-    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ`` in `dtype`, no second tree of gradients; differentiable any number of times, in
-    either mode: its derivatives are those of `tree`, which holds a second one.
+    A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's gradient is added
+    when the layer is done.
+
+    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either mode.
 
     Args:
         dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
@@ -149,7 +150,9 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
 
 
 def tree(dtype: DTypeLike | None = None) -> Sums:
-    """Sum gradients as values, without references: every transformation of JAX applies, at one more tree of memory.
+    """Sum gradients as trees: each microbatch returns a whole tree, which is added to the sum. It needs one more tree.
+
+    It gives what `in_place` gives, by the plainest means: to compare with.
 
     Args:
         dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower

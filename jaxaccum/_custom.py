@@ -1,6 +1,6 @@
 """Value and gradient where the user says how gradients combine: each microbatch's mean gradient, handed to a record.
 
-It is the same one scan, without references, so every transformation of JAX applies to it.
+It is the same scan over microbatches, in which each microbatch returns its gradients as a tree.
 """
 
 from __future__ import annotations
