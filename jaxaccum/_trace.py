@@ -160,6 +160,8 @@ def _is_part(x: Any) -> bool:
 
 
 def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    if not eqn.effects:
+        return eqn
     params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
     return eqn.replace(params=params, effects=jex.no_effects)
 

@@ -415,6 +415,46 @@ FAULTS = [
         "found = {v for v in jaxpr.outvars if _holds(v, places)}", "found = set()",
         "test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
+    Fault(
+        "a backward rule sees the cotangent 1", "_microbatch.py",
+        " and not program.has_backward_rule:", ":",
+        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
+    ),
+    Fault(
+        "a backward rule sees its microbatch's weight", "_custom.py",
+        "return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)", "return weight",
+        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
+    ),
+    Fault(
+        "a while loop is taken for reversible", "_reversible.py",
+        'if name == "while":\n        return False', 'if name == "while":\n        return True',
+        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
+    ),
+    Fault(
+        "every linear solve is taken for reversible", "_reversible.py",
+        'return eqn.params["jaxprs"].transpose_solve is not None', "return True",
+        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
+    ),
+    Fault(
+        "gradients keep the dtype of their sum", "_accumulators.py",
+        "return grad if explicit else cast(grad, parameter.dtype)", "return grad",
+        "test_accumulators.py::test_gradients_have_the_dtype_of_their_parameters",
+    ),
+    Fault(
+        "named tuples of programs become tuples", "_trace.py",
+        "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)", "tuple(new)",
+        "test_user_rules.py::test_a_check_and_a_solve",
+    ),
+    Fault(
+        "a constant state is a Python scalar", "_coupled/cut.py",
+        "[jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]", "list(values)",
+        "test_user_rules.py::test_a_coupled_state_may_become_a_constant",
+    ),
+    Fault(
+        "checks of a microbatch are dropped", "_microbatch.py",
+        "if program.has_checks:", "if False:",
+        "test_user_rules.py::test_checks_inside_the_loss_are_reported",
+    ),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import EXACT, data, normwise, refused, same, sizes_of
 from hypothesis import given
@@ -310,8 +311,53 @@ def test_the_error_of_a_compensated_sum_does_not_grow(dtype, jitted):
         (jax.jit if jitted else lambda f: f)(ja.grad(fun, microbatch_size=1, accumulator=made))(w, x), truth
     )
     eps = float(jnp.finfo(jnp.float32).eps)
-    assert error(acc.compensated()) < (n * 2.0**-16 * 2.0**-8 if dtype == jnp.bfloat16 else eps)
+    wide = acc.compensated()._replace(dtype=jnp.float32)  # the sum itself, before it is cast to the parameter's dtype
+    assert error(wide) < (n * 2.0**-16 * 2.0**-8 if dtype == jnp.bfloat16 else eps)
     assert error(acc.tree(dtype)) > (0.5 if dtype == jnp.bfloat16 else 4 * eps)
+
+
+MAKERS = [acc.in_place, acc.tree, acc.compensated]
+WRAPPERS = [lambda inner: inner, acc.skip_nonfinite, acc.noise_scale]
+
+
+def dtype_of_gradients(accumulator, parameters):
+    loss = lambda p, x: jnp.mean((x @ p.astype(x.dtype)) ** 2)
+    step = ja.value_and_grad(loss, num_microbatches=2, accumulator=accumulator)
+    return jax.eval_shape(step, parameters, data(4, 3))[1].dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["bare", "skip_nonfinite", "noise_scale"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_gradients_have_the_dtype_of_their_parameters(make, wrap, dtype):
+    """So that the one line that is changed changes no type; an explicit dtype is what the caller asked for."""
+    w = jnp.ones(3, dtype)
+    assert dtype_of_gradients(wrap(make()), w) == dtype
+    assert dtype_of_gradients(wrap(make(jnp.float32)), w) == jnp.float32
+
+
+def test_a_scanned_donated_adamw_step_of_low_precision_runs_unchanged():
+    optimizer, x = optax.adamw(1e-2), data(8, 4, dtype=jnp.bfloat16)
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+
+    def trained(value_and_grad):
+        def step(carried, _):
+            w, state = carried
+            value, grads = value_and_grad(w, x)
+            updates, state = optimizer.update(grads, state, w)
+            return (optax.apply_updates(w, updates), state), value
+
+        def run(w, state):
+            return lax.scan(step, (w, state), None, length=2)
+
+        w = jnp.ones((4, 6), jnp.bfloat16)
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(run, donate_argnums=(0, 1))(w, optimizer.init(w))
+
+    ours, theirs = trained(ja.value_and_grad(loss, num_microbatches=2)), trained(jax.value_and_grad(loss))
+    dtypes = lambda result: [x.dtype for x in jax.tree.leaves(result)]
+    assert dtypes(ours) == dtypes(theirs)
+    assert normwise(ours[0][0], theirs[0][0]) < 2 * float(jnp.finfo(jnp.bfloat16).eps)
 
 
 def test_compensation_in_dtypes():
@@ -321,7 +367,7 @@ def test_compensation_in_dtypes():
     state = acc.compensated().init(w)
     assert [pair.high.dtype.name for pair in state[0]] == ["bfloat16", "float32", "float32"]
     grads = ja.grad(fun, microbatch_size=1, accumulator=acc.compensated())(w, x)
-    assert {g.dtype.name for g in grads} == {"float32"}
+    assert [g.dtype.name for g in grads] == ["bfloat16", "float16", "float32"]
     z = jnp.zeros(2, jnp.complex128)
     own = lambda z, x: ja.Mean(jnp.sum(jnp.real((1 + 2j) * z)) * jnp.sum(x), 1.0)
     actual = ja.grad(own, microbatch_size=1, accumulator=acc.compensated())(z, data(5, 1))

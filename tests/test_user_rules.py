@@ -174,6 +174,22 @@ def test_functions_with_rules_of_their_own(name, rule):
     assert normwise(GRADIENTS[name](loss, 3)(W, X), jax.grad(loss)(W, X)) < EXACT
 
 
+def test_a_check_and_a_solve():
+    """Where only the weights are computed, the check is left out of the solve's programs and all else stays."""
+
+    def loss(w, x):
+        matrix = jnp.outer(w, w) + 5 * jnp.eye(3)
+        solution = jax.scipy.sparse.linalg.gmres(lambda v: seen(matrix @ v), jnp.tanh(w))[0]
+        return ja.Mean(jnp.sum(x @ solution), jnp.sum(x[:, 0] ** 2 * jnp.sum(solution)))
+
+    def seen(v):
+        jax.debug.callback(lambda: None)
+        return v
+
+    step = ja.value_and_grad(loss, num_microbatches=3)
+    assert normwise(step(W, X), jax.value_and_grad(ja.full_batch(loss))(W, X)) < EXACT
+
+
 AROUND_A_MAP = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
