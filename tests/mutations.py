@@ -333,6 +333,11 @@ FAULTS = [
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Mean by size - 1]",
     ),
     Fault(
+        "the audit takes every backward pass for linear", "_audit/rules/derivatives.py",
+        "    scales = {term.scale for term in x.terms if not term.fixed}\n", "    scales = {UNIT}\n",
+        "test_audit_corners.py::test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent",
+    ),
+    Fault(
         "the audit reads no aux", "_audit/traces.py",
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import data
+from helpers import EXACT, data, normwise
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -152,6 +152,61 @@ LOSSES = {
         lambda w, b: jnp.mean(rows(w, b) * (jnp.sum(w) * jnp.ones((len(b["y"]), 1))).reshape(-1)), "MEAN", True,
     ),
 }  # fmt: skip
+
+
+# -- backward passes that are not linear in the cotangent --------------------------------------------------------------
+
+
+def ruled(backward, function=lambda x: x):
+    """A function with a backward pass of its own: ``backward(x, cotangent)``."""
+    own = jax.custom_vjp(function)
+    own.defvjp(lambda x: (function(x), x), lambda x, g: (backward(x, g),))
+    return own
+
+
+BACKWARD = {
+    # backward pass: whether it is linear in the cotangent
+    "identity": (ruled(lambda x, g: g), True),
+    "straight through": (ruled(lambda x, g: jnp.where(jnp.abs(x) <= 9, g, 0.0), jnp.tanh), True),
+    "reversed": (ruled(lambda x, g: -0.3 * g), True),
+    "clipped": (ruled(lambda x, g: jnp.clip(g, -0.05, 0.05)), False),
+    "normalized": (ruled(lambda x, g: g / (1e-3 + jnp.abs(g))), False),
+    "affine": (ruled(lambda x, g: g + 0.1), False),
+    "constant": (ruled(lambda x, g: jnp.ones_like(g)), False),
+}
+APPLIED = {
+    # where the function is applied: whether every microbatch hands it the full batch's cotangent
+    "to the mean": (lambda f, w, b: f(jnp.mean(rows(w, b))), False),
+    "to a mean under a Mean": (lambda f, w, b: Mean(f(jnp.mean(rows(w, b))) * b["y"].size, b["y"].size), False),
+    "to rows divided by their number": (lambda f, w, b: jnp.sum(f(rows(w, b) / len(b["y"]))), False),
+    "to a mean and a penalty": (lambda f, w, b: f(jnp.mean(rows(w, b)) + jnp.sum(w**2)), False),
+    "to the parameters": (lambda f, w, b: jnp.mean(rows(f(w), b)), False),
+    "to the rows": (lambda f, w, b: jnp.mean(f(rows(w, b))), True),
+    "to the sum": (lambda f, w, b: f(jnp.sum(rows(w, b))) / len(b["y"]), True),
+    "to the total of a Mean": (lambda f, w, b: Mean(f(jnp.sum(rows(w, b))), b["y"].size), True),
+    "to a Sum": (lambda f, w, b: Sum(f(jnp.sum(rows(w, b)))), True),
+}
+A_SUM_NO_MORE = {("straight through", place) for place in APPLIED} - {
+    ("straight through", "to the rows"), ("straight through", "to the parameters"),
+}  # fmt: skip
+RULED = sorted({(rule, place) for rule in BACKWARD for place in APPLIED} - A_SUM_NO_MORE)
+
+
+@pytest.mark.parametrize(("rule", "place"), RULED)
+def test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent(rule, place):
+    (function, linear), (apply, same) = BACKWARD[rule], APPLIED[place]
+    loss = lambda w, b: apply(function, w, b)
+    report = jaxaccum.audit(loss, W, BATCH)
+    expected = jax.grad(jaxaccum.full_batch(loss))(W, BATCH)
+    actual = jaxaccum.grad(loss, num_microbatches=2)(W, BATCH)
+    assert report.exact == (linear or same), report
+    assert (normwise(actual, expected) < EXACT) == report.exact
+    if not report.exact:
+        (finding,) = report.findings
+        assert (report.verdict, finding.kind) == ("MIS_SCALED", "derivative")
+        assert (finding.origin.file, finding.origin.function) == (__file__, "<lambda>")
+        wanted = "optax.clip" if place == "to the parameters" else "before the division"
+        assert wanted in finding.fix
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -21,6 +21,8 @@ _FIXES = {
     "in_axes) and update it once, after the step",
     FaultKind.BATCH_SIZE: "keep the batch size out of it: return jaxaccum.Mean(total, weight) or jaxaccum.Sum(x), and "
     "let the library divide",
+    FaultKind.DERIVATIVE: "apply the function before the division by the number of examples: to the value of each "
+    "example, or to their sum, as in jaxaccum.Mean(function(jnp.sum(x)), x.size)",
     FaultKind.POSITION: "pass what belongs to an example as a part of the batch (its index, its row of the table)",
     FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes, one key an example, and draw under jax.vmap",
     FaultKind.UNKNOWN: "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact",
@@ -30,6 +32,8 @@ _FIXES = {
 
 def fix_of(fault: Fault, axis_name: str) -> str:
     """What mends a fault."""
+    if fault.fix:
+        return fault.fix
     if fault.kind is FaultKind.COUPLING or (fault.kind is FaultKind.SELECTION and fault.hoistable):
         if _in_normalization(fault.origin) or _in_normalization(fault.use):
             return _BATCH_NORM.format(axis=axis_name)
@@ -44,6 +48,8 @@ def _in_normalization(site: Site | None) -> bool:
     frames = traceback.frames if traceback is not None else ()
     return any("site-packages" in f.file_name and f.file_name.endswith("normalization.py") for f in frames)
 
+
+AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
 TAG = {
     "SUM": "say that it is a sum: return jaxaccum.Sum(loss)",

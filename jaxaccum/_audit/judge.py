@@ -16,7 +16,8 @@ from jaxaccum._source import Frame
 
 _VERDICT_OF = {
     FaultKind.COUPLING: Verdict.COUPLED, FaultKind.PAIRWISE: Verdict.COUPLED, FaultKind.SELECTION: Verdict.COUPLED,
-    FaultKind.STATE: Verdict.COUPLED, FaultKind.BATCH_SIZE: Verdict.MIS_SCALED, FaultKind.UNKNOWN: Verdict.UNKNOWN,
+    FaultKind.STATE: Verdict.COUPLED, FaultKind.BATCH_SIZE: Verdict.MIS_SCALED,
+    FaultKind.DERIVATIVE: Verdict.MIS_SCALED, FaultKind.UNKNOWN: Verdict.UNKNOWN,
     FaultKind.POSITION: Verdict.POSITION,
 }  # fmt: skip
 SEVERITY = [

@@ -122,6 +122,7 @@ class FaultKind(enum.StrEnum):
     SELECTION = "selection"
     STATE = "state"
     BATCH_SIZE = "batch_size"
+    DERIVATIVE = "derivative"
     POSITION = "position"
     RANDOM = "random"
     UNKNOWN = "unknown"
@@ -138,6 +139,8 @@ class Fault:
     note: str
     hoistable: bool = False
     """Whether the statistic does not depend on the parameters, so that it can be computed once, before training."""
+    fix: str = ""
+    """What to write instead, where the kind alone does not say it."""
 
 
 class Index(enum.Enum):

@@ -51,7 +51,8 @@ class Finding:
     """One reason for the verdict.
 
     Attributes:
-        kind: coupling, pairwise, selection, state, batch_size, position, random, unknown, collective, scale, tag.
+        kind: coupling, pairwise, selection, state, batch_size, derivative, position, random, unknown, collective,
+            scale, tag.
         origin: the line where examples first meet, or None.
         use: the line that makes it matter, or None.
         fix: what to write instead.

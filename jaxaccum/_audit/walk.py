@@ -131,13 +131,13 @@ class Walk:
         return Site(op.eqn, self.calls)
 
     def fault(
-        self, op: Op, kind: FaultKind, note: str, *, origin: Site | None = None, hoistable: bool = False
+        self, op: Op, kind: FaultKind, note: str, *, origin: Site | None = None, hoistable: bool = False, fix: str = ""
     ) -> Fault:
         """The fault of this kind at this equation: one, however often the equation is walked."""
         key = (id(op.eqn), tuple(id(call.eqn) for call in self.calls), kind)
         if key not in self._faults:
             site = self.site(op)
-            self._faults[key] = Fault(kind, origin or site, site, note, hoistable)
+            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix)
         return self._faults[key]
 
     def couple(

@@ -1,7 +1,13 @@
 """Functions with a derivative of the user's own: the function, and the backward pass that stands for it.
 
-A backward pass is traced alone, of one equation, and walked like a program. It keeps the examples apart if the
-cotangent of rows is rows, that of a parameter a sum over the examples, and that of a statistic independent of them.
+A backward pass is traced alone, for one equation, and walked like a program. It keeps the examples apart if the
+cotangent of rows is rows, the cotangent of a parameter a sum over the examples, and the cotangent of a statistic
+independent of them.
+
+Cotangents have a scale too. An exact loss gives every row of a microbatch the cotangent that the full batch gives it.
+What has been divided by the microbatch's size n before the rule gets n times as much: the cotangent of a value of
+scale s has the scale 1 / s. A rule that is linear in its cotangent hands the scale on. Another rule, one that clips the
+cotangent for example, loses it, and its microbatches do not add up to the full batch.
 """
 
 from __future__ import annotations
@@ -14,7 +20,21 @@ import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import PLAIN, Fault, FaultKind, Kind, Value, fixed, rows, total
+from jaxaccum._audit import fixes
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    PLAIN,
+    UNIT,
+    Fault,
+    FaultKind,
+    Kind,
+    Scale,
+    Term,
+    Value,
+    fixed,
+    rows,
+    total,
+)
 from jaxaccum._audit.rules.control import body_of, unfollowed
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.sources import Site, is_jax
@@ -30,9 +50,7 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         return [dataclasses.replace(v, number=walk.fresh()) for v in unfollowed(walk, op, ins)]
     bodies = op.params[key], op.other.params[key]
     outs = walk.body(op, bodies, ins)
-    moved = any(v.params or v.rows for v in ins) and any(
-        jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in op.eqn.invars
-    )
+    moved = any(v.params or not v.fixed for v in ins) and any(map(_is_inexact, op.eqn.invars))
     if not walk.checks_derivatives or not moved or _is_jaxs_own(op):
         return outs
     faults = _faults(walk, op, ins, outs)
@@ -50,31 +68,85 @@ def _is_jaxs_own(op: Op) -> bool:
 
 
 def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozenset[Fault]:
-    """Of the backward pass."""
+    """Of the backward pass; where only the scale of the cotangents makes it fail, it is not linear in them."""
     given = _variables(op.eqn)
     by_variable = {v: x for v, x in zip(op.eqn.invars, ins, strict=True) if not isinstance(v, jex.Literal)}
     primals = [dataclasses.replace(by_variable[v], faults=frozenset()) for v in given]
-    floating = [i for i, v in enumerate(op.eqn.outvars) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
-    cotangents = [_dual(walk, op, outs[i]) for i in floating]
+    floating = [i for i, v in enumerate(op.eqn.outvars) if _is_inexact(v)]
+    values = [outs[i] for i in floating]
+    backward = _Backward(walk, op, primals, floating, values)
     walk.checks_derivatives = False
     try:
-        first, second = walk.derivatives.setdefault(id(op.eqn), None) or _traced(walk, op, floating)
-        results = walk.body(op, (first, second), [*primals, *cotangents])
+        found = backward.faults([_dual(walk, op, x) for x in values])
+        return frozenset([backward.not_linear()]) if found and backward.is_not_linear() else found
     except Exception as error:  # the user's rule may fail here in any way; the answer is the same
         reason = "differs between the sizes" if isinstance(error, ShapeOfProgramDiffersError) else type(error).__name__
         return frozenset([walk.fault(op, FaultKind.UNKNOWN, f"its backward pass could not be followed ({reason})")])
     finally:
         walk.checks_derivatives = True
-    same = all(_alike(outs[i], y) for i, y in zip(floating, results[len(given) :], strict=True))
-    if not same:
-        return frozenset([walk.fault(op, FaultKind.UNKNOWN, "its forward rule is another function of the batch")])
-    moved = [
-        (x, result)
-        for v, x, result in zip(given, primals, results[: len(given)], strict=True)
-        if jnp.issubdtype(v.aval.dtype, jnp.inexact)
-    ]
-    forward = frozenset().union(*(y.faults for y in results[len(given) :]))  # under differentiation, it runs instead
-    return forward.union(*(_mismatch(walk, op, x, result) for x, result in moved))
+
+
+_NOT_LINEAR = "its backward pass is not linear in the cotangent, which here depends on the microbatch"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """The backward pass of one equation, which can be walked with any cotangents."""
+
+    walk: Walk
+    op: Op
+    primals: list[Value]
+    floating: list[int]
+    values: list[Value]
+    """The equation's results that have cotangents."""
+
+    @property
+    def origin(self) -> Site:
+        """The first line of the user's rule."""
+        return Site(self.op.eqn, self.walk.calls, defined=_rule(self.op.eqn))
+
+    def faults(self, cotangents: list[Value], *, unit: bool = False) -> frozenset[Fault]:
+        """What is wrong with the results; `unit` says that the cotangents came without a scale."""
+        walk, op, count = self.walk, self.op, len(self.primals)
+        bodies = walk.derivatives.setdefault(id(op.eqn), None) or _traced(walk, op, self.floating)
+        results = walk.body(op, bodies, [*self.primals, *cotangents])
+        if not all(map(_alike, self.values, results[count:])):
+            return frozenset([walk.fault(op, FaultKind.UNKNOWN, "its forward rule is another function of the batch")])
+        found = frozenset().union(*(y.faults for y in results[count:]))  # under differentiation, it runs instead
+        for v, x, result in zip(_variables(op.eqn), self.primals, results[:count], strict=True):
+            if _is_inexact(v):
+                found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
+        return found
+
+    def is_not_linear(self) -> bool:
+        """Whether what fails is right for cotangents that do not depend on the microbatch."""
+        if all(x.fixed for x in self.values):
+            return True  # their cotangents are sums over the examples, which any linear function keeps
+        if all(_scale(x).trivial for x in self.values):
+            return False
+        return not self.faults([_dual(self.walk, self.op, x.but(terms=PLAIN)) for x in self.values], unit=True)
+
+    def not_linear(self) -> Fault:
+        """That fault, with what to write instead."""
+        fix = fixes.AFTERWARDS if all(x.fixed for x in self.values) else ""
+        return self.walk.fault(self.op, FaultKind.DERIVATIVE, _NOT_LINEAR, origin=self.origin, fix=fix)
+
+    def _mismatch(self, x: Value, result: Value, *, scale: Scale) -> frozenset[Fault]:
+        """What is wrong with the cotangent that a backward pass returns for x."""
+        rows_alike = result.rows and result.layout == x.layout
+        alike = rows_alike or result.fixed if x.rows else result.kind is _DUAL[x.kind]
+        apart = (alike and result.terms == {Term(scale)}) or (result.fixed and result.zero)
+        kinds = {f.kind for f in result.faults} or (set() if apart else {FaultKind.COUPLING})
+        notes = {kind: f"its backward pass mixes the examples ({kind})" for kind in kinds}
+        return frozenset(self.walk.fault(self.op, kind, note, origin=self.origin) for kind, note in notes.items())
+
+
+_DUAL = {Kind.FIXED: Kind.TOTAL, Kind.TOTAL: Kind.FIXED, Kind.STATISTIC: Kind.FIXED}
+"""The cotangent of what all examples share is a sum over them, and that of a statistic a constant."""
+
+
+def _is_inexact(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def _alike(x: Value, y: Value) -> bool:
@@ -86,26 +158,20 @@ def _variables(eqn: Any) -> list[Any]:
 
 
 def _dual(walk: Walk, op: Op, out: Value) -> Value:
-    """What the cotangent of a value is: of rows rows, of a parameter's function a total, of a statistic a constant."""
+    """The cotangent of a value, where the loss is exact: with the inverse of its scale."""
+    scale = _scale(out).inverse()
+    terms = frozenset([Term(scale)])
     if out.rows and out.layout is not None:
-        return rows(out.layout, params=True, number=walk.fresh())
+        return rows(out.layout, terms=terms, params=True, number=walk.fresh())
     if out.fixed:
-        return total(walk.site(op), PLAIN, params=True, number=walk.fresh())
-    return fixed(params=True, number=walk.fresh())
+        return total(walk.site(op), terms, params=True, number=walk.fresh())
+    return fixed(scale, params=True, number=walk.fresh())
 
 
-def _mismatch(walk: Walk, op: Op, x: Value, result: Value) -> frozenset[Fault]:
-    """What is wrong with the cotangent that a backward pass returns for x: told of the rule's first line."""
-    apart = (
-        (x.rows and result.rows and result.layout == x.layout and result.terms == PLAIN)
-        or (x.fixed and result.kind is Kind.TOTAL and result.terms == PLAIN)
-        or (x.summary and result.fixed and result.scale.trivial)
-        or (result.fixed and result.zero)
-    )
-    kinds = {f.kind for f in result.faults} or (set() if apart else {FaultKind.COUPLING})
-    origin = Site(op.eqn, walk.calls, defined=_rule(op.eqn))
-    notes = {kind: f"its backward pass mixes the examples ({kind})" for kind in kinds}
-    return frozenset(walk.fault(op, kind, note, origin=origin) for kind, note in notes.items())
+def _scale(x: Value) -> Scale:
+    """The scale of a value's own addends: those of a total that depend on the batch."""
+    scales = {term.scale for term in x.terms if not term.fixed}
+    return scales.pop() if len(scales) == 1 else IRREGULAR
 
 
 def _rule(eqn: Any) -> Frame | None:
@@ -128,7 +194,7 @@ def _backward(eqn: Any, floating: list[int]) -> Any:
     debug = _debug_info()
     outvars = [eqn.outvars[i] for i in floating]
     alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, debug)
-    moved = [i for i, v in enumerate(given) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    moved = [i for i, v in enumerate(given) if _is_inexact(v)]
 
     def pull(*arrays: Any) -> list[Any]:
         primals, cotangents = list(arrays[: len(given)]), list(arrays[len(given) :])
