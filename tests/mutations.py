@@ -338,6 +338,11 @@ FAULTS = [
         "test_audit_corners.py::test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent",
     ),
     Fault(
+        "the audit takes all generators for threefry", "_audit/rules/randomness.py",
+        "faults=_mixed_keys(walk, op) if layout.axes else frozenset()", "faults=frozenset()",
+        "test_audit.py::test_keys_of_a_generator_that_draws_for_all_of_them_together",
+    ),
+    Fault(
         "the audit reads no aux", "_audit/traces.py",
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",

@@ -155,6 +155,37 @@ def test_keys():
     assert jaxaccum.audit(unused, W, BATCH["x"], key, in_axes=(None, 0, KEY)).exact
 
 
+GENERATORS = {"threefry2x32": True, "rbg": False, "unsafe_rbg": False}
+
+
+@pytest.mark.parametrize("impl", GENERATORS)
+def test_keys_of_a_generator_that_draws_for_all_of_them_together(impl):
+    """The oracle: the numbers of the last five of eight keys, drawn alone."""
+    keys = jax.random.split(jax.random.key(7, impl=impl), 8)
+    draw = lambda key: jax.random.normal(key, (3,), jnp.float64)
+    halves = lambda key: draw(jax.random.split(key)[1])
+    seeded = lambda key: draw(jax.random.fold_in(key, jax.random.randint(key, (), 0, 9)))
+    for map_, kept in ((jax.vmap, GENERATORS[impl]), (lambda f: lambda k: lax.map(f, k), True)):
+        for one in (draw, halves, seeded):
+            numbers = map_(one)
+            assert np.array_equal(numbers(keys)[3:], numbers(keys[3:])) == kept
+            loss = lambda w, b, numbers=numbers: jnp.mean((b["x"] * numbers(b["keys"])) @ w)
+            report = jaxaccum.audit(loss, W, BATCH | {"keys": keys})
+            assert (report.verdict, report.random, report.exact) == ("MEAN", not kept, kept)
+            says = [finding.fix for finding in report.findings]
+            assert all("jax.lax.map(draw, keys)" in fix and "threefry2x32" in fix for fix in says)
+            assert bool(says) is not kept
+
+
+def test_keys_that_are_split_alone_stay_apart():
+    """Of `rbg` keys only the numbers are drawn together, and a key made for each example is its own."""
+    keys = jax.random.split(jax.random.key(7, impl="rbg"), 8)
+    draw = lambda key: jax.random.normal(key, (3,), jnp.float64)
+    own = lambda keys: lax.map(draw, jax.vmap(lambda key: jax.random.fold_in(jax.random.split(key)[0], 3))(keys))
+    assert np.array_equal(own(keys)[3:], own(keys[3:]))
+    assert jaxaccum.audit(lambda w, b: jnp.mean((b["x"] * own(b["k"])) @ w), W, {"x": BATCH["x"], "k": keys}).exact
+
+
 def test_keys_made_of_the_place_in_the_batch():
     def loss(w, x, place):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), place(len(x)))

@@ -49,6 +49,10 @@ def _in_normalization(site: Site | None) -> bool:
     return any("site-packages" in f.file_name and f.file_name.endswith("normalization.py") for f in frames)
 
 
+ONE_BY_ONE = (
+    "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another generator, "
+    'jax.random.key(seed, impl="threefry2x32")'
+)
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
 TAG = {

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from jaxaccum._audit.lattice import FaultKind, Value, fixed, rows
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._audit import fixes
+from jaxaccum._audit.lattice import Fault, FaultKind, Value, fixed, rows
 from jaxaccum._audit.rules.elementwise import layout_of, same_layout
 from jaxaccum._audit.rules.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
+_FOR_EACH_KEY = {
+    "threefry2x32": None,
+    "rbg": {"random_seed", "random_wrap", "random_unwrap", "random_clone", "random_split", "random_fold_in"},
+    "unsafe_rbg": {"random_seed", "random_wrap", "random_unwrap", "random_clone"},
+}
+"""What JAX computes for each key by itself under `jax.vmap`, by generator; None is everything.
+
+The rest makes the numbers of all keys from the first one: what an example gets depends on the others.
+"""
 
 
 @rule(
@@ -24,12 +40,35 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         alone = same_layout(ins) and (op.name != "rng_bit_generator" or not layout.axes)
         if any(beyond(op.out_shapes(i), rows(layout)) for i in range(op.num_outs)):
             return walk.unknown(op, "each example draws as many numbers as the batch has examples")
-        return rows(layout) if alone else RULES["*"].apply(walk, op, ins)
+        if not alone:
+            return RULES["*"].apply(walk, op, ins)
+        return rows(layout, faults=_mixed_keys(walk, op) if layout.axes else frozenset())
     faults = frozenset().union(*(v.faults for v in ins))
     if _by_split(op, ins):
         faults = frozenset(f for f in faults if f.kind is not FaultKind.POSITION)
         faults |= {walk.fault(op, FaultKind.RANDOM, _ONE_KEY)}
     return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+
+
+def _mixed_keys(walk: Walk, op: Op) -> frozenset[Fault]:
+    """That the generator does not keep the keys of a `jax.vmap` apart."""
+    dtypes = [v.aval.dtype for v in (*op.eqn.invars, *op.eqn.outvars)]
+    key = next((d for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)), None)
+    name = "threefry2x32" if key is None else _generators().get(key)
+    if name is None:
+        return frozenset([walk.fault(op, FaultKind.UNKNOWN, f"draws from keys of the type {key} have no rule")])
+    apart = _FOR_EACH_KEY[name]
+    if apart is None or op.name in apart:
+        return frozenset()
+    note = f"under jax.vmap, keys of the generator {name!r} draw together, so the numbers depend on the split"
+    return frozenset([walk.fault(op, FaultKind.RANDOM, note, fix=fixes.ONE_BY_ONE)])
+
+
+@functools.cache
+def _generators() -> dict[Any, str]:
+    """The names of JAX's own generators, by the dtype of their keys."""
+    key = lambda name: jax.eval_shape(lambda: jax.random.key(0, impl=name))
+    return {key(name).dtype: name for name in _FOR_EACH_KEY}
 
 
 def _by_split(op: Op, ins: list[Value]) -> bool:
