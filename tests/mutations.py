@@ -343,6 +343,16 @@ FAULTS = [
         "test_audit.py::test_keys_of_a_generator_that_draws_for_all_of_them_together",
     ),
     Fault(
+        "the audit does not look which operands an equation takes", "_audit/walk.py",
+        "isinstance(w, jex.Literal) or twins[v] is not w", "isinstance(w, jex.Literal)",
+        "test_audit.py::test_the_same_primitives_are_not_the_same_program",
+    ),
+    Fault(
+        "the audit does not look at an equation's parameters", "_audit/twins.py",
+        "    return all(_agree(name, eqn, other) for name in eqn.params)\n", "    return True\n",
+        "test_audit.py::test_the_same_primitives_are_not_the_same_program",
+    ),
+    Fault(
         "the audit reads no aux", "_audit/traces.py",
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",

@@ -281,6 +281,44 @@ def test_code_that_depends_on_the_size_is_not_exact():
         assert not is_exact(loss, BATCH["x"]) if loss is not reshapes else report.findings[0].note
 
 
+def either(large, small):
+    """One of two functions of rows, by the number of the rows."""
+    return lambda w, x: jnp.mean((large if len(x) > 4 else small)(jnp.tanh(x * w[None]), w))
+
+
+SAME_PRIMITIVES = {
+    # the same primitives in the same order, and another function at each size
+    "operands swapped": either(lambda h, w: h - jnp.sin(h), lambda h, w: jnp.sin(h) - h),
+    "another intermediate value": either(
+        lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][0], lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][1]
+    ),
+    "another entry": either(lambda h, w: h * w[0], lambda h, w: h * w[1]),
+    "other columns": either(lambda h, w: h[:, :2], lambda h, w: h[:, 1:]),
+    "another axis": either(
+        lambda h, w: h @ jnp.outer(w, w**2).sum(0), lambda h, w: h @ jnp.outer(w, w**2).sum(1)
+    ),
+    "another power": either(lambda h, w: h**2, lambda h, w: h**3),
+    "another permutation": either(
+        lambda h, w: h @ jnp.outer(w, w**2).transpose(0, 1), lambda h, w: h @ jnp.outer(w, w**2).transpose(1, 0)
+    ),
+    "another result": either(
+        lambda h, w: h * lax.sort((w, w**2))[0][0], lambda h, w: h * lax.sort((w, w**2))[1][0]
+    ),
+    "another border": either(
+        lambda h, w: h * jnp.pad(w, (1, 0))[None, :3], lambda h, w: h * jnp.pad(w, (0, 1))[None, :3]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_PRIMITIVES)
+def test_the_same_primitives_are_not_the_same_program(name):
+    loss = SAME_PRIMITIVES[name]
+    report = jaxaccum.audit(loss, W, BATCH["x"])
+    assert (report.verdict, report.exact) == ("UNKNOWN", False)
+    assert report.findings[0].origin.file == __file__
+    assert not is_exact(loss, BATCH["x"])
+
+
 def test_the_last_and_smaller_microbatches_are_judged_too():
     tail = lambda w, x: jnp.mean(x @ w) if len(x) != 2 else jnp.mean(jnp.tanh(x @ w))
     for count, verdict in ((2, "MEAN"), (3, "UNKNOWN")):  # of 4; of 3, 3 and 2 examples

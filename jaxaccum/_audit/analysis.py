@@ -16,8 +16,9 @@ from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.probe import probe as run_probe
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
+from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Arguments, Output, Traced, read, trace
-from jaxaccum._audit.walk import ShapeOfProgramDiffersError, Walk
+from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._types import Axes, Fun
 
 
@@ -111,12 +112,12 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
         return [_undecided(output, f"it returns other outputs for {size} examples") for output in whole.outputs]
     try:
         values = _walked(walk, arguments, whole, part)
-    except ShapeOfProgramDiffersError:
+    except ProgramsDifferError as error:
         reason = (
-            f"the programs for {walk.sizes.first} and for {size} examples have other equations: does Python code "
-            "branch on the batch size?"
+            f"the programs for {walk.sizes.first} and for {size} examples are not the same: does Python code branch "
+            "on the batch size?"
         )
-        return [_undecided(output, reason) for output in whole.outputs]
+        return [_undecided(output, reason, error.site) for output in whole.outputs]
     found, start = [], 0
     for output, other, count in zip(whole.outputs, part.outputs, whole.counts, strict=True):
         judged = judge(walk, output, values[start : start + count])
@@ -131,7 +132,7 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
 def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> list[Value]:
     first, second = whole.closed, part.closed
     if len(first.consts) != len(second.consts):
-        raise ShapeOfProgramDiffersError
+        raise ProgramsDifferError
     consts = [walk.constant(a, b) for a, b in zip(first.consts, second.consts, strict=True)]
     unchanged = _unchanged(arguments, whole)
     ins = []
@@ -171,11 +172,12 @@ def _unchanged(arguments: Arguments, traced: Traced) -> set[int]:
     return {id(before) for before, after in zip(old, back, strict=True) if after is before}
 
 
-def _undecided(output: Output, reason: str) -> Judged:
+def _undecided(output: Output, reason: str, site: Site | None = None) -> Judged:
+    line = site.frame if site is not None else None
     finding = Finding(
         "unknown",
-        None,
-        None,
+        line,
+        line,
         fixes.fix_of(Fault(FaultKind.UNKNOWN, None, None, ""), ""),
         note=reason,
         output=output.name,

@@ -172,6 +172,8 @@ class Value:
     """For an array of indices: which entries of its last axis are the example's own place."""
     known: Any = None
     """The number that it holds everywhere, at both sizes."""
+    at: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, compare=False)
+    """Its numbers at each of the two sizes, where they follow from shapes alone and are few."""
     scalar: bool = False
     """Whether all of its entries are one number."""
     weight: Scale | None = None
@@ -210,7 +212,7 @@ class Value:
     def but(self, **changes: Any) -> Value:
         """A new value like this one: what identified the old one does not carry over unless it is given."""
         reset: dict[str, Any] = {
-            "number": -1, "index": None, "columns": (), "known": None, "weight": None, "extremum": None,
+            "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None, "extremum": None,
             "compares": frozenset(), "scalar": False,
         }  # fmt: skip
         return dataclasses.replace(self, **(reset | changes))

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._audit.folding import LARGEST, folded
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
@@ -34,6 +36,7 @@ from jaxaccum._audit.lattice import (
 )  # fmt: skip
 from jaxaccum._audit.rules.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Call, Site, is_library
+from jaxaccum._audit.twins import same_function
 
 Shape = tuple[int, ...]
 
@@ -43,8 +46,12 @@ _CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKin
 """Faults after which a further meeting of examples is no news."""
 
 
-class ShapeOfProgramDiffersError(Exception):
-    """The two programs have different equations."""
+class ProgramsDifferError(Exception):
+    """The two programs have different equations: the first one that differs, where there is one."""
+
+    def __init__(self, site: Site | None = None) -> None:
+        super().__init__()
+        self.site = site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,20 +195,30 @@ class Walk:
 
     def run(self, first: Any, second: Any, consts: Sequence[Value], ins: Sequence[Value]) -> list[Value]:
         """The results of a jaxpr, traced at both sizes."""
-        if len(first.eqns) != len(second.eqns) or len(first.invars) != len(ins):
-            raise ShapeOfProgramDiffersError
-        env = dict(zip([*first.constvars, *first.invars], [*consts, *ins], strict=True))
+        if len(first.invars) != len(ins) or len(second.invars) != len(ins):
+            raise ProgramsDifferError
+        given, others = [*first.constvars, *first.invars], [*second.constvars, *second.invars]
+        env = dict(zip(given, [*consts, *ins], strict=True))
+        twins = dict(zip(given, others, strict=True))
 
         def read(v: Any, w: Any) -> Value:
-            if isinstance(v, jex.Literal) != isinstance(w, jex.Literal):
-                raise ShapeOfProgramDiffersError
-            return self.constant(v.val, w.val) if isinstance(v, jex.Literal) else env[v]
+            if isinstance(v, jex.Literal) and isinstance(w, jex.Literal):
+                return self.constant(v.val, w.val)
+            if isinstance(v, jex.Literal) or isinstance(w, jex.Literal) or twins[v] is not w:
+                raise ProgramsDifferError
+            return env[v]
 
-        for eqn, other in zip(first.eqns, second.eqns, strict=True):
-            if eqn.primitive is not other.primitive or len(eqn.invars) != len(other.invars):
-                raise ShapeOfProgramDiffersError
-            ins = [read(v, w) for v, w in zip(eqn.invars, other.invars, strict=True)]
+        for eqn, other in zip(first.eqns, second.eqns, strict=False):
+            try:
+                if not same_function(eqn, other):
+                    raise ProgramsDifferError
+                ins = [read(v, w) for v, w in zip(eqn.invars, other.invars, strict=True)]
+            except ProgramsDifferError:
+                raise ProgramsDifferError(Site(eqn, self.calls)) from None
             env.update(zip(eqn.outvars, self.apply(Op(eqn, other), ins), strict=True))
+            twins.update(zip(eqn.outvars, other.outvars, strict=True))
+        if len(first.eqns) != len(second.eqns):
+            raise ProgramsDifferError
         return [read(v, w) for v, w in zip(first.outvars, second.outvars, strict=True)]
 
     # -- one equation -------------------------------------------------------------------------------------------------
@@ -209,6 +226,8 @@ class Walk:
     def apply(self, op: Op, ins: list[Value]) -> list[Value]:
         """The results of one equation, with what its operands suffer from."""
         self.counts[op.name] += 1
+        if (constant := self._folded(op, ins)) is not None:
+            return [constant]
         entry = RULES.get(op.name) or Rule(RULES["*"].apply)
         outs = entry.apply(self, op, ins)
         outs = outs if isinstance(outs, list) else [outs] * op.num_outs
@@ -220,6 +239,17 @@ class Walk:
                 for i, out in enumerate(outs)
             ]
         )
+
+    def _folded(self, op: Op, ins: list[Value]) -> Value | None:
+        """The result of an equation of constants, where it can be computed at both sizes."""
+        pairs = [v.at for v in ins if v.at is not None]
+        if not ins or len(pairs) < len(ins):
+            return None
+        first, second = (
+            folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other))
+        )
+        same_shape = first is not None and second is not None and first.shape == second.shape
+        return self.constant(first, second) if same_shape else None
 
     def _checked(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool) -> Value:
         faults = out.faults if settled else out.faults.union(*(v.faults for v in ins))
@@ -272,10 +302,12 @@ class Walk:
 
     def constant(self, a: Any, b: Any) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
+        if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+            return fixed(Scale() if a is b else IRREGULAR, number=self._number(("traced", id(a))), scalar=_is_one(a))
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
             return self._scalar(a, b)
         if np.shape(a) == np.shape(b):
-            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh())
+            return self._array(a, b)
         return self._table(a, b)
 
     def _scalar(self, a: Any, b: Any) -> Value:
@@ -288,7 +320,18 @@ class Walk:
             if power == 0
             else self._number(("literals", str(a), str(b)))
         )
-        return fixed(Scale(power), known=known, scalar=True, number=number)
+        at = (np.asarray(a), np.asarray(b))
+        return fixed(Scale(power), known=known, scalar=True, number=number, at=at)
+
+    def _array(self, a: Any, b: Any) -> Value:
+        """A constant array of the same shape at both sizes."""
+        if not _is_numeric(a) or a.size > LARGEST or a.size == 0:
+            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh())
+        at = (np.asarray(a), np.asarray(b))
+        if all(np.all(x == x.flat[0]) for x in at):
+            uniform = self._scalar(at[0].flat[0], at[1].flat[0])
+            return dataclasses.replace(uniform, number=self.fresh(), at=at)
+        return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh(), at=at)
 
     def _table(self, a: Any, b: Any) -> Value:
         """A constant array of the batch's size: uniform, or a row for each place."""
@@ -303,6 +346,10 @@ class Walk:
         """The factor that a sum of equal entries over `axes` brings."""
         first, second = (math.prod(shape[i] for i in axes) for shape in shapes)
         return Scale(self.sizes.power(first, second))
+
+
+def _is_one(x: Any) -> bool:
+    return getattr(x, "size", 0) == 1
 
 
 def _is_numeric(x: Any) -> bool:

@@ -127,6 +127,8 @@ def cond(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """One of several bodies."""
     which, *operands = ins
     pairs = list(zip(op.params["branches"], op.other.params["branches"], strict=True))
+    if which.known is not None:
+        return walk.body(op, pairs[min(max(int(which.known), 0), len(pairs) - 1)], operands)
     results = [walk.body(op, pair, operands) for pair in pairs]
     outs = [_joined(walk, op, list(values)) for values in zip(*results, strict=True)]
     faults = which.faults

@@ -1,13 +1,14 @@
 """Functions with a derivative of the user's own: the function, and the backward pass that stands for it.
 
-A backward pass is traced alone, for one equation, and walked like a program. It keeps the examples apart if the
-cotangent of rows is rows, the cotangent of a parameter a sum over the examples, and the cotangent of a statistic
-independent of them.
+A backward pass is traced alone, for one equation, and walked like a program. It keeps the examples
+apart if the cotangent of rows is rows, the cotangent of a parameter a sum over the examples, and
+the cotangent of a statistic independent of them.
 
-Cotangents have a scale too. An exact loss gives every row of a microbatch the cotangent that the full batch gives it.
-What has been divided by the microbatch's size n before the rule gets n times as much: the cotangent of a value of
-scale s has the scale 1 / s. A rule that is linear in its cotangent hands the scale on. Another rule, one that clips the
-cotangent for example, loses it, and its microbatches do not add up to the full batch.
+Cotangents have a scale too. An exact loss gives every row of a microbatch the cotangent that the
+full batch gives it. What has been divided by the microbatch's size n before the rule gets n times
+as much: the cotangent of a value of scale s has the scale 1 / s. A rule that is linear in its
+cotangent hands the scale on. Another rule, one that clips the cotangent for example, loses it, and
+its microbatches do not add up to the full batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.rules.control import body_of, unfollowed
 from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.sources import Site, is_jax
-from jaxaccum._audit.walk import Op, ShapeOfProgramDiffersError, Walk
+from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._source import Frame
 
 
@@ -68,7 +69,7 @@ def _is_jaxs_own(op: Op) -> bool:
 
 
 def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozenset[Fault]:
-    """Of the backward pass; where only the scale of the cotangents makes it fail, it is not linear in them."""
+    """What is wrong with the backward pass."""
     given = _variables(op.eqn)
     by_variable = {v: x for v, x in zip(op.eqn.invars, ins, strict=True) if not isinstance(v, jex.Literal)}
     primals = [dataclasses.replace(by_variable[v], faults=frozenset()) for v in given]
@@ -80,7 +81,7 @@ def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozense
         found = backward.faults([_dual(walk, op, x) for x in values])
         return frozenset([backward.not_linear()]) if found and backward.is_not_linear() else found
     except Exception as error:  # the user's rule may fail here in any way; the answer is the same
-        reason = "differs between the sizes" if isinstance(error, ShapeOfProgramDiffersError) else type(error).__name__
+        reason = "differs between the sizes" if isinstance(error, ProgramsDifferError) else type(error).__name__
         return frozenset([walk.fault(op, FaultKind.UNKNOWN, f"its backward pass could not be followed ({reason})")])
     finally:
         walk.checks_derivatives = True
@@ -111,8 +112,10 @@ class _Backward:
         bodies = walk.derivatives.setdefault(id(op.eqn), None) or _traced(walk, op, self.floating)
         results = walk.body(op, bodies, [*self.primals, *cotangents])
         if not all(map(_alike, self.values, results[count:])):
-            return frozenset([walk.fault(op, FaultKind.UNKNOWN, "its forward rule is another function of the batch")])
-        found = frozenset().union(*(y.faults for y in results[count:]))  # under differentiation, it runs instead
+            note = "its forward rule is another function of the batch"
+            return frozenset([walk.fault(op, FaultKind.UNKNOWN, note)])
+        # Under differentiation the forward rule runs instead of the function.
+        found = frozenset().union(*(y.faults for y in results[count:]))
         for v, x, result in zip(_variables(op.eqn), self.primals, results[:count], strict=True):
             if _is_inexact(v):
                 found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
@@ -121,15 +124,17 @@ class _Backward:
     def is_not_linear(self) -> bool:
         """Whether what fails is right for cotangents that do not depend on the microbatch."""
         if all(x.fixed for x in self.values):
-            return True  # their cotangents are sums over the examples, which any linear function keeps
+            return True  # a linear function of a sum over the examples would be one too
         if all(_scale(x).trivial for x in self.values):
             return False
-        return not self.faults([_dual(self.walk, self.op, x.but(terms=PLAIN)) for x in self.values], unit=True)
+        plain = [_dual(self.walk, self.op, x.but(terms=PLAIN)) for x in self.values]
+        return not self.faults(plain, unit=True)
 
     def not_linear(self) -> Fault:
         """That fault, with what to write instead."""
         fix = fixes.AFTERWARDS if all(x.fixed for x in self.values) else ""
-        return self.walk.fault(self.op, FaultKind.DERIVATIVE, _NOT_LINEAR, origin=self.origin, fix=fix)
+        kind, origin = FaultKind.DERIVATIVE, self.origin
+        return self.walk.fault(self.op, kind, _NOT_LINEAR, origin=origin, fix=fix)
 
     def _mismatch(self, x: Value, result: Value, *, scale: Scale) -> frozenset[Fault]:
         """What is wrong with the cotangent that a backward pass returns for x."""
@@ -138,11 +143,12 @@ class _Backward:
         apart = (alike and result.terms == {Term(scale)}) or (result.fixed and result.zero)
         kinds = {f.kind for f in result.faults} or (set() if apart else {FaultKind.COUPLING})
         notes = {kind: f"its backward pass mixes the examples ({kind})" for kind in kinds}
-        return frozenset(self.walk.fault(self.op, kind, note, origin=self.origin) for kind, note in notes.items())
+        fault = lambda kind: self.walk.fault(self.op, kind, notes[kind], origin=self.origin)
+        return frozenset(map(fault, notes))
 
 
 _DUAL = {Kind.FIXED: Kind.TOTAL, Kind.TOTAL: Kind.FIXED, Kind.STATISTIC: Kind.FIXED}
-"""The cotangent of what all examples share is a sum over them, and that of a statistic a constant."""
+"""The cotangent of what all examples share is a sum over them; that of a statistic is a constant."""
 
 
 def _is_inexact(v: Any) -> bool:

@@ -153,7 +153,7 @@ class _Loop:
             return x
         if role.name == "count":
             return self.counter()
-        return dataclasses.replace(x, known=None)
+        return dataclasses.replace(x, known=None, at=None)
 
     def counter(self) -> Value:
         """The number of the step: of a loop forwards over the examples, that of the example."""
@@ -168,7 +168,7 @@ class _Loop:
     def element(self, x: Value) -> Value | None:
         """A scanned value as the body sees it; None where the analysis cannot say."""
         if x.layout is None:
-            return numbered(self.walk, x)
+            return numbered(self.walk, dataclasses.replace(x, at=None))
         if 0 not in x.layout.axes:
             return numbered(self.walk, _shifted(x, x.layout.at(*(a - 1 for a in x.layout.axes))))
         if x.layout.plain and x.index is Index.ROW:
@@ -186,7 +186,7 @@ class _Loop:
         if self.examples and any(map(_of_a_step, self.ins)):
             return self.given_up("a loop over the examples for each example")
         state = [
-            numbered(self.walk, self.carry(i, dataclasses.replace(x, known=None) if i not in self.roles else x))
+            numbered(self.walk, self.carry(i, x if i in self.roles else dataclasses.replace(x, known=None, at=None)))
             for i, x in enumerate(self.initial)
         ]
         for i, role in self.roles.items():
@@ -334,7 +334,7 @@ def scan(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A loop that ends by a condition: of the batch's, unless each example ends by its own."""
     n, k = op.params["cond_nconsts"], op.params["body_nconsts"]
-    state = [numbered(walk, dataclasses.replace(x, known=None)) for x in ins[n + k :]]
+    state = [numbered(walk, dataclasses.replace(x, known=None, at=None)) for x in ins[n + k :]]
     body = (op.params["body_jaxpr"], op.other.params["body_jaxpr"])
     test = (op.params["cond_jaxpr"], op.other.params["cond_jaxpr"])
     changed = [False] * len(state)

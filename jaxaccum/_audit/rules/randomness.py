@@ -15,14 +15,15 @@ from jaxaccum._audit.rules.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
+_WITHOUT_BITS = {"random_seed", "random_wrap", "random_unwrap", "random_clone"}
 _FOR_EACH_KEY = {
     "threefry2x32": None,
-    "rbg": {"random_seed", "random_wrap", "random_unwrap", "random_clone", "random_split", "random_fold_in"},
-    "unsafe_rbg": {"random_seed", "random_wrap", "random_unwrap", "random_clone"},
+    "rbg": {*_WITHOUT_BITS, "random_split", "random_fold_in"},
+    "unsafe_rbg": _WITHOUT_BITS,
 }
 """What JAX computes for each key by itself under `jax.vmap`, by generator; None is everything.
 
-The rest makes the numbers of all keys from the first one: what an example gets depends on the others.
+The rest makes all numbers from the first key: what an example gets depends on the others.
 """
 
 
@@ -56,11 +57,12 @@ def _mixed_keys(walk: Walk, op: Op) -> frozenset[Fault]:
     key = next((d for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)), None)
     name = "threefry2x32" if key is None else _generators().get(key)
     if name is None:
-        return frozenset([walk.fault(op, FaultKind.UNKNOWN, f"draws from keys of the type {key} have no rule")])
+        note = f"draws from keys of the type {key} have no rule"
+        return frozenset([walk.fault(op, FaultKind.UNKNOWN, note)])
     apart = _FOR_EACH_KEY[name]
     if apart is None or op.name in apart:
         return frozenset()
-    note = f"under jax.vmap, keys of the generator {name!r} draw together, so the numbers depend on the split"
+    note = f"under jax.vmap, keys of the generator {name!r} draw together, by the split"
     return frozenset([walk.fault(op, FaultKind.RANDOM, note, fix=fixes.ONE_BY_ONE)])
 
 
