@@ -353,6 +353,27 @@ FAULTS = [
         "test_audit.py::test_the_same_primitives_are_not_the_same_program",
     ),
     Fault(
+        "the audit takes every power of a root for the total", "_audit/rules/arithmetic.py",
+        "if exponent == 2 and x.root is not None:", "if x.root is not None:",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[norm ** 3 / n]",
+    ),
+    Fault(
+        "the audit never thinks of NaN", "_audit/rules/arithmetic.py",
+        "if walk.may_be_nan():", "if False:",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[nanmean of masked rows]",
+    ),
+    Fault(
+        "the audit counts a penalty once that a weight multiplies", "_audit/rules/arithmetic.py",
+        "{term.times(scale) for term in x.terms if not term.fixed}",
+        "{dataclasses.replace(term, fixed=False).times(scale) for term in x.terms}",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[Mean((mean + penalty) * n, n)]",
+    ),
+    Fault(
+        "the audit computes with shapes at one size", "_audit/walk.py",
+        "return self.constant(first, second) if same_shape else None", "return self.constant(first, first)",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[keras]",
+    ),
+    Fault(
         "the audit reads no aux", "_audit/traces.py",
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",

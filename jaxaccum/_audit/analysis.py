@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jaxaccum._arguments import Role
 from jaxaccum._audit import fixes
 from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.nans import any_nan, constants
 from jaxaccum._audit.probe import probe as run_probe
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site
@@ -110,6 +112,8 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
     names = [[(o.name, o.tag) for o in traced.outputs] for traced in (whole, part)]
     if names[0] != names[1]:
         return [_undecided(output, f"it returns other outputs for {size} examples") for output in whole.outputs]
+    numbers = (*arguments.given, *constants(whole.closed), *constants(part.closed))
+    walk.may_be_nan = functools.cache(lambda: any_nan(numbers))
     try:
         values = _walked(walk, arguments, whole, part)
     except ProgramsDifferError as error:

@@ -27,6 +27,8 @@ _FIXES = {
     FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes, one key an example, and draw under jax.vmap",
     FaultKind.UNKNOWN: "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact",
     FaultKind.COLLECTIVE: "",
+    FaultKind.ASSUMPTION: "for data that may be NaN, count what is there: "
+    "jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
 }
 
 

@@ -127,6 +127,7 @@ class FaultKind(enum.StrEnum):
     RANDOM = "random"
     UNKNOWN = "unknown"
     COLLECTIVE = "collective"
+    ASSUMPTION = "assumption"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +181,8 @@ class Value:
     """As a divisor: the batch total that it is, up to a guard and a constant."""
     extremum: str | None = None
     """Whether it is the maximum or the minimum over the examples of something of theirs."""
+    root: Value | None = None
+    """The total that it is the square root of."""
     compares: frozenset[int] = frozenset()
     """For a condition: the totals that it compares with constants, and nothing else."""
 
@@ -213,7 +216,7 @@ class Value:
         """A new value like this one: what identified the old one does not carry over unless it is given."""
         reset: dict[str, Any] = {
             "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None, "extremum": None,
-            "compares": frozenset(), "scalar": False,
+            "root": None, "compares": frozenset(), "scalar": False,
         }  # fmt: skip
         return dataclasses.replace(self, **(reset | changes))
 

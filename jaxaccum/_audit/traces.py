@@ -45,6 +45,8 @@ class Arguments:
     layout: Layout
     shapes: tuple[Any, ...]
     partition: Partition
+    given: tuple[Any, ...] = ()
+    """The leaves as they came."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -81,7 +83,7 @@ def read(args: Sequence[Any], in_axes: Any, num_microbatches: int) -> Arguments:
     shapes = jax.eval_shape(arrays, [leaves[i] for i in places])
     size = _arguments.batch_size(layouts[0].slots, shapes)
     partition = _check.partition(size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous")
-    return Arguments(layouts[0], tuple(shapes), partition)
+    return Arguments(layouts[0], tuple(shapes), partition, tuple(leaves))
 
 
 def _as_array(x: Any) -> Any:

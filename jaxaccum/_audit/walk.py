@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -119,6 +119,8 @@ class Walk:
         self.derivatives: dict[int, Any] = {}
         """Backward passes of the user's own rules, by the identity of their equation."""
         self.checks_derivatives = True
+        self.may_be_nan: Callable[[], bool] = lambda: True
+        """Whether a number of the program or of its arguments is NaN."""
         self._numbers: dict[Any, int] = {}
         self._faults: dict[Any, Fault] = {}
         self._fresh = 0

@@ -11,6 +11,7 @@ from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
     UNIT,
+    FaultKind,
     Index,
     Kind,
     Scale,
@@ -121,8 +122,10 @@ def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> frozenset[
 
 
 @rule("mul", uniform=True, scales=True)
-def mul(walk: Walk, op: Op, ins: list[Value]) -> Value:
+def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x · y. The microbatch's place times its size is the place of its first example."""
+    if ins[0].root is not None and ins[0].number == ins[1].number:
+        return Settled([ins[0].root])
     for x, y in (ins, ins[::-1]):
         if x.index is Index.MICROBATCH and _is_batch_size(walk, op, y):
             return dataclasses.replace(x.but(scalar=True), index=Index.START)
@@ -131,7 +134,22 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value:
             return _scaled(x, y, scalar=x.scalar and y.scalar)
         if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
             return dataclasses.replace(x.scaled(_noted(walk, y, scale)), origin=x.origin or y.origin)
+        if (undone := _undivided(x, y)) is not None:
+            return undone
     return times(walk, op, ins)
+
+
+def _undivided(x: Value, y: Value) -> Value | None:
+    """``(total / y) * y``: the total again, plus y times what stands once; None where y divides no total."""
+    scale = normalizer(y) if x.kind is Kind.TOTAL and y.kind is Kind.TOTAL else None
+    if scale is None:
+        return None
+    own = {term.times(scale) for term in x.terms if not term.fixed}
+    once = {y_term.times(term.scale) for term in x.terms if term.fixed for y_term in y.terms}
+    left = {weight.number for term in own for weight in term.scale.weights if weight.exponent}
+    if left & {weight.number for weight in scale.weights}:
+        return None
+    return dataclasses.replace(x.but(scalar=x.scalar), terms=frozenset(own | once))
 
 
 def times(walk: Walk, op: Op, ins: list[Value]) -> Value:
@@ -185,11 +203,22 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
 _EXPONENTS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1)}
 
 
+@rule("pow", uniform=True)
+def power_of(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """x to the power y; to the power 2.0, a root is the total again."""
+    x, y = ins
+    return Settled([x.root]) if x.root is not None and y.known == 2 else combine(walk, op, ins)
+
+
 @rule("square sqrt rsqrt reciprocal integer_pow", uniform=True, scales=True)
-def power(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """x to a constant power."""
+def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """x to a constant power; the square of a total's root is the total."""
     (x,) = ins
     exponent = _EXPONENTS.get(op.name) or Fraction(op.params["y"])
+    if exponent == 2 and x.root is not None:
+        return Settled([x.root])
+    if op.name == "sqrt" and x.kind is Kind.TOTAL:
+        return dataclasses.replace(combine(walk, op, ins), root=x)
     same = op.eqn.params.get("y") == op.other.params.get("y")
     scale = x.scale
     if same and not x.summary and not scale.weights and scale.power is not None:
@@ -218,10 +247,8 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, y = ins
     if op.name == "lt" and x.index is not None and y.zero:
         return fixed(known=False, number=walk.fresh())  # no place is negative: the index is taken as it stands
-    if op.name == "ne" and x.summary and x.number == y.number:
-        return Settled(
-            [fixed(known=False, number=walk.fresh())]
-        )  # only a NaN differs from itself: a guard against an empty mean
+    if op.name == "ne" and x.number == y.number and (x.summary or (x.rows and x.params)):
+        return _is_nan(walk, op, x)
     if op.name == "and" and any(v.known is False for v in ins):
         return Settled([fixed(known=False, number=walk.fresh())])
     summaries = [v for v in ins if v.summary]
@@ -229,6 +256,17 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if summaries and all(compared) and not any(v.rows for v in ins):
         return statistic(summaries[0].origin, compares=frozenset().union(*compared), scalar=all(v.scalar for v in ins))
     return combine(walk, op, ins)
+
+
+def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
+    """Only a NaN differs from itself. Nothing is, where the loss rests on that: an empty mean, and `jnp.nanmean`."""
+    never = fixed(known=False, number=walk.fresh())
+    if x.summary:
+        return Settled([never])
+    if walk.may_be_nan():
+        return combine(walk, op, [x])
+    note = "exact where no value is NaN: each microbatch counts its own"
+    return Settled([dataclasses.replace(never, faults=x.faults | {walk.fault(op, FaultKind.ASSUMPTION, note)})])
 
 
 def _compared(x: Value) -> frozenset[int]:

@@ -141,7 +141,8 @@ class _Backward:
         rows_alike = result.rows and result.layout == x.layout
         alike = rows_alike or result.fixed if x.rows else result.kind is _DUAL[x.kind]
         apart = (alike and result.terms == {Term(scale)}) or (result.fixed and result.zero)
-        kinds = {f.kind for f in result.faults} or (set() if apart else {FaultKind.COUPLING})
+        kinds = {f.kind for f in result.faults} - {FaultKind.ASSUMPTION}
+        kinds = kinds or (set() if apart else {FaultKind.COUPLING})
         notes = {kind: f"its backward pass mixes the examples ({kind})" for kind in kinds}
         fault = lambda kind: self.walk.fault(self.op, kind, notes[kind], origin=self.origin)
         return frozenset(map(fault, notes))

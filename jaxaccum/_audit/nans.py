@@ -1,0 +1,40 @@
+"""Whether a NaN may come up: among the numbers that a loss is called with, or written in its program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._jaxprs import opened
+
+
+def any_nan(numbers: Iterable[Any]) -> bool:
+    """Whether one of them is NaN or has a NaN entry; of what has no value yet, that is not known."""
+    return any(map(_is_nan, numbers))
+
+
+def constants(jaxpr: Any) -> Iterator[Any]:
+    """The numbers of a program: its constants, and those that are written in its equations."""
+    inner, consts = opened(jaxpr)
+    yield from consts
+    for eqn in inner.eqns:
+        yield from (v.val for v in eqn.invars if isinstance(v, jex.Literal))
+        for body in jex.jaxprs_in_params(eqn.params):
+            yield from constants(body)
+
+
+def _is_nan(x: Any) -> bool:
+    if isinstance(x, float | complex):
+        return x != x
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not hasattr(x, "dtype"):
+        return False
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return False
+    # Nothing can be read of an array that lies on other hosts.
+    return not getattr(x, "is_fully_addressable", True) or bool(np.isnan(np.asarray(x)).any())
