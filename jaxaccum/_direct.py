@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.core
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,6 +23,9 @@ from jaxaccum._arguments import Role
 from jaxaccum._outputs import Term
 from jaxaccum._program import Program
 from jaxaccum._reduce import Reduction
+from jaxaccum._reversible import equations_inside
+from jaxaccum._source import frame_of
+from jaxaccum._trace import Trace, with_invars
 from jaxaccum._tree import cast, is_inexact, ratio
 from jaxaccum._types import Array
 
@@ -53,11 +58,45 @@ def known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...])
         if term.weight is not None:
             wanted |= {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
     restricted, kept = program.pure().only(sorted(wanted))
-    if restricted.coupled or any(any(trace.needs(range(len(kept)))) for trace in restricted.traces):
-        totals = _over_mesh(restricted, _coupled.run(restricted, arrays))
-    else:
-        totals = _static(restricted)
+    for one in restricted.traces:
+        _check_computed_twice(one)
+    if _is_static(restricted):
+        return dict(zip(kept, _static(restricted), strict=True))
+    totals = _over_mesh(restricted, _coupled.run(restricted, arrays))
     return dict(zip(kept, totals, strict=True))
+
+
+def _check_computed_twice(weights: Trace) -> None:
+    """Weights are computed before the loop and again in it, so they must be the same both times."""
+    for eqn in equations_inside(weights.jaxpr):
+        if eqn.primitive.name in _STATEFUL:
+            raise ValueError(
+                f"the weight of a Mean depends on {_STATEFUL[eqn.primitive.name]} (at {frame_of(eqn)}). jaxaccum "
+                "computes the weights of the whole batch before the loss, so the weight must not depend on side "
+                "effects; compute it from the arguments, or pass it as an argument."
+            )
+
+
+_STATEFUL = {
+    "io_callback": "an io_callback",
+    "get": "a reference",
+    "swap": "a reference",
+    "addupdate": "a reference",
+}
+
+
+def _is_static(program: Program) -> bool:
+    """Whether every microbatch of one size adds the same, on every device, and none is skipped at run time."""
+    if program.coupled or program.limit is not None:
+        return False
+    return all(_is_constant(trace) for trace in program.traces)
+
+
+def _is_constant(trace: Trace) -> bool:
+    """Whether a trace without dead code reads no argument, not the microbatch's index and no other axis."""
+    read = [*trace.jaxpr.outvars, *(v for eqn in trace.jaxpr.eqns for v in eqn.invars)]
+    variables = {v for v in read if not isinstance(v, jex.Literal)}
+    return not trace.other_axes and variables.isdisjoint(trace.jaxpr.invars)
 
 
 def _static(program: Program) -> list[Array]:
@@ -68,7 +107,7 @@ def _static(program: Program) -> list[Array]:
         for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
     ]
     for trace, group in zip(program.traces, program.partition.groups, strict=True):
-        values = trace(0, [None] * (len(trace.jaxpr.invars) - 1))  # no output reads an input
+        values = jax.core.eval_jaxpr(with_invars(trace.jaxpr, []), [])
         totals = [total + value * (group.count * shards) for total, value in zip(totals, values, strict=True)]
     return totals
 

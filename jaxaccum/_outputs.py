@@ -18,6 +18,7 @@ from jaxaccum._tags import Carry, Concat, Last, Max, Mean, Min, Stack, Sum, Tag,
 from jaxaccum._tree import (
     cast,
     dtype_of,
+    floating,
     is_array,
     is_inexact,
     key_impl,
@@ -97,6 +98,10 @@ class _Reader:
         self.values.append(x if reduction.differentiable or not is_inexact(x) else lax.stop_gradient(x))
         return len(self.parts) - 1
 
+    def weight(self, name: str, x: Any) -> int:
+        """A denominator: integers are counted in floating point, which no number of tokens overflows."""
+        return self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))
+
     def leaf(self, part: int, weight: int | None, dtype: Any, key: Any = None) -> None:
         self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part]), key))
 
@@ -124,7 +129,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
         _check_untagged(name, x)
         # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
-        weight = reader.part(name, Reduction.SUM, reader.size)
+        weight = reader.weight(name, reader.size)
         reader.leaf(total, weight, dtype_of(x))
         return 0
     if isinstance(x, Mean):
@@ -138,8 +143,9 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
             _check_combines_keys(leaf_name, x)
             leaf = jax.random.key_data(leaf)
         part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
-        dtype = jnp.int32 if isinstance(x, Sum) and dtype_of(leaf) == jnp.bool_ else dtype_of(leaf)
-        reader.leaf(part, None, dtype, key)
+        # A sum of integers has the dtype of `jnp.sum`: its own would overflow, and booleans are counted.
+        counts = isinstance(x, Sum) and not is_inexact(leaf)
+        reader.leaf(part, None, widen(dtype_of(leaf)) if counts else dtype_of(leaf), key)
     return jax.tree.map(lambda _: 0, content)
 
 
@@ -164,18 +170,13 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
             )
         if jnp.issubdtype(dtype_of(weight), jnp.complexfloating):
             raise TypeError(f"{total_name}: the weight of a Mean is real; got {dtype_of(weight)}.")
-    parts = [reader.part(leaf_name, Reduction.SUM, leaf) for leaf_name, leaf in weights]
+    parts = [reader.weight(leaf_name, leaf) for leaf_name, leaf in weights]
     for i, (leaf_name, leaf) in enumerate(totals):
         weight = weights[0 if shared else i][1]
-        result = promote(leaf, weight)
-        total = leaf if jnp.issubdtype(dtype_of(leaf), jnp.inexact) else cast(leaf, widen(_floating(result)))
-        reader.leaf(reader.part(leaf_name, Reduction.SUM, total), parts[0 if shared else i], _floating(result))
+        result = floating(promote(leaf, weight))
+        total = leaf if is_inexact(leaf) else cast(leaf, widen(result))
+        reader.leaf(reader.part(leaf_name, Reduction.SUM, total), parts[0 if shared else i], result)
     return jax.tree.map(lambda _: 0, mean.total)
-
-
-def _floating(dtype: Any) -> Any:
-    """The dtype of a quotient."""
-    return dtype if jnp.issubdtype(dtype, jnp.inexact) else promote(dtype, 1.0)
 
 
 def _finalize(leaf: Leaf, values: list[Any]) -> Any:

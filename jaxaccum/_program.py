@@ -228,10 +228,12 @@ def prepare(
         )
     call.check_sizes(partition)
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
-    return Program(
+    program = Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
         memory, checked,
-    ), arrays  # fmt: skip
+    )  # fmt: skip
+    _check_padding(program)
+    return program, arrays
 
 
 def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any], bool]:
@@ -306,6 +308,22 @@ def _check_undivided(slots: Sequence[Slot], given_axes: Sequence[frozenset[str]]
                 f"{slot.name} differs between the devices along {', '.join(map(repr, sorted(others)))}, which the "
                 "batch does not, and the loss has collectives over microbatches: parameters divided inside shard_map "
                 "need a loss without them. Divide them on an explicit mesh instead, outside shard_map."
+            )
+
+
+def _check_padding(program: Program) -> None:
+    """Where padding is skipped, the weight of a mean over rows is made of the arguments: else it counts padding."""
+    if program.limit is None:
+        return
+    every, rows = range(len(program.slots)), program.positions(Role.ROWS)
+    for leaf in program.outputs.leaves:
+        if leaf.weight is None or program.depends([leaf.weight], every):
+            continue
+        if program.depends([leaf.part], rows):
+            raise ValueError(
+                f"{program.outputs.parts[leaf.weight].name} depends on no argument, so it counts padding as examples: "
+                "with num_examples_argnum return Mean(total, weight), with the mask of real examples in both; divided "
+                "by a constant, a total is Sum(total / constant)."
             )
 
 

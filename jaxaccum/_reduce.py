@@ -6,6 +6,7 @@ import enum
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxaccum import _mesh
@@ -77,10 +78,17 @@ def over_mesh(reduction: Reduction, x: Array, mesh_axes: tuple[str, ...]) -> Arr
 def _lowest(dtype: Any) -> Any:
     if dtype == jnp.bool_:
         return False
-    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+    return _extreme(dtype, -jnp.inf) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
 
 
 def _highest(dtype: Any) -> Any:
     if dtype == jnp.bool_:
         return True
-    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+    return _extreme(dtype, jnp.inf) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+def _extreme(dtype: Any, infinity: float) -> Any:
+    """The infinity, or the last finite number of a dtype that has none, as most of 8 bits."""
+    if not np.isnan(np.asarray(infinity).astype(dtype)):
+        return infinity
+    return jnp.finfo(dtype).max if infinity > 0 else jnp.finfo(dtype).min

@@ -13,22 +13,22 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 """Equations whose operands are, in order, the arguments of the jaxpr inside."""
 
 
-def names_inside(jaxpr: jex.Jaxpr) -> Iterator[str]:
-    """The names of all primitives, at any depth."""
+def equations_inside(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+    """All equations, at any depth."""
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for inner in jex.jaxprs_in_params(eqn.params):
-            yield from names_inside(inner)
+            yield from equations_inside(inner)
 
 
 def has_backward_rule(jaxpr: jex.Jaxpr) -> bool:
     """Whether it holds a ``jax.custom_vjp``: its backward rule may do to a cotangent what is not linear, as clip it."""
-    return any(name.startswith("custom_vjp_call") for name in names_inside(jaxpr))
+    return any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in equations_inside(jaxpr))
 
 
 def has_checks(jaxpr: jex.Jaxpr) -> bool:
     """Whether it holds a check of ``checkify``."""
-    return "check" in names_inside(jaxpr)
+    return any(eqn.primitive.name == "check" for eqn in equations_inside(jaxpr))
 
 
 def is_reversible(jaxpr: jex.Jaxpr, moved: Sequence[bool]) -> bool:

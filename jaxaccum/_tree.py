@@ -38,19 +38,34 @@ def leaf_name(name: str, path: tuple[Any, ...]) -> str:
 
 
 def widen(dtype: DTypeLike) -> Any:
-    """The dtype in which values of `dtype` are summed: float32 for lower precision, int32 for booleans, else itself."""
+    """The dtype in which values of `dtype` are summed: float32 for lower precision, else itself.
+
+    Integers and booleans are summed in the widest integers there are, as `jnp.sum` does: of 64 bits under x64, else 32.
+    """
     dtype = jnp.dtype(dtype)
-    if dtype == jnp.bool_:
-        return jnp.dtype(jnp.int32)
+    if dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer):
+        widest = jnp.uint64 if jnp.issubdtype(dtype, jnp.unsignedinteger) else jnp.int64
+        return jax.dtypes.canonicalize_dtype(widest)
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
         return jnp.dtype(jnp.float32)
     return dtype
 
 
 def promote(*values: Any) -> Any:
-    """The dtype that standard promotion gives, also where the user runs JAX with strict promotion."""
+    """The dtype that standard promotion gives, also where the user runs JAX with strict promotion.
+
+    JAX promotes no numbers of 8 bits or fewer that are no int8: they count as the dtype in which they are summed.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*values)
+        try:
+            return jnp.result_type(*values)
+        except jax.dtypes.TypePromotionError:
+            return jnp.result_type(*(widen(dtype_of(x)) for x in values))
+
+
+def floating(dtype: DTypeLike) -> Any:
+    """The dtype of a quotient of values of `dtype`."""
+    return jnp.dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else promote(dtype, 1.0)
 
 
 def cast(x: Any, dtype: DTypeLike) -> Array:

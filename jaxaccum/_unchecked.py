@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax import lax
 from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
 from jax.interpreters import ad, batching, mlir
@@ -91,12 +92,21 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
     manual = set(jax.sharding.get_abstract_mesh().manual_axes) - {loop_axis}
 
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+        if eqn.primitive.name == _index.name and manual.issuperset(axes_of(eqn)):
+            return eqn.replace(primitive=_index)
         if eqn.primitive.name not in _LINEAR or not manual.issuperset(axes_of(eqn)) or len(eqn.invars) != 1:
             return eqn
         params = _sealed(lambda x: unchanged(eqn, [x], jaxpr)[0], eqn.invars[0].aval)
         return eqn.replace(primitive=_exchanged, params=params, effects=jex.no_effects)
 
     return changed(jaxpr, change)
+
+
+_index = jex.Primitive("axis_index")
+"""The place of a device, of a type that says nothing about devices: JAX types its own even where it tracks none."""
+_index.def_impl(lambda **params: untyped(lax.axis_index(**params)))
+_index.def_abstract_eval(lambda **params: jax.core.ShapedArray((), jnp.int32))
+mlir.register_lowering(_index, mlir.lower_fun(lax.axis_index, multiple_results=False))
 
 
 _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}

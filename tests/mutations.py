@@ -20,6 +20,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+import faults_in_gradients
+import faults_in_outputs
+
 ROOT = pathlib.Path(__file__).parent.parent
 COPIED = ["jaxaccum", "torch_ref", "tests", "pyproject.toml"]
 
@@ -44,8 +47,8 @@ class Fault:
 FAULTS = [
     Fault(
         "mean of means", "_outputs.py",
-        "cast(x, widen(dtype_of(x))) * reader.size)\n        weight = reader.part(name, Reduction.SUM, reader.size)",
-        "cast(x, widen(dtype_of(x))))\n        weight = reader.part(name, Reduction.SUM, 1)",
+        "cast(x, widen(dtype_of(x))) * reader.size)\n        weight = reader.weight(name, reader.size)",
+        "cast(x, widen(dtype_of(x))))\n        weight = reader.weight(name, 1)",
         "test_value_and_grad.py::test_aux_is_combined_by_its_tags",
     ),
     Fault(
@@ -423,80 +426,9 @@ FAULTS = [
         "self.ends = [sizes[0], sizes[-1]] if ends else []", "self.ends = []",
         "test_plan.py::test_nothing_of_a_coupled_loss_is_extrapolated",
     ),
-    Fault(
-        "a parameter read twice counts once", "_running_sums.py",
-        "sums[place] = add(sums[place], ", "sums[place] = add(cotangents[1][place], ",
-        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
-    ),
-    Fault(
-        "a scan adds to the first layer", "_running_sums.py",
-        "indices = jnp.arange(eqn.params[\"length\"], dtype=jnp.int32)",
-        "indices = jnp.zeros(eqn.params[\"length\"], jnp.int32)",
-        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
-    ),
-    Fault(
-        "a slice adds to the start", "_running_sums.py",
-        'where = [jnp.int32(start) for start in eqn.params["start_indices"]]',
-        'where = [jnp.int32(0) for _ in eqn.params["start_indices"]]',
-        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
-    ),
-    Fault(
-        "what a scan carries is threaded", "_running_sums.py",
-        "return [i for i in found if i < num_consts] + rows", "return found",
-        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
-    ),
-    Fault(
-        "a checkpoint drops its sums", "_running_sums.py",
-        "return inner.called(eqn.params[\"jaxpr\"], values, local), inner.sums",
-        "return inner.called(eqn.params[\"jaxpr\"], values, local), sums",
-        "test_running_sums.py::test_a_stack_of_layers_is_never_added_whole",
-    ),
-    Fault(
-        "an output that is a parameter passes no gradient", "_running_sums.py",
-        "found = {v for v in jaxpr.outvars if _holds(v, places)}", "found = set()",
-        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
-    ),
-    Fault(
-        "a backward rule sees the cotangent 1", "_microbatch.py",
-        " and not program.has_backward_rule:", ":",
-        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
-    ),
-    Fault(
-        "a backward rule sees its microbatch's weight", "_custom.py",
-        "return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)", "return weight",
-        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
-    ),
-    Fault(
-        "a while loop is taken for reversible", "_reversible.py",
-        'if name == "while":\n        return False', 'if name == "while":\n        return True',
-        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
-    ),
-    Fault(
-        "every linear solve is taken for reversible", "_reversible.py",
-        'return eqn.params["jaxprs"].transpose_solve is not None', "return True",
-        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
-    ),
-    Fault(
-        "gradients keep the dtype of their sum", "_accumulators.py",
-        "return grad if explicit else cast(grad, parameter.dtype)", "return grad",
-        "test_accumulators.py::test_gradients_have_the_dtype_of_their_parameters",
-    ),
-    Fault(
-        "named tuples of programs become tuples", "_trace.py",
-        "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)", "tuple(new)",
-        "test_user_rules.py::test_a_check_and_a_solve",
-    ),
-    Fault(
-        "a constant state is a Python scalar", "_coupled/cut.py",
-        "[jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]", "list(values)",
-        "test_user_rules.py::test_a_coupled_state_may_become_a_constant",
-    ),
-    Fault(
-        "checks of a microbatch are dropped", "_microbatch.py",
-        "if program.has_checks:", "if False:",
-        "test_user_rules.py::test_checks_inside_the_loss_are_reported",
-    ),
 ]  # fmt: skip
+
+FAULTS += [Fault(*row) for row in [*faults_in_gradients.ROWS, *faults_in_outputs.ROWS]]
 
 
 def run(tests: Sequence[str], fault: Fault | None = None) -> bool:

@@ -68,7 +68,7 @@ class Program:
     def define(self, **names: Any) -> Callable[[Any, Any], Any]:
         """The loss as a function; `names` say what `Mean`, `Sum` and the collectives mean in it."""
         space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax}
-        exec(compile(repr(self), "<program>", "exec"), space)  # noqa: S102
+        exec(compile(repr(self), "<program>", "exec"), space)
         space.update(names)
         return space["loss"]
 

@@ -6,10 +6,11 @@ negative control is the loop that hands every microbatch the cotangent 1.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, data, normwise, refused
 from jax import lax
-from jax.experimental import checkify
+from jax.experimental import checkify, io_callback
 
 import jaxaccum as ja
 from jaxaccum import accumulators
@@ -145,6 +146,26 @@ def test_references_of_the_loss_do_what_they_do_in_jax():
     count = jax.new_ref(jnp.int32(0))
     jax.jit(ja.value_and_grad(counting(count), num_microbatches=3))(W, X)
     assert count[...] == len(X)
+
+
+def by_reference(count):
+    def loss(w, x):
+        count[...] += 1.0
+        return ja.Mean(jnp.sum((x @ w) ** 2), count[...])
+
+    return loss
+
+
+def by_callback(w, x):
+    scale = io_callback(lambda: np.float64(2), jax.ShapeDtypeStruct((), jnp.float64))
+    return ja.Mean(jnp.sum((x @ w) ** 2), len(x) * scale)
+
+
+def test_a_weight_must_not_depend_on_side_effects():
+    """The weights of the batch are known before the loop, which computes them again."""
+    says = "pass it as an argument"
+    refused(lambda: ja.grad(by_reference(jax.new_ref(0.0)), num_microbatches=2)(W, X), "a reference", says)
+    refused(lambda: ja.grad(by_callback, num_microbatches=2)(W, X), "an io_callback", says)
 
 
 FUNCTIONS_WITH_RULES = {

@@ -247,9 +247,7 @@ class Walk:
         pairs = [v.at for v in ins if v.at is not None]
         if not ins or len(pairs) < len(ins):
             return None
-        first, second = (
-            folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other))
-        )
+        first, second = (folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other)))
         same_shape = first is not None and second is not None and first.shape == second.shape
         return self.constant(first, second) if same_shape else None
 

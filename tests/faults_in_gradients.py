@@ -1,0 +1,77 @@
+"""Deliberate faults in how gradients add up and in the derivatives of `microbatch`; rows for tests/mutations.py."""
+
+ROWS = [
+    (
+        "a parameter read twice counts once", "_running_sums.py",
+        "sums[place] = add(sums[place], ", "sums[place] = add(cotangents[1][place], ",
+        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    (
+        "a scan adds to the first layer", "_running_sums.py",
+        "indices = jnp.arange(eqn.params[\"length\"], dtype=jnp.int32)",
+        "indices = jnp.zeros(eqn.params[\"length\"], jnp.int32)",
+        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    (
+        "a slice adds to the start", "_running_sums.py",
+        'where = [jnp.int32(start) for start in eqn.params["start_indices"]]',
+        'where = [jnp.int32(0) for _ in eqn.params["start_indices"]]',
+        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    (
+        "what a scan carries is threaded", "_running_sums.py",
+        "return [i for i in found if i < num_consts] + rows", "return found",
+        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    (
+        "a checkpoint drops its sums", "_running_sums.py",
+        "return inner.called(eqn.params[\"jaxpr\"], values, local), inner.sums",
+        "return inner.called(eqn.params[\"jaxpr\"], values, local), sums",
+        "test_running_sums.py::test_a_stack_of_layers_is_never_added_whole",
+    ),
+    (
+        "an output that is a parameter passes no gradient", "_running_sums.py",
+        "found = {v for v in jaxpr.outvars if _holds(v, places)}", "found = set()",
+        "test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    (
+        "a backward rule sees the cotangent 1", "_microbatch.py",
+        " and not program.has_backward_rule:", ":",
+        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
+    ),
+    (
+        "a backward rule sees its microbatch's weight", "_custom.py",
+        "return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)", "return weight",
+        "test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
+    ),
+    (
+        "a while loop is taken for reversible", "_reversible.py",
+        'if name == "while":\n        return False', 'if name == "while":\n        return True',
+        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
+    ),
+    (
+        "every linear solve is taken for reversible", "_reversible.py",
+        'return eqn.params["jaxprs"].transpose_solve is not None', "return True",
+        "test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
+    ),
+    (
+        "gradients keep the dtype of their sum", "_accumulators.py",
+        "return grad if explicit else cast(grad, parameter.dtype)", "return grad",
+        "test_accumulators.py::test_gradients_have_the_dtype_of_their_parameters",
+    ),
+    (
+        "named tuples of programs become tuples", "_trace.py",
+        "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)", "tuple(new)",
+        "test_user_rules.py::test_a_check_and_a_solve",
+    ),
+    (
+        "a constant state is a Python scalar", "_coupled/cut.py",
+        "[jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]", "list(values)",
+        "test_user_rules.py::test_a_coupled_state_may_become_a_constant",
+    ),
+    (
+        "checks of a microbatch are dropped", "_microbatch.py",
+        "if program.has_checks:", "if False:",
+        "test_user_rules.py::test_checks_inside_the_loss_are_reported",
+    ),
+]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Deliberate faults in what a call takes in and gives back: weights, dtypes, keys, rows, models. See `mutations`."""
+
+ROWS = [
+    (
+        "a weight of the index is taken for a constant", "_direct.py",
+        "variables.isdisjoint(trace.jaxpr.invars)", "variables.isdisjoint(trace.jaxpr.invars[1:])",
+        "test_weights.py::test_a_weight_of_the_index_is_that_of_each_microbatch",
+    ),
+    (
+        "a weight of the device is taken for a constant", "_direct.py",
+        "not trace.other_axes and variables", "variables",
+        "test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
+    ),
+    (
+        "skipped microbatches count", "_direct.py",
+        "if program.coupled or program.limit is not None:", "if program.coupled:",
+        "test_weights.py::test_constant_weights_count_as_often_as_their_totals_do",
+    ),
+    (
+        "a weight counts padding", "_program.py",
+        "if program.depends([leaf.part], rows):", "if False:",
+        "test_weights.py::test_a_weight_that_counts_padding_is_refused",
+    ),
+    (
+        "the place of a device keeps its type", "_unchecked.py",
+        "return eqn.replace(primitive=_index)", "return eqn",
+        "test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
+    ),
+    (
+        "narrow integers are summed as they are", "_tree.py",
+        "return jax.dtypes.canonicalize_dtype(widest)", "return dtype",
+        "test_weights.py::test_integers_of_any_width_are_counted",
+    ),
+    (
+        "weights are counted in integers", "_outputs.py",
+        "self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))", "self.part(name, Reduction.SUM, x)",
+        "test_weights.py::test_token_counts_beyond_32_bits",
+    ),
+    (
+        "a maximum starts at an infinity that is none", "_reduce.py",
+        "if not np.isnan(np.asarray(infinity).astype(dtype)):", "if True:",
+        "test_weights.py::test_extrema_of_dtypes_without_an_infinity",
+    ),
+]  # fmt: skip
