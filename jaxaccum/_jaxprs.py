@@ -22,3 +22,13 @@ def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()  # since jax 0.12: constants, carry and scanned operands, flat
     return len(list(consts)), len(list(carry))
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether a variable holds a reference of ``jax.new_ref``: JAX exports no type of them."""
+    return hasattr(aval, "inner_aval")
+
+
+def is_reference_effect(effect: Any) -> bool:
+    """Whether an effect is a read of a reference, or a write to it."""
+    return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")

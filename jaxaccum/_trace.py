@@ -17,7 +17,7 @@ from jax import lax
 from jax.interpreters import partial_eval
 
 from jaxaccum import _reversible, _running_sums
-from jaxaccum._jaxprs import ClosedJaxpr, opened, scan_arity
+from jaxaccum._jaxprs import ClosedJaxpr, is_reference, is_reference_effect, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._types import Array
 
@@ -63,7 +63,7 @@ class Trace:
         return _reversible.is_reversible(self.jaxpr, [False, *moved])
 
     def pure(self) -> Trace:
-        """The trace of which a print or a callback is no output: whatever no output depends on can be left out."""
+        """The trace without the effects of prints and callbacks, so that those that no output needs can be left out."""
         return dataclasses.replace(self, jaxpr=changed(self.jaxpr, _pure))
 
     def before(self, change: Callable[[Any, list[Any]], list[Any]], keep: Collection[int]) -> Trace:
@@ -102,8 +102,10 @@ class Trace:
         return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
-        wanted = [i in set(outputs) for i in range(len(self.jaxpr.outvars))]
-        return partial_eval.dce_jaxpr(self.jaxpr, wanted)
+        jaxpr, wanted = self.jaxpr, [i in set(outputs) for i in range(len(self.jaxpr.outvars))]
+        if jaxpr.effects:  # JAX keeps every equation that has effects
+            jaxpr = changed(jaxpr.replace(eqns=_needed(jaxpr, outputs)), _pure)
+        return partial_eval.dce_jaxpr(jaxpr, wanted)
 
 
 def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any]]:
@@ -154,6 +156,20 @@ def _changed_param(value: Any, change: Change) -> Any:
     return value
 
 
+def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:
+    """The equations that the outputs depend on; a write to a reference counts if a later needed equation reads it."""
+    needed = {jaxpr.outvars[i] for i in outputs if not isinstance(jaxpr.outvars[i], jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        variables = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        touched = [v for v in variables if is_reference(v.aval)]
+        if needed.isdisjoint([*eqn.outvars, *touched]):
+            continue
+        needed.update(variables)
+        kept.append(eqn)
+    return kept[::-1]
+
+
 def _is_part(x: Any) -> bool:
     """Whether `x` is an entry of a parameter that is a tuple, or a named tuple, of jaxprs."""
     return not isinstance(x, tuple)
@@ -163,7 +179,7 @@ def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if not eqn.effects:
         return eqn
     params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
-    return eqn.replace(params=params, effects=jex.no_effects)
+    return eqn.replace(params=params, effects={one for one in eqn.effects if is_reference_effect(one)})
 
 
 # -- what stands inside of an equation -------------------------------------------------------------------------------
