@@ -377,6 +377,16 @@ FAULTS = [
         "test_audit_losses.py::test_exact_is_what_the_numbers_say[keras]",
     ),
     Fault(
+        "the audit lets the row of one example be repeated", "_audit/walk.py",
+        "if out.rows and not self._fits(op.out_shapes(i), out.layout):", "if False:",
+        "test_audit_closures.py::test_microbatches_of_one_example_repeat_it",
+    ),
+    Fault(
+        "the audit forgets the name of a key on its way", "_audit/walk.py",
+        "closure=out.closure or _closure_of(ins),", "closure=out.closure,",
+        "test_audit_closures.py::test_a_key_is_named_where_every_microbatch_draws_the_same_numbers",
+    ),
+    Fault(
         "the audit reads no aux", "_audit/traces.py",
         '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
         "test_audit.py::test_aux_is_judged_by_its_tags",

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from jaxaccum._arguments import Role
 from jaxaccum._audit import fixes
@@ -21,6 +22,7 @@ from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Arguments, Output, Traced, read, trace
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
+from jaxaccum._closure import closed_over, name_of
 from jaxaccum._types import Axes, Fun
 
 
@@ -89,7 +91,14 @@ def _judged(fun: Fun, arguments: Arguments, *, axis_name: str, has_aux: bool) ->
     size, number = partition.batch_size, partition.num_microbatches
     if number == 1:  # any second size will do to see how the loss depends on it
         size, number = 2 * size, 2
-    whole = trace(fun, arguments, size, axis=(axis_name, 1), has_aux=has_aux)
+    try:
+        whole = trace(fun, arguments, size, axis=(axis_name, 1), has_aux=has_aux)
+    except Exception as error:  # of the user's function, which may be written for the batch's size alone
+        if size == partition.batch_size:
+            raise
+        whole = trace(fun, arguments, partition.batch_size, axis=(axis_name, 1), has_aux=has_aux)
+        found = _closures(fun, whole, Sizes(partition.batch_size, size))
+        return [_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs], counts
     judged: list[Judged] = []
     for group in partition.groups:
         walk = Walk(Sizes(size, group.size), axis_name, (1, number))
@@ -106,13 +115,13 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
     try:
         part = trace(fun, arguments, size, axis=(walk.axis_name, walk.axis_sizes[1]), has_aux=has_aux)
     except Exception as error:  # of the user's function: at this size it cannot be accumulated at all
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        reason = f"it cannot be traced with {size} examples: {said}"
-        return [_undecided(output, reason) for output in whole.outputs]
+        found = _closures(fun, whole, walk.sizes)
+        return [_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs]
     names = [[(o.name, o.tag) for o in traced.outputs] for traced in (whole, part)]
     if names[0] != names[1]:
         return [_undecided(output, f"it returns other outputs for {size} examples") for output in whole.outputs]
     numbers = (*arguments.given, *constants(whole.closed), *constants(part.closed))
+    walk.name_of = functools.partial(name_of, fun)
     walk.may_be_nan = functools.cache(lambda: any_nan(numbers))
     try:
         values = _walked(walk, arguments, whole, part)
@@ -121,7 +130,8 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
             f"the programs for {walk.sizes.first} and for {size} examples are not the same: does Python code branch "
             "on the batch size?"
         )
-        return [_undecided(output, reason, error.site) for output in whole.outputs]
+        found = _closures(fun, whole, walk.sizes)
+        return [_undecided(output, reason, error.site, closures=found) for output in whole.outputs]
     found, start = [], 0
     for output, other, count in zip(whole.outputs, part.outputs, whole.counts, strict=True):
         judged = judge(walk, output, values[start : start + count])
@@ -130,7 +140,34 @@ def _at(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: b
             judged = _undecided(output, "its shape changes with the batch size")
         found.append(judged)
         start += count
-    return [each for each in found if each is not None]
+    named = _repeated(fun, arguments, whole, walk, has_aux=has_aux)
+    return [_with_cause(each, named) for each in found if each is not None]
+
+
+def _cannot(size: int, error: Exception) -> str:
+    said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"it cannot be traced with {size} examples: {said}"
+
+
+def _repeated(
+    fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: bool
+) -> list[Finding]:
+    """Arrays of the closure for which JAX repeats a microbatch of one example: no larger one fits them."""
+    if walk.sizes.second > 1 or not (found := _closures(fun, whole, walk.sizes)):
+        return []
+    larger = 2 if walk.sizes.first > 2 else 3
+    try:
+        trace(fun, arguments, larger, axis=(walk.axis_name, walk.axis_sizes[1]), has_aux=has_aux)
+    except Exception:  # of the user's function: the shapes do not fit
+        return found
+    return []
+
+
+def _with_cause(judged: Judged, named: Sequence[Finding]) -> Judged:
+    if judged.exact:
+        return judged
+    own = tuple(dataclasses.replace(each, output=judged.output.name) for each in named)
+    return dataclasses.replace(judged, findings=(*own, *judged.findings))
 
 
 def _walked(walk: Walk, arguments: Arguments, whole: Traced, part: Traced) -> list[Value]:
@@ -176,17 +213,30 @@ def _unchanged(arguments: Arguments, traced: Traced) -> set[int]:
     return {id(before) for before, after in zip(old, back, strict=True) if after is before}
 
 
-def _undecided(output: Output, reason: str, site: Site | None = None) -> Judged:
+def _undecided(
+    output: Output, reason: str, site: Site | None = None, *, closures: Sequence[Finding] = ()
+) -> Judged:
+    """No answer, for a reason; arrays of the closure that are as long as the batch are the likelier one."""
     line = site.frame if site is not None else None
-    finding = Finding(
-        "unknown",
-        line,
-        line,
-        fixes.fix_of(Fault(FaultKind.UNKNOWN, None, None, ""), ""),
-        note=reason,
-        output=output.name,
-    )
-    return Judged(output, Verdict.UNKNOWN, False, findings=(finding,))
+    fix = fixes.fix_of(Fault(FaultKind.UNKNOWN, None, None, ""), "")
+    finding = Finding("unknown", line, line, fix, note=reason, output=output.name)
+    named = [dataclasses.replace(each, output=output.name) for each in closures]
+    return Judged(output, Verdict.UNKNOWN, False, findings=(*named, finding))
+
+
+def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
+    """The arrays that the loss closes over and that have a row for each example of the batch."""
+    used = {id(x) for x in constants(whole.closed)}
+    found = []
+    for name, x in closed_over(fun):
+        is_used = id(x) in used or isinstance(x, np.ndarray)  # of numpy's arrays JAX keeps a copy
+        if is_used and x.shape[:1] == (sizes.first,):
+            note = (
+                f"the loss closes over {name}, {x.dtype}{list(x.shape)}: a microbatch of {sizes.second} examples "
+                f"meets all {sizes.first} rows of it"
+            )
+            found.append(Finding("closure", None, None, fixes.ROWS_ARGUMENT.format(name=name), note=note))
+    return found
 
 
 def _unequal(judged: Judged) -> Judged:

@@ -51,6 +51,11 @@ def _in_normalization(site: Site | None) -> bool:
     return any("site-packages" in f.file_name and f.file_name.endswith("normalization.py") for f in frames)
 
 
+KEY_ARGUMENT = (
+    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes: one key an example, to draw from "
+    "under jax.vmap"
+)
+ROWS_ARGUMENT = "make {name} an argument of the loss with 0 in in_axes, or a part of the batch"
 ONE_BY_ONE = (
     "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another generator, "
     'jax.random.key(seed, impl="threefry2x32")'

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 LARGEST = 64
@@ -109,3 +111,21 @@ def folded(eqn: Any, operands: Sequence[np.ndarray]) -> np.ndarray | None:
     own = [np.asarray(x, aval.dtype) for x, aval in zip(operands, given, strict=True)]
     with np.errstate(all="ignore"):  # a division by zero that a choice then leaves out
         return np.asarray(fold(eqn.params, *own), out.dtype)
+
+
+def is_numeric(x: Any) -> bool:
+    """Whether a constant is a number, or an array of numbers."""
+    dtype = getattr(x, "dtype", None)
+    return isinstance(x, bool | int | float | complex) or (
+        dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two constants, numbers or keys, are equal."""
+    if a is b or not (hasattr(a, "dtype") and hasattr(b, "dtype")):
+        return a is b
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) and a.dtype == b.dtype:
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    inexact = jnp.issubdtype(a.dtype, jnp.inexact)
+    return is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=inexact)

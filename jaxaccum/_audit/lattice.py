@@ -175,6 +175,8 @@ class Value:
     """The number that it holds everywhere, at both sizes."""
     at: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, compare=False)
     """Its numbers at each of the two sizes, where they follow from shapes alone and are few."""
+    closure: str = ""
+    """The name of the key that it is made of, where `fun` closes over one."""
     scalar: bool = False
     """Whether all of its entries are one number."""
     weight: Scale | None = None

@@ -11,7 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._jaxprs import opened
+from jaxaccum._jaxprs import ClosedJaxpr, opened
 
 
 def any_nan(numbers: Iterable[Any]) -> bool:
@@ -25,8 +25,17 @@ def constants(jaxpr: Any) -> Iterator[Any]:
     yield from consts
     for eqn in inner.eqns:
         yield from (v.val for v in eqn.invars if isinstance(v, jex.Literal))
-        for body in jex.jaxprs_in_params(eqn.params):
+        for body in _bodies(eqn.params.values()):
             yield from constants(body)
+
+
+def _bodies(parameters: Iterable[Any]) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation, with their constants."""
+    for x in parameters:
+        if isinstance(x, jex.Jaxpr | ClosedJaxpr):
+            yield x
+        elif isinstance(x, tuple | list):
+            yield from _bodies(x)
 
 
 def _is_nan(x: Any) -> bool:

@@ -51,8 +51,8 @@ class Finding:
     """One reason for the verdict.
 
     Attributes:
-        kind: coupling, pairwise, selection, state, batch_size, derivative, position, random, unknown, collective,
-            scale, tag; in an exact report, what it rests on: collective, assumption.
+        kind: coupling, pairwise, selection, state, batch_size, derivative, position, random, closure, unknown,
+            collective, scale, tag; in an exact report, what it rests on: collective, assumption.
         origin: the line where examples first meet, or None.
         use: the line that makes it matter, or None.
         fix: what to write instead.

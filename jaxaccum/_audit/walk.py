@@ -18,7 +18,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._audit.folding import LARGEST, folded
+from jaxaccum._audit.folding import LARGEST, folded, is_numeric, same
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
@@ -42,6 +42,7 @@ Shape = tuple[int, ...]
 
 
 _PLACE = "the result depends on the place of an example in its microbatch"
+_REPEATED = "the row of one example is repeated to the length of another array"
 _CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN)
 """Faults after which a further meeting of examples is no news."""
 
@@ -121,6 +122,8 @@ class Walk:
         self.checks_derivatives = True
         self.may_be_nan: Callable[[], bool] = lambda: True
         """Whether a number of the program or of its arguments is NaN."""
+        self.name_of: Callable[[Any], str | None] = lambda constant: None
+        """The name of an array that the loss closes over."""
         self._numbers: dict[Any, int] = {}
         self._faults: dict[Any, Fault] = {}
         self._fresh = 0
@@ -248,8 +251,9 @@ class Walk:
         if not ins or len(pairs) < len(ins):
             return None
         first, second = (folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other)))
-        same_shape = first is not None and second is not None and first.shape == second.shape
-        return self.constant(first, second) if same_shape else None
+        if first is None or second is None or first.shape != second.shape:
+            return None
+        return dataclasses.replace(self.constant(first, second), closure=_closure_of(ins))
 
     def _checked(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool) -> Value:
         faults = out.faults if settled else out.faults.union(*(v.faults for v in ins))
@@ -257,12 +261,23 @@ class Walk:
             faults |= self._position(op, ins, out, entry=entry, i=i)
         if not entry.scales and not settled and not faults - frozenset().union(*(v.faults for v in ins)):
             faults |= self._lost_scale(op, ins, out)
+        if out.rows and not self._fits(op.out_shapes(i), out.layout):
+            faults |= {self.fault(op, FaultKind.UNKNOWN, _REPEATED)}
         number = out.number if out.number >= 0 else self._numbered(op, ins, i)
         size = math.prod(op.out_shapes(i)[0]) if hasattr(op.eqn.outvars[i].aval, "shape") else 1
         return dataclasses.replace(
             out, faults=faults, number=number, params=out.params or any(v.params for v in ins),
+            closure=out.closure or _closure_of(ins),
             scalar=out.scalar or (size == 1 and not varying(_shapes(op.eqn.outvars[i], op.other.outvars[i]))),
         )  # fmt: skip
+
+    def _fits(self, shapes: tuple[Shape, Shape], layout: Layout | None) -> bool:
+        """Whether rows are as many as examples: JAX repeats the one row of a microbatch of one example."""
+        if layout is None or layout.looped or not layout.axes:
+            return True
+        lengths = tuple(math.prod(shape[axis] for axis in layout.axes) for shape in shapes)
+        copies = layout.outer * layout.inner
+        return lengths == (copies * self.sizes.first, copies * self.sizes.second)
 
     def _position(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int) -> frozenset[Fault]:
         """What is independent of the batch stays uniform along its axes, or depends on an example's place."""
@@ -302,6 +317,11 @@ class Walk:
 
     def constant(self, a: Any, b: Any) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
+        value = self._constant(a, b)
+        name = self.name_of(a) if _may_be_key(a) else None
+        return value if name is None else dataclasses.replace(value, closure=name)
+
+    def _constant(self, a: Any, b: Any) -> Value:
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
             return fixed(Scale() if a is b else IRREGULAR, number=self._number(("traced", id(a))), scalar=_is_one(a))
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
@@ -311,8 +331,8 @@ class Walk:
         return self._table(a, b)
 
     def _scalar(self, a: Any, b: Any) -> Value:
-        if not _is_numeric(a):
-            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
+        if not is_numeric(a):
+            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
         power = self.sizes.power(a, b)
         known = np.asarray(a).item() if power == 0 else None
         number = (
@@ -325,18 +345,18 @@ class Walk:
 
     def _array(self, a: Any, b: Any) -> Value:
         """A constant array of the same shape at both sizes."""
-        if not _is_numeric(a) or a.size > LARGEST or a.size == 0:
-            return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh())
+        if not is_numeric(a) or a.size > LARGEST or a.size == 0:
+            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh())
         at = (np.asarray(a), np.asarray(b))
         if all(np.all(x == x.flat[0]) for x in at):
             uniform = self._scalar(at[0].flat[0], at[1].flat[0])
             return dataclasses.replace(uniform, number=self.fresh(), at=at)
-        return fixed(Scale() if _same(a, b) else IRREGULAR, number=self.fresh(), at=at)
+        return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), at=at)
 
     def _table(self, a: Any, b: Any) -> Value:
         """A constant array of the batch's size: uniform, or a row for each place."""
         a, b = np.asarray(a), np.asarray(b)
-        if a.size and b.size and _is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
+        if a.size and b.size and is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
             return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
         note = "a constant array has a row for each place in the batch"
         fault = Fault(FaultKind.POSITION, None, None, note)
@@ -348,25 +368,15 @@ class Walk:
         return Scale(self.sizes.power(first, second))
 
 
+def _closure_of(ins: Sequence[Value]) -> str:
+    return next((v.closure for v in ins if v.closure), "")
+
+
+def _may_be_key(x: Any) -> bool:
+    """Whether a constant is a typed key, or has the type of the numbers of one."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def _is_one(x: Any) -> bool:
     return getattr(x, "size", 0) == 1
-
-
-def _is_numeric(x: Any) -> bool:
-    dtype = getattr(x, "dtype", None)
-    return isinstance(x, bool | int | float | complex) or (
-        dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
-    )
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two constants, numbers or keys, are equal."""
-    if a is b or not (hasattr(a, "dtype") and hasattr(b, "dtype")):
-        return a is b
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) and a.dtype == b.dtype:
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
-    return _is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=_is_inexact(a))
-
-
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -15,6 +15,7 @@ from jaxaccum._audit.rules.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
+_CLOSED_OVER = "the loss closes over the key {name}, so every microbatch draws the same numbers"
 _WITHOUT_BITS = {"random_seed", "random_wrap", "random_unwrap", "random_clone"}
 _FOR_EACH_KEY = {
     "threefry2x32": None,
@@ -47,8 +48,17 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     faults = frozenset().union(*(v.faults for v in ins))
     if _by_split(op, ins):
         faults = frozenset(f for f in faults if f.kind is not FaultKind.POSITION)
-        faults |= {walk.fault(op, FaultKind.RANDOM, _ONE_KEY)}
+        faults |= {_one_key(walk, op, ins)}
     return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+
+
+def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
+    """That one key draws for all examples: one that every microbatch sees as it is, where it has a name."""
+    name = next((v.closure for v in ins if v.closure), "")
+    if not name:
+        return walk.fault(op, FaultKind.RANDOM, _ONE_KEY)
+    note, fix = _CLOSED_OVER.format(name=name), fixes.KEY_ARGUMENT.format(name=name)
+    return walk.fault(op, FaultKind.RANDOM, note, fix=fix)
 
 
 def _mixed_keys(walk: Walk, op: Op) -> frozenset[Fault]:

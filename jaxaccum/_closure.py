@@ -1,0 +1,70 @@
+"""What a function closes over: its arrays that are no arguments, by the names that its source gives them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxaccum._tree import is_array, leaves_with_names
+
+
+def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays that `fun` reads from its closure and from globals, by name: ``batch['x']``.
+
+    Functions that it closes over are followed, and so are those of its own module that it calls.
+    """
+    seen, queue = {id(fun)}, [fun]
+    while queue:
+        for name, value in _variables(queue.pop(0)):
+            for leaf_name, leaf in leaves_with_names(value, name):
+                if is_array(leaf):
+                    yield leaf_name, leaf
+                elif callable(leaf) and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    queue.append(leaf)
+
+
+def name_of(fun: Any, array: Any) -> str | None:
+    """The name of an array that `fun` closes over; None where it is not found."""
+    return next((name for name, x in closed_over(fun) if _is(x, array)), None)
+
+
+def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
+    """What a function reads that is neither an argument nor its own."""
+    if isinstance(fun, functools.partial):
+        yield from ((f"argument {i} of a partial", x) for i, x in enumerate(fun.args))
+        yield from fun.keywords.items()
+        yield "the function of a partial", fun.func
+        return
+    code = getattr(fun, "__code__", None)
+    if code is None:
+        inner = getattr(fun, "__wrapped__", None) or getattr(fun, "__func__", None)
+        yield from [] if inner is None else _variables(inner)
+        return
+    for name, cell in zip(code.co_freevars, fun.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in _global_names(code):
+        value = fun.__globals__.get(name)
+        if not callable(value) or getattr(value, "__module__", None) == fun.__module__:
+            yield name, value
+
+
+def _global_names(code: Any) -> Iterator[str]:
+    """The global names that a function's code mentions, and those of the functions defined in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from _global_names(constant)
+
+
+def _is(x: Any, array: Any) -> bool:
+    """Whether `array`, as JAX has traced it, is `x`; of numpy's arrays JAX keeps a copy."""
+    if x is array or not isinstance(x, np.ndarray | np.generic):
+        return x is array
+    return (x.shape, x.dtype) == (array.shape, array.dtype) and np.array_equal(x, array)
