@@ -1,0 +1,55 @@
+"""Deliberate faults in the audit, on explicit meshes and in plans. See `mutations`."""
+
+ROWS = [
+    (
+        "the audit takes every backward pass for linear", "_audit/rules/derivatives.py",
+        "    scales = {term.scale for term in x.terms if not term.fixed}\n", "    scales = {UNIT}\n",
+        "test_audit_corners.py::test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent",
+    ),
+    (
+        "the audit takes all generators for threefry", "_audit/rules/randomness.py",
+        "faults=_mixed_keys(walk, op) if layout.axes else frozenset()", "faults=frozenset()",
+        "test_audit.py::test_keys_of_a_generator_that_draws_for_all_of_them_together",
+    ),
+    (
+        "the audit does not look which operands an equation takes", "_audit/walk.py",
+        "isinstance(w, jex.Literal) or twins[v] is not w", "isinstance(w, jex.Literal)",
+        "test_audit.py::test_the_same_primitives_are_not_the_same_program",
+    ),
+    (
+        "the audit does not look at an equation's parameters", "_audit/twins.py",
+        "    return all(_agree(name, eqn, other) for name in eqn.params)\n", "    return True\n",
+        "test_audit.py::test_the_same_primitives_are_not_the_same_program",
+    ),
+    (
+        "the audit takes every power of a root for the total", "_audit/rules/arithmetic.py",
+        "if exponent == 2 and x.root is not None:", "if x.root is not None:",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[norm ** 3 / n]",
+    ),
+    (
+        "the audit never thinks of NaN", "_audit/rules/arithmetic.py",
+        "if walk.may_be_nan():", "if False:",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[nanmean of masked rows]",
+    ),
+    (
+        "the audit counts a penalty once that a weight multiplies", "_audit/rules/arithmetic.py",
+        "{term.times(scale) for term in x.terms if not term.fixed}",
+        "{dataclasses.replace(term, fixed=False).times(scale) for term in x.terms}",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[Mean((mean + penalty) * n, n)]",
+    ),
+    (
+        "the audit computes with shapes at one size", "_audit/walk.py",
+        "replace(self.constant(first, second), closure", "replace(self.constant(first, first), closure",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[keras]",
+    ),
+    (
+        "the audit lets the row of one example be repeated", "_audit/walk.py",
+        "if out.rows and not self._fits(op.out_shapes(i), out.layout):", "if False:",
+        "test_audit_closures.py::test_microbatches_of_one_example_repeat_it",
+    ),
+    (
+        "the audit forgets the name of a key on its way", "_audit/walk.py",
+        "closure=out.closure or _closure_of(ins),", "closure=out.closure,",
+        "test_audit_closures.py::test_a_key_is_named_where_every_microbatch_draws_the_same_numbers",
+    ),
+]  # fmt: skip
