@@ -21,6 +21,9 @@ from jax import lax
 from nested_words import COLLECTIVES, COMPUTED, CONDITIONS, LEAVES, LOSSES, PATHS, SCOPE
 
 DEPTH = 3
+_STEPS = (("nest", "nest", "leaf", "let"), ("nest", "leaf", "leaf", "let"), ("nest", "leaf", "leaf", "leaf"))
+"""What a step is, by its depth: `let` names a computed value for the steps after it."""
+
 HEADER = """\
 psum = lambda x: lax.psum(x, "microbatch")
 pmean = lambda x: lax.pmean(x, "microbatch")
@@ -65,12 +68,13 @@ class Program:
         for step in self.steps:
             yield from step.walk()
 
-    def define(self, **names: Any) -> Callable[[Any, Any], Any]:
-        """The loss as a function; `names` say what `Mean`, `Sum` and the collectives mean in it."""
-        space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax}
-        exec(compile(repr(self), "<program>", "exec"), space)
-        space.update(names)
-        return space["loss"]
+
+def define(text: str, **names: Any) -> Callable[[Any, Any], Any]:
+    """The loss that a text defines; `names` say what `Mean`, `Sum` and the collectives mean in it."""
+    space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax}
+    exec(compile(text, "<program>", "exec"), space)
+    space.update(names)
+    return space["loss"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +151,10 @@ class Writer:
                 drawn.append((kind, self.operand(kind, scope)))
         return drawn
 
-    def block(self, scope: Scope, most: int = 2) -> tuple[Step, ...]:
+    def block(self, scope: Scope, sizes: Sequence[int] = (1, 1, 2)) -> tuple[Step, ...]:
         """A few steps, one after the other; what one of them computes for later ones is in their scope."""
         steps: list[Step] = []
-        for index in range(self.choose(range(1, most + 1))):
+        for index in range(self.choose(sizes)):
             step, scope = self.step(scope, first=index == 0)
             steps.append(step)
         return tuple(steps)
@@ -160,7 +164,7 @@ class Writer:
         if scope.depth < DEPTH:
             if first and scope.path:
                 return NESTS[scope.path[0]](self, scope)
-            match self.choose(("nest", "nest", "leaf", "let") if scope.depth < 2 else ("nest", "leaf", "leaf")):
+            match self.choose(_STEPS[scope.depth]):
                 case "nest":
                     return NESTS[self.choose(_OFTEN)](self, dataclasses.replace(scope, path=()))
                 case "let":
@@ -401,10 +405,10 @@ _OFTEN = [*NESTS, "scan", "scan", "scan", "map", "jit", "checkpoint"]
 
 
 def compose(choose: Choose, *, coupled: bool = False) -> Program:
-    """A program of up to three steps at the top; a coupled one has a collective there at least."""
+    """A program of one step or two at the top; a coupled one has a collective there at least."""
     writer = Writer(choose)
     scope = Scope(SCOPE, path=choose(PATHS), collectives=coupled)
-    steps = list(writer.block(scope, most=3))
+    steps = list(writer.block(scope, (1, 2, 2)))
     if coupled:
         name = choose([*COLLECTIVES])
         text, operands = writer.fill(COLLECTIVES[name], scope)
