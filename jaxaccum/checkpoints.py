@@ -15,10 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxaccum._tree import leaves_with_names
 from jaxaccum._types import PyTree
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "jaxaccum.checkpoints writes its arrays with Orbax, which is not installed: "
+        "pip install 'jaxaccum[checkpoints]', or pip install orbax-checkpoint."
+    ) from error
 
 __all__ = ["restore", "save", "steps"]
 

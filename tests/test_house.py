@@ -1,10 +1,13 @@
 """The house: modules import from lower layers only, files stay short, and their first line says what they are."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -86,6 +89,40 @@ def test_importing_the_package_imports_neither_torch_nor_hypothesis():
         "import sys, jaxaccum; assert not {'torch', 'hypothesis', 'flax', 'optax'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def declared():
+    """The distributions that pyproject.toml names, with and without extras, as metadata spells them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    return {normal(re.match(r"[\w.-]+", requirement)[0]) for names in lists for requirement in names}
+
+
+def normal(distribution):
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def undeclared(names, distributions, declared):
+    """The imported packages that no declared distribution brings. `names` have no modules of Python's or ours."""
+    return {name for name in names if not {normal(x) for x in distributions.get(name, ())} & declared}
+
+
+def test_every_import_is_declared():
+    """Of packages that are installed here; all are where torch is."""
+    ours = {"jaxaccum", "torch_ref", "experiments", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    names = {name.split(".")[0] for path in FILES for name in imports(path)} - sys.stdlib_module_names - ours
+    missing = {name for name in names if importlib.util.find_spec(name) is None}
+    assert not missing or importlib.util.find_spec("torch") is None, f"not installed: {missing}"
+    distributions = importlib.metadata.packages_distributions()
+    found = undeclared(names - missing, distributions, declared())
+    assert not found, f"pyproject.toml does not declare what brings {found}"
+    assert undeclared(names - missing, distributions, declared() - {"orbax-checkpoint"}) == {"orbax"}
+
+
+def test_without_orbax_an_import_says_what_to_install():
+    code = "import sys; sys.modules['orbax'] = None; from jaxaccum import checkpoints"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "pip install 'jaxaccum[checkpoints]'" in result.stderr
 
 
 def test_lint_and_types_are_clean():
