@@ -396,7 +396,7 @@ def run(tests: Sequence[str], fault: Fault | None = None) -> bool:
     """Whether the tests pass in a copy of the tree that has the fault."""
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder)
-        _copy(tree)
+        copy_tree(tree)
         if fault:
             file = tree / "jaxaccum" / fault.file
             file.write_text(fault.applied(file.read_text()))
@@ -408,7 +408,8 @@ def run(tests: Sequence[str], fault: Fault | None = None) -> bool:
     return result.returncode == 0
 
 
-def _copy(tree: pathlib.Path) -> None:
+def copy_tree(tree: pathlib.Path) -> None:
+    """Copy what the tests need."""
     ignored = shutil.ignore_patterns("__pycache__", ".*")
     for name in COPIED:
         source = ROOT / name
