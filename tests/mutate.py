@@ -3,9 +3,9 @@
     python tests/mutate.py jaxaccum/_batch.py             # run the tests that `TESTS` names for the file
     python tests/mutate.py jaxaccum/_batch.py --list      # the faults alone
 
-Every comparison is negated and moved by one, every guard, operand of `and` and selection dropped, every axis, reduction,
-sign and whole number changed. A fault that no test notices is printed as file:line with the change: it is tested, or the
-code that it changes is removed. The faults are made in a temporary copy of the tree; nothing here is changed. The exit
+Every comparison is negated and moved by one, every guard, operand of `and` and selection dropped, every axis,
+reduction, sign and whole number changed. A fault that no test notices is printed as file:line with the change: it is
+tested, or the code that it changes is removed. The faults are made in a temporary copy of the tree; nothing here is changed. The exit
 status is 1 when a fault survives.
 """
 
@@ -79,7 +79,8 @@ def faults(source: str) -> list[Fault]:
         starts.append(starts[-1] + len(line))
 
     def fault(node: ast.expr | ast.pattern, new: str) -> Fault:
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
         return Fault(node.lineno, start, end, source.encode()[start:end].decode(), new)
