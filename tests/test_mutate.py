@@ -18,7 +18,7 @@ def clipped(x: int, top: int) -> int:
 def shifted(x, by):
     return x - by
 '''
-TEST = '''
+TEST = """
 import module
 import pytest
 
@@ -28,7 +28,7 @@ def test_clipped():
     with pytest.raises(ValueError):
         module.clipped(0, -1)
     assert module.clipped.__doc__
-'''
+"""
 
 
 @pytest.fixture

@@ -1,0 +1,240 @@
+"""The small rules under all others: how rows are cut, how arrays combine, dtypes of sums."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import data
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxaccum import _batch, _reduce, _tree
+from jaxaccum._reduce import Reduction
+
+SPLITS = {
+    "contiguous": lambda rows, n: np.array_split(rows, n),
+    "strided": lambda rows, n: [rows[i::n] for i in range(n)],
+}
+
+
+def partitions():
+    """A partition, with the rows of each microbatch as numpy cuts them."""
+
+    def by_number(case):
+        n, size, tail, split = case
+        batch_size = n * size + (tail % n if split == "contiguous" else 0)
+        rows = SPLITS[split](np.arange(batch_size), n)
+        return _batch.by_number(batch_size, n, split), rows
+
+    def by_size(case):
+        batch_size, size = case
+        bounds = range(size, batch_size, size)
+        return _batch.by_size(batch_size, size, "contiguous"), np.split(
+            np.arange(batch_size), bounds
+        )
+
+    counts = st.integers(1, 4)
+    numbered = st.tuples(counts, counts, st.integers(0, 3), st.sampled_from(sorted(SPLITS)))
+    return numbered.map(by_number) | st.tuples(st.integers(1, 9), counts).map(by_size)
+
+
+def indices(group):
+    return range(group.first, group.first + group.count)
+
+
+@given(partitions())
+def test_the_examples_of_each_microbatch_are_those_of_numpy(case):
+    partition, expected = case
+    groups = [group for group in partition.groups for _ in indices(group)]
+    found = [partition.examples(g, jnp.int32(i)) for i, g in enumerate(groups)]
+    assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    assert all(x.dtype == jnp.int32 for x in found)
+    first = [int(partition.first_example(g, jnp.int32(i))) for i, g in enumerate(groups)]
+    assert first == [int(x[0]) for x in expected]
+    assert partition.num_microbatches == len(expected)
+    assert sum(group.examples for group in partition.groups) == partition.batch_size
+
+
+@given(partitions(), st.integers(0, 2))
+def test_rows_are_cut_along_their_axis_and_put_back(case, axis):
+    """All axes differ in length, so that another axis in the place of this one is another shape."""
+    partition, expected = case
+    shape = [11, 13]
+    shape.insert(axis, partition.batch_size)
+    whole = np.arange(np.prod(shape)).reshape(shape)
+    stacks = partition.split_rows(jnp.asarray(whole), axis)
+    rows = [np.asarray(x) for stack in stacks for x in stack]
+    assert [x.tolist() for x in rows] == [np.take(whole, i, axis).tolist() for i in expected]
+    assert partition.merge_rows(stacks, axis).tolist() == whole.tolist()
+
+
+def test_rows_are_put_back_along_the_first_axis_unless_one_is_named():
+    partition = _batch.by_size(5, 2, "contiguous")
+    x = jnp.arange(15).reshape(5, 3)
+    assert jnp.array_equal(partition.merge_rows(partition.split_rows(x, 0)), x)
+
+
+def test_a_group_of_the_whole_batch_is_not_sliced():
+    """A slice of all rows would be one more operation, on sharded rows one more collective."""
+    cut = jax.make_jaxpr(lambda x: _batch.by_number(6, 3, "contiguous").split_rows(x, 0))(
+        data(6, 2)
+    )
+    merge = jax.make_jaxpr(_batch.by_number(6, 3, "contiguous").merge_rows)([data(3, 2, 2)])
+    used = {str(eqn.primitive) for jaxpr in (cut, merge) for eqn in jaxpr.eqns}
+    assert not used & {"slice", "concatenate", "dynamic_slice"}
+    parts = jax.make_jaxpr(lambda x: _batch.by_number(5, 3, "contiguous").split_rows(x, 0))(
+        data(5, 2)
+    )
+    assert [str(eqn.primitive) for eqn in parts.eqns].count("slice") == 2
+
+
+DTYPES = ["bool", "int8", "uint8", "int32", "bfloat16", "float16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_state_is_the_neutral_element(dtype):
+    values = {"bool": [False, True]}.get(dtype, [0, 1, 100])
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        values = [-jnp.inf, *values, jnp.inf]
+    x = jnp.asarray(values, dtype)
+    for reduction in (Reduction.MAX, Reduction.MIN):
+        state = _reduce.initial(reduction, jax.typeof(x))
+        assert (state.shape, state.dtype) == (x.shape, x.dtype)
+        assert jnp.array_equal(_reduce.update(reduction, state, x), x)
+    lowest = _reduce.initial(Reduction.MAX, jax.ShapeDtypeStruct((), x.dtype))
+    highest = _reduce.initial(Reduction.MIN, jax.ShapeDtypeStruct((), x.dtype))
+    assert lowest == _extreme(x.dtype, min)
+    assert highest == _extreme(x.dtype, max)
+
+
+def _extreme(dtype, which):
+    """The smallest or largest value of a dtype, by numpy."""
+    if dtype == np.bool_:
+        return which(False, True)
+    if np.issubdtype(dtype, np.integer):
+        return which(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return which(-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("reduction", [Reduction.SUM, Reduction.LAST, Reduction.CARRY])
+def test_the_other_states_start_at_zero(reduction):
+    state = _reduce.initial(reduction, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert state.tolist() == [0, 0]
+
+
+def test_each_state_is_updated_by_its_rule():
+    state, x = jnp.asarray([3.0, -2]), jnp.asarray([1.0, 5])
+    updated = {reduction: _reduce.update(reduction, state, x).tolist() for reduction in Reduction}
+    assert updated.pop(Reduction.SUM) == [4, 3]
+    assert updated.pop(Reduction.MAX) == [3, 5]
+    assert updated.pop(Reduction.MIN) == [1, -2]
+    assert set(map(tuple, updated.values())) == {(1, 5)}
+
+
+def test_which_rules_stack_and_which_pass_a_cotangent():
+    assert {x for x in Reduction if x.stacked} == {Reduction.CONCAT, Reduction.STACK}
+    differentiable = {x for x in Reduction if x.differentiable}
+    assert differentiable == {Reduction.SUM, Reduction.CONCAT, Reduction.STACK}
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_each_rule_over_a_mesh(checked):
+    """Shards of 3, 1 and 2: each rule against Python's own, and the device's own rows."""
+    mesh = Mesh(jax.devices()[:3], "d")
+    x = jnp.asarray([3.0, 1.0, 2.0])
+
+    def combined(x):
+        return {r.value: _reduce.over_mesh(r, x, ("d",)) * jnp.ones_like(x) for r in Reduction}
+
+    rows = PartitionSpec("d")
+    mapped = jax.shard_map(combined, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=checked)
+    found = {name: values.tolist() for name, values in jax.jit(mapped)(x).items()}
+    assert found.pop("sum") == [6] * 3
+    assert found.pop("max") == [3] * 3
+    assert found.pop("min") == [1] * 3
+    assert found.pop("last") == [2] * 3
+    assert set(map(tuple, found.values())) == {(3, 1, 2)}
+
+
+def test_without_a_mesh_each_value_is_its_own():
+    assert all(_reduce.over_mesh(reduction, 7, ()) == 7 for reduction in Reduction)
+
+
+WIDER = {
+    "bool": "int32",
+    "int8": "int8",
+    "int32": "int32",
+    "uint8": "uint8",
+    "bfloat16": "float32",
+    "float16": "float32",
+    "float8_e4m3fn": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "complex64",
+    "complex128": "complex128",
+}
+
+
+@pytest.mark.parametrize("dtype", WIDER)
+def test_the_dtype_of_sums(dtype):
+    assert _tree.widen(dtype) == jnp.dtype(WIDER[dtype])
+    assert _tree.widen(jnp.dtype(dtype)) == jnp.dtype(WIDER[dtype])
+
+
+def test_what_is_an_array_and_what_can_be_differentiated():
+    arrays = [jnp.ones(2), np.ones(2), np.float32(1), jax.random.key(0)]
+    assert all(map(_tree.is_array, arrays))
+    assert not any(map(_tree.is_array, [1.0, 2, True, "x", None, [jnp.ones(2)]]))
+    inexact = [1.0, 1j, np.float16(1), jnp.ones(2, jnp.bfloat16), np.ones(2, ml_dtypes.float8_e5m2)]
+    assert all(map(_tree.is_inexact, [*inexact, jax.ShapeDtypeStruct((), jnp.complex64)]))
+    assert not any(map(_tree.is_inexact, [1, True, jnp.arange(2), jax.random.key(0)]))
+
+
+def test_the_dtype_of_arrays_shapes_and_numbers():
+    assert _tree.dtype_of(np.int8(1)) == jnp.int8
+    assert _tree.dtype_of(jax.ShapeDtypeStruct((), jnp.float16)) == jnp.float16
+    assert [_tree.dtype_of(x) for x in (1.0, 1, True)] == [jnp.float64, jnp.int64, jnp.bool_]
+    with jax.enable_x64(False):  # an array's own, and not the one that JAX would give it
+        assert _tree.dtype_of(np.ones(2)) == np.float64
+        assert _tree.dtype_of(1.0) == jnp.float32
+
+
+def test_the_implementation_of_a_key():
+    assert str(_tree.key_impl(jax.random.key(0, impl="rbg"))) == "rbg"
+    assert _tree.key_impl(jax.random.PRNGKey(0)) is None
+    assert _tree.key_impl(1.0) is None
+
+
+def test_leaves_have_the_names_that_errors_give_them():
+    tree = {"x": [1, (2, None)], "y": {"z": 3}}
+    names = {"a['x'][0]": 1, "a['x'][1][0]": 2, "a['y']['z']": 3}
+    assert dict(_tree.leaves_with_names(tree, "a")) == names
+    pairs = _tree.leaves_with_names(tree, "a", is_leaf=lambda x: isinstance(x, tuple))
+    assert dict(pairs) == {"a['x'][0]": 1, "a['x'][1]": (2, None), "a['y']['z']": 3}
+
+
+def test_dtypes_are_promoted_as_by_default_although_these_tests_are_strict():
+    int_and_float = jnp.ones((), jnp.int32), jnp.ones((), jnp.float32)
+    with pytest.raises(ValueError, match="promotion"):
+        jnp.result_type(*int_and_float)
+    assert _tree.promote(*int_and_float) == jnp.float32
+    total = _tree.total_of([jnp.int32(1), jnp.float32(2.5), jnp.bfloat16(4)])
+    assert (total, total.dtype) == (7.5, jnp.float32)
+    assert _tree.total_of([jnp.float16(1.5)]).dtype == jnp.float16
+
+
+def test_a_cast_is_of_exactly_the_dtype():
+    cast = _tree.cast(1.0, jnp.float32)
+    assert (cast.dtype, cast.weak_type) == (jnp.float32, False)
+    assert _tree.cast(jnp.asarray(2.7), "int32") == 2
+
+
+def test_a_ratio_of_nothing_is_zero_and_so_are_its_gradients():
+    value, grads = jax.value_and_grad(_tree.ratio, (0, 1))(jnp.float64(6), jnp.float64(4))
+    assert (value, grads) == (1.5, (0.25, -0.375))
+    empty, nothing = jax.value_and_grad(_tree.ratio, (0, 1))(jnp.float64(6), jnp.float64(0))
+    assert (empty, nothing) == (0, (0, 0))
+    weighed = _tree.ratio(jnp.asarray([1.0, 2]), jnp.asarray([0, 4]))
+    assert (weighed.tolist(), weighed.dtype) == ([0, 0.5], jnp.float64)
