@@ -234,7 +234,7 @@ def test_padding_that_is_masked_counts_nowhere():
 def test_gradients_of_low_precision_parameters_are_summed_in_float32():
     w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), W)
     fun = lambda w, x: jnp.mean(normalize((x @ w["a"].astype(x.dtype)) ** 2)[0] ** 3)
-    for sums in (ja.accumulators.in_place(), ja.accumulators.tree()):
+    for sums in (ja.accumulators.in_place(jnp.float32), ja.accumulators.tree(jnp.float32)):
         grads = ja.grad(fun, num_microbatches=4, accumulator=sums)(w, X)
         assert grads["a"].dtype == jnp.float32
     widened = jax.grad(ja.full_batch(fun))(jax.tree.map(lambda x: x.astype(X.dtype), w), X)

@@ -100,7 +100,8 @@ def test_bfloat16_parameters_do_not_drift_over_4096_microbatches(way):
         got = state.acc_grads + (x[last].astype(jnp.float32) - state.acc_grads) / n
         assert state.acc_grads.dtype == jnp.float32
     else:
-        made = getattr(ja.accumulators, way)()
+        record, wide = getattr(ja.accumulators, way), jnp.float32
+        made = record()._replace(dtype=wide) if way == "compensated" else record(wide)
         got = jax.jit(ja.grad(fun, microbatch_size=1, accumulator=made))(w, x)
         assert got.dtype == jnp.float32
     # Rounding errors of 4096 additions of float32 behave like a random walk; the certain bound is 4096 of them.

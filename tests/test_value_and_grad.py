@@ -155,13 +155,13 @@ def test_aux_is_combined_by_its_tags():
 @pytest.mark.parametrize(
     ("parameter", "dtype", "result"),
     [
-        (jnp.bfloat16, None, jnp.float32), (jnp.float16, None, jnp.float32), (jnp.float32, None, jnp.float32),
+        (jnp.bfloat16, None, jnp.bfloat16), (jnp.float16, None, jnp.float16), (jnp.float32, None, jnp.float32),
         (jnp.float64, None, jnp.float64), (jnp.complex64, None, jnp.complex64), (jnp.complex128, None, jnp.complex128),
         (jnp.bfloat16, jnp.float64, jnp.float64), (jnp.float32, jnp.bfloat16, jnp.bfloat16),
         (jnp.complex64, jnp.float32, jnp.complex64),
     ],
 )  # fmt: skip
-def test_gradients_have_the_accumulators_dtype(parameter, dtype, result, sums):
+def test_gradients_have_the_dtype_asked_for_or_the_parameters(parameter, dtype, result, sums):
     loss = lambda w, x: jnp.mean(jnp.abs(w * x.astype(parameter)).astype(jnp.float32) ** 2)
     grad = ja.grad(loss, num_microbatches=3, accumulator=sums(dtype))(parameter(2), jnp.arange(5.0))
     assert grad.dtype == result
@@ -176,7 +176,7 @@ def test_bfloat16_parameters_are_accumulated_in_float32():
     error = lambda dtype: (
         abs(float(ja.grad(loss, microbatch_size=1, accumulator=ja.accumulators.in_place(dtype))(w, x)) - exact) / exact
     )
-    assert error(None) < 512 * jnp.finfo(jnp.float32).eps
+    assert error(jnp.float32) < 512 * jnp.finfo(jnp.float32).eps
     assert error(jnp.bfloat16) > 4 * jnp.finfo(jnp.bfloat16).eps
 
 
