@@ -31,7 +31,7 @@ TESTS = {
     "_mesh.py": ["test_small_rules.py", "test_mesh.py", "test_data_parallel.py"],
     "_multisteps.py": ["test_multisteps.py", "test_multisteps_errors.py"],
     "_reduce.py": ["test_small_rules.py", "test_tags.py", "test_mesh.py"],
-    "_tree.py": ["test_small_rules.py", "test_tags.py", "test_bug_corpus.py"],
+    "_tree.py": ["test_small_rules.py", "test_tags.py"],
 }
 """The tests of each file, the fastest first."""
 SAME = {

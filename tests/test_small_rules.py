@@ -6,58 +6,44 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import data
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxaccum import _batch, _reduce, _tree
 from jaxaccum._reduce import Reduction
 
-SPLITS = {
-    "contiguous": lambda rows, n: np.array_split(rows, n),
-    "strided": lambda rows, n: [rows[i::n] for i in range(n)],
+PARTITIONS = {
+    "contiguous": (_batch.by_number(7, 3, "contiguous"), [[0, 1, 2], [3, 4], [5, 6]]),
+    "equal": (_batch.by_number(6, 3, "contiguous"), [[0, 1], [2, 3], [4, 5]]),
+    "strided": (_batch.by_number(6, 3, "strided"), [[0, 3], [1, 4], [2, 5]]),
+    "one": (_batch.by_number(4, 1, "strided"), [[0, 1, 2, 3]]),
+    "single": (_batch.by_number(3, 3, "contiguous"), [[0], [1], [2]]),
+    "remainder": (_batch.by_size(8, 3, "contiguous"), [[0, 1, 2], [3, 4, 5], [6, 7]]),
+    "no remainder": (_batch.by_size(4, 2, "contiguous"), [[0, 1], [2, 3]]),
+    "beyond": (_batch.by_size(2, 5, "contiguous"), [[0, 1]]),
 }
-
-
-def partitions():
-    """A partition, with the rows of each microbatch as numpy cuts them."""
-
-    def by_number(case):
-        n, size, tail, split = case
-        batch_size = n * size + (tail % n if split == "contiguous" else 0)
-        rows = SPLITS[split](np.arange(batch_size), n)
-        return _batch.by_number(batch_size, n, split), rows
-
-    def by_size(case):
-        batch_size, size = case
-        bounds = range(size, batch_size, size)
-        return _batch.by_size(batch_size, size, "contiguous"), np.split(
-            np.arange(batch_size), bounds
-        )
-
-    counts = st.integers(1, 4)
-    numbered = st.tuples(counts, counts, st.integers(0, 3), st.sampled_from(sorted(SPLITS)))
-    return numbered.map(by_number) | st.tuples(st.integers(1, 9), counts).map(by_size)
+"""Partitions, each with the examples of its microbatches, by hand."""
+of_partitions = pytest.mark.parametrize("case", PARTITIONS.values(), ids=PARTITIONS)
 
 
 def indices(group):
     return range(group.first, group.first + group.count)
 
 
-@given(partitions())
-def test_the_examples_of_each_microbatch_are_those_of_numpy(case):
+@of_partitions
+def test_the_examples_of_each_microbatch(case):
     partition, expected = case
     groups = [group for group in partition.groups for _ in indices(group)]
     found = [partition.examples(g, jnp.int32(i)) for i, g in enumerate(groups)]
-    assert [x.tolist() for x in found] == [x.tolist() for x in expected]
+    assert [x.tolist() for x in found] == expected
     assert all(x.dtype == jnp.int32 for x in found)
     first = [int(partition.first_example(g, jnp.int32(i))) for i, g in enumerate(groups)]
-    assert first == [int(x[0]) for x in expected]
+    assert first == [examples[0] for examples in expected]
     assert partition.num_microbatches == len(expected)
     assert sum(group.examples for group in partition.groups) == partition.batch_size
 
 
-@given(partitions(), st.integers(0, 2))
+@of_partitions
+@pytest.mark.parametrize("axis", [0, 1, 2])
 def test_rows_are_cut_along_their_axis_and_put_back(case, axis):
     """All axes differ in length, so that another axis in the place of this one is another shape."""
     partition, expected = case
@@ -90,14 +76,24 @@ def test_a_group_of_the_whole_batch_is_not_sliced():
     assert [str(eqn.primitive) for eqn in parts.eqns].count("slice") == 2
 
 
-DTYPES = ["bool", "int8", "uint8", "int32", "bfloat16", "float16", "float32", "float64"]
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int32",
+    "float8_e4m3fn",
+    "bfloat16",
+    "float16",
+    "float32",
+    "float64",
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_first_state_is_the_neutral_element(dtype):
     values = {"bool": [False, True]}.get(dtype, [0, 1, 100])
     if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        values = [-jnp.inf, *values, jnp.inf]
+        values = [_extreme(jnp.dtype(dtype), min), *values, _extreme(jnp.dtype(dtype), max)]
     x = jnp.asarray(values, dtype)
     for reduction in (Reduction.MAX, Reduction.MIN):
         state = _reduce.initial(reduction, jax.typeof(x))
@@ -115,6 +111,8 @@ def _extreme(dtype, which):
         return which(False, True)
     if np.issubdtype(dtype, np.integer):
         return which(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if dtype == ml_dtypes.float8_e4m3fn:  # it has no infinities
+        return which(-448, 448)
     return which(-np.inf, np.inf)
 
 
@@ -163,10 +161,10 @@ def test_without_a_mesh_each_value_is_its_own():
 
 
 WIDER = {
-    "bool": "int32",
-    "int8": "int8",
-    "int32": "int32",
-    "uint8": "uint8",
+    "bool": "int64",
+    "int8": "int64",
+    "int64": "int64",
+    "uint8": "uint64",
     "bfloat16": "float32",
     "float16": "float32",
     "float8_e4m3fn": "float32",
@@ -181,6 +179,11 @@ WIDER = {
 def test_the_dtype_of_sums(dtype):
     assert _tree.widen(dtype) == jnp.dtype(WIDER[dtype])
     assert _tree.widen(jnp.dtype(dtype)) == jnp.dtype(WIDER[dtype])
+
+
+def test_the_dtype_of_sums_of_integers_is_the_widest_that_jax_has():
+    with jax.enable_x64(False):
+        assert [_tree.widen(x) for x in ("bool", "int16", "uint16")] == ["int32", "int32", "uint32"]
 
 
 def test_what_is_an_array_and_what_can_be_differentiated():
@@ -220,6 +223,10 @@ def test_dtypes_are_promoted_as_by_default_although_these_tests_are_strict():
     with pytest.raises(ValueError, match="promotion"):
         jnp.result_type(*int_and_float)
     assert _tree.promote(*int_and_float) == jnp.float32
+    narrow = jnp.ones((), jnp.float8_e4m3fn), jnp.ones((), jnp.bfloat16)
+    assert _tree.promote(*narrow) == jnp.float32
+    assert [_tree.floating(x) for x in ("float16", "complex64")] == [jnp.float16, jnp.complex64]
+    assert _tree.floating("int8") == jnp.float64
     total = _tree.total_of([jnp.int32(1), jnp.float32(2.5), jnp.bfloat16(4)])
     assert (total, total.dtype) == (7.5, jnp.float32)
     assert _tree.total_of([jnp.float16(1.5)]).dtype == jnp.float16
