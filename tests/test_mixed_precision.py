@@ -34,7 +34,8 @@ def test_float16_gradients_survive_by_the_scale():
     x = X * jnp.float16(2.0**-10)
     each = lambda w, x, s: s * ja.Mean(jnp.sum((x[:, None] * w[None]).astype(jnp.float32)), len(x))
     tiny = lambda w, x, s: each(w * jnp.float16(2.0**-6), x * jnp.float16(1.0), s)
-    gradient = ja.grad(tiny, microbatch_size=2, in_axes=(None, 0, None))
+    wide = ja.accumulators.in_place(jnp.float32)  # for master weights: float16 could not hold what is unscaled
+    gradient = ja.grad(tiny, microbatch_size=2, in_axes=(None, 0, None), accumulator=wide)
     truth = np.full(2, np.mean(np.asarray(x, np.float64)) * 2.0**-6)
     opt = ja.dynamic_loss_scale(optax.sgd(1.0))
     state = opt.init(W.astype(jnp.float32))
