@@ -13,6 +13,23 @@ ROWS = [
         "test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
     (
+        "a scan in reverse runs forwards", "_running_sums.py",
+        'for name in ("length", "reverse", "unroll")', 'for name in ("length", "unroll")',
+        "test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
+    ),
+    (
+        "two scanned parameters change places", "_running_sums.py",
+        "for i, row in zip(scanned, read, strict=True):",
+        "for i, row in zip(scanned, read[::-1], strict=True):",
+        "test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
+    ),
+    (
+        "what a loop scans and closes over has one gradient", "_running_sums.py",
+        'outs = inner.called(eqn.params["jaxpr"], operands, shared)',
+        'outs = inner.called(eqn.params["jaxpr"], operands, {} if scanned else shared)',
+        "test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
+    ),
+    (
         "a slice adds to the start", "_running_sums.py",
         'where = [jnp.int32(start) for start in eqn.params["start_indices"]]',
         'where = [jnp.int32(0) for _ in eqn.params["start_indices"]]',

@@ -60,7 +60,7 @@ class Call:
         within = scope.inside(closed=self.closed, collectives=self.collectives).having("k", "h")
         for name, operand in zip(names, drawn, strict=True):
             outside = () if self.closed else (operand.text,)
-            within = within.having(operand.kind, name, name, *outside)
+            within = within.having(operand.kind, *[name] * 4, *outside)
         values = [operand.text for operand in drawn]
         place = writer.choose(range(len(drawn) + 1))
         arguments = _with_h(names, place)
@@ -142,7 +142,7 @@ class Xs:
         """The scope of the loop's body: its slices, and again what they are slices of."""
         scope = scope.having("k", "h")
         for x in self.slices:
-            scope = scope.having(x.kind, x.text, x.text, x.text)
+            scope = scope.having(x.kind, *[x.text] * 4)
         for x in self.operands:
             scope = scope.having(x.kind, x.text) if x.kind != "o" else scope
         return scope
@@ -170,7 +170,7 @@ def scan(writer: Writer, scope: Scope) -> tuple[Step, Scope]:
     names = [Operand(x.kind, writer.fresh(x.kind)) for x in carried]
     within = xs.within(scope.inside(collectives=True))
     for name, x in zip(names, carried, strict=True):
-        within = within.having(x.kind, name.text, name.text, x.text)
+        within = within.having(x.kind, *[name.text] * 4, x.text)
         scope = scope.having(x.kind, name.text)
     steps = block(writer, within)
 

@@ -247,6 +247,13 @@ def test_common_forms_are_drawn_often(form):
     assert sum(map(FORMS[form], DRAWN)) >= len(DRAWN) / 200
 
 
+@pytest.mark.usefixtures("compiling_fast")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_shortest_plain_program_of_each_form_is_exact(form):
+    shortest = min(filter(FORMS[form], DRAWN[::2]), key=lambda program: len(repr(program)))
+    check(shortest, by_value_and_grad, num_microbatches=3)
+
+
 # -- what is wrong is found -----------------------------------------------------------------------
 
 
