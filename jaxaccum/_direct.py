@@ -86,14 +86,14 @@ _STATEFUL = {
 
 
 def _is_static(program: Program) -> bool:
-    """Whether every microbatch of one size adds the same, on every device, and none is skipped at run time."""
+    """Whether every microbatch of one size adds the same on every device, and none is skipped."""
     if program.coupled or program.limit is not None:
         return False
     return all(_is_constant(trace) for trace in program.traces)
 
 
 def _is_constant(trace: Trace) -> bool:
-    """Whether a trace without dead code reads no argument, not the microbatch's index and no other axis."""
+    """Whether a trace without dead code reads no argument, no index and no other axis."""
     read = [*trace.jaxpr.outvars, *(v for eqn in trace.jaxpr.eqns for v in eqn.invars)]
     variables = {v for v in read if not isinstance(v, jex.Literal)}
     return not trace.other_axes and variables.isdisjoint(trace.jaxpr.invars)

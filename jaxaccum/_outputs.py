@@ -99,7 +99,7 @@ class _Reader:
         return len(self.parts) - 1
 
     def weight(self, name: str, x: Any) -> int:
-        """A denominator: integers are counted in floating point, which no number of tokens overflows."""
+        """A denominator: integers are counted in floating point, which no count overflows."""
         return self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))
 
     def leaf(self, part: int, weight: int | None, dtype: Any, key: Any = None) -> None:
@@ -143,7 +143,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
             _check_combines_keys(leaf_name, x)
             leaf = jax.random.key_data(leaf)
         part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
-        # A sum of integers has the dtype of `jnp.sum`: its own would overflow, and booleans are counted.
+        # A sum of integers has the dtype of `jnp.sum`: its own would overflow.
         counts = isinstance(x, Sum) and not is_inexact(leaf)
         reader.leaf(part, None, widen(dtype_of(leaf)) if counts else dtype_of(leaf), key)
     return jax.tree.map(lambda _: 0, content)

@@ -17,6 +17,7 @@ from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
+from jaxaccum._tree import key_impl
 from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split, WithStreams
 from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 
@@ -145,10 +146,11 @@ class Program:
     def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
         """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
         if slot.role is Role.KEY:
-            return jax.random.fold_in(x, index + self._shard() * self.partition.num_microbatches)
+            place = index + self._shard() * self.partition.num_microbatches
+            return jax.random.fold_in(slot.value(x), place)
         if slot.role is Role.EXAMPLE_KEY:
             examples = self.partition.examples(self.partition.groups[g], index)
-            return example_keys(x, examples + self._shard() * self.partition.batch_size)
+            return example_keys(slot.value(x), examples + self._shard() * self.partition.batch_size)
         return x
 
     def _shard(self) -> Array | int:
@@ -156,9 +158,28 @@ class Program:
         return _mesh.shard_index(self.mesh_axes) if self.shard is None else self.shard
 
 
+def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[list[Slot], list[Any]]:
+    """The same, but typed keys that are folded are the integers that they are made of.
+
+    JAX's check for keys that are used twice (``jax_debug_key_reuse``) takes a typed key that a
+    loop closes over for one that every iteration uses.
+    """
+    new, values = list(slots), list(arrays)
+    for i, (slot, x) in enumerate(zip(slots, arrays, strict=True)):
+        if slot.role in (Role.KEY, Role.EXAMPLE_KEY):
+            new[i] = dataclasses.replace(slot, key=key_impl(x))
+            values[i] = new[i].array(x)
+    return new, values
+
+
 def example_keys(key: Array, examples: Array) -> Array:
-    """One key an example: `key` folded with the example's index in the batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
+    """One key an example: `key` folded with the example's index in the batch.
+
+    What other generators fold under `vmap` (``unsafe_rbg``) depends on how many keys are folded.
+    """
+    if jax.random.key_impl(key) in ("threefry2x32", "rbg"):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
+    return jax.lax.map(lambda i: jax.random.fold_in(key, i), examples)
 
 
 def read(
@@ -228,6 +249,7 @@ def prepare(
         )
     call.check_sizes(partition)
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
+    slots, arrays = _unwrapped(slots, arrays)
     program = Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
         memory, checked,
@@ -312,7 +334,10 @@ def _check_undivided(slots: Sequence[Slot], given_axes: Sequence[frozenset[str]]
 
 
 def _check_padding(program: Program) -> None:
-    """Where padding is skipped, the weight of a mean over rows is made of the arguments: else it counts padding."""
+    """Where padding is skipped, the weight of a mean over rows depends on the arguments.
+
+    One that does not counts padding as examples.
+    """
     if program.limit is None:
         return
     every, rows = range(len(program.slots)), program.positions(Role.ROWS)
@@ -321,9 +346,10 @@ def _check_padding(program: Program) -> None:
             continue
         if program.depends([leaf.part], rows):
             raise ValueError(
-                f"{program.outputs.parts[leaf.weight].name} depends on no argument, so it counts padding as examples: "
-                "with num_examples_argnum return Mean(total, weight), with the mask of real examples in both; divided "
-                "by a constant, a total is Sum(total / constant)."
+                f"{program.outputs.parts[leaf.weight].name} depends on no argument, so it counts "
+                "padding as examples. With num_examples_argnum return Mean(total, weight), with the "
+                "mask of real examples in both; to divide by a constant, return "
+                "Sum(total / constant)."
             )
 
 

@@ -73,8 +73,9 @@ class Mean(_Scalable):
     Args:
         total: the weighted sum over this microbatch's examples (or tokens); a scalar, an array or a pytree.
         weight: the non-negative weight that `total` sums over: one scalar for all leaves, or a pytree like `total`
-            whose leaves are scalars or have the shape of their total. Integers are counted in float64 under x64, else
-            in float32: no count overflows, and beyond 2^24 float32 rounds it as it rounds the total.
+            whose leaves are scalars or have the shape of their total. Integers are counted in
+            float64 under x64, else in float32: no count overflows, and beyond 2^24 float32 rounds it
+            as it rounds the total.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -98,8 +99,8 @@ class Mean(_Scalable):
 class Sum(_Scalable):
     """A sum over all examples: ``Σ x`` over the microbatches.
 
-    Integers and booleans are summed, and returned, in the dtype of ``jnp.sum``: of 64 bits under x64, else of 32, where
-    a sum beyond 2^31 wraps as that of the full batch does.
+    Integers and booleans are summed, and returned, in the dtype of ``jnp.sum``: 64 bits under x64,
+    else 32 bits, where a sum beyond 2^31 wraps as that of the full batch does.
     """
 
     x: PyTree

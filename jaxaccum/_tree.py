@@ -40,7 +40,8 @@ def leaf_name(name: str, path: tuple[Any, ...]) -> str:
 def widen(dtype: DTypeLike) -> Any:
     """The dtype in which values of `dtype` are summed: float32 for lower precision, else itself.
 
-    Integers and booleans are summed in the widest integers there are, as `jnp.sum` does: of 64 bits under x64, else 32.
+    Integers and booleans are summed in the widest integers there are, as `jnp.sum` does: 64 bits
+    under x64, else 32.
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer):
@@ -54,7 +55,7 @@ def widen(dtype: DTypeLike) -> Any:
 def promote(*values: Any) -> Any:
     """The dtype that standard promotion gives, also where the user runs JAX with strict promotion.
 
-    JAX promotes no numbers of 8 bits or fewer that are no int8: they count as the dtype in which they are summed.
+    JAX promotes no integers of 4 bits and no floats of 8: they count as the dtype of their sums.
     """
     with jax.numpy_dtype_promotion("standard"):
         try:

@@ -45,7 +45,12 @@ all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
-"""A PRNG key that reaches `fun` as one key an example, folded with the example's index in the batch."""
+"""A PRNG key that reaches `fun` as one key an example, folded with the example's index in the batch.
+
+For threefry2x32, JAX's default, and for rbg these are ``jax.random.split(key, batch_size)``. With
+keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on how many keys are drawn from at
+once, and so on the partition: use `jax.lax.map`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

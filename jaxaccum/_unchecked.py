@@ -103,7 +103,7 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
 
 
 _index = jex.Primitive("axis_index")
-"""The place of a device, of a type that says nothing about devices: JAX types its own even where it tracks none."""
+"""The index of a device, with a type that says nothing about devices: JAX always gives it one."""
 _index.def_impl(lambda **params: untyped(lax.axis_index(**params)))
 _index.def_abstract_eval(lambda **params: jax.core.ShapedArray((), jnp.int32))
 mlir.register_lowering(_index, mlir.lower_fun(lax.axis_index, multiple_results=False))

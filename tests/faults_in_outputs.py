@@ -1,4 +1,4 @@
-"""Deliberate faults in what a call takes in and gives back: weights, dtypes, keys, rows, models. See `mutations`."""
+"""Deliberate faults in what a call takes in and gives back: weights, dtypes, keys, models."""
 
 ROWS = [
     (
@@ -33,12 +33,23 @@ ROWS = [
     ),
     (
         "weights are counted in integers", "_outputs.py",
-        "self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))", "self.part(name, Reduction.SUM, x)",
+        "self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))",
+        "self.part(name, Reduction.SUM, x)",
         "test_weights.py::test_token_counts_beyond_32_bits",
     ),
     (
         "a maximum starts at an infinity that is none", "_reduce.py",
         "if not np.isnan(np.asarray(infinity).astype(dtype)):", "if True:",
         "test_weights.py::test_extrema_of_dtypes_without_an_infinity",
+    ),
+    (
+        "keys of every generator are folded together", "_program.py",
+        'in ("threefry2x32", "rbg")', 'in ("threefry2x32", "rbg", "unsafe_rbg")',
+        "test_keys_and_carry.py::test_example_keys_of_every_generator_depend_on_the_example_alone",
+    ),
+    (
+        "the loop holds typed keys", "_program.py",
+        "slots, arrays = _unwrapped(slots, arrays)", "slots, arrays = list(slots), list(arrays)",
+        "test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
     ),
 ]  # fmt: skip

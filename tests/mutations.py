@@ -99,7 +99,7 @@ FAULTS = [
     ),
     Fault(
         "one key for all microbatches", "_program.py",
-        "return jax.random.fold_in(x, index + self._shard() * self.partition.num_microbatches)", "return x",
+        "return jax.random.fold_in(slot.value(x), place)", "return slot.value(x)",
         "test_keys_and_carry.py::test_a_key_is_folded_with_the_microbatch_and_so_depends_on_the_partition",
     ),
     Fault(

@@ -33,6 +33,65 @@ def test_example_keys_make_dropout_independent_of_the_partition(options, key):
     assert normwise(oracle(W, X, key), actual[0]) < EXACT
 
 
+def drawn_one_by_one(w, x, keys):
+    """A loss of numbers that are drawn apart, so that they depend on their key alone."""
+    keep = jax.lax.map(lambda key: jax.random.bernoulli(key, 0.5, (3,)), keys)
+    return jnp.mean((jnp.where(keep, x, 0.0) @ w - 1) ** 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:4], ids=str)
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "legacy"])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_example_keys_of_every_generator_depend_on_the_example_alone(impl, typed, options):
+    with jax.default_prng_impl(impl):
+        key = jax.random.key(7) if typed else jax.random.PRNGKey(7)
+        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(7)])
+        axes = (None, 0, ja.EXAMPLE_KEY)
+        of = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=axes[1:], **options)
+        assert same(jax.random.key_data(of(X, key)), jax.random.key_data(keys))
+        cut = [own for _, own in ja.partition(X, key, in_axes=axes[1:], num_microbatches=3)]
+        assert same(jax.random.key_data(jnp.concatenate(cut)), jax.random.key_data(keys))
+        actual = ja.value_and_grad(drawn_one_by_one, in_axes=axes, **options)(W, X, key)
+        assert normwise(actual, jax.value_and_grad(drawn_one_by_one)(W, X, keys)) < EXACT
+        assert normwise(ja.full_batch(drawn_one_by_one, axes)(W, X, key), actual[0]) < EXACT
+        if impl == "unsafe_rbg":  # folded together, each key is another than folded alone
+            together = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(7))
+            assert not same(jax.random.key_data(together), jax.random.key_data(keys))
+
+
+@pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_example_keys_are_those_of_split(impl, options):
+    """So that the one line changed draws what ``jax.random.split(key, batch_size)`` drew before."""
+    key = jax.random.key(7, impl=impl)
+    of = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options)
+    actual, expected = jax.random.key_data(of(X, key)), jax.random.key_data(jax.random.split(key, 7))
+    assert same(actual, expected)
+    assert not same(actual[3:6], expected[:3])  # as if each microbatch split the key anew
+
+
+def differentiated(fun, **options):
+    """The other way to the gradient."""
+    return jax.grad(ja.microbatch(fun, **options))
+
+
+@pytest.mark.parametrize("make", [ja.value_and_grad, differentiated])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("role", [ja.KEY, ja.EXAMPLE_KEY], ids=str)
+def test_folded_keys_pass_the_check_for_keys_used_twice(role, n, make):
+    def loss(w, x, key):
+        keys = key if role is ja.EXAMPLE_KEY else jax.random.split(key, len(x))
+        return ja.Mean(jnp.sum(dropped(w, x, keys) ** 2), len(x))
+
+    def twice(w, x, key):
+        return loss(w, x, key) * jnp.sum(loss(w, x, key).total)
+
+    with jax.debug_key_reuse(True):
+        make(loss, in_axes=(None, 0, role), num_microbatches=n)(W, X, jax.random.key(0))
+        with pytest.raises(jax.errors.KeyReuseError):  # the check still sees the loss
+            make(twice, in_axes=(None, 0, role), num_microbatches=n)(W, X, jax.random.key(0))
+
+
 @pytest.mark.parametrize("key", KEYS, ids=["typed", "legacy"])
 def test_a_key_is_folded_with_the_microbatch_and_so_depends_on_the_partition(key):
     fun = lambda x, key: ja.Stack(jax.random.uniform(key))

@@ -1,4 +1,4 @@
-"""Denominators that no argument decides: of the microbatch's index, of a device, of integers, and beside padding."""
+"""Denominators: of the index, of a device, of integers, and beside padding."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,20 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 
 W, X = data(3), data(12, 3, seed=1)
-INTEGERS = ["bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"]
+INTEGERS = [
+    "bool",
+    "int2",
+    "uint2",
+    "int4",
+    "uint4",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+]
 OF_INDEX = {
     "powers": lambda i: 0.5 ** i.astype(jnp.float64),
     "integers": lambda i: 1 + i,
@@ -39,7 +52,10 @@ def by_hand(weight_of, sizes):
 
     def loss(w, x):
         weights = [weight_of(jnp.int32(i)).astype(jnp.float64) for i in range(len(sizes))]
-        total = sum(error(w, rows) * weight for rows, weight in zip(parts_of(x, sizes), weights, strict=True))
+        total = sum(
+            error(w, rows) * weight
+            for rows, weight in zip(parts_of(x, sizes), weights, strict=True)
+        )
         return total / sum(size * weight for size, weight in zip(sizes, weights, strict=True))
 
     return loss
@@ -102,26 +118,35 @@ def test_a_weight_of_the_device_is_that_of_each_device(coupled, check_vma):
     assert normwise(actual, plain) > EXACT  # as if all devices weighed as the first
 
 
-# -- padding ----------------------------------------------------------------------------------------------------------
+# -- padding ----------
 
 PADDED, MASK = ja.pad_batch(X[:5], to=12)
 PADDING = {"in_axes": (None, 0, 0, None), "num_examples_argnum": 3}
 
 
-@pytest.mark.parametrize("tag", [lambda x, mask: ja.Mean(x, jnp.sum(mask)), lambda x, mask: ja.Sum(x / 5)])
+@pytest.mark.parametrize(
+    "tag", [lambda x, mask: ja.Mean(x, jnp.sum(mask)), lambda x, mask: ja.Sum(x / 5)]
+)
 @pytest.mark.parametrize("n", [1, 3, 6, 12])
 def test_constant_weights_count_as_often_as_their_totals_do(n, tag):
-    """A regularizer is a term of its own, whose constant weight a microbatch of padding does not add either."""
+    """A regularizer is a term with a constant weight, which padding does not add either."""
 
     def loss(w, x, mask, count):
         nll = jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0))
-        return {"nll": tag(nll, mask), "decay": ja.Mean(jnp.sum(w**2), 1), "half": ja.Mean(w[0], 2.0)}
+        return {
+            "nll": tag(nll, mask),
+            "decay": ja.Mean(jnp.sum(w**2), 1),
+            "half": ja.Mean(w[0], 2.0),
+        }
 
     expected = jax.value_and_grad(lambda w: error(w, X[:5]) / 5 + jnp.sum(w**2) + w[0] / 2)(W)
     options = {**PADDING, "num_microbatches": n}
     assert normwise(ja.value_and_grad(loss, **options)(W, PADDED, MASK, 5), expected) < EXACT
     terms = ja.microbatch(loss, **options)
-    assert normwise(jax.value_and_grad(lambda w: sum(terms(w, PADDED, MASK, 5).values()))(W), expected) < EXACT
+    assert (
+        normwise(jax.value_and_grad(lambda w: sum(terms(w, PADDED, MASK, 5).values()))(W), expected)
+        < EXACT
+    )
 
 
 def test_a_weight_of_the_index_beside_padding():
@@ -135,27 +160,33 @@ def test_a_weight_of_the_index_beside_padding():
     assert normwise(actual, jax.value_and_grad(expected)(W, X[:5])) < EXACT
 
 
-@pytest.mark.parametrize("weight", [lambda x: len(x), lambda x: 1 + jax.lax.axis_index("microbatch")])
+@pytest.mark.parametrize(
+    "weight", [lambda x: len(x), lambda x: 1 + jax.lax.axis_index("microbatch")]
+)
 @pytest.mark.parametrize("make", [ja.value_and_grad, ja.microbatch])
 def test_a_weight_that_counts_padding_is_refused(make, weight):
-    """It would be the capacity, or the rows of the microbatches that run: neither is the number of examples."""
+    """It is the capacity, or counts the rows that run: neither is the number of examples."""
     loss = lambda w, x, mask, count: ja.Mean(jnp.sum(jnp.where(mask, (x @ w) ** 2, 0.0)), weight(x))
     step = make(loss, num_microbatches=6, **PADDING)
     refused(lambda: step(W, PADDED, MASK, 5), "Mean.weight", "num_examples_argnum", "mask", "Sum(")
 
 
-# -- integers ---------------------------------------------------------------------------------------------------------
+# -- integers ----------
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_of_any_width_are_counted(name):
-    """300 microbatches of one example: in its own dtype every count of 8 bits or fewer has wrapped."""
+    """300 microbatches of one example: every count of 8 bits or fewer would wrap."""
     x = jnp.ones((300, 2))
     counts = jnp.ones(300, jnp.bool_ if name == "bool" else jnp.dtype(name))
 
     def loss(w, x, n):
         n = n[0]
-        return ja.Mean(jnp.sum(x @ w), n), {"count": ja.Sum(n), "mean": ja.Mean(n, n), "max": ja.Max(n)}
+        return ja.Mean(jnp.sum(x @ w), n), {
+            "count": ja.Sum(n),
+            "mean": ja.Mean(n, n),
+            "max": ja.Max(n),
+        }
 
     options = {"microbatch_size": 1, "in_axes": (None, 0, 0)}
     (value, aux), grad = ja.value_and_grad(loss, has_aux=True, **options)(jnp.ones(2), x, counts)
@@ -163,7 +194,9 @@ def test_integers_of_any_width_are_counted(name):
     assert (int(aux["count"]), float(aux["mean"]), int(aux["max"])) == (300, 1.0, 1)
     assert aux["count"].dtype == (jnp.uint64 if name.startswith("u") else jnp.int64)
     assert aux["max"].dtype == counts.dtype
-    assert int(np.sum(np.ones(300, np.uint8), dtype=np.uint8)) == 44  # the classic wrong denominator
+    assert (
+        int(np.sum(np.ones(300, np.uint8), dtype=np.uint8)) == 44
+    )  # the classic wrong denominator
 
 
 @pytest.mark.parametrize("x64", [True, False])
@@ -172,38 +205,50 @@ def test_token_counts_beyond_32_bits(x64):
     with jax.enable_x64(x64):
         x, tokens = jnp.ones((4, 1), jnp.float32), jnp.full(4, 2**30, jnp.int32)
         loss = lambda w, x, n: ja.Mean(jnp.sum(x @ w) * jnp.float32(2**30), n[0])
-        value, grad = ja.value_and_grad(loss, microbatch_size=1, in_axes=(None, 0, 0))(jnp.ones(1, "f4"), x, tokens)
-        mean = ja.microbatch(loss, microbatch_size=1, in_axes=(None, 0, 0))(jnp.ones(1, "f4"), x, tokens)
+        value, grad = ja.value_and_grad(loss, microbatch_size=1, in_axes=(None, 0, 0))(
+            jnp.ones(1, "f4"), x, tokens
+        )
+        mean = ja.microbatch(loss, microbatch_size=1, in_axes=(None, 0, 0))(
+            jnp.ones(1, "f4"), x, tokens
+        )
         assert (float(value), grad.tolist(), float(mean)) == (1.0, [1.0], 1.0)
         total = ja.microbatch(lambda n: ja.Sum(n[0]), microbatch_size=1, in_axes=(0,))(tokens)
         assert total.dtype == jnp.sum(tokens).dtype
-        assert int(total) == (2**32 if x64 else int(jnp.sum(tokens)))  # as the full batch: JAX has no wider integer
+        assert int(total) == (
+            2**32 if x64 else int(jnp.sum(tokens))
+        )  # as the full batch: JAX has no wider integer
 
 
 FLOATS = [
-    "float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8_e4m3fnuz", "float8_e5m2fnuz",
-    "float8_e4m3b11fnuz", "bfloat16", "float16", "float32",
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3", "float8_e3m4", "float8_e4m3fnuz",
+    "float8_e5m2fnuz", "float8_e4m3b11fnuz", "bfloat16", "float16", "float32",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_extrema_of_dtypes_without_an_infinity(name):
     x = jnp.asarray(np.array([-3.0, -2.0, -4.0, -2.5]).astype(jnp.dtype(name)))
-    highest, lowest = ja.microbatch(lambda x: (ja.Max(x[0]), ja.Min(-x[0])), in_axes=(0,), microbatch_size=1)(x)
+    highest, lowest = ja.microbatch(
+        lambda x: (ja.Max(x[0]), ja.Min(-x[0])), in_axes=(0,), microbatch_size=1
+    )(x)
     assert (float(highest), float(lowest)) == (-2.0, 2.0)
     assert highest.dtype == lowest.dtype == x.dtype
     if name == "float8_e4m3fn":
-        assert np.isnan(np.float64(-np.inf).astype(ml_dtypes.float8_e4m3fn))  # what a maximum may not start from
+        assert np.isnan(
+            np.float64(-np.inf).astype(ml_dtypes.float8_e4m3fn)
+        )  # what a maximum may not start from
 
 
 def test_means_of_eight_bits_have_a_weight_of_any_dtype():
     x = jnp.asarray([1.0, 2.0, 3.0], jnp.float8_e4m3fn)
     fun = lambda x, n: (ja.Mean(x[0], n[0]), ja.Mean(x[0].astype(jnp.float32), x[0]), ja.Sum(x[0]))
-    count, own, total = ja.microbatch(fun, in_axes=(0, 0), microbatch_size=1)(x, jnp.asarray([1.0, 1.0, 2.0], "f4"))
+    count, own, total = ja.microbatch(fun, in_axes=(0, 0), microbatch_size=1)(
+        x, jnp.asarray([1.0, 1.0, 2.0], "f4")
+    )
     assert [float(y) for y in (count, own, total)] == [1.5, 1.0, 6.0]
 
 
-# -- JAX's own checks -------------------------------------------------------------------------------------------------
+# -- JAX's own checks ----------
 
 
 @pytest.mark.parametrize(
