@@ -1,12 +1,13 @@
 """A batch laid out on an explicit mesh: the loop runs device by device and sums over devices once, after it.
 
 In an explicit mesh an array's type says over which mesh axes its rows are divided. The loop then runs under
-``shard_map`` over these axes, each device with its own rows, so that no gradient is summed inside it. The split is
-strided: microbatch i holds the examples i, i + n, …, which cuts every shard in place.
+``shard_map`` over these axes, each device with its own rows, so that no gradient is summed inside it. Every shard is
+cut in place: a contiguous microbatch takes consecutive rows of each shard, so that groups of adjacent examples stay
+together; a strided one takes the examples i, i + n, … of the batch.
 
-A call that cannot run so runs on the global arrays, also strided, and JAX sums at every microbatch: a carried state,
-which sees whole microbatches; a coupled loss, unless its collectives name the batch's mesh axes too; and a `fun` that
-closes over arrays of the mesh or names its axes in shardings.
+A call that cannot run so runs on the global arrays, cut into the same microbatches, and JAX sums at every microbatch: a
+carried state, which sees whole microbatches; a coupled loss, unless its collectives name the batch's mesh axes too; and
+a `fun` that closes over arrays of the mesh or names its axes in shardings.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class _Spread:
 
     def globally(self) -> Any:
         """The loop over global arrays, whose microbatches are divided as the batch is."""
-        options = dataclasses.replace(self.options, split="strided")
+        options = dataclasses.replace(self.options, blocks=self.shards)
         head, grads = _in_mesh(self.mesh, lambda arrays: self._pair(options, arrays))(self._kept(self.arrays))
         leaves, treedef = jax.tree.flatten(grads)
         shardings = [jax.typeof(self.arrays[i]).sharding for i in self._differentiated()]
@@ -181,7 +182,6 @@ class _Spread:
         whole = _arguments.batch_size(self.layout.slots, self.arrays)
         return dataclasses.replace(
             self.options,
-            split="strided",
             mesh_axes=(*outer, *self.axes),
             device_axes=self.axes,
             microbatch_size=None if size is None else min(size, whole) // self.shards,

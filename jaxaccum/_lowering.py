@@ -58,7 +58,7 @@ class Call:
 
     @property
     def explicit(self) -> bool:
-        """Whether the batch is divided over axes of explicit type, on which every split is strided."""
+        """Whether the batch is divided over axes of explicit type, on which microbatches are equal."""
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)) if self.mesh else {}
         return any(kinds[axis] is AxisType.Explicit for axis in self.batch_axes)
 

@@ -36,6 +36,8 @@ class Options:
     memory: Memory = None
     device_axes: tuple[str, ...] = ()
     """The axes of an explicit mesh over which the call runs device by device."""
+    blocks: int = 1
+    """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
 
 
 class NeedsGlobalArraysError(Exception):
@@ -213,6 +215,8 @@ def prepare(
         microbatch_size=options.microbatch_size,
         split=options.split,
     )
+    if options.split == "contiguous":
+        partition = dataclasses.replace(partition, blocks=options.blocks)
     given_axes = [_mesh.varying_axes(x) for x in arrays]
     _check.divided(
         mesh_axes, [axes for slot, axes in zip(layout.slots, given_axes, strict=True) if slot.role is Role.ROWS]

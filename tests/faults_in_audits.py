@@ -52,4 +52,19 @@ ROWS = [
         "closure=out.closure or _closure_of(ins),", "closure=out.closure,",
         "test_audit_closures.py::test_a_key_is_named_where_every_microbatch_draws_the_same_numbers",
     ),
+    (
+        "every device takes every n-th row", "_explicit.py",
+        "mesh_axes=(*outer, *self.axes),", 'split="strided", mesh_axes=(*outer, *self.axes),',
+        "test_data_parallel.py::test_groups_of_adjacent_rows_stay_together",
+    ),
+    (
+        "global arrays are cut across their shards", "_explicit.py",
+        "dataclasses.replace(self.options, blocks=self.shards)", "self.options",
+        "test_data_parallel.py::test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says",
+    ),
+    (
+        "the keys of every block are those of the first", "_batch.py",
+        "starts = jnp.arange(self.blocks, dtype=jnp.int32) *", "starts = jnp.zeros(self.blocks, dtype=jnp.int32) *",
+        "test_data_parallel.py::test_example_keys_are_those_of_the_whole_batch_under_either_split",
+    ),
 ]  # fmt: skip

@@ -177,12 +177,72 @@ def test_sizes_are_those_of_the_whole_batch(options):
     assert seen == [8 if options == {"microbatch_size": 99} else 4]  # one device's rows of one microbatch, traced once
 
 
-def test_the_microbatches_are_strided():
-    """Microbatch i holds the examples i, i + n, … of the whole batch, as the issue of a state shows."""
+def test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says():
+    """Of 16 rows on 4 devices, 2 microbatches: consecutive rows of each, or every other row."""
     x = jax.device_put(jnp.arange(16.0), ROWS)
-    total = lambda x, s: (ja.Sum(jnp.sum(x)), ja.Carry(s.at[s.astype(int)[0] + 1].set(jnp.sum(x)).at[0].add(1)))
-    state = ja.microbatch(total, num_microbatches=4, in_axes=(0, ja.CARRY))(x, jnp.zeros(5))[1]
-    assert state.tolist()[1:] == [24.0, 28.0, 32.0, 36.0]
+    seen = lambda x, s: (ja.Concat(x), ja.Stack(x), ja.Carry(s))  # a state sees whole microbatches
+    rows = {"contiguous": [0, 1, 4, 5, 8, 9, 12, 13], "strided": [0, 2, 4, 6, 8, 10, 12, 14]}
+    for split, first in rows.items():
+        loop = ja.microbatch(seen, num_microbatches=2, in_axes=(0, ja.CARRY), split=split)
+        whole, each, _ = loop(x, jnp.zeros(()))
+        assert each[0].tolist() == first
+        assert sorted(each[0].tolist() + each[1].tolist()) == whole.tolist() == x.tolist()
+
+
+def pairs(w, x):
+    """DPO: a chosen and a rejected answer in adjacent rows."""
+    scores = jnp.sum(hidden(w, x), axis=-1).reshape(-1, 2)
+    return -jnp.mean(jax.nn.log_sigmoid(scores[:, 0] - scores[:, 1]))
+
+
+def groups(w, x):
+    """GRPO: the rewards of four adjacent answers, centred."""
+    scores = jnp.sum(hidden(w, x), axis=-1).reshape(-1, 4)
+    apart = scores - jnp.mean(scores, axis=1, keepdims=True)
+    return jnp.mean(jnp.tanh(scores) * apart)
+
+
+def with_a_state(loss):
+    fun = lambda w, x, s: (loss(w, x), {"state": ja.Carry(s + jnp.sum(x)), "rows": ja.Concat(x[:, 0])})
+    return fun, {"has_aux": True, "in_axes": (None, 0, ja.CARRY)}, (jnp.zeros(()),)
+
+
+def with_rows(loss):
+    return lambda w, x: (loss(w, x), {"rows": ja.Concat(x[:, 0])}), {"has_aux": True}, ()
+
+
+@pytest.mark.parametrize("around", [with_rows, with_a_state], ids=["by device", "on global arrays"])
+@pytest.mark.parametrize(("loss", "n"), [(pairs, 2), (pairs, 4), (groups, 2)], ids=str)
+def test_groups_of_adjacent_rows_stay_together(loss, n, around):
+    fun, options, state = around(loss)
+    for split in ("contiguous", "strided"):
+        step = ja.value_and_grad(fun, num_microbatches=n, split=split, **options)
+        (value, aux), grads = on_mesh(step, *state)
+        apart = normwise((value, grads), jax.value_and_grad(loss)(W, X))
+        assert apart < EXACT if split == "contiguous" else apart > 1e-3  # strided groups hold other rows
+        assert same(aux["rows"], X[:, 0])
+
+
+def test_global_arrays_are_cut_in_place():
+    fun, options, state = with_a_state(pairs)
+    step = ja.value_and_grad(fun, num_microbatches=4, **options)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(EXPLICIT, spec))
+    args = {name: put(x, P()) for name, x in W.items()}, put(X, P("data")), *state
+    found = collectives(jax.jit(step).lower(*args).compile())
+    assert {c.kind for c in found} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("split", ["contiguous", "strided"])
+def test_example_keys_are_those_of_the_whole_batch_under_either_split(split):
+    draws = lambda x, keys: ja.Concat(jax.vmap(jax.random.uniform)(keys))
+    draws_of = lambda loop, *state: loop(jax.device_put(X, ROWS), KEY, *state)
+    expected = [float(jax.random.uniform(jax.random.fold_in(KEY, i))) for i in range(len(X))]
+    axes = (0, ja.EXAMPLE_KEY)
+    by_device = ja.microbatch(draws, num_microbatches=4, in_axes=axes, split=split)
+    assert draws_of(by_device).tolist() == expected
+    carried = lambda x, keys, s: (draws(x, keys), ja.Carry(s + 1))
+    globally = ja.microbatch(carried, num_microbatches=4, in_axes=(*axes, ja.CARRY), split=split)
+    assert draws_of(globally, jnp.zeros(()))[0].tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["carried", "closing over arrays of the mesh", "naming its axes"])
