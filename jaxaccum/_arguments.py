@@ -56,6 +56,8 @@ class Layout:
     slots: tuple[Slot, ...]
     statics: dict[int, Any]
     carry: PyTree
+    has_carry: bool
+    """Whether an argument is declared CARRY; its state may be empty."""
 
     def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments that hold `arrays`, one a slot."""
@@ -80,6 +82,7 @@ def read(
     leaves, slots, arrays, statics = 0, [], [], {}
     for number, (arg, axes) in enumerate(zip(args, in_axes, strict=True)):
         for name, leaf, axis in _with_axes(arg, axes, f"argument {number}"):
+            _check.numeric(leaf, name)
             if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
                 statics[leaves] = leaf
             else:
@@ -97,7 +100,10 @@ def read(
                 statics[leaves] = leaf
             leaves += 1
     carry = next((arg for arg, axes in zip(args, in_axes, strict=True) if axes is CARRY), None)
-    return Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry), [jnp.asarray(x) for x in arrays]
+    layout = Layout(
+        jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, any(axes is CARRY for axes in in_axes)
+    )
+    return layout, [jnp.asarray(x) for x in arrays]
 
 
 def batch_size(slots: tuple[Slot, ...], arrays: list[Any]) -> int:
@@ -171,21 +177,17 @@ def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]
     for path, axis in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axis):
         _check_axis(axis, leaf_name(f"in_axes for {name}", path))
     try:
-        full = jax.tree.map(lambda axis, sub: jax.tree.map(lambda _: _Axis(axis), sub), axes, arg, is_leaf=_is_axis)
+        # Not by jax.tree.map: it would build the user's classes around axes, and some check what they hold.
+        parts = jax.tree.structure(axes, is_leaf=_is_axis).flatten_up_to(arg)
     except ValueError:
         raise ValueError(
             f"in_axes for {name} is no pytree prefix of it: {jax.tree.structure(axes, is_leaf=_is_axis)} for "
             f"{jax.tree.structure(arg)}; give None or an int for the argument or for each of its parts."
         ) from None
-    each = jax.tree.leaves(full)
-    return [(leaf, x, axis.value) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-    """An entry of in_axes as a leaf of its own: None would vanish from a pytree."""
-
-    value: int | None
+    each: list[Any] = []
+    for axis, part in zip(jax.tree.leaves(axes, is_leaf=_is_axis), parts, strict=True):
+        each += [axis] * len(jax.tree.leaves(part))
+    return [(leaf, x, axis) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
 
 
 def _is_axis(x: Any) -> bool:

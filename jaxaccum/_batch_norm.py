@@ -68,6 +68,11 @@ def at_least_float32(dtype: Any) -> Any:
     return promote(dtype, jnp.float32)
 
 
+def mean_dtype(dtype: Any, inputs: Any) -> Any:
+    """The dtype of a running mean that is kept in `dtype`: complex where the inputs are."""
+    return promote(dtype, inputs) if jnp.issubdtype(inputs, jnp.complexfloating) else dtype
+
+
 def output_dtype(*arrays: Any) -> Any:
     """The dtype of the output where the user gives none: that of input and parameters together."""
     dtype = promote(*(a.dtype for a in arrays if a is not None))

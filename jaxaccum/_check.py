@@ -9,6 +9,7 @@ from typing import Any, get_args
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxaccum import _batch, _mesh
@@ -109,6 +110,15 @@ def differentiable(leaf: Any, name: str) -> None:
         raise TypeError(
             f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or "
             "complex dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
+        )
+
+
+def numeric(leaf: Any, name: str) -> None:
+    """An array that JAX can hold: of numbers or keys, not of strings or objects."""
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "USOMm":
+        raise TypeError(
+            f"{name} is an array of {leaf.dtype}, and JAX holds arrays of numbers only; leave it out of the batch, or "
+            "replace it by integers, such as the index of each example."
         )
 
 

@@ -131,7 +131,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
         weight = reader.weight(name, reader.size)
         reader.leaf(total, weight, dtype_of(x))
-        return 0
+        return x
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
     content: PyTree = getattr(x, "state" if isinstance(x, Carry) else "x")
@@ -146,7 +146,7 @@ def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
         # A sum of integers has the dtype of `jnp.sum`: its own would overflow.
         counts = isinstance(x, Sum) and not is_inexact(leaf)
         reader.leaf(part, None, widen(dtype_of(leaf)) if counts else dtype_of(leaf), key)
-    return jax.tree.map(lambda _: 0, content)
+    return content
 
 
 def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
@@ -176,7 +176,7 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
         result = floating(promote(leaf, weight))
         total = leaf if is_inexact(leaf) else cast(leaf, widen(result))
         reader.leaf(reader.part(leaf_name, Reduction.SUM, total), parts[0 if shared else i], result)
-    return jax.tree.map(lambda _: 0, mean.total)
+    return mean.total
 
 
 def _finalize(leaf: Leaf, values: list[Any]) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxaccum import _arguments, _check
 from jaxaccum._arguments import Role
 from jaxaccum._program import example_keys
-from jaxaccum._tree import is_array, leaves_with_names
+from jaxaccum._tree import is_array, key_impl, leaves_with_names
 from jaxaccum._types import Array, Axes, PyTree, Split
 
 
@@ -99,6 +99,7 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
     capacity = _check.size(to, "to")
     sizes = []
     for name, leaf in leaves_with_names(batch, "batch"):
+        _check.numeric(leaf, name)
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
                 f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row an "
@@ -112,6 +113,8 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         )
 
     def pad(x: Array) -> Array:
+        if (impl := key_impl(x)) is not None:  # a key has no zero; its padding is the key made of zeros
+            return jax.random.wrap_key_data(pad(jax.random.key_data(x)), impl=impl)
         widths = [(0, 0)] * x.ndim
         widths[batch_axis] = (0, capacity - count)
         return jnp.pad(x, widths)

@@ -394,10 +394,8 @@ class _Call:
             if self.loss:
                 output = _outputs.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
-            has_carry = any(slot.role is Role.CARRY for slot in self.layout.slots)
-            outputs, parts = _outputs.read(
-                output, size=size, carry=self.layout.carry, has_carry=has_carry, padded=self.padded
-            )
+            carry, has_carry = self.layout.carry, self.layout.has_carry
+            outputs, parts = _outputs.read(output, size=size, carry=carry, has_carry=has_carry, padded=self.padded)
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])
             return parts
@@ -447,7 +445,7 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
                 x = example_keys(x, partition.examples(partition.groups[0], jax.numpy.int32(0)))
             own.append(x)
         call_args, call_kwargs = layout.build(own)
-        has_carry = any(slot.role is Role.CARRY for slot in layout.slots)
+        has_carry = layout.has_carry
         outputs, parts = _outputs.read(
             fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry, padded=False
         )

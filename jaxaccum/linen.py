@@ -80,7 +80,8 @@ class BatchNorm(nn.BatchNorm):
         axes = _batch_norm.reduced_axes(x.ndim, self.axis)
         shape = [size for axis, size in enumerate(x.shape) if axis not in axes]
         widen = _batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, widen(self.param_dtype))
+        kind = _batch_norm.mean_dtype(widen(self.param_dtype), x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
         var = self.variable("batch_stats", "var", jnp.ones, shape, widen(self.param_dtype))
         used = mean.value, var.value
         if not use_running_average:

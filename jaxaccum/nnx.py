@@ -224,7 +224,7 @@ class BatchNorm(nnx.BatchNorm):
         self.statistics: _batch_norm.Statistics = _batch_norm.rule(statistics)
         dtype = _batch_norm.at_least_float32(self.param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), dtype))
-        self.var = nnx.BatchStat(jnp.ones((num_features,), dtype))
+        self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.finfo(dtype).dtype))
 
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
         """Normalize `x`.
@@ -248,6 +248,11 @@ class BatchNorm(nnx.BatchNorm):
         with jax.numpy_dtype_promotion("standard"):
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         axes = _batch_norm.reduced_axes(x.ndim, self.axis)
+        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(self.mean[...]):
+            raise TypeError(
+                f"BatchNorm keeps its running mean in {self.mean[...].dtype}, and the input is {x.dtype}; pass "
+                "param_dtype=jnp.complex64, or another complex dtype, to the constructor."
+            )
         if not running:
             across: dict[str, Any] = {"axis_name": self.axis_name, "groups": self.axis_index_groups}
             new = _batch_norm.moments(x, axes, dtype=_batch_norm.at_least_float32(x.dtype), mask=mask, **across)

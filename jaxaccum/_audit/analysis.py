@@ -149,9 +149,7 @@ def _cannot(size: int, error: Exception) -> str:
     return f"it cannot be traced with {size} examples: {said}"
 
 
-def _repeated(
-    fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: bool
-) -> list[Finding]:
+def _repeated(fun: Fun, arguments: Arguments, whole: Traced, walk: Walk, *, has_aux: bool) -> list[Finding]:
     """Arrays of the closure for which JAX repeats a microbatch of one example: no larger one fits them."""
     if walk.sizes.second > 1 or not (found := _closures(fun, whole, walk.sizes)):
         return []
@@ -213,9 +211,7 @@ def _unchanged(arguments: Arguments, traced: Traced) -> set[int]:
     return {id(before) for before, after in zip(old, back, strict=True) if after is before}
 
 
-def _undecided(
-    output: Output, reason: str, site: Site | None = None, *, closures: Sequence[Finding] = ()
-) -> Judged:
+def _undecided(output: Output, reason: str, site: Site | None = None, *, closures: Sequence[Finding] = ()) -> Judged:
     """No answer, for a reason; arrays of the closure that are as long as the batch are the likelier one."""
     line = site.frame if site is not None else None
     fix = fixes.fix_of(Fault(FaultKind.UNKNOWN, None, None, ""), "")

@@ -104,9 +104,15 @@ def _evidence(
 ) -> _Evidence:
     rows = len(jaxaccum.partition(*args, in_axes=in_axes, microbatch_size=1))
     microbatches = jaxaccum.partition(*args, in_axes=in_axes, **options)
-    sizes = [len(jaxaccum.partition(*each, in_axes=in_axes, microbatch_size=1)) for each in microbatches]
-    parts = [_pick(oracle(fun, *each, in_axes=in_axes, has_aux=has_aux)) for each in microbatches]
+    cut = tuple(_AFTER_PARTITION.get(axes, axes) if isinstance(axes, _Sentinel) else axes for axes in in_axes)
+    sizes = [len(jaxaccum.partition(*each, in_axes=cut, microbatch_size=1)) for each in microbatches]
+    parts = [_pick(oracle(fun, *each, in_axes=cut, has_aux=has_aux)) for each in microbatches]
     return _Evidence(actual, expected, parts, [size / rows for size in sizes])
+
+
+_Sentinel = type(jaxaccum.KEY)
+_AFTER_PARTITION = {jaxaccum.KEY: None, jaxaccum.EXAMPLE_KEY: 0}
+"""What `partition` hands out: a key that is folded already, and one key for each example."""
 
 
 def _pick(result: Mapping[str, Any]) -> Any:
