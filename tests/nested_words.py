@@ -34,7 +34,7 @@ _MATRICES = (
     "jnp.where({v}[:, None] > 0, {m}, {m})",
     'jnp.einsum("ij,kj->ik", {m}, {m})',
     "jnp.linalg.inv(2.0 * jnp.eye(3) + 0.3 * jnp.tanh({m}))",
-    "jnp.linalg.cholesky(jnp.eye(3) + {m} @ {m}.T)",
+    "jnp.linalg.cholesky((lambda w: jnp.eye(3) + w @ w.T)({m}))",
     "jnp.concatenate([{m}[1:], {m}[:1]])",
     "jnp.stack([{v}, {v}, {v}])",
     "{m}.reshape(9)[::-1].reshape(3, 3)",
@@ -114,7 +114,7 @@ CONDITIONS = (
 
 _WELL_CONDITIONED = "A = 2.0 * jnp.eye(3) + 0.3 * jnp.tanh({m})\n"
 _SOLVERS = "lambda _, y: jnp.linalg.solve(A, y), lambda _, y: jnp.linalg.solve(A.T, y)"
-_SYMMETRIC = "jnp.diag(jnp.arange(3.0)) + 0.1 * jnp.tanh({m} + {m}.T)"
+_SYMMETRIC = "(lambda w: jnp.diag(jnp.arange(3.0)) + 0.1 * jnp.tanh(w + w.T))({m})"
 
 LEAVES = {
     "product": "h = jnp.tanh(h @ {m})",

@@ -219,6 +219,17 @@ def scans_and_slices(program: Program) -> bool:
     return any(f"{name}[" in text or f"slice({name}" in text for name in scanned(program))
 
 
+def scans_in_reverse(program: Program) -> bool:
+    """A loop from the last entry of a parameter to the first, which reads what it scans."""
+    for step in of_kind(program, "scan"):
+        call = [line for line in step.lines if "reverse=True" in line and line[0] != " "]
+        slices = re.findall(r"[mv]\d+", step.lines[2])
+        counts = Counter(re.findall(r"\w+", repr(step.inner)))
+        if call and raw(step) and all(counts[name] for name in slices):
+            return True
+    return False
+
+
 FORMS: dict[str, Form] = {
     "a loop closes over what it scans": closes_over_what_it_scans,
     "one parameter twice in a jit": reads_twice("jit"),
@@ -234,7 +245,7 @@ FORMS: dict[str, Form] = {
     "layers under checkpoint": layers("checkpoint"),
     "layers under custom_vjp": layers("custom_vjp"),
     "one parameter scanned by two loops": lambda program: has_twice(scanned(program)),
-    "scanned in reverse": lambda program: "reverse=True" in repr(program),
+    "scanned in reverse": scans_in_reverse,
     "scanned and sliced": scans_and_slices,
     "hypot of a parameter with itself": lambda program: 'hypot(p["a"], p["a"])' in repr(program),
     "terms with denominators of their own": lambda program: '"second"' in repr(program),
