@@ -11,6 +11,7 @@ from typing import Any
 from jaxaccum import _arguments, _check, _lowering
 from jaxaccum._accumulators import Sums
 from jaxaccum._program import Options
+from jaxaccum._source import is_ours
 from jaxaccum._types import Axes, Fun, Gather, Memory, Split
 from jaxaccum._value_and_grad import value_and_grad
 
@@ -46,6 +47,8 @@ class Plan:
     rows: tuple[Row, ...]
     memory_bytes: int
     coupled: bool = False
+    refused: tuple[int, ...] = ()
+    """Sizes of a microbatch that `fun` does not accept: those that cut its groups of examples."""
 
     @property
     def best(self) -> Row:
@@ -71,7 +74,10 @@ class Plan:
         ]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
-        return "\n".join([*(line.rstrip() for line in lines), f"limit {_bytes(self.memory_bytes)} a device"])
+        foot = [f"limit {_bytes(self.memory_bytes)} a device"]
+        if self.refused:
+            foot.append(f"not accepted by fun: microbatches of {', '.join(map(str, self.refused))}")
+        return "\n".join([*(line.rstrip() for line in lines), *foot])
 
     def _schedule(self, cell: str) -> list[str]:
         """The column of schedules, which only a coupled loss has."""
@@ -98,7 +104,8 @@ def plan(
     """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
 
     Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are compiled, the others
-    predicted, and the choice is compiled to confirm it; where it does not fit, the line is drawn anew. It equals::
+    predicted, and the choice is compiled to confirm it; where it does not fit, the line is drawn anew. The whole batch
+    as one microbatch needs no sums and may fit where no loop does: it is compiled too. It equals::
 
         for m in sizes:
             step = jax.jit(value_and_grad(fun, microbatch_size=m, …))
@@ -130,10 +137,12 @@ def plan(
         gather: when sharded parameters are gathered.
 
     Returns:
-        A `Plan`: `rows`, `best`, and a table as ``str``.
+        A `Plan`: `rows`, `best`, and a table as ``str``. Its sizes are those that `fun` accepts; the others are
+        `refused`, as those that cut a group of examples in two.
 
     Raises:
-        ValueError: if no limit is known, or not even the smallest microbatch fits.
+        ValueError: if no limit is known, not even the smallest microbatch fits, or `fun` does not accept the size that
+            was asked for.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
@@ -155,8 +164,18 @@ def plan(
     }  # fmt: skip
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     asked = any(number is not None for number in given.values())
-    traced = Options(**(given if asked else {"num_microbatches": 1}), memory=memory, **options)
-    coupled = call.couples(fun, traced, numbers, has_aux=has_aux)
+
+    def couples(size: int) -> bool:
+        sized = Options(microbatch_size=size, memory=memory, **options)
+        return call.couples(fun, sized, numbers, has_aux=has_aux)
+
+    equal = split == "strided" or call.explicit
+    every = candidates(call.batch_size, shards=call.shards, equal=equal)
+    if asked:
+        wanted = _check.partition(call.batch_size, **given, split=split).groups[0].size
+        sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
+    else:
+        sizes, refused, coupled = _accepted(couples, every)
     schedules: tuple[Memory, ...] = (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
     options |= {"accumulator": accumulator, "gather": gather}
 
@@ -167,12 +186,8 @@ def plan(
                 warnings.filterwarnings("ignore", message="memory=")
             return call.compiled(step, numbers)
 
-    if asked:
-        found = _check.partition(call.batch_size, **given, split=split)
-        sizes = [found.groups[0].size]
-    else:
-        equal = split == "strided" or call.explicit or coupled
-        sizes = candidates(call.batch_size, shards=call.shards, equal=equal)
+    if coupled and not asked:
+        sizes = [size for size in sizes if call.batch_size % size == 0]
     rows, needed = [], []
     for schedule in schedules:
         search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled)
@@ -184,7 +199,7 @@ def plan(
             f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, needs {min(needed)[0]} "
             "bytes on a device; raise the limit, shard the parameters, or divide the batch over more devices."
         )
-    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled)
+    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
 
 
 def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
@@ -193,6 +208,51 @@ def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list
     if not equal:
         sizes |= {2**i for i in range(batch_size.bit_length()) if 2**i < batch_size}
     return sorted(size for size in sizes if size % shards == 0)
+
+
+def _accepted(
+    couples: Callable[[int], bool], sizes: list[int]
+) -> tuple[list[int], tuple[int, ...], bool]:
+    """The sizes that `fun` accepts and those that it does not, and whether it has collectives.
+
+    A function of groups of examples does not accept a single one. So where the smallest size is
+    accepted all are, and no other is traced.
+    """
+    found: dict[int, bool] = {}
+    errors: dict[int, Exception] = {}
+    for size in sizes:
+        try:
+            found[size] = couples(size)
+        except Exception as error:  # of the user's function
+            errors[size] = error
+        if found and not errors:
+            return sizes, (), found[size]
+    if not found:
+        raise errors[sizes[-1]]
+    return list(found), tuple(errors), any(found.values())
+
+
+def _accepts(couples: Callable[[int], bool], size: int) -> bool:
+    try:
+        couples(size)
+    except Exception:  # of the user's function
+        return False
+    return True
+
+
+def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> bool:
+    """Whether `fun` has collectives, at the size that was asked for."""
+    try:
+        return couples(size)
+    except Exception as error:  # of the user's function, or one of ours
+        accepted = [other for other in others if _accepts(couples, other)]
+        if is_ours(error) or not accepted:
+            raise
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(
+            f"fun does not accept microbatches of {size} examples ({said}); pass a microbatch_size that "
+            f"it accepts: {', '.join(map(str, accepted))}."
+        ) from error
 
 
 def _limit(memory_bytes: Any, call: _lowering.Call) -> int:
@@ -208,7 +268,10 @@ def _limit(memory_bytes: Any, call: _lowering.Call) -> int:
 
 
 class _Search:
-    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed."""
+    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed.
+
+    The whole batch as one microbatch is no loop, holds no sums, and lies on no line: it is always compiled.
+    """
 
     def __init__(
         self, measure: Callable[[int], _lowering.Cost], sizes: list[int], batch_size: int, limit: int, *, ends: bool
@@ -230,13 +293,14 @@ class _Search:
             self._compile(choice)
 
     def _anchors(self) -> list[int]:
-        """About an eighth and a half of the batch: a single microbatch is no loop, and the smallest are padded."""
+        """The whole batch, and about an eighth and a half of it: the smallest microbatches are padded."""
+        whole = {self.batch_size} & set(self.sizes)
         loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
         small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
-        return sorted({small, loops[-1], *self.ends})
+        return sorted({small, loops[-1], *self.ends, *whole})
 
     def _compile(self, size: int) -> None:
-        if len(self.known) > 1:
+        if len(self.known) > 1 and size != self.batch_size:
             self.guesses[size] = round(self._between(size, "temp_bytes"))
         self.known[size] = self.measure(size)
 
@@ -245,8 +309,9 @@ class _Search:
         return self.known[size].total_bytes if size in self.known else round(self._between(size, "total_bytes"))
 
     def _between(self, size: int, name: str) -> float:
-        """The line through the nearest compiled sizes, on both sides where there are any."""
-        near = sorted(self.known, key=lambda other: abs(other - size))
+        """The line through the nearest compiled loops, on both sides where there are any."""
+        loops = [other for other in self.known if other != self.batch_size] or list(self.known)
+        near = sorted(loops, key=lambda other: abs(other - size))
         below, above = [x for x in near if x < size], [x for x in near if x > size]
         pair = [below[0], above[0]] if below and above else near[:2]
         values = [float(getattr(self.known[x], name)) for x in pair]

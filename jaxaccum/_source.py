@@ -28,3 +28,11 @@ def frame_of(eqn: Any) -> Frame | None:
         if not frame.file_name.startswith(_INNER):
             return Frame(frame.file_name, frame.line_num, frame.function_name)
     return None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised an error, and not the function that it called."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(_INNER[1])

@@ -67,4 +67,14 @@ ROWS = [
         "starts = jnp.arange(self.blocks, dtype=jnp.int32) *", "starts = jnp.zeros(self.blocks, dtype=jnp.int32) *",
         "test_data_parallel.py::test_example_keys_are_those_of_the_whole_batch_under_either_split",
     ),
+    (
+        "the whole batch is predicted like a loop", "_plan.py",
+        "return sorted({small, loops[-1], *self.ends, *whole})", "return sorted({small, loops[-1], *self.ends})",
+        "test_plan.py::test_the_whole_batch_may_fit_where_no_loop_does",
+    ),
+    (
+        "a plan lists what fun refuses", "_plan.py",
+        "return list(found), tuple(errors), any(found.values())", "return sizes, tuple(errors), any(found.values())",
+        "test_plan.py::test_a_function_of_groups_is_planned_at_sizes_that_it_accepts",
+    ),
 ]  # fmt: skip

@@ -236,6 +236,57 @@ def test_of_equally_many_operations_the_larger_microbatch_is_best():
     assert Plan(rows[::-1], 10, coupled=True).best is rows[1]
 
 
+def heavy(params, x):
+    """Two large matrices and few examples: the sums of a loop are larger than anything else."""
+    return jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+
+
+def test_the_whole_batch_may_fit_where_no_loop_does():
+    params = {name: jax.ShapeDtypeStruct((256, 256), FLOAT) for name in "ab"}
+    args = params, jax.ShapeDtypeStruct((16, 256), FLOAT)
+
+    def total(size):
+        step = jax.jit(ja.value_and_grad(heavy, microbatch_size=size))
+        real = step.lower(*args).compile().memory_analysis()
+        return real.temp_size_in_bytes + real.argument_size_in_bytes + real.output_size_in_bytes
+
+    limit = total(16)
+    assert all(total(size) > limit for size in (2, 4, 8))
+    plan = ja.plan(heavy, *args, memory_bytes=limit)
+    assert plan.best.microbatch_size == 16
+    assert plan.best.compiled
+    assert plan.best.total_bytes == limit
+    assert not any(row.fits for row in plan.rows if row.microbatch_size in (2, 4, 8))
+
+
+def centred(params, x):
+    """The rewards of four adjacent examples, centred."""
+    groups = (x @ params[0, :, :1]).reshape(-1, 4)
+    return jnp.mean((groups - jnp.mean(groups, axis=1, keepdims=True)) ** 2)
+
+
+def test_a_function_of_groups_is_planned_at_sizes_that_it_accepts():
+    plan = ja.plan(centred, *shapes(24), memory_bytes=10**7)
+    assert [row.microbatch_size for row in plan.rows] == [4, 8, 12, 16, 24]
+    assert plan.refused == (1, 2, 3, 6)
+    assert str(plan).splitlines()[-1] == "not accepted by fun: microbatches of 1, 2, 3, 6"
+    for row in plan.rows:  # the oracle runs them
+        step = ja.value_and_grad(centred, microbatch_size=row.microbatch_size)
+        assert jax.eval_shape(step, *shapes(24))[0].shape == ()
+    asked = lambda **size: lambda: ja.plan(centred, *shapes(24), memory_bytes=10**7, **size)
+    refused(asked(microbatch_size=6), "microbatches of 6", "cannot reshape", "4, 8, 12, 16, 24")
+    refused(asked(num_microbatches=4), "microbatches of 6", "4, 8, 12, 16, 24")
+
+
+def test_an_error_of_the_function_itself_is_its_own():
+    def broken(params, x):
+        raise RuntimeError("theirs")
+
+    for size in ({}, {"microbatch_size": 4}):
+        call = lambda size=size: ja.plan(broken, *shapes(24), memory_bytes=10**7, **size)
+        refused(call, "theirs", error=RuntimeError)
+
+
 def test_candidates():
     assert candidates(12) == [1, 2, 3, 4, 6, 8, 12]
     assert candidates(13) == [1, 2, 4, 8, 13]
