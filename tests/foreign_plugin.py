@@ -31,7 +31,7 @@ from jaxaccum.testing.bounds import normwise
 
 APPLIED = "applied"
 BOTH_RAISE = "JAX raises too"
-NOT_TRACED = "JAX raises too under jax.jit: the loss reads values in Python"
+NOT_TRACED = "JAX raises too where the loss is under jax.jit"
 UNCOMPARED = "not compared: under another transformation"
 ROUNDINGS = 100  # two programs of one loss differ by a few roundings, a wrong rule by far more
 
@@ -100,7 +100,8 @@ class Replacement:
         @functools.wraps(own)
         def gradient(*args: Any, **kwargs: Any) -> Any:
             accumulated = functools.partial(self.accumulated, fun, argnums, has_aux)
-            return self.call(accumulated, own, reason, args, kwargs)
+            jitted = self.own(_jitted(fun), argnums, has_aux)
+            return self.call(accumulated, own, jitted, reason, args, kwargs)
 
         return gradient
 
@@ -177,7 +178,7 @@ class Replacement:
 
         @functools.wraps(fun)
         def microbatched(*args: Any, **kwargs: Any) -> Any:
-            return self.call(divided, own, reason, args, kwargs)
+            return self.call(divided, own, own, reason, args, kwargs)
 
         return microbatched
 
@@ -185,6 +186,7 @@ class Replacement:
         self,
         ours: Callable[..., Any],
         own: Callable[..., Any],
+        jitted: Callable[..., Any],
         reason: str | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -208,7 +210,7 @@ class Replacement:
             self.calls.counts[BOTH_RAISE] += 1
             raise
         try:
-            _traced(own, args, kwargs)
+            jitted(*args, **kwargs)
         except Exception as error:
             if type(error) is type(failure):
                 self.calls.counts[NOT_TRACED] += 1
@@ -241,20 +243,24 @@ def _same(x: Any) -> Any:
     return jaxaccum.Mean(x, 1) if inexact else jaxaccum.Last(x)
 
 
-def _traced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Trace a function of its arrays, as `jax.jit` would."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    numbers = jax.Array | np.ndarray | np.generic | float | complex
-    places = [i for i, x in enumerate(leaves) if isinstance(x, numbers)]
+def _jitted(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under `jax.jit`, of arguments that need not be arrays."""
 
-    def traced(*arrays: Any) -> Any:
-        given = dict(zip(places, arrays, strict=True))
-        args, kwargs = jax.tree.unflatten(
-            structure, [given.get(i, x) for i, x in enumerate(leaves)]
-        )
-        return function(*args, **kwargs)
+    @functools.wraps(fun)
+    def jitted(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        numbers = jax.Array | np.ndarray | np.generic | float | complex
+        places = [i for i, x in enumerate(leaves) if isinstance(x, numbers)]
 
-    jax.eval_shape(traced, *(leaves[i] for i in places))
+        def traced(*arrays: Any) -> Any:
+            given = dict(zip(places, arrays, strict=True))
+            every = [given.get(i, x) for i, x in enumerate(leaves)]
+            args, kwargs = jax.tree.unflatten(structure, every)
+            return fun(*args, **kwargs)
+
+        return jax.jit(traced)(*(leaves[i] for i in places))
+
+    return jitted
 
 
 def _tag(accumulation: Any, output: Any) -> Any:

@@ -56,7 +56,26 @@ SUITES = [
     Suite("microbatching", "optax", "optax/microbatching/_microbatching_test.py"),
 ]
 
-KNOWN: list[tuple[str, str]] = []
+KNOWN: list[tuple[str, str]] = [
+    (
+        r"CustomVJP3?Test::test_(clip_gradient|closure_convert|custom_gradient_[23])$",
+        "its backward rule is not linear: each of n microbatches hands it the cotangent 1 / n",
+    ),
+    (
+        "test_bwd_rule_shape_mismatch_disable",
+        "its backward rule returns another shape than the parameter's, with JAX's check off",
+    ),
+    ("test_ad_weak_types_grad", "the gradient of a Python number is not weakly typed"),
+    ("test_grad_of_jit_compilation_caching2", "it counts compilations, and there are fewer"),
+    (
+        "test_no_cse_widget",
+        "it wants a program without loops before XLA; XLA removes a loop of one step",
+    ),
+    (
+        r"MicrobatchingTest::test_in_axes_(invariant|with_argnames)3$",
+        "it concatenates what has no row for each example",
+    ),
+]
 """Why tests fail: a pattern of their names, and the reason."""
 
 

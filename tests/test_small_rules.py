@@ -181,6 +181,10 @@ def test_the_dtype_of_sums(dtype):
     assert _tree.widen(jnp.dtype(dtype)) == jnp.dtype(WIDER[dtype])
 
 
+def test_the_gradient_of_an_integer_keeps_its_dtype():
+    assert _tree.widen(jax.dtypes.float0) == jax.dtypes.float0
+
+
 def test_the_dtype_of_sums_of_integers_is_the_widest_that_jax_has():
     with jax.enable_x64(False):
         assert [_tree.widen(x) for x in ("bool", "int16", "uint16")] == ["int32", "int32", "uint32"]
