@@ -25,6 +25,8 @@ class Role(enum.Enum):
     EXAMPLE_KEY = "folded with each example's index"
 
 
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+"""Flax's collection of variables whose gradients are their next values."""
 _ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
 
 
@@ -38,6 +40,11 @@ class Slot:
     axis: int = 0
     key: Any = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the "gradient" is the next value: Flax's float8 layers return their scales and maxima so."""
+        return f"['{OVERWRITE_WITH_GRADIENT}']" in self.name
 
     def array(self, leaf: Any) -> Any:
         """What the loop carries of the leaf."""

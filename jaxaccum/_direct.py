@@ -148,12 +148,19 @@ def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, kn
     sums = [i for i, part in enumerate(program.outputs.parts) if part.reduction is Reduction.SUM and i not in known]
     axes = [program.mesh_axes] * len(sums)
     for i, grad in zip(wrt, shares.grads, strict=True):
-        whole = program.slots[i].role is Role.WHOLE
-        axes.append(_mesh.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if whole else ())
-    summed = _mesh.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
+        is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].is_overwritten
+        axes.append(_mesh.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())
+    grads = [_largest(program, i, grad) for i, grad in zip(wrt, shares.grads, strict=True)]
+    summed = _mesh.sum_at_once([*(shares.parts[i] for i in sums), *grads], axes)
     known = known | dict(zip(sums, summed[: len(sums)], strict=True))
     pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
     parts = [
         known[i] if i in known else _reduce.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs
     ]
     return ValueAndGrad(parts, summed[len(sums) :])
+
+
+def _largest(program: Program, slot: int, grad: Array) -> Array:
+    """The maximum over all shards where a gradient is the next value of its variable; else the gradient as it is."""
+    names = _mesh.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)
+    return lax.pmax(grad, names) if program.slots[slot].is_overwritten and names else grad

@@ -211,17 +211,30 @@ class Derivative:
 
     @property
     def whole(self) -> list[int]:
-        """The differentiated slots whose gradients are summed over microbatches."""
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.WHOLE]
+        """The differentiated slots that every microbatch reads whole."""
+        return [*self.summed, *self.overwritten]
+
+    @property
+    def summed(self) -> list[int]:
+        """Those whose gradients are summed over microbatches."""
+        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].is_overwritten]
+
+    @property
+    def overwritten(self) -> list[int]:
+        """Those whose "gradients" are maxima over the examples, and so combine by maximum. They are never negative."""
+        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].is_overwritten]
+
+    def _wrt(self, role: Role) -> list[int]:
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is role]
 
     @property
     def rows(self) -> list[int]:
         """The differentiated slots whose gradients are rows, each of one microbatch."""
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.ROWS]
+        return self._wrt(Role.ROWS)
 
     @property
     def parameters(self) -> list[Array]:
-        """The arrays whose gradients are summed."""
+        """The arrays of `whole`."""
         return [self.arrays[i] for i in self.whole]
 
     def zeros(self) -> list[Array]:
@@ -234,18 +247,21 @@ class Derivative:
         self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
     ) -> tuple[list[Array], Any, Any]:
         """The backward pass maps the sums so far to the sums with this microbatch."""
-        places = self._places(g)
+        places, count = self._places(g), len(self.summed)
 
-        def forward(sums: list[Array], own: list[Array]) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
-            cut = self._with_rows(rows, own)
-            inputs = self.program.inputs(g, self.arrays, rows=cut, carry=carry, index=index)
+        def forward(
+            sums: list[Array], overwritten: list[Array], own: list[Array]
+        ) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
+            arrays, cut = self._with_arrays(self.overwritten, overwritten), self._with_rows(rows, own)
+            inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
             parts, sums = self.program.traces[g].with_sums(index, inputs, sums, places)
             return (self._wanted(parts), sums), parts
 
-        unread = [_mesh.zeros(jax.typeof(x)) for x in sums]
-        (outs, _), pull, parts = jax.vjp(forward, unread, self._differentiated(rows), has_aux=True)
-        sums, written = pull((self.cotangents(outs, extra), sums))
-        return parts, sums, written
+        unread = [_mesh.zeros(jax.typeof(x)) for x in sums[:count]]
+        overwritten = [self.arrays[i] for i in self.overwritten]
+        (outs, _), pull, parts = jax.vjp(forward, unread, overwritten, self._differentiated(rows), has_aux=True)
+        added, news, written = pull((self.cotangents(outs, extra), sums[:count]))
+        return parts, [*added, *self._maxima(sums[count:], news)], written
 
     def add_tree(
         self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
@@ -253,8 +269,12 @@ class Derivative:
         """The backward pass returns a tree of gradients, which is added to the sums."""
         parts, pull, outs = self.at(g, rows=rows, carry=carry, index=index)
         grads, written = pull(self.cotangents(outs, extra))
-        sums = [total + cast(grad, total.dtype) for total, grad in zip(sums, grads, strict=True)]
-        return parts, sums, written
+        count = len(self.summed)
+        added = [total + cast(grad, total.dtype) for total, grad in zip(sums[:count], grads[:count], strict=True)]
+        return parts, [*added, *self._maxima(sums[count:], grads[count:])], written
+
+    def _maxima(self, olds: list[Array], news: list[Array]) -> list[Array]:
+        return [jnp.maximum(old, cast(new, old.dtype)) for old, new in zip(olds, news, strict=True)]
 
     def at(
         self, g: int, *, rows: list[Array], carry: Any, index: Array
@@ -262,10 +282,7 @@ class Derivative:
         """One microbatch forward: all its parts, the pullback to parameters and rows, and the parts it starts from."""
 
         def forward(parameters: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
-            arrays = list(self.arrays)
-            for i, x in zip(self.whole, parameters, strict=True):
-                arrays[i] = x
-            cut = self._with_rows(rows, own)
+            arrays, cut = self._with_arrays(self.whole, parameters), self._with_rows(rows, own)
             parts = self.program.parts(g, arrays, rows=cut, carry=carry, index=index)
             return self._wanted(parts), parts
 
@@ -274,9 +291,16 @@ class Derivative:
 
     def _places(self, g: int) -> dict[int, int]:
         """The arguments of trace `g` that have a running sum: their positions there, and those of the sums."""
-        place_of = {slot: place for place, slot in enumerate(self.whole)}
+        place_of = {slot: place for place, slot in enumerate(self.summed)}
         sources = enumerate(self.program.sources(g))
         return {position: place_of[slot] for position, slot in sources if slot in place_of}
+
+    def _with_arrays(self, slots: list[int], values: Sequence[Array]) -> list[Array]:
+        """The arrays of the call, with those of the given slots replaced."""
+        arrays = list(self.arrays)
+        for i, x in zip(slots, values, strict=True):
+            arrays[i] = x
+        return arrays
 
     def _wanted(self, parts: list[Array]) -> list[Array]:
         return [parts[i] for i in self.gradient.parts]

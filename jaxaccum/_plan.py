@@ -210,9 +210,7 @@ def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list
     return sorted(size for size in sizes if size % shards == 0)
 
 
-def _accepted(
-    couples: Callable[[int], bool], sizes: list[int]
-) -> tuple[list[int], tuple[int, ...], bool]:
+def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> tuple[list[int], tuple[int, ...], bool]:
     """The sizes that `fun` accepts and those that it does not, and whether it has collectives.
 
     A function of groups of examples does not accept a single one. So where the smallest size is

@@ -91,4 +91,14 @@ ROWS = [
         "if program.has_checks:", "if False:",
         "test_user_rules.py::test_checks_inside_the_loss_are_reported",
     ),
+    (
+        "float8 maxima are summed", "_loop.py",
+        "[jnp.maximum(old, cast(new, old.dtype))", "[old + cast(new, old.dtype)",
+        "test_float8.py::test_scales_and_maxima_are_those_of_the_full_batch",
+    ),
+    (
+        "an empty state is no state", "_arguments.py",
+        "any(axes is CARRY for axes in in_axes))", "any(slot.role is Role.CARRY for slot in slots))",
+        "test_arguments_as_they_come.py::test_a_state_without_leaves_is_carried",
+    ),
 ]  # fmt: skip

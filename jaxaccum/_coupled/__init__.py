@@ -55,6 +55,11 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
         return typed(result, program.axes)
     if not program.coupled:
         return _loop.run_with_gradient(program, arrays, gradient, seeds)
+    if overwritten := [program.slots[i].name for i in gradient.wrt if program.slots[i].is_overwritten]:
+        raise NotImplementedError(
+            f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, which a loss with "
+            "collectives over the axis of the loop does not support; leave the collectives out, or the float8 layers."
+        )
     cuts = _cuts(program)
     plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
     return _reversed(plan, list(arrays), list(seeds))
