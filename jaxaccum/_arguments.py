@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _check
+from jaxaccum import _assignments, _check
 from jaxaccum._tree import is_array, key_impl, leaf_name, leaves_with_names
 from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
 
@@ -88,13 +88,14 @@ def read(
     in_axes = per_argument(in_axes, len(args))
     leaves, slots, arrays, statics = 0, [], [], {}
     for number, (arg, axes) in enumerate(zip(args, in_axes, strict=True)):
+        of_model = number in differentiated and _assignments.holds_modules(arg)
         for name, leaf, axis in _with_axes(arg, axes, f"argument {number}"):
             _check.numeric(leaf, name)
             if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
                 statics[leaves] = leaf
             else:
                 if number in differentiated:
-                    _check.differentiable(leaf, name)
+                    _check.differentiable(leaf, name, of_model=of_model)
                 slots.append(_slot(name, leaf, axis, number))
                 arrays.append(slots[-1].array(leaf))
             leaves += 1

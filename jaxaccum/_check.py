@@ -100,8 +100,14 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def differentiable(leaf: Any, name: str) -> None:
+def differentiable(leaf: Any, name: str, *, of_model: bool = False) -> None:
     """A leaf that a derivative is asked of is real or complex floating."""
+    if of_model and not (is_array(leaf) and is_inexact(leaf)):
+        raise TypeError(
+            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}: it is part of an nnx "
+            "model. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), which differentiates the "
+            "parameters of a model and updates the rest."
+        )
     if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
         raise TypeError(
             f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it out of argnums."

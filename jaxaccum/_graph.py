@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
+from jaxaccum import _assignments, _check
 from jaxaccum._tags import Carry
 from jaxaccum._tree import leaf_name
 from jaxaccum._types import Array, Fun, PyTree, WithStreams
@@ -24,8 +26,11 @@ from jaxaccum._types import Array, Fun, PyTree, WithStreams
 
 def holds_modules(x: PyTree) -> bool:
     """Whether any part of `x` is a module or a variable of nnx."""
-    is_node = lambda leaf: isinstance(leaf, nnx.Pytree | nnx.Variable)
-    return any(is_node(leaf) for leaf in jax.tree.leaves(x, is_leaf=is_node))
+    return any(map(_is_node, jax.tree.leaves(x, is_leaf=_is_node)))
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,31 @@ class Models:
 
     @classmethod
     def among(cls, args: tuple[Any, ...], filters: Mapping[int, Any]) -> Models:
-        """The models among `args`; `filters` says for each differentiated argument which of its variables."""
-        places = tuple(i for i, arg in enumerate(args) if holds_modules(arg))
-        modules = tuple(args[i] for i in places)
-        split = functools.partial(_split, [_within(k, filters.get(i, False)) for k, i in enumerate(places)])
-        return cls(places, modules, split, *split(modules))
+        """The models among `args`; `filters` says for each differentiated argument which of its variables.
+
+        As in nnx, a filter selects among the variables of modules; whatever is outside of modules is
+        differentiated.
+        """
+        places, modules, selected = [], [], []
+        for i, arg in enumerate(args):
+            if holds_modules(arg):
+                arg = _with_arrays(arg, f"argument {i}") if i in filters else arg
+                places.append(i)
+                modules.append(arg)
+                selected.append(_selector(arg, filters[i]) if i in filters else _nothing)
+        split = functools.partial(_split, [_within(k, accepts) for k, accepts in enumerate(selected)])
+        for i, arg, accepts in zip(places, modules, selected, strict=True):
+            if i in filters:
+                _check_selected(i, arg, accepts, filters[i])
+        return cls(tuple(places), tuple(modules), split, *split(tuple(modules)))
+
+    def gradient(self, i: int, grads: Any) -> PyTree:
+        """The gradient of argument `i` as nnx returns it: like the argument, with a state for each module."""
+        if i not in self.places:
+            return grads
+        arg = self.modules[self.places.index(i)]
+        own = lambda path, _: _at(grads, path)
+        return jax.tree_util.tree_map_with_path(own, arg, is_leaf=_is_node)
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `pure` is called with: parameters in place of modules, and the state, a list of arrays, last."""
@@ -58,14 +83,21 @@ class Models:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             *given, state = args
-            params, rest = [given[i] for i in self.places], self._state(state)
-            before = jax.tree.leaves(params)  # now: the modules take over their variables
-            states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
-            modules = nnx.merge(self.graphdef, *states, rest)
-            output = fun(*self._placed(tuple(given), modules), **kwargs)
-            graphdef, new_params, new_rest = self.split(modules)
-            _check_structure(self.graphdef, graphdef, (params, rest), (new_params, new_rest))
-            _check_unassigned(before, new_params)
+            params = [given[i] for i in self.places]
+            before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
+
+            def run(*arrays: Any) -> tuple[Any, Any, Any]:
+                modules = self._merged(jax.tree.unflatten(treedef, arrays), self._state(state))
+                output = fun(*self._placed(tuple(given), modules), **kwargs)
+                graphdef, new_params, new_rest = self.split(modules)
+                states = (params, self._state(state)), (new_params, new_rest)
+                _check_structure(self.graphdef, graphdef, *states)
+                return output, new_params, new_rest
+
+            output, new_params, new_rest = run(*before)
+            if not _assignments.same_objects(before, jax.tree.leaves(new_params)):
+                kept = _assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1]), before)
+                _check_unassigned(kept, new_params)
             new = jax.tree.leaves(new_rest)
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
@@ -73,6 +105,11 @@ class Models:
             return loss, (aux, Carry(new) if new else None)
 
         return WithStreams(call)
+
+    def _merged(self, params: list[Any], rest: Any) -> Any:
+        """The models that hold these parameters and this state."""
+        states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
+        return nnx.merge(self.graphdef, *states, rest)
 
     def update(self, state: list[Array]) -> None:
         """Put a new state into the modules."""
@@ -92,10 +129,58 @@ def _split(filters: list[Any], modules: tuple[Any, ...]) -> tuple[Any, list[Any]
     return graphdef, [state[k] if k in state else nnx.State({}) for k, state in enumerate(states)], rest
 
 
-def _within(place: int, filter: Any) -> Any:
-    """The filter of one argument, for variables of all arguments."""
-    accepts = filterlib.to_predicate(filter)
+def _within(place: int, accepts: Any) -> Any:
+    """The selection among variables of one argument, of the variables of all arguments."""
     return lambda path, variable: path[0] == place and accepts(path[1:], variable)
+
+
+def _nothing(path: Any, variable: Any) -> bool:
+    del path, variable
+    return False
+
+
+def _selector(arg: PyTree, filter: Any) -> Any:
+    """Whether a variable of the argument is differentiated."""
+    accepts = filterlib.to_predicate(filter)
+    leaves = jax.tree_util.tree_leaves_with_path(arg, is_leaf=_is_node)
+    outside = {_keys(path) for path, x in leaves if not isinstance(x, nnx.Pytree)}
+    return lambda path, variable: path in outside or accepts(path, variable)
+
+
+def _with_arrays(arg: PyTree, name: str) -> PyTree:
+    """The argument with an array for every number outside of its modules, as derivatives ask for."""
+
+    def array(path: Any, x: Any) -> Any:
+        if _is_node(x):
+            return x
+        _check.differentiable(x, leaf_name(name, path))
+        return jnp.asarray(x)
+
+    return jax.tree_util.tree_map_with_path(array, arg, is_leaf=_is_node)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A path of JAX as nnx writes it."""
+    names = ("idx", "key", "name")
+    return tuple(next(getattr(e, name) for name in names if hasattr(e, name)) for e in path)
+
+
+def _at(state: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at the path; an empty state for a module that an earlier argument holds too."""
+    for key in _keys(path):
+        if key not in state:
+            return nnx.State({})
+        state = state[key]
+    return state
+
+
+def _check_selected(i: int, arg: PyTree, accepts: Any, filter: Any) -> None:
+    if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):
+        raise ValueError(
+            f"argument {i} is to be differentiated, and the filter {getattr(filter, '__name__', filter)} "
+            f"selects none of its variables. Name others, as in argnums=nnx.DiffState({i}, nnx.Variable), "
+            "or leave it out of argnums."
+        )
 
 
 def _paths(tree: PyTree) -> set[str]:
@@ -115,9 +200,9 @@ def _check_structure(old: Any, new: Any, old_states: Any, new_states: Any) -> No
     )
 
 
-def _check_unassigned(old: Sequence[Any], new: PyTree) -> None:
-    for before, (path, after) in zip(old, jax.tree_util.tree_leaves_with_path(new), strict=True):
-        if before is not after:
+def _check_unassigned(kept: Sequence[bool], new: PyTree) -> None:
+    for same, (path, _) in zip(kept, jax.tree_util.tree_leaves_with_path(new), strict=True):
+        if not same:
             raise ValueError(
                 f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is differentiated; every microbatch "
                 "sees the parameters as they were. Assign outside the loss, or keep the value in a variable that is "

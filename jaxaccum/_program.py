@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _arguments, _check, _mesh, _outputs, _reversible
+from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _reversible
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs, Term
@@ -390,7 +390,7 @@ class _Call:
     def at(self, size: int) -> Callable[..., list[Any]]:
         def flat(*arrays: Any) -> list[Any]:
             args, kwargs = self.layout.build(list(arrays))
-            output = self.fun(*args, **kwargs)
+            output = _assignments.call(self.fun, args, kwargs)
             if self.loss:
                 output = _outputs.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
@@ -446,8 +446,9 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
             own.append(x)
         call_args, call_kwargs = layout.build(own)
         has_carry = layout.has_carry
+        output = _assignments.call(fun, call_args, call_kwargs)
         outputs, parts = _outputs.read(
-            fun(*call_args, **call_kwargs), size=size, carry=layout.carry, has_carry=has_carry, padded=False
+            output, size=size, carry=layout.carry, has_carry=has_carry, padded=False
         )
         found.append(outputs)
         return parts

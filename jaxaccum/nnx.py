@@ -67,6 +67,8 @@ def value_and_grad(
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
         ``((value, aux), grads)``. The gradient of a model is an ``nnx.State`` with the structure of
         ``nnx.state(model, nnx.Param)``, as an ``nnx.Optimizer`` takes it, in the accumulator's dtype.
+        As in nnx, an argument that is no model (a variable, an ``nnx.State``, a list of models) has a
+        gradient of its own structure, and what it holds outside of models is differentiated.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns to a parameter.
@@ -102,6 +104,7 @@ def value_and_grad(
         if state:
             models.update(state)
         values = (value, *([aux] if has_aux else []), *report)
+        grads = tuple(models.gradient(i, own) for i, own in zip(numbers, grads, strict=True))
         grads = grads if isinstance(argnums, tuple | list) else grads[0]
         return (values if len(values) > 1 else value), grads
 
@@ -140,7 +143,8 @@ def grad(
         accumulator: how gradients add up.
 
     Returns:
-        A function of the same arguments that updates the models and returns ``grads``, or ``(grads, aux)``.
+        A function of the same arguments that updates the models and returns ``grads``, or
+        ``(grads, aux)``; a report comes last.
 
     Example:
         >>> from flax import nnx
@@ -160,7 +164,7 @@ def grad(
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
+        return (grads, *value[1:]) if isinstance(value, tuple) else grads
 
     return gradient
 

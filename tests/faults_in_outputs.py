@@ -52,4 +52,35 @@ ROWS = [
         "slots, arrays = _unwrapped(slots, arrays)", "slots, arrays = list(slots), list(arrays)",
         "test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
     ),
+    (
+        "an argument handed on is its own", "_assignments.py",
+        "return [place == i for i, place", "return [place is not None for i, place",
+        "test_nnx_arguments.py::test_parameters_that_change_places_are_assigned_to",
+    ),
+    (
+        "what a scan carries is changed", "_assignments.py",
+        "carry = [i if i == consts + k else None", "carry = [None",
+        "test_nnx_arguments.py::test_a_model_goes_through_transformations_of_nnx",
+    ),
+    (
+        "assignments to a model are lost", "_assignments.py",
+        "if (name := _assigned(fun, before, treedef)) is not None:", "if False:",
+        "test_nnx_arguments.py::test_an_assignment_that_would_be_lost_is_refused",
+    ),
+    (
+        "a filter selects outside of models too", "_graph.py",
+        "path in outside or accepts(path, variable)", "accepts(path, variable)",
+        "test_nnx_arguments.py::test_gradients_are_those_of_nnx_for_whatever_holds_variables",
+    ),
+    (
+        "an empty gradient passes", "_graph.py",
+        "if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):", "if False:",
+        "test_nnx_arguments.py::test_an_argument_without_anything_to_differentiate_is_refused",
+    ),
+    (
+        "the report of a model's gradient is dropped", "nnx.py",
+        "return (grads, *value[1:]) if isinstance(value, tuple) else grads",
+        "return (grads, value[1]) if has_aux else grads",
+        "test_nnx_arguments.py::test_a_report_comes_last",
+    ),
 ]  # fmt: skip

@@ -162,7 +162,7 @@ FAULTS = [
     ),
     Fault(
         "fun is traced twice", "_program.py",
-        "            output = self.fun(*args, **kwargs)\n",
+        "            output = _assignments.call(self.fun, args, kwargs)\n",
         "            self.fun(*args, **kwargs)\n            output = self.fun(*args, **kwargs)\n",
         "test_value_and_grad.py::test_fun_is_traced_once_a_size",
     ),

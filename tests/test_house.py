@@ -16,7 +16,7 @@ LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
     ["_running_sums", "_reversible"],
-    ["_check", "_closure", "_tags", "_reduce", "_trace", "_moments"],
+    ["_check", "_closure", "_tags", "_reduce", "_trace", "_moments", "_assignments"],
     ["_accumulators", "_arguments", "_outputs", "_batch_norm", "_graph", "_unchecked"],
     ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],
     ["_loop", "_partition", "_explicit"],
