@@ -25,7 +25,9 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum import _arguments, _check, _mesh, _program
 from jaxaccum._arguments import Layout, Role
 from jaxaccum._program import Options
+from jaxaccum._source import is_ours
 from jaxaccum._types import Array, Fun
+from jaxaccum._unchecked import mapped_mesh_axes
 
 _NEEDS_GLOBAL_ARRAYS = (
     "Closing over inputs to shard_map",
@@ -51,7 +53,31 @@ def spread(
 ) -> Any:
     """``call(fun, options, args, kwargs)``, over the devices of an explicit mesh if the batch is laid out on one."""
     _check.gather(gather)
+    try:
+        return _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
+    except ValueError as error:
+        mapped = mapped_mesh_axes()
+        if not mapped or is_ours(error):
+            raise
+        raise ValueError(
+            f"the call is inside jax.shard_map, under a jax.vmap with spmd_axis_name={_quoted(sorted(mapped))}, where "
+            "JAX cannot follow which values of a loop vary over the mesh; pass check_vma=False to jax.shard_map."
+        ) from error
+
+
+def _spread(
+    call: Call,
+    fun: Fun,
+    options: Options,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    argnums: Sequence[int],
+    gather: str,
+) -> Any:
     layout, arrays, _ = _program.read(options, args, kwargs, argnums)
+    if any(map(_mesh.is_summed, arrays)):
+        return _of_plain_types(call, fun, options, layout, arrays, argnums=argnums, gather=gather)
     axes = _batch_axes(layout, arrays)
     if not axes:
         return call(fun, options, args, kwargs)
@@ -67,6 +93,25 @@ def spread(
         if not any(says in str(error) for says in _NEEDS_GLOBAL_ARRAYS):
             raise
         return found.globally()
+
+
+def _of_plain_types(
+    call: Call, fun: Fun, options: Options, layout: Layout, arrays: list[Array], *, argnums: Sequence[int], gather: str
+) -> Any:
+    """The call with sums over devices taken that JAX would leave to be taken; its gradients come back as JAX's do."""
+    args, kwargs = layout.build([_mesh.plain(x) for x in arrays])
+    result = _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
+    if not argnums:
+        return result
+    head, grads = result
+    leaves, treedef = jax.tree.flatten(grads)
+    own = [arrays[i] for i in _differentiated(layout, argnums)]
+    return head, treedef.unflatten(map(_mesh.as_cotangent, leaves, own))
+
+
+def _differentiated(layout: Layout, argnums: Sequence[int]) -> list[int]:
+    """The slots of the gradients, in the order in which they are returned."""
+    return [i for number in argnums for i, slot in enumerate(layout.slots) if slot.argnum == number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +233,7 @@ class _Spread:
         )
 
     def _differentiated(self) -> list[int]:
-        """The slots of the gradients, in the order in which they are returned."""
-        return [i for number in self.argnums for i, slot in enumerate(self.layout.slots) if slot.argnum == number]
+        return _differentiated(self.layout, self.argnums)
 
     def _leaves_of(self, sharded: dict[int, P]) -> dict[int, P]:
         """By position among all leaves of the arguments, of which slots are those that are arrays."""

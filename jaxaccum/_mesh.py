@@ -44,6 +44,29 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def is_summed(x: Array) -> bool:
+    """Whether the type of `x` says that it is a sum which JAX has still to take, or that its cotangent is one."""
+    own = spec(x)
+    return bool(own.unreduced or own.reduced)
+
+
+def plain(x: Array) -> Array:
+    """`x` as an array of a plain type, its sum over devices taken."""
+    return jax.sharding.reshard(x, _of_parts(x)) if is_summed(x) else x
+
+
+def as_cotangent(grad: Array, x: Array) -> Array:
+    """A gradient in the type of the cotangents of `x`: a sum to be taken is one of a value that is reduced."""
+    if not is_summed(x):
+        return grad
+    own = spec(x)
+    return jax.sharding.reshard(grad, _of_parts(x, unreduced=own.reduced, reduced=own.unreduced))
+
+
+def _of_parts(x: Array, **kinds: Any) -> NamedSharding:
+    return NamedSharding(of(x), PartitionSpec(*spec(x).partitions, **kinds))
+
+
 def full(aval: Any, value: Any, dtype: Any = None) -> Array:
     """An array of one value, over the mesh as its type says; of another dtype where one is given."""
     dtype, sharding = aval.dtype if dtype is None else dtype, getattr(aval, "sharding", None)

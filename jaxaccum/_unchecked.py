@@ -17,6 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 from jax._src import config  # `shard_map` has no public name for the state that its own check_vma sets
+from jax._src import core as unstable  # nor has JAX one for the mesh axes of an outer `vmap`
 from jax.interpreters import ad, batching, mlir
 
 from jaxaccum._trace import axes_of, changed, unchanged
@@ -27,6 +28,12 @@ from jaxaccum._types import Array, PyTree
 def unchecked() -> Any:
     """A context in which JAX does not track which values vary."""
     return config._check_vma(False)
+
+
+def mapped_mesh_axes() -> frozenset[str]:
+    """The manual mesh axes over which an outer ``jax.vmap(…, spmd_axis_name=…)`` divides what it maps."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return frozenset(unstable.get_axis_env().spmd_axis_names) & frozenset(manual)
 
 
 def untyped(tree: PyTree) -> PyTree:

@@ -77,4 +77,9 @@ ROWS = [
         "return list(found), tuple(errors), any(found.values())", "return sizes, tuple(errors), any(found.values())",
         "test_plan.py::test_a_function_of_groups_is_planned_at_sizes_that_it_accepts",
     ),
+    (
+        "a gradient has the type of its parameter", "_mesh.py",
+        "unreduced=own.reduced, reduced=own.unreduced", "unreduced=own.unreduced, reduced=own.reduced",
+        "test_data_parallel.py::test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types",
+    ),
 ]  # fmt: skip

@@ -315,6 +315,44 @@ def test_outputs_are_laid_out_as_the_parameters_that_they_come_from():
     assert normwise(first, aux["sum"]) > 1e-3  # one microbatch's
 
 
+def one_product(w, x):
+    """JAX adds no reduced parameter to rows."""
+    return jnp.mean(jnp.tanh(x @ w["a"]) ** 2) + jnp.mean(jnp.sin(x) @ w["a"] @ w["c"])
+
+
+SUMS = {
+    # the type of the parameters: a loss of them
+    "reduced": one_product,
+    "unreduced": lambda w, x: one_product(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), w), x),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("n", [1, 2])
+def test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types(kind, n):
+    """The gradient of a reduced parameter is a sum over devices that JAX has still to take, and the other way round."""
+
+    def gradient(step):
+        types = []
+
+        def of(w, x):
+            w = jax.tree.map(lambda a: jax.sharding.reshard(a, P(**{kind: {"data"}})), w)
+            grads = step(w, x)
+            types.append(jax.tree.map(lambda g: jax.typeof(g).sharding.spec, grads))
+            return jax.tree.map(lambda g: jax.sharding.reshard(g, P()), grads)
+
+        with jax.set_mesh(EXPLICIT):
+            return on_mesh(of), types[0]
+
+    loss = SUMS[kind]
+    expected, types = gradient(jax.grad(loss))
+    for step in (ja.grad(loss, num_microbatches=n), jax.grad(ja.microbatch(loss, num_microbatches=n))):
+        actual, own = gradient(step)
+        assert own == types
+        assert normwise(actual, expected) < EXACT
+    assert normwise(expected, jax.grad(one_product)(W, X)) < EXACT
+
+
 # -- bad meshes -------------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,25 @@ def test_one_all_reduce_a_step(n, check_vma):
     assert not re.search(r"all-gather|all-to-all|collective-permute", hlo)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("entry", ["value_and_grad", "microbatch"])
+def test_an_ensemble_over_a_second_axis_of_the_mesh(entry, n):
+    """``jax.vmap(…, spmd_axis_name=…)`` around `shard_map`, where JAX's own scan needs check_vma=False too."""
+    mesh = jax.make_mesh((2, 4), ("model", "data"), axis_types=(AxisType.Auto,) * 2)
+    members, (x, _) = data(4, 3, 5), BATCH
+    mean = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    def gradients(check_vma):
+        options = {"num_microbatches": n, "mesh_axes": "data"}
+        one = ja.grad(mean, **options) if entry == "value_and_grad" else jax.grad(ja.microbatch(mean, **options))
+        over = jax.shard_map(one, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+        return jax.jit(jax.vmap(over, in_axes=(0, None), spmd_axis_name="model"))(members, x)
+
+    expected = jax.vmap(jax.grad(mean), in_axes=(0, None))(members, x)
+    assert normwise(gradients(False), expected) < EXACT
+    refused(lambda: gradients(True), "spmd_axis_name='model'", "pass check_vma=False to jax.shard_map")
+
+
 def test_a_loop_by_hand_reduces_once_a_microbatch():
     """The negative control of the law above: parameters that are not cast to varying."""
 
