@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxaccum._multisteps import step_if
-from jaxaccum._tree import cast, widen
+from jaxaccum._step_if import as_dtype, is_float0, step_if
+from jaxaccum._tree import cast, dtype_of, is_inexact, widen
 from jaxaccum._types import Array, PyTree
 
 
@@ -47,7 +47,7 @@ def dynamic_loss_scale(
             grads = grads / state.scale  # in float32
             if not isfinite(grads):
                 return zeros, state(scale=state.scale / factor)
-            updates = opt.update(grads, …)
+            updates = opt.update(grads, …)  # all in float32, the parameters and states too
             return updates, state(scale=state.scale * factor if growth_interval good steps)
 
     Args:
@@ -58,6 +58,9 @@ def dynamic_loss_scale(
 
     Returns:
         A gradient transformation; `opt` does not run for a batch that is left out, and its state stays.
+        `opt` sees gradients, parameters and states in float32, so that it sees gradients
+        below the range of float16. States are kept in their own dtypes. Updates have the dtype that
+        `opt` alone returns for gradients in the dtype of their parameters.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxaccum
@@ -82,13 +85,21 @@ def dynamic_loss_scale(
         return LossScaleState(jnp.float32(initial), jnp.int32(0), jnp.int32(0), inner.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, LossScaleState]:
-        def unscaled(grad: Array) -> Array:
-            wide = cast(grad, widen(grad.dtype))
-            return wide / cast(state.scale, wide.dtype)
+        def unscaled(grad: Any) -> Any:
+            wide = _wide(grad)
+            return wide if is_float0(wide) else wide / cast(state.scale, wide.dtype)
 
         grads = jax.tree.map(unscaled, updates)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
-        new, held = step_if(finite, inner, grads, state.inner_opt_state, params, like=updates, extra_args=extra_args)
+        finite = _all_finite(grads)
+        like = updates if params is None else jax.tree.map(_not_narrower, updates, params)
+        old = state.inner_opt_state
+        dtypes, _ = jax.eval_shape(lambda: _update(inner, like, old, params, extra_args))
+
+        def step() -> tuple[PyTree, PyTree]:
+            new, held = _update_in_float32(inner, grads, old, params, extra_args)
+            return jax.tree.map(as_dtype, new, dtypes), held
+
+        new, _, held = step_if(finite, step, grads, old)
         good = jnp.where(finite, state.good_steps + 1, jnp.zeros_like(state.good_steps))
         grows = good >= growth_interval
         scale = jnp.where(finite, jnp.where(grows, state.scale * factor, state.scale), state.scale / factor)
@@ -100,6 +111,41 @@ def dynamic_loss_scale(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update(
+    opt: Any, grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]
+) -> tuple[PyTree, PyTree]:
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
+        return opt.update(grads, state, params, **extra_args)
+
+
+def _update_in_float32(
+    opt: Any, grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]
+) -> tuple[PyTree, PyTree]:
+    """A step in which parameters and states are as wide as `grads`, as a `cond` in `opt` requires.
+
+    The states have the dtypes that `opt` makes for such parameters, so that one with ``mu_dtype``
+    keeps it.
+    """
+    wide = None if params is None else jax.tree.map(_wide, params)
+    own = jax.eval_shape(opt.init, grads if params is None else wide)
+    return _update(opt, grads, jax.tree.map(as_dtype, state, own), wide, extra_args)
+
+
+def _wide(x: Any) -> Any:
+    return cast(x, widen(dtype_of(x))) if is_inexact(x) else x
+
+
+def _not_narrower(grad: Any, parameter: Any) -> Any:
+    """The gradient in its parameter's dtype, or in its own where that is wider."""
+    wider = dtype_of(grad).itemsize > dtype_of(parameter).itemsize
+    return grad if wider or not is_inexact(grad) else cast(grad, dtype_of(parameter))
+
+
+def _all_finite(grads: PyTree) -> Array:
+    finite = [jnp.all(jnp.isfinite(grad)) for grad in jax.tree.leaves(grads) if not is_float0(grad)]
+    return jnp.all(jnp.stack(finite))
 
 
 def _as(x: ArrayLike, like: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxaccum import _check, _mesh
+from jaxaccum import _check
+from jaxaccum._step_if import is_float0, step_if
+from jaxaccum._traced_check import checked
 from jaxaccum._tree import cast, dtype_of, is_inexact, leaves_with_names, promote
 from jaxaccum._types import Array, PyTree
 
@@ -36,7 +37,7 @@ class MultiStepsState(NamedTuple):
     total_weight: Any = None
     """``Σ w`` of the open window; a microbatch without a weight counts 1."""
     updated: Any = None
-    """bool: whether the last call ran the optimizer."""
+    """bool: whether the call that returned this state ran the optimizer."""
 
 
 class MultiSteps(optax.MultiSteps):
@@ -52,8 +53,8 @@ class MultiSteps(optax.MultiSteps):
 
     A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs at the end of a
     window and at no other time, also under ``jit``, ``scan`` and ``shard_map``; nothing is masked by multiplication,
-    so a window with NaN ends with itself; the gradient that `opt` sees is not cast back to low precision; extra
-    arguments pass through ``optax.chain``.
+    so a window with NaN ends with itself; extra arguments pass through ``optax.chain``. Gradients
+    are summed in float32, and `opt` sees their mean in the dtype that they came in.
 
     Args:
         opt: the optimizer.
@@ -67,6 +68,7 @@ class MultiSteps(optax.MultiSteps):
     Guarantees:
         Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have the dtype that `opt` itself
         returns for these gradients and parameters; the states of `opt` keep theirs, so that it can be scanned.
+        The sums of gradients are sharded as the parameters that `init` sees.
 
     Raises:
         ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where the value is
@@ -115,7 +117,8 @@ class MultiSteps(optax.MultiSteps):
         """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the window's mean, else zeros.
 
         Args:
-            updates: the *mean* gradient of the microbatch, a pytree like the parameters.
+            updates: the *mean* gradient of the microbatch, a pytree like the parameters. That of an
+                integer parameter is float0, as ``jax.grad(…, allow_int=True)`` gives it.
             state: of `init` or of the call before; a state of ``optax.MultiSteps`` is taken too.
             params: the parameters, if `opt` reads them.
             weight: the weight of the microbatch, a non-negative scalar: its number of examples or tokens. A
@@ -128,35 +131,51 @@ class MultiSteps(optax.MultiSteps):
         state = _extended(state)
         _check_tree(updates, state.acc_grads)
         k = _checked_k(self._every_k_schedule(state.gradient_step))
-        skip, skip_state = self._should_skip_update_fn(updates, state.gradient_step, params)
+        step, floating = state.gradient_step, _floating(updates)
+        skip, skip_state = self._should_skip_update_fn(floating, step, params)
         _check_skip(skip)
         window = _Window.of(state)
-        window = _select(skip, window, self._added(window, updates, _checked_weight(weight, window.total_weight)))
+        added = self._added(window, updates, _checked_weight(weight, window.total_weight))
+        window = jax.tree.map(lambda old, new: jnp.where(skip, old, new), window, added)
         emit = jnp.logical_and(jnp.logical_not(skip), window.mini_step >= k)
-        state = state._replace(skip_state=skip_state, updated=jnp.zeros_like(state.updated), **window._asdict())
+        state = state._replace(skip_state=skip_state, **window._asdict())
         return self._step(emit, state, params, like=updates, extra_args=extra_args)
 
     def flush(self, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MultiStepsState]:
         """Apply the open window as it is, with its true weight: 3 microbatches of 4 count as 3.
 
+        One line for the state that Flax holds, in a ``TrainState`` or in an ``nnx.Optimizer``::
+
+            updates, opt_state = opt.flush(train_state.opt_state, train_state.params)
+            updates, opt_state = opt.flush(optimizer.opt_state, nnx.state(model, nnx.Param))
+
+        The second gives arrays without variables. They go back by ``nnx.update(optimizer.opt_state,
+        nnx.state(opt_state))``, and the parameters by ``nnx.update(model, optax.apply_updates(
+        nnx.as_pure(nnx.state(model, nnx.Param)), updates))``.
+
         Args:
             state: as for `update`.
-            params: the parameters; updates have the dtype that `opt` returns for gradients like them.
+            params: the parameters; `opt` sees a gradient of their dtypes, else of the sums' dtypes.
             **extra_args: passed to `opt`.
 
         Returns:
-            ``(updates, state)``, as at the end of a full window. Where no window is open, updates are zeros and the
-            state is as it was.
+            ``(updates, state)``, as at the end of a full window. Where no window is open, updates
+            are zeros and the state is as it was, but `has_updated` is false for it: no step ran.
         """
+        state, params = _plain(state, params)
         state = _extended(state)
-        like = state.acc_grads
-        if params is not None:
-            _check_tree(params, like, "params")
-            like = jax.tree.map(lambda acc, p: cast(acc, dtype_of(p)), like, params)
-        return self._step(jnp.greater(state.mini_step, 0), state, params, like=like, extra_args=extra_args)
+        like = state.acc_grads if params is None else params
+        _check_tree(like, state.acc_grads, "params", integers=True)
+        emit = jnp.greater(state.mini_step, 0)
+        return self._step(emit, state, params, like=like, extra_args=extra_args)
 
     def has_updated(self, state: Any) -> Array:
-        """Whether the call that returned `state` ran the optimizer; False after a microbatch that was skipped."""
+        """Whether the call that returned `state` ran the optimizer.
+
+        It is false for the state of `init`, after a microbatch that was skipped, and after a flush
+        that found no window open.
+        """
+        state, _ = _plain(state)
         return jnp.asarray(_extended(state).updated)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
@@ -164,15 +183,17 @@ class MultiSteps(optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
     def _zeros(self, parameter: Any) -> Array:
-        dtype = dtype_of(parameter)
+        dtype = dtype_of(parameter) if is_inexact(parameter) else jnp.float32
         wide = dtype if self._accumulator_dtype is None else promote(dtype, jnp.dtype(self._accumulator_dtype))
-        return jnp.zeros(jnp.shape(parameter), wide)
+        return jnp.zeros_like(parameter, dtype=wide)  # like it: sharded as the parameter is
 
     def _added(self, window: _Window, grads: PyTree, weight: Array) -> _Window:
         """The window with one more microbatch: Welford's running mean, or the sum."""
         total = window.total_weight + weight
 
         def added(acc: Array, grad: Any) -> Array:
+            if is_float0(grad):
+                return acc
             grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
             if self._use_grad_mean:
                 new = acc + (grad - acc) * w / cast(jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype)
@@ -185,40 +206,29 @@ class MultiSteps(optax.MultiSteps):
     def _step(
         self, emit: Array, state: MultiStepsState, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
     ) -> tuple[PyTree, MultiStepsState]:
-        """The optimizer's step and an empty window where `emit`, else zeros and the state as it is."""
-        old = state.inner_opt_state
-        updates, inner = step_if(emit, self._opt, state.acc_grads, old, params, like=like, extra_args=extra_args)
-        window = _Window.of(state)
-        window = _select(emit, jax.tree.map(jnp.zeros_like, window), window)
-        step = jnp.where(emit, optax.safe_increment(state.gradient_step), state.gradient_step)
+        """The optimizer's step and an empty window where `emit`, else zeros and the state as it is.
+
+        `like` has the dtypes of the gradient that the optimizer sees.
+        """
+        acc, inner = state.acc_grads, state.inner_opt_state
+
+        def update() -> tuple[PyTree, PyTree]:
+            grads = jax.tree.map(_gradient, acc, like)
+            # Gradients may be wider than parameters and states, and optax mixes dtypes on its own.
+            with jax.numpy_dtype_promotion("standard"):
+                return self._opt.update(grads, inner, params, **extra_args)
+
+        updates, acc, inner = step_if(emit, _taught(update, like), acc, inner)
+        count = state.gradient_step
+        emptied = lambda count: jnp.where(emit, jnp.zeros_like(count), count)
         return updates, state._replace(
-            inner_opt_state=inner, gradient_step=step, updated=jnp.logical_or(state.updated, emit), **window._asdict()
+            mini_step=emptied(state.mini_step),
+            gradient_step=jnp.where(emit, optax.safe_increment(count), count),
+            inner_opt_state=inner,
+            acc_grads=acc,
+            total_weight=emptied(state.total_weight),
+            updated=emit,
         )
-
-
-def step_if(
-    run: Array, opt: Any, grads: PyTree, old: Any, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
-) -> tuple[PyTree, Any]:
-    """``opt.update(grads, old, params)`` where `run`, else zeros and the old state; `opt` does not run then.
-
-    Updates have the dtype that `opt` returns for gradients `like` these; the state keeps its own.
-    """
-
-    def bare(grads: PyTree) -> tuple[PyTree, Any]:
-        # The gradient is wider than gradients and states of low precision, and optax mixes dtypes on its own.
-        with jax.numpy_dtype_promotion("standard"):
-            return opt.update(grads, old, params, **extra_args)
-
-    shapes, _ = jax.eval_shape(lambda: bare(like))
-
-    def step() -> tuple[PyTree, Any]:
-        updates, new = bare(grads)
-        return jax.tree.map(_as, updates, shapes), jax.tree.map(_as, new, old)
-
-    def wait() -> tuple[PyTree, Any]:
-        return jax.tree.map(lambda shape: _as(jnp.zeros(shape.shape, shape.dtype), shape), shapes), old
-
-    return _cond(run, step, wait)
 
 
 class _Window(NamedTuple):
@@ -247,26 +257,50 @@ def _weight_dtype(acc_grads: PyTree) -> Any:
     return promote(jnp.float32, *(jnp.finfo(acc.dtype).dtype for acc in jax.tree.leaves(acc_grads)))
 
 
-def _select(which: Any, yes: _Window, no: _Window) -> _Window:
-    return jax.tree.map(lambda a, b: jnp.where(which, a, b), yes, no)
+def _gradient(acc: Array, like: Any) -> Any:
+    """The window's gradient, in the dtype of one microbatch's or for a parameter `like` this."""
+    if not is_inexact(like):
+        return np.zeros(jnp.shape(acc), jax.dtypes.float0)
+    return cast(acc, dtype_of(like))
 
 
-def _cond(which: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-    """``lax.cond``, decided here where `which` is known: a host loop that is not jitted compiles no branches."""
-    if isinstance(which, jax.core.Tracer):
-        return lax.cond(which, yes, no)
-    return yes() if which else no()
+def _floating(updates: PyTree) -> PyTree:
+    """The gradients that can be looked at: None in the place of those of integers."""
+    return jax.tree.map(lambda x: None if is_float0(x) else x, updates)
 
 
-def _as(x: Any, like: Any) -> Array:
-    """`x` with the dtype of `like`, varying over the mesh axes that `like` varies over."""
-    return _mesh.vary(cast(x, dtype_of(like)), _mesh.varying_axes(like))
+def _plain(state: Any, params: PyTree = None) -> tuple[Any, PyTree]:
+    """Both as plain arrays, where `state` is that of an ``nnx.Optimizer``, all of variables."""
+    nnx = sys.modules.get("flax.nnx")  # who holds such a state has imported it
+    if nnx is None or not isinstance(state.mini_step, nnx.Variable):
+        return state, params
+    return nnx.as_pure((state, params))
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates") -> None:
+def _taught(update: Callable[[], Any], like: PyTree) -> Callable[[], Any]:
+    """`update`, with an error that teaches where it computes with the gradient of an integer."""
+
+    def taught() -> Any:
+        try:
+            return update()
+        except TypeError as error:
+            leaves = leaves_with_names(like, "updates")
+            integers = [name for name, x in leaves if not is_inexact(x)]
+            if not integers:
+                raise
+            raise TypeError(
+                f"the optimizer cannot take {integers[0]}, the gradient of an integer, which has "
+                "dtype float0; leave such leaves out of it, as in optax.masked(opt, mask) or "
+                f"optax.partition. It said: {error}"
+            ) from error
+
+    return taught
+
+
+def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False) -> None:
     if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
         raise ValueError(
             f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
@@ -278,6 +312,8 @@ def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates") -> No
                 f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
                 f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
             )
+        if is_float0(x) or (integers and not is_inexact(x)):
+            continue
         if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
             raise TypeError(
                 f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
@@ -299,11 +335,10 @@ def _checked_k(k: Any) -> Any:
             f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
             "number of microbatches of the window: cast it, as in .astype(int)."
         )
-    if not isinstance(k, jax.core.Tracer) and k < 1:
+    if isinstance(k, jax.core.Tracer):
+        return checked(k, _is_positive, "every_k_schedule returned {x}; it must be at least 1")
+    if k < 1:
         raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
-    checkify.debug_check(
-        jnp.greater_equal(k, 1), "every_k_schedule returned {k}; it must be at least 1", k=jnp.asarray(k)
-    )
     return k
 
 
@@ -319,8 +354,17 @@ def _checked_weight(weight: Any, total: Any) -> Array:
             f"weight has shape {list(jnp.shape(weight))}; pass one scalar a microbatch: its number of examples or "
             "tokens, as jnp.sum(mask)."
         )
-    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < np.inf:
+    if isinstance(weight, jax.core.Tracer):
+        w = cast(weight, dtype_of(total))
+        return checked(w, _is_weight, "weight must be finite and not negative; got {x}")
+    if not 0 <= float(weight) < np.inf:
         raise ValueError(f"weight must be finite and not negative; got {float(weight)}.")
-    w = cast(weight, dtype_of(total))
-    checkify.debug_check((w >= 0) & jnp.isfinite(w), "weight must be finite and not negative; got {w}", w=w)
-    return w
+    return cast(weight, dtype_of(total))
+
+
+def _is_positive(k: Array) -> Array:
+    return jnp.greater_equal(k, 1)
+
+
+def _is_weight(w: Array) -> Array:
+    return jnp.logical_and(w >= 0, jnp.isfinite(w))

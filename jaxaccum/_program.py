@@ -447,9 +447,7 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
         call_args, call_kwargs = layout.build(own)
         has_carry = layout.has_carry
         output = _assignments.call(fun, call_args, call_kwargs)
-        outputs, parts = _outputs.read(
-            output, size=size, carry=layout.carry, has_carry=has_carry, padded=False
-        )
+        outputs, parts = _outputs.read(output, size=size, carry=layout.carry, has_carry=has_carry, padded=False)
         found.append(outputs)
         return parts
 

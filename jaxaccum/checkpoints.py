@@ -53,7 +53,7 @@ def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, {str(i): x for i, (_, x) in enumerate(leaves)}, force=True)
     partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"leaves": [_entry(name, x) for name, x in leaves], "files": _checksums(folder)}))
+    partial.write_text(json.dumps({"leaves": _entries(state), "files": _checksums(folder)}))
     os.replace(partial, note)
 
 
@@ -68,6 +68,7 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
     Args:
         directory: of all checkpoints of the run.
         like: a state of the same structure, shapes and dtypes, such as the one a new run starts with.
+            A PRNG key must be of the kind that was saved: neither another kind nor an array.
         step: which; None is the newest that was finished.
 
     Raises:
@@ -87,7 +88,7 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
     except ValueError as error:
         raise ValueError(f"checkpoint {step} is damaged: {note.name} cannot be read ({error}). {older}") from None
     expected = _leaves(like)
-    _check_fits(step, saved["leaves"], [_entry(name, x) for name, x in expected], older)
+    _check_fits(step, saved["leaves"], _entries(like), older)
     found_files = _checksums(folder)
     for name in sorted({*saved["files"], *found_files}):
         if saved["files"].get(name) != found_files.get(name):
@@ -108,10 +109,22 @@ def _check_fits(step: int, saved: list[dict[str, Any]], expected: list[dict[str,
         )
     for own, other in zip(saved, expected, strict=True):
         if (own["shape"], own["dtype"]) != (other["shape"], other["dtype"]):
+            hint = _hint(own["dtype"], other["dtype"])
             raise ValueError(
                 f"checkpoint {step} is of another state: {own['name']} is {own['dtype']}{own['shape']} in it and "
-                f"{other['dtype']}{other['shape']} here. {older}"
+                f"{other['dtype']}{other['shape']} here. {hint}{older}"
             )
+
+
+def _hint(saved: str, here: str) -> str:
+    """What to do where a PRNG key meets another kind of key, or an array."""
+    if saved == here or not (saved.startswith("key<") or here.startswith("key<")):
+        return ""
+    return (
+        "A PRNG key comes back as the kind that was saved: pass a state with such a key, made by "
+        "jax.random.key(seed, impl=…). key<fry> is impl='threefry2x32', key<rbg> is 'rbg', "
+        "key<urbg> is 'unsafe_rbg'. "
+    )
 
 
 def _paths(directory: str | os.PathLike[str], step: int) -> tuple[pathlib.Path, pathlib.Path]:
@@ -136,7 +149,13 @@ def _as(array: Any, like: Any) -> Any:
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.asarray(array)
 
 
-def _entry(name: str, x: np.ndarray) -> dict[str, Any]:
+def _entries(state: PyTree) -> list[dict[str, Any]]:
+    """What the file says of each leaf; the dtype of a PRNG key names its kind, as ``key<fry>``."""
+    return [_entry(name, x) for name, x in leaves_with_names(state, "state")]
+
+
+def _entry(name: str, leaf: Any) -> dict[str, Any]:
+    x = leaf if _is_key(leaf) else np.asarray(leaf)
     return {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
 
 

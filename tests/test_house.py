@@ -24,6 +24,7 @@ LAYERS = [
     ["_direct"],
     ["_custom"],
     ["_microbatch", "_value_and_grad"],
+    ["_step_if", "_traced_check"],
     ["_lowering"],
     ["_plan", "_multisteps", "_audit"],
     ["_loss_scale"],

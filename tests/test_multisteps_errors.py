@@ -60,6 +60,42 @@ def test_traced_values_are_checked_under_checkify():
     assert "every_k_schedule returned 0" in message
 
 
+UNDER = {
+    "jit": lambda f: jax.jit(f),
+    "vmap": lambda f: lambda w: jax.vmap(f)(jnp.stack([jnp.ones_like(w), w])),
+    "grad": lambda f: jax.grad(f),
+    "scan": lambda f: lambda w: jax.lax.scan(lambda c, w: (c + f(w), None), 0.0, w[None])[0],
+    "cond": lambda f: lambda w: jax.lax.cond(w < 5, f, lambda w: w, w),
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+}
+
+
+@pytest.mark.parametrize("under", UNDER)
+def test_a_weight_is_checked_under(under):
+    """The check passes through the transformations, inside `checkify` and around it."""
+    multi = ja.MultiSteps(optax.sgd(1.0), 1)
+    step = lambda w: jnp.sum(multi.update(jnp.ones(2), multi.init(jnp.ones(2)), weight=w)[0])
+    checked = checkify.checkify(UNDER[under](step))
+    for weight, says in ((2.0, None), (-2.0, "weight must be finite and not negative")):
+        for run in (checked, jax.jit(checked)):
+            message = run(jnp.float64(weight))[0].get()
+            assert message is None if says is None else says in message
+
+
+def test_checks_of_the_user_stay_beside_ours():
+    multi = ja.MultiSteps(optax.sgd(1.0), 1)
+
+    def step(w):
+        checkify.check(w < 5, "too large: {w}", w=w)
+        return multi.update(jnp.ones(2), multi.init(jnp.ones(2)), weight=w)
+
+    run = jax.jit(checkify.checkify(step))
+    messages = [run(jnp.float64(w))[0].get() or "" for w in (1.0, 7.0, -1.0)]
+    assert [m.split()[0] if m else m for m in messages] == ["", "too", "weight"]
+    lanes = jax.vmap(checkify.checkify(step))(jnp.asarray([1.0, -1.0]))
+    assert "weight" in lanes[0].get()
+
+
 def test_a_changed_tree_is_refused():
     multi = ja.MultiSteps(optax.sgd(1.0), 2)
     state = multi.init(PARAMS)

@@ -128,3 +128,42 @@ def test_a_checkpoint_of_another_state_is_refused(saved):
         checkpoints.restore(directory, state, step=9)
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
         checkpoints.restore(directory / "nowhere", state)
+
+
+KEYS = {
+    "key<fry>": jax.random.key(3),
+    "key<rbg>": jax.random.key(3, impl="rbg"),
+    "key<urbg>": jax.random.key(3, impl="unsafe_rbg"),
+    "uint32[2]": jax.random.PRNGKey(3),
+    "uint32[4]": jax.random.PRNGKey(3, impl="rbg"),
+}
+"""Two kinds have two words, and three have four: the numbers do not tell them apart."""
+
+
+@pytest.mark.parametrize("here", KEYS)
+@pytest.mark.parametrize("there", KEYS)
+def test_a_key_comes_back_as_the_kind_that_was_saved(there, here, tmp_path):
+    checkpoints.save(tmp_path, 1, {"key": KEYS[there]})
+    restore = lambda: checkpoints.restore(tmp_path, {"key": KEYS[here]})["key"]
+    if there != here:
+        refused(restore, "state['key']", there, here)
+        return
+    assert restore().dtype == KEYS[there].dtype
+    assert same(numbers(restore()), numbers(KEYS[there]))
+
+
+def numbers(key):
+    return jax.random.key_data(key) if "key<" in str(key.dtype) else key
+
+
+def test_the_key_of_an_optimizer_comes_back(tmp_path):
+    """A key deep in the state of optax, of a kind that is not the default."""
+    noisy = lambda impl: optax.noisy_sgd(0.1, key=jax.random.key(1, impl=impl))
+    multi, params = ja.MultiSteps(noisy("rbg"), 2), jnp.ones(3)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = multi.update(params, multi.init(params), params)
+        checkpoints.save(tmp_path, 1, state)
+        back = checkpoints.restore(tmp_path, multi.init(params))
+        assert same(multi.update(params, back, params)[0], multi.update(params, state, params)[0])
+    other = ja.MultiSteps(noisy("unsafe_rbg"), 2).init(params)
+    refused(lambda: checkpoints.restore(tmp_path, other), "key<rbg>", "key<urbg>", "impl=")
