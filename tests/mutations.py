@@ -141,7 +141,7 @@ FAULTS = [
     ),
     Fault(
         "gradients stay on their device", "_direct.py",
-        "axes.append(_mesh.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if whole else ())",
+        "axes.append(_mesh.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())",
         "axes.append(())",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
