@@ -306,6 +306,8 @@ def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None
                 "that holds the old state."
             )
         return
+    if not carries and not jax.tree.leaves(carry):
+        return  # an empty state needs no tag
     if len(carries) != 1:
         raise ValueError(
             f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state "

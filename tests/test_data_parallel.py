@@ -212,7 +212,7 @@ def with_rows(loss):
 
 
 @pytest.mark.parametrize("around", [with_rows, with_a_state], ids=["by device", "on global arrays"])
-@pytest.mark.parametrize(("loss", "n"), [(pairs, 2), (pairs, 4), (groups, 2)], ids=str)
+@pytest.mark.parametrize(("loss", "n"), [(pairs, 2), (pairs, 4), (groups, 2)], ids=["pairs-2", "pairs-4", "groups-2"])
 def test_groups_of_adjacent_rows_stay_together(loss, n, around):
     fun, options, state = around(loss)
     for split in ("contiguous", "strided"):
