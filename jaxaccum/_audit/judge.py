@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import Fault, FaultKind, Kind, Scale, Term, Value
+from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Kind, Scale, Term, Value
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Output
@@ -69,17 +69,26 @@ def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
     elif any(f.kind is FaultKind.COLLECTIVE for f in faults):
         verdict = Verdict.COUPLED
     random = any(f.kind is FaultKind.RANDOM for f in faults)
-    findings = [_finding(walk, output, fault) for fault in _reported(faults)]
+    causes, others = _reported(faults)
+    findings = [_finding(walk, output, fault) for fault in causes]
     if claim.note and worst is None:
         findings.append(_of_claim(output, claim))
+    findings += [_finding(walk, output, fault) for fault in others]
     exact = claim.exact and worst is None and not random
     return Judged(output, verdict, exact, random, _distinct(findings))
 
 
-def _reported(faults: Iterable[Fault]) -> list[Fault]:
-    faults = list(faults)
-    coupled = any(_VERDICT_OF.get(f.kind) is Verdict.COUPLED for f in faults)
-    return [f for f in faults if not (coupled and f.kind is FaultKind.POSITION)]
+def _reported(faults: Iterable[Fault]) -> tuple[list[Fault], list[Fault]]:
+    """The faults that decide the verdict and the others, each in the order of the program, the cause first."""
+    in_order = sorted(faults, key=lambda f: (f.order, f.note))
+    coupled = any(_VERDICT_OF.get(f.kind) is Verdict.COUPLED for f in in_order)
+    causes: list[Fault] = []
+    for fault in in_order:
+        repeated = fault.kind in CONSEQUENCES and any(f.kind is fault.kind for f in causes)
+        hidden = coupled and fault.kind is FaultKind.POSITION
+        if fault.kind in _VERDICT_OF and not repeated and not hidden:
+            causes.append(fault)
+    return causes, [f for f in in_order if f.kind not in _VERDICT_OF]
 
 
 def _finding(walk: Walk, output: Output, fault: Fault) -> Finding:
@@ -104,9 +113,8 @@ def _short(frame: Frame) -> str:
 
 
 def _distinct(findings: list[Finding]) -> tuple[Finding, ...]:
-    key = lambda f: (f.kind, f.origin or f.use or Frame("", 0, ""), f.use or Frame("", 0, ""), f.note)
     kept: dict[object, Finding] = {}
-    for finding in sorted(findings, key=key):
+    for finding in findings:
         kept.setdefault((finding.kind, finding.origin, finding.use, finding.output), finding)
     return tuple(kept.values())
 

@@ -130,6 +130,12 @@ class FaultKind(enum.StrEnum):
     ASSUMPTION = "assumption"
 
 
+CONSEQUENCES = (FaultKind.BATCH_SIZE, FaultKind.POSITION, FaultKind.DERIVATIVE)
+"""What is no news of a value that is wrong already."""
+HARMLESS = (FaultKind.RANDOM, FaultKind.COLLECTIVE, FaultKind.ASSUMPTION)
+"""What leaves a verdict as it is."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fault:
     """An equation at which examples meet, or at which the analysis gave up; compared by identity."""
@@ -142,6 +148,8 @@ class Fault:
     """Whether the statistic does not depend on the parameters, so that it can be computed once, before training."""
     fix: str = ""
     """What to write instead, where the kind alone does not say it."""
+    order: int = 0
+    """When it was found: a cause comes before its consequences."""
 
 
 class Index(enum.Enum):

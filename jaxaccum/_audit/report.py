@@ -110,7 +110,7 @@ class AuditReport:
         text = Text(str(self))
         text.highlight_regex(r"(?m)^\S.*$", "bold green" if self.exact else "bold red")
         text.highlight_regex(r"(?m)^\s+> .*$", "yellow")
-        text.highlight_regex(r"(?m)^\s+fix .*$", "cyan")
+        text.highlight_regex(r"(?m)^\s+fix: .*$", "cyan")
         return text
 
     def show(self) -> None:
@@ -143,7 +143,7 @@ def _finding_lines(finding: Finding) -> Iterator[str]:
     if finding.use is not None and finding.use != finding.origin:
         yield from _marked(finding.use, "used at" if finding.origin is not None else "at")
     if finding.fix:
-        yield f"    fix {finding.fix}"
+        yield f"    fix: {finding.fix}"
     for frame in finding.fix_lines:
         yield from _marked(frame, "    line", around=0)
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from jaxaccum._audit.folding import LARGEST, folded, is_numeric, same
 from jaxaccum._audit.lattice import (
+    CONSEQUENCES,
+    HARMLESS,
     IRREGULAR,
     PLAIN,
     Fault,
@@ -149,7 +151,8 @@ class Walk:
         key = (id(op.eqn), tuple(id(call.eqn) for call in self.calls), kind)
         if key not in self._faults:
             site = self.site(op)
-            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix)
+            order = len(self._faults) + 1
+            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix, order)
         return self._faults[key]
 
     def couple(
@@ -256,12 +259,16 @@ class Walk:
         return dataclasses.replace(self.constant(first, second), closure=_closure_of(ins))
 
     def _checked(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool) -> Value:
-        faults = out.faults if settled else out.faults.union(*(v.faults for v in ins))
+        before = frozenset().union(*(v.faults for v in ins))
+        faults = out.faults if settled else out.faults | before
         if not settled:
             faults |= self._position(op, ins, out, entry=entry, i=i)
-        if not entry.scales and not settled and not faults - frozenset().union(*(v.faults for v in ins)):
+        if not entry.scales and not settled and not faults - before:
             faults |= self._lost_scale(op, ins, out)
-        if out.rows and not self._fits(op.out_shapes(i), out.layout):
+        if not settled and any(f.kind not in HARMLESS for f in before):
+            faults = before | {f for f in faults if f.kind not in CONSEQUENCES}
+        wrong = any(f.kind not in HARMLESS for f in faults)
+        if out.rows and not wrong and not self._fits(op.out_shapes(i), out.layout):
             faults |= {self.fault(op, FaultKind.UNKNOWN, _REPEATED)}
         number = out.number if out.number >= 0 else self._numbered(op, ins, i)
         size = math.prod(op.out_shapes(i)[0]) if hasattr(op.eqn.outvars[i].aval, "shape") else 1

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
+    HARMLESS,
     IRREGULAR,
     PLAIN,
     UNIT,
@@ -52,7 +53,8 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     bodies = op.params[key], op.other.params[key]
     outs = walk.body(op, bodies, ins)
     moved = any(v.params or not v.fixed for v in ins) and any(map(_is_inexact, op.eqn.invars))
-    if not walk.checks_derivatives or not moved or _is_jaxs_own(op):
+    wrong = all(any(f.kind not in HARMLESS for f in v.faults) for v in outs)  # whatever its derivative
+    if not walk.checks_derivatives or not moved or wrong or _is_jaxs_own(op):
         return outs
     faults = _faults(walk, op, ins, outs)
     return [dataclasses.replace(v, faults=v.faults | faults) for v in outs]
@@ -104,7 +106,9 @@ class _Backward:
     @property
     def origin(self) -> Site:
         """The first line of the user's rule."""
-        return Site(self.op.eqn, self.walk.calls, defined=_rule(self.op.eqn))
+        rule = _rule(self.op.eqn)
+        own = rule if rule is not None and not is_jax(rule.file) else None
+        return Site(self.op.eqn, self.walk.calls, defined=own)
 
     def faults(self, cotangents: list[Value], *, unit: bool = False) -> frozenset[Fault]:
         """What is wrong with the results; `unit` says that the cotangents came without a scale."""
