@@ -82,4 +82,19 @@ ROWS = [
         "unreduced=own.reduced, reduced=own.unreduced", "unreduced=own.unreduced, reduced=own.reduced",
         "test_data_parallel.py::test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types",
     ),
+    (
+        "a BatchNorm forgets the axis of its devices", "_audit/fixes.py",
+        "for name in (*known, axis_name)", "for name in (axis_name,)",
+        "test_audit_advice.py::test_haikus_is_told_by_its_own_argument",
+    ),
+    (
+        "consequences come before their cause", "_audit/judge.py",
+        "key=lambda f: (f.order, f.note)", "key=lambda f: (-f.order, f.note)",
+        "test_audit_advice.py::test_two_causes_come_in_the_order_of_the_program",
+    ),
+    (
+        "what follows from a wrong value is news", "_audit/walk.py",
+        "if not settled and any(f.kind not in HARMLESS for f in before):", "if False:",
+        "test_audit_advice.py::test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own",
+    ),
 ]  # fmt: skip

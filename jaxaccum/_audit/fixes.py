@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from jaxaccum._audit.lattice import Fault, FaultKind
 from jaxaccum._audit.sources import Site
+from jaxaccum._source import Frame
+
+_NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
 
 _ONCE = "the statistic does not depend on the parameters: compute it once on the full batch and pass it in"
-_BATCH_NORM = 'give BatchNorm axis_name="{axis}": it then has the full batch\'s statistics; or use GroupNorm'
+_BATCH_NORM = "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use GroupNorm"
+_LAYERS = {
+    "flax/nnx/nn/normalization.py": ("axis_name", False),
+    "flax/linen/normalization.py": ("axis_name", False),
+    "equinox/nn/_batch_norm.py": ("axis_name", True),
+    "haiku/_src/batch_norm.py": ("cross_replica_axis", False),
+}
+"""Files of libraries with a BatchNorm: the argument that names its axes, and whether it is mapped."""
 _STATISTIC = (
     'declare the statistic: jax.lax.pmean(…, "{axis}") of a mean, psum of a sum, makes it the full batch\'s; '
     "where it only normalizes, return jaxaccum.Mean(total, weight)"
@@ -32,23 +44,41 @@ _FIXES = {
 }
 
 
-def fix_of(fault: Fault, axis_name: str) -> str:
-    """What mends a fault."""
+def fix_of(fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]] = _NO_DEVICES) -> str:
+    """What mends a fault; `devices` are the axes, other than the loop's, that are summed over at a line."""
     if fault.fix:
         return fault.fix
     if fault.kind is FaultKind.COUPLING or (fault.kind is FaultKind.SELECTION and fault.hoistable):
-        if _in_normalization(fault.origin) or _in_normalization(fault.use):
-            return _BATCH_NORM.format(axis=axis_name)
+        if layer := _normalization(fault.origin) or _normalization(fault.use):
+            keyword, mapped = _LAYERS[layer]
+            names = _names(fault, axis_name, devices, mapped=mapped)
+            return _BATCH_NORM.format(keyword=keyword, names=names)
         if fault.hoistable:
             return _ONCE
     return _FIXES.get(fault.kind, _STATISTIC).format(axis=axis_name)
 
 
-def _in_normalization(site: Site | None) -> bool:
-    """Whether an equation belongs to a normalization layer of a library."""
+def _names(
+    fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]], *, mapped: bool
+) -> str:
+    """The axes for a layer: the loop's, after those over which it sums already.
+
+    A layer that is `mapped` has an axis of `jax.vmap`, which leaves no trace in the program.
+    """
+    lines = [site.frame for site in (fault.origin, fault.use) if site is not None]
+    known = next((devices[line] for line in lines if line is not None and line in devices), ())
+    names = ", ".join(f'"{name}"' for name in (*known, axis_name))
+    if not known and mapped:
+        return f'("batch", {names}), where "batch" is the axis of your jax.vmap'
+    return f"({names})" if known else names
+
+
+def _normalization(site: Site | None) -> str | None:
+    """The file of the normalization layer that an equation belongs to."""
     traceback: Any = site.eqn.source_info.traceback if site is not None else None
     frames = traceback.frames if traceback is not None else ()
-    return any("site-packages" in f.file_name and f.file_name.endswith("normalization.py") for f in frames)
+    files = [frame.file_name.replace(os.sep, "/") for frame in frames]
+    return next((end for file in files for end in _LAYERS if file.endswith(end)), None)
 
 
 KEY_ARGUMENT = (

@@ -93,7 +93,7 @@ def _reported(faults: Iterable[Fault]) -> tuple[list[Fault], list[Fault]]:
 
 def _finding(walk: Walk, output: Output, fault: Fault) -> Finding:
     frame = lambda site: site.frame if site is not None else None
-    fix = fixes.fix_of(fault, walk.axis_name)
+    fix = fixes.fix_of(fault, walk.axis_name, walk.devices)
     return Finding(fault.kind.value, frame(fault.origin), frame(fault.use), fix, note=fault.note, output=output.name)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxaccum import _arguments, _check
 from jaxaccum._arguments import Layout, Role, Slot
+from jaxaccum._audit.sources import is_library
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import loss_and_aux
 from jaxaccum._program import example_keys
@@ -108,8 +111,28 @@ def trace(fun: Fun, arguments: Arguments, size: int, *, axis: tuple[str, int], h
                     values.extend(parts)
         return values
 
-    closed = jax.make_jaxpr(flat, axis_env=[axis])(*arguments.at(size))
+    try:
+        closed = jax.make_jaxpr(flat, axis_env=[axis])(*arguments.at(size))
+    except NameError as error:
+        _unbound(error)
+        raise
     return Traced(closed, tuple(outputs), tuple(counts))
+
+
+def _unbound(error: NameError) -> None:
+    """Say of JAX's error for an axis without a meaning what to do; a name that Python misses is the user's."""
+    if error.name is not None:  # Python's own errors hold the name
+        return
+    stack = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in stack if not is_library(frame.filename)]
+    where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its program"
+    name = re.search(r"axis name: (\S+?)\.?(\s|$)", str(error))
+    axis = f"the axis {name[1]!r}" if name else "an axis"
+    raise ValueError(
+        f"the loss sums over {axis} (at {where}), and nothing around the audit gives that name to an axis; call the "
+        "audit where the loss runs, inside the jax.pmap, jax.vmap or jax.shard_map with that axis, or leave the name "
+        "out of the model."
+    ) from error
 
 
 def _parts(name: str, leaf: Any, aux: bool) -> list[tuple[Output, list[Any]]]:

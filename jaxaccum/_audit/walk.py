@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.rules.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Call, Site, is_library
 from jaxaccum._audit.twins import same_function
+from jaxaccum._source import Frame
 
 Shape = tuple[int, ...]
 
@@ -119,6 +120,8 @@ class Walk:
         """Where each addend of a total was first seen."""
         self.weights: dict[int, Site] = {}
         """Where each total that divides was taken."""
+        self.devices: dict[Frame, tuple[str, ...]] = {}
+        """The axes, other than the loop's, that are summed over at a line."""
         self.derivatives: dict[int, Any] = {}
         """Backward passes of the user's own rules, by the identity of their equation."""
         self.checks_derivatives = True
@@ -143,6 +146,11 @@ class Walk:
     def site(self, op: Op) -> Site:
         """Where the equation stands."""
         return Site(op.eqn, self.calls)
+
+    def note_devices(self, op: Op, axes: Iterable[Any]) -> None:
+        """Note the axes that a collective names, for what is said of its line."""
+        if (frame := self.site(op).frame) is not None:
+            self.devices[frame] = tuple(sorted(name for name in axes if isinstance(name, str)))
 
     def fault(
         self, op: Op, kind: FaultKind, note: str, *, origin: Site | None = None, hoistable: bool = False, fix: str = ""

@@ -27,6 +27,7 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
     if walk.axis_name in axes:
         return None if walk.mesh_axes <= axes else walk.unknown(op, f"{op.name} over the loop, on each device apart")
+    walk.note_devices(op, axes)
     if x.fixed and x.index is None:
         return x.but()
     if not axes & walk.mesh_axes and op.name.startswith("psum") and not x.summary:
