@@ -323,8 +323,10 @@ class Derivative:
         """The cotangents of the wanted parts at one microbatch; `extra` are its own entries of the stacked ones."""
         entries, given = iter(extra), []
         for part, seed, out in zip(self.gradient.parts, self.seeds, outs, strict=True):
-            stacked = self.program.outputs.parts[part].reduction.stacked
-            given.append(_mesh.vary(next(entries) if stacked else seed, _mesh.varying_axes(out)))
+            own = next(entries) if self.program.outputs.parts[part].reduction.stacked else seed
+            axes = _mesh.varying_axes(out)
+            # An output that all devices share receives the cotangents of all of them.
+            given.append(_mesh.sum_over_others(_mesh.vary(own, axes), axes))
         return given
 
     def extra(self) -> list[list[Array]]:
