@@ -56,12 +56,12 @@ ROWS = [
     (
         "a step that waits returns its sums", "_step_if.py",
         "_where(run, x, jnp.zeros_like(x)), updates", "x, updates",
-        "test_multisteps.py::test_flush_of_an_empty_window_changes_nothing",
+        "test_multisteps.py::test_has_updated_is_false_after_a_skip",
     ),
     (
         "the sums outlive their window", "_step_if.py",
         "_where(run, jnp.zeros_like(x), x), kept", "x, kept",
-        "test_multisteps.py::test_after_a_flush_the_next_window_is_clean",
+        "test_multisteps.py::test_nan_ends_with_its_window_and_does_not_reach_the_parameters_before",
     ),
     (
         "what is the same on all devices comes back as theirs", "_step_if.py",
