@@ -42,6 +42,11 @@ class Program:
         loss = "def loss(p, batch):\n" + textwrap.indent("\n".join(lines), "    ")
         return COUPLED + loss if self.coupled else loss
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Hypothesis prints a failing program in this way."""
+        del cycle
+        printer.text(repr(self))
+
     def walk(self) -> Iterator[tuple[tuple[str, ...], Step]]:
         """Every step with the kinds of the steps around it."""
         for step in self.steps:

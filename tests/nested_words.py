@@ -46,7 +46,7 @@ _MATRICES = (
     "{s}.mean(0)",
     "{t}[:3]",
     "{z}.real",
-    "(0.5 * {z} @ {z}).imag",
+    "(0.5 * {z} * {z}).imag",
     "{e}.astype(float)",
     "({e}.astype(float) @ {m})",
     "lax.optimization_barrier({m})",
@@ -142,7 +142,8 @@ LEAVES = {
     "take_along": "h = 0.5 * h + jnp.take_along_axis({t}, {r}[:, None], axis=0)",
     "one_hot": "h = 0.5 * h + jax.nn.one_hot({r}, 5, dtype=float) @ {t}",
     "low_precision": "h = jnp.tanh(h @ {e}.astype(float)) + (h @ {e}.astype(float)) / 9.0",
-    "complex": "h = jnp.tanh((lax.complex(h, {k}) @ {z}).real)",
+    # Not `@`: JAX itself cannot save a complex product under a policy of `checkpoint`.
+    "complex": "h = jnp.tanh((lax.complex(h, {k})[:, :, None] * {z}[None]).sum(1).real)",
     "solve": "h = jnp.linalg.solve(2.0 * jnp.eye(3) + 0.3 * jnp.tanh({m}), h.T).T",
     "qr": "h = h @ jnp.linalg.qr(2.0 * jnp.eye(3) + 0.3 * jnp.tanh({m}))[0]",
     "eigh": f"h = h @ (jnp.linalg.eigh({_SYMMETRIC})[1] ** 2)",
