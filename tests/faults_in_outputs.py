@@ -63,6 +63,11 @@ ROWS = [
         "test_nnx_arguments.py::test_a_model_goes_through_transformations_of_nnx",
     ),
     (
+        "what a scan reads and writes is changed", "_assignments.py",
+        "written = [i if i is not None and i >= consts + carried else None", "written = [None",
+        "test_nnx_arguments.py::test_a_model_goes_through_transformations_of_nnx",
+    ),
+    (
         "assignments to a model are lost", "_assignments.py",
         "if (name := _assigned(fun, before, treedef)) is not None:", "if False:",
         "test_nnx_arguments.py::test_an_assignment_that_would_be_lost_is_refused",

@@ -37,6 +37,28 @@ def through_scan(body):
     return run
 
 
+def through_cond(branch):
+    def run(model, x):
+        other = lambda first, x: jnp.sin(branch(first, x))
+        return model.last(nnx.cond(jnp.sum(x) > 0, branch, other, model.first, x))
+
+    return run
+
+
+def through_loop(body, *, bounded=True):
+    def run(model, x):
+        if bounded:
+            step = lambda _, carry: (carry[0], body(carry[0], carry[1]))
+            return model.last(nnx.fori_loop(0, 2, step, (model.first, x))[1])
+        # JAX has no gradient of a while loop: the model goes through it, and the result is a constant.
+        step = lambda carry: (carry[0], body(carry[0], carry[1]), carry[2] + 1)
+        start = (model.first, jax.lax.stop_gradient(x), 0)
+        _, y, _ = nnx.while_loop(lambda carry: carry[2] < 2, step, start)
+        return model.last(jax.lax.stop_gradient(y))
+
+    return run
+
+
 def through_shard_map(model, x):
     specs = {"mesh": MESH, "in_specs": (nnx.StateSharding({...: P()}), P()), "out_specs": P()}
     return model.last(nnx.shard_map(lambda first, x: jnp.tanh(first(x)), **specs)(model.first, x))
@@ -55,12 +77,11 @@ THROUGH = {
     "vmap": lambda model, x: model.last(
         nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(model.first, x)
     ),
-    "cond": lambda model, x: model.last(
-        nnx.cond(jnp.sum(x) > 0, lambda m, x: m(x), lambda m, x: jnp.sin(m(x)), model.first, x)
-    ),
-    "fori_loop": lambda model, x: model.last(
-        nnx.fori_loop(0, 2, lambda _, c: (c[0], jnp.tanh(c[0](c[1]))), (model.first, x))[1]
-    ),
+    "cond": through_cond(lambda m, x: m(x)),
+    "jit in cond": through_cond(nnx.jit(lambda m, x: m(x))),
+    "fori_loop": through_loop(lambda m, x: jnp.tanh(m(x))),
+    "jit in fori_loop": through_loop(nnx.jit(lambda m, x: jnp.tanh(m(x)))),
+    "jit in while_loop": through_loop(nnx.jit(lambda m, x: jnp.tanh(m(x))), bounded=False),
 }
 
 
