@@ -42,6 +42,12 @@ def moments(
 def update(old: tuple[Array, Array], new: Moments, *, momentum: float, rule: Statistics) -> tuple[Array, Array]:
     """The running mean and variance after one more batch; the old ones where nothing was counted."""
 
+    if jnp.iscomplexobj(new.mean) and not jnp.iscomplexobj(old[0]):
+        raise TypeError(
+            f"the running mean is {old[0].dtype}, and the batch's mean is {new.mean.dtype}. Initialize the layer with "
+            "an input of that dtype."
+        )
+
     def moved(before: Array, batch: Array) -> Array:
         average = momentum * before + (1 - momentum) * cast(batch, before.dtype)
         return lax.stop_gradient(jnp.where(new.counted > 0, average, before))

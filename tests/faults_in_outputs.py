@@ -88,4 +88,10 @@ ROWS = [
         "return (grads, value[1]) if has_aux else grads",
         "test_nnx_arguments.py::test_a_report_comes_last",
     ),
+    (
+        "strided rows are merged along the first axis", "_batch.py",
+        'after = axis + 1 if self.split == "strided" else axis',
+        'after = 1 if self.split == "strided" else axis',
+        "test_partition.py::test_rows_return_to_their_places_along_any_axis",
+    ),
 ]  # fmt: skip

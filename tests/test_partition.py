@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import refused, sizes_of
+from helpers import EXACT, data, normwise, refused, sizes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +53,32 @@ def test_the_loop_sees_what_partition_says(batch_size, options, axis):
     sums = ja.microbatch(lambda x: ja.Stack(jnp.sum(x)), in_axes=(axis,), **options)(x)
     host = [int(np.sum(rows)) for (rows,) in ja.partition(np.asarray(x), in_axes=(axis,), **options)]
     assert sums.tolist() == host
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_microbatches": 3, "split": "strided"}, {"num_microbatches": 3}, {"microbatch_size": 4}],
+    ids=str,
+)
+def test_rows_return_to_their_places_along_any_axis(options, axis):
+    """Rows of the output and gradients of the batch; all sizes differ, so that no axis is another."""
+    batch = jnp.moveaxis(data(6, 2, 5), 0, axis)
+    first = lambda x: jnp.moveaxis(x, axis, 0)
+    loss = lambda w, x: jnp.mean(jnp.sin(first(x) @ w) ** 2)
+    w, options = data(5, seed=1), {"in_axes": (None, axis), **options}
+    expected = jax.grad(loss, argnums=1)(w, batch)
+    actual = ja.grad(loss, argnums=1, **options)(w, batch)
+    assert normwise(actual, expected) < EXACT
+    through = jax.grad(lambda x: ja.microbatch(loss, **options)(w, x))(batch)
+    assert normwise(through, expected) < EXACT
+    rows = ja.microbatch(lambda w, x: ja.Concat(first(x) @ w), **options)
+    assert normwise(rows(w, batch), first(batch) @ w) < EXACT
+    weighted = lambda x: jnp.sum(rows(w, x) * data(6, 2, seed=2))
+    plain = lambda x: jnp.sum((first(x) @ w) * data(6, 2, seed=2))
+    assert normwise(jax.grad(weighted)(batch), jax.grad(plain)(batch)) < EXACT
+    misplaced = jnp.take(expected, jnp.array([0, 3, 1, 4, 2, 5]), axis)
+    assert normwise(misplaced, expected) > EXACT  # as the strided rows lie before they are put back
 
 
 def test_partition_folds_keys_and_keeps_the_initial_state():
