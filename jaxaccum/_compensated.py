@@ -43,7 +43,8 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
             bfloat16 parameter has two bfloat16 arrays, the bytes of one float32 sum.
 
     Returns:
-        An accumulator; gradients have the parameter's dtype, or `dtype` where it is given.
+        An accumulator. Gradients have the parameter's dtype; where `dtype` is given, that of the whole sum: `dtype`, or
+        float32 for two arrays of lower precision.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -79,8 +80,7 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
         pairs, total = state
         is_pair = lambda x: isinstance(x, Pair)
         mean = lambda pair: ratio(value(pair), value(total))
-        explicit = lambda pair: cast(mean(pair), pair.high.dtype)
-        return jax.tree.map(mean if dtype is None else explicit, pairs, is_leaf=is_pair), None
+        return jax.tree.map(mean, pairs, is_leaf=is_pair), None
 
     return Accumulator(init, update, finalize, dtype=dtype)
 
