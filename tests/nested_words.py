@@ -130,7 +130,9 @@ LEAVES = {
     "transpose": "h = jnp.tanh(({m} @ h.T).T + {k})",
     "reshape": "h = jnp.tanh((h @ {m}).reshape(-1, 3, 1)).reshape(-1, 3)",
     "slices": "h = jnp.tanh(h[:, :2] @ {m}[:2] + h[:, 1:] @ {m}[1:])",
-    "update_slice": "h = jnp.tanh(h @ lax.dynamic_update_slice({m}, {m}[:2], (1, 0)))",
+    # Not `{m}[:2]` itself: inside of two loops XLA for CPU then overwrites what it still reads, and
+    # jitted JAX gives a wrong value (jax 0.10.2 and 0.12).
+    "update_slice": "h = jnp.tanh(h @ lax.dynamic_update_slice({m}, ({m} @ {m})[:2], (1, 0)))",
     "scatter": "h = jnp.tanh(h.at[:, jnp.array([0, 2])].add((h @ {m})[:, :2])) + {k}",
     "cumsum": "h = jnp.tanh(jnp.cumsum(h @ {m}, axis=1) + lax.cumlogsumexp({v})[None])",
     "convolution": (
