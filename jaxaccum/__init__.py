@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from jaxaccum import accumulators as accumulators
 from jaxaccum._audit import AuditReport as AuditReport
-from jaxaccum._audit import audit as audit
+from jaxaccum._audit import InexactError as InexactError
+from jaxaccum._audit import InexactWarning as InexactWarning
+from jaxaccum._audit_function import audit as audit
 from jaxaccum._microbatch import full_batch as full_batch
 from jaxaccum._microbatch import microbatch as microbatch
 from jaxaccum._partition import pad_batch as pad_batch

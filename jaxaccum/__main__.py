@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxaccum._audit import AuditReport, Verdict, audit
+from jaxaccum._audit import AuditReport, Verdict
+from jaxaccum._audit_function import audit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxaccum import _batch, _mesh
 from jaxaccum._tree import dtype_of, is_array, is_inexact
-from jaxaccum._types import Gather, Memory, Sentinel, Split
+from jaxaccum._types import Audit, Gather, Memory, Sentinel, Split
 
 
 def size(value: Any, name: str) -> int:
@@ -66,6 +66,13 @@ def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, s
         )
     by = _batch.by_number if microbatch_size is None else _batch.by_size
     return by(batch_size, wanted, split)
+
+
+def audit(value: Any) -> Audit:
+    """What to do with an inexact function, as the user gave it."""
+    if value not in ("warn", "raise", None):
+        raise ValueError(f'audit must be "warn", "raise" or None; got {value!r}.')
+    return value
 
 
 def argnum(value: Any, count: int, name: str) -> int:

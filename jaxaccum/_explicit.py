@@ -13,6 +13,7 @@ a `fun` that closes over arrays of the mesh or names its axes in shardings.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -267,6 +268,7 @@ def _gathering(fun: Fun, sharded: dict[int, P], row: int) -> Fun:
     the loop and keeps them.
     """
 
+    @functools.wraps(fun)
     def whole(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
         own = [gathered(_tied(x, leaves[row]), sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]

@@ -81,6 +81,7 @@ class Models:
     def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
         """`fun` as a function of arrays that returns ``(loss, (aux, Carry(new state)))``."""
 
+        @functools.wraps(fun)
         def call(*args: Any, **kwargs: Any) -> Any:
             *given, state = args
             params = [given[i] for i in self.places]

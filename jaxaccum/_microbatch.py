@@ -14,10 +14,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxaccum import _coupled, _explicit, _loop, _mesh, _program, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
+from jaxaccum._audit import at_call
 from jaxaccum._program import Options, Program
 from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast, is_inexact
-from jaxaccum._types import Array, Axes, Fun, Split
+from jaxaccum._types import Array, Audit, Axes, Fun, Split
 
 
 def microbatch(
@@ -31,6 +32,7 @@ def microbatch(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
+    audit: Audit = "warn",
 ) -> Fun:
     """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
 
@@ -59,6 +61,9 @@ def microbatch(
             again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
             that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
             comparison of the two takes both from the result, or ``"store"``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
+            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
+            It traces `fun` once more, for the whole batch.
 
     Returns:
         A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.
@@ -80,6 +85,7 @@ def microbatch(
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
         num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)
@@ -88,6 +94,7 @@ def microbatch(
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
+        at_call.check(fun, options, program, arrays)
         arrays = [
             x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
             for slot, x in zip(program.slots, arrays, strict=True)

@@ -180,7 +180,9 @@ def plan(
     options |= {"accumulator": accumulator, "gather": gather}
 
     def measure(schedule: Memory, size: int) -> _lowering.Cost:
-        step = value_and_grad(fun, argnums, has_aux, microbatch_size=size, memory=schedule, **options)
+        step = value_and_grad(
+            fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options
+        )
         with warnings.catch_warnings():
             if len(schedules) > 1:  # that one of them is slow stands in the table
                 warnings.filterwarnings("ignore", message="memory=")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _reversible
+from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _returned, _reversible
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
+from jaxaccum._returned import Output
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._tree import key_impl
-from jaxaccum._types import Array, Axes, Fun, Memory, PyTree, Split, WithStreams
+from jaxaccum._types import Array, Audit, Axes, Fun, Memory, PyTree, Split, WithStreams
 from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 
 
@@ -34,6 +36,7 @@ class Options:
     axis_name: str = "microbatch"
     mesh_axes: str | Sequence[str] | None = None
     memory: Memory = None
+    audit: Audit = "warn"
     device_axes: tuple[str, ...] = ()
     """The axes of an explicit mesh over which the call runs device by device."""
     blocks: int = 1
@@ -42,6 +45,16 @@ class Options:
 
 class NeedsGlobalArraysError(Exception):
     """A coupled loss whose collectives would stop at one device's rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """`fun` as it was traced at one size of microbatch, before anything was changed in its program."""
+
+    trace: Trace
+    consts: list[Any]
+    outputs: tuple[Output, ...]
+    """What the program computes, leaf by leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +81,10 @@ class Program:
     """Whether JAX could follow which values vary over a mesh; see `_unchecked`."""
     shard: Array | None = None
     """The place of this device's shard, where it is known beforehand."""
+    observed: Mapping[int, Observed] = dataclasses.field(default_factory=dict)
+    """For the audit: what was traced, by the size of the microbatch. Empty where nothing is audited."""
+    observe: Callable[[int, int], Observed] | None = None
+    """For the audit: `fun` traced at another size, as one of another number of microbatches."""
 
     @property
     def under_mapped_axes(self) -> bool:
@@ -139,11 +156,15 @@ class Program:
         outputs = dataclasses.replace(self.outputs, parts=tuple(self.outputs.parts[i] for i in kept))
         return dataclasses.replace(self, traces=traces, outputs=outputs), kept
 
+    @property
+    def num_arguments(self) -> int:
+        """How many slots are those of the arguments."""
+        return len(self.slots) - sum(one.num_consts for one in self.traces)
+
     def sources(self, g: int) -> list[int]:
         """The slots that trace `g` reads: its constants, then the arguments."""
-        num_args = len(self.slots) - sum(one.num_consts for one in self.traces)
-        first = num_args + sum(one.num_consts for one in self.traces[:g])
-        return [*range(first, first + self.traces[g].num_consts), *range(num_args)]
+        first = self.num_arguments + sum(one.num_consts for one in self.traces[:g])
+        return [*range(first, first + self.traces[g].num_consts), *range(self.num_arguments)]
 
     def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
         """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
@@ -224,11 +245,15 @@ def prepare(
     own = [axes for slot, axes in zip(layout.slots, given_axes, strict=True) if slot.role is not Role.WHOLE]
     axes = frozenset(mesh_axes).union(*own)
     arrays = _mesh.vary(arrays, axes)
-    call = _Call(fun, layout, loss, has_aux, padded=limit is not None)
+    audited = _check.audit(options.audit) is not None
+    call = _Call(fun, layout, loss, has_aux, padded=limit is not None, audited=audited)
+    axis = (options.axis_name, partition.num_microbatches)
+    given, observed = arrays[: len(layout.slots)], dict[int, Observed]()
     checked, traces, slots, shadows = True, [], list(layout.slots), _check.is_bound(options.axis_name)
     for g, group in enumerate(partition.groups):
-        shapes = _shapes(layout, partition, arrays[: len(layout.slots)], g)
-        one, consts, checked = _traced(call.at(group.size), shapes, (options.axis_name, partition.num_microbatches))
+        one, own, consts, checked = _traced(call.at(group.size), _shapes(layout, given, group.size), axis)
+        one, _ = one.split(len(call.shapes[g]))
+        observed[group.size] = Observed(own.split(len(call.shapes[g]))[1], consts, call.returned[g])
         if (coupling := one.coupling) is not None:
             if not set(options.device_axes) <= set(axes_of(coupling)):
                 raise NeedsGlobalArraysError
@@ -259,15 +284,32 @@ def prepare(
         memory, checked,
     )  # fmt: skip
     _check_padding(program)
+    if audited:
+        observe = functools.partial(_observed, call, layout, given, options.axis_name)
+        program = dataclasses.replace(program, observed=observed, observe=observe)
     return program, arrays
 
 
-def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, list[Any], bool]:
-    """The trace and its constants, and whether JAX could follow in it which values vary over a mesh."""
+def _observed(
+    call: _Call, layout: Layout, arrays: list[Array], axis_name: str, size: int, count: int
+) -> Observed:
+    """`fun` traced for one of `count` microbatches of `size` examples."""
+    other = dataclasses.replace(call, outputs=[], shapes=[], returned=[])
+    _, own, consts, _ = _traced(other.at(size), _shapes(layout, arrays, size), (axis_name, count))
+    return Observed(own.split(len(other.shapes[0]))[1], consts, other.returned[0])
+
+
+def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, Trace, list[Any], bool]:
+    """The trace, as it was before anything was changed in it, and its constants.
+
+    Last, whether JAX could follow in it which values vary over a mesh.
+    """
     if not any(map(_mesh.varying_axes, shapes)):
-        return *trace(fun, shapes, axis), True
+        one, consts = trace(fun, shapes, axis)
+        return one, one, consts, True
     try:
-        return *trace(fun, shapes, axis), True
+        one, consts = trace(fun, shapes, axis)
+        return one, one, consts, True
     except (AssertionError, ValueError) as error:  # what JAX says of a collective over an axis that is not the mesh's
         with unchecked():
             plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
@@ -277,7 +319,7 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
                 raise error from None
         if one.coupling is None:
             raise
-        return dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])), consts, False
+        return dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])), one, consts, False
 
 
 def _with_own_streams(
@@ -357,17 +399,18 @@ def _check_padding(program: Program) -> None:
             )
 
 
-def _shapes(layout: Layout, partition: Partition, arrays: list[Array], g: int) -> list[Any]:
-    """The types at which group `g` sees the arguments: shapes alone would lose how a mesh divides them."""
-    group = partition.groups[g]
+def _shapes(layout: Layout, arrays: list[Array], size: int) -> list[Any]:
+    """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
         own = []
         for slot, x in zip(layout.slots, arrays, strict=True):
             if slot.role is Role.ROWS:
-                x = jax.lax.slice_in_dim(x, 0, group.size, axis=slot.axis)
+                if size > x.shape[slot.axis]:  # for the audit, which may ask for more than there are
+                    x = jax.numpy.concatenate([x, x], axis=slot.axis)
+                x = jax.lax.slice_in_dim(x, 0, size, axis=slot.axis)
             elif slot.role is Role.EXAMPLE_KEY:
-                x = example_keys(x, partition.examples(group, jax.numpy.int32(0)))
+                x = example_keys(x, jax.numpy.arange(size, dtype=jax.numpy.int32))
             own.append(x)
         return own
 
@@ -383,7 +426,9 @@ class _Call:
     loss: bool
     has_aux: bool
     padded: bool
+    audited: bool
     outputs: list[Outputs] = dataclasses.field(default_factory=list)
+    returned: list[tuple[Output, ...]] = dataclasses.field(default_factory=list)
     shapes: list[list[Any]] = dataclasses.field(default_factory=list)
     num_terms: int = 0
 
@@ -398,9 +443,19 @@ class _Call:
             outputs, parts = _outputs.read(output, size=size, carry=carry, has_carry=has_carry, padded=self.padded)
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])
-            return parts
+            returned = list(self._returned(output)) if self.audited else []
+            self.returned.append(tuple(one for one, _ in returned))
+            return [*parts, *(x for _, arrays in returned for x in arrays)]
 
         return flat
+
+    def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
+        """The leaves of the output, as the audit names them."""
+        if self.loss:
+            yield from _returned.leaves(output[0], "the loss", aux=False)
+            yield from _returned.leaves(output[1], "aux", aux=True)
+        else:
+            yield from _returned.leaves(output, "output", aux=False)
 
     def check_sizes(self, partition: Partition) -> None:
         """Outputs at both sizes have one structure, and what is summed has one shape."""

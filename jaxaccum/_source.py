@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,14 @@ def frame_of(eqn: Any) -> Frame | None:
         if not frame.file_name.startswith(_INNER):
             return Frame(frame.file_name, frame.line_num, frame.function_name)
     return None
+
+
+def callers_depth() -> int:
+    """For ``warnings.warn``: how far above the function that asks the innermost line of the user's own is."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def is_ours(error: BaseException) -> bool:

@@ -53,6 +53,19 @@ class Trace:
         invars = [next(kept) if u else v for v, u in zip(self.jaxpr.invars, used, strict=True)]
         return dataclasses.replace(self, jaxpr=with_invars(jaxpr, invars))
 
+    def closed(self, consts: Sequence[Any]) -> Any:
+        """The trace with its constants, as a function of the index and the arguments."""
+        index, *rest = self.jaxpr.invars
+        constvars, invars = rest[: self.num_consts], [index, *rest[self.num_consts :]]
+        jaxpr = self.jaxpr.replace(constvars=constvars, invars=invars, debug_info=_anonymous(self.jaxpr))
+        return ClosedJaxpr(jaxpr, list(consts))
+
+    def split(self, count: int) -> tuple[Trace, Trace]:
+        """The trace with the first `count` outputs, and the one with the others."""
+        outvars = self.jaxpr.outvars
+        first, rest = (with_outvars(self.jaxpr, own) for own in (outvars[:count], outvars[count:]))
+        return dataclasses.replace(self, jaxpr=first), dataclasses.replace(self, jaxpr=rest)
+
     @property
     def arguments(self) -> list[jex.Var]:
         """The variables of ``(*consts, *args)``."""
@@ -118,6 +131,11 @@ def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, i
 def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
     """The jaxpr with these arguments, of which there are no constants."""
     return jaxpr.replace(constvars=[], invars=invars, debug_info=_anonymous(jaxpr))
+
+
+def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Any]) -> jex.Jaxpr:
+    """The jaxpr with these results."""
+    return jaxpr.replace(outvars=outvars, debug_info=_anonymous(jaxpr))
 
 
 def _anonymous(jaxpr: jex.Jaxpr) -> Any:

@@ -17,6 +17,8 @@ Axes = Any
 Split = Literal["contiguous", "strided"]
 Memory = int | Literal["min", "store"] | None
 """What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""
+Audit = Literal["warn", "raise"] | None
+"""What a transformation does where the audit finds its function inexact: warn, raise an error, or not ask it."""
 Gather = Literal["each", "once"]
 """When parameters sharded over the batch's mesh axes are gathered: at every microbatch, or before the loop."""
 

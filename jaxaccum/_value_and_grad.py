@@ -10,8 +10,9 @@ import jax
 
 from jaxaccum import _arguments, _check, _custom, _direct, _explicit, _outputs, _program
 from jaxaccum._accumulators import Accumulator, Sums, in_place, returned
+from jaxaccum._audit import at_call
 from jaxaccum._program import Options
-from jaxaccum._types import Array, Axes, Fun, Gather, PyTree, Split
+from jaxaccum._types import Array, Audit, Axes, Fun, Gather, PyTree, Split
 
 
 def value_and_grad(
@@ -29,6 +30,7 @@ def value_and_grad(
     memory: Any = None,
     accumulator: Sums | Accumulator | Any = None,
     gather: Gather = "each",
+    audit: Audit = "warn",
 ) -> Fun:
     """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
 
@@ -67,6 +69,9 @@ def value_and_grad(
             microbatch, whose gradients are scattered, so that sums are divided as the parameters: n gathers and n
             scatters. ``"once"``: before the loop, kept, and the sum of whole gradients is scattered after it: one of
             each, for two whole copies. To hold one layer at a time, gather inside `fun`, in ``shard_map``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
+            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
+            It traces `fun` once more, for the whole batch.
 
     Returns:
         A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
@@ -76,7 +81,8 @@ def value_and_grad(
 
     Guarantees:
         Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
-        once a size. One forward and one backward pass over each microbatch. Differentiable in reverse mode.
+        once a size, and once for the audit. One forward and one backward pass over each microbatch. Differentiable in
+        reverse mode.
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
@@ -92,6 +98,7 @@ def value_and_grad(
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
         num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        audit=audit,
     )  # fmt: skip
     sums = in_place() if accumulator is None else accumulator
 
@@ -105,6 +112,7 @@ def value_and_grad(
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         numbers = _check.argnums(argnums, tuple(in_axes))
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
+        at_call.check(fun, options, program, arrays)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
 
         def assemble(arrays: Sequence[Array]) -> PyTree:
@@ -143,6 +151,7 @@ def grad(
     memory: Any = None,
     accumulator: Sums | Accumulator | Any = None,
     gather: Gather = "each",
+    audit: Audit = "warn",
 ) -> Fun:
     """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
 
@@ -160,6 +169,7 @@ def grad(
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
+        audit: whether to warn or raise where `fun` does not accumulate exactly.
 
     Returns:
         A function of the same arguments that returns ``grads``, or ``(grads, aux)``; a report comes last.
@@ -173,7 +183,7 @@ def grad(
     both = value_and_grad(
         fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator, gather=gather,
+        accumulator=accumulator, gather=gather, audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)

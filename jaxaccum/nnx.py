@@ -13,7 +13,7 @@ from flax import nnx
 from jaxaccum import _arguments, _batch_norm, _check, _value_and_grad
 from jaxaccum._accumulators import Sums
 from jaxaccum._graph import Models, holds_modules
-from jaxaccum._types import CARRY, Array, Axes, Fun, Split
+from jaxaccum._types import CARRY, Array, Audit, Axes, Fun, Split
 
 __all__ = ["BatchNorm", "grad", "value_and_grad"]
 
@@ -32,6 +32,7 @@ def value_and_grad(
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
     accumulator: Sums | None = None,
+    audit: Audit = "warn",
 ) -> Fun:
     """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
 
@@ -62,6 +63,7 @@ def value_and_grad(
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        audit: whether to warn or raise where `fun` does not accumulate exactly.
 
     Returns:
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
@@ -86,7 +88,7 @@ def value_and_grad(
     options: dict[str, Any] = {
         "num_microbatches": num_microbatches, "microbatch_size": microbatch_size, "split": split,
         "num_examples_argnum": num_examples_argnum, "axis_name": axis_name, "mesh_axes": mesh_axes, "memory": memory,
-        "accumulator": accumulator,
+        "accumulator": accumulator, "audit": audit,
     }  # fmt: skip
 
     @functools.wraps(fun)
@@ -125,6 +127,7 @@ def grad(
     mesh_axes: str | Sequence[str] | None = None,
     memory: Any = None,
     accumulator: Sums | None = None,
+    audit: Audit = "warn",
 ) -> Fun:
     """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
 
@@ -141,6 +144,7 @@ def grad(
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        audit: whether to warn or raise where `fun` does not accumulate exactly.
 
     Returns:
         A function of the same arguments that updates the models and returns ``grads``, or
@@ -158,7 +162,7 @@ def grad(
     both = value_and_grad(
         fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator,
+        accumulator=accumulator, audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)

@@ -10,8 +10,8 @@ from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Kind, Scale, Term, Value
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
-from jaxaccum._audit.traces import Output
 from jaxaccum._audit.walk import Walk
+from jaxaccum._returned import Output
 from jaxaccum._source import Frame
 
 _VERDICT_OF = {
@@ -38,6 +38,8 @@ class Judged:
     exact: bool
     random: bool = False
     findings: tuple[Finding, ...] = ()
+    cause: Finding | None = None
+    """Why it is not exact; None where it is, or where it draws from a key that the call declares."""
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -68,14 +70,20 @@ def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
         verdict = SEVERITY[worst]
     elif any(f.kind is FaultKind.COLLECTIVE for f in faults):
         verdict = Verdict.COUPLED
-    random = any(f.kind is FaultKind.RANDOM for f in faults)
+    draws = [f for f in faults if f.kind is FaultKind.RANDOM]
     causes, others = _reported(faults)
     findings = [_finding(walk, output, fault) for fault in causes]
     if claim.note and worst is None:
         findings.append(_of_claim(output, claim))
     findings += [_finding(walk, output, fault) for fault in others]
-    exact = claim.exact and worst is None and not random
-    return Judged(output, verdict, exact, random, _distinct(findings))
+    accumulates = claim.exact and worst is None
+    undeclared = next((f for f in others if f.kind is FaultKind.RANDOM and not f.declared), None)
+    cause = None
+    if not accumulates:
+        cause = findings[0]
+    elif undeclared is not None:
+        cause = _finding(walk, output, undeclared)
+    return Judged(output, verdict, accumulates and not draws, bool(draws), _distinct(findings), cause)
 
 
 def _reported(faults: Iterable[Fault]) -> tuple[list[Fault], list[Fault]]:

@@ -148,6 +148,8 @@ class Fault:
     """Whether the statistic does not depend on the parameters, so that it can be computed once, before training."""
     fix: str = ""
     """What to write instead, where the kind alone does not say it."""
+    declared: bool = False
+    """Whether the call says so itself: its key is a KEY, or the state of a random stream."""
     order: int = 0
     """When it was found: a cause comes before its consequences."""
 

@@ -7,12 +7,9 @@ import enum
 import importlib.util
 import linecache
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxaccum._source import Frame
-
-if TYPE_CHECKING:
-    from jaxaccum._audit.probe import Probe
 
 
 class Verdict(enum.StrEnum):
@@ -40,6 +37,10 @@ MEANING = {
     Verdict.COUPLED: "its examples are coupled",
     Verdict.UNKNOWN: "the analysis cannot decide",
 }
+
+
+class InexactWarning(UserWarning):
+    """The accumulated gradient is not, or may not be, the full batch's."""
 
 
 class InexactError(ValueError, AssertionError):
@@ -74,6 +75,40 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the numbers say.
+
+    Attributes:
+        exact: whether the accumulated value and gradient equal the full batch's; None where they could not be computed.
+        rule: how the microbatches' own values combine to the full batch's: "SUM", "MEAN", or None.
+        errors: the largest difference of each leaf, over the largest entry of all.
+        sizes: of the microbatches.
+        note: what went wrong, if anything did.
+    """
+
+    exact: bool | None
+    rule: str | None = None
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    note: str = ""
+
+    def __str__(self) -> str:
+        split = " + ".join(map(str, self.sizes))
+        if self.exact is None:
+            return f"probe: could not be computed ({self.note})"
+        said = "equal" if self.exact else "NOT equal"
+        worst = max(self.errors, key=lambda name: self.errors[name], default="")
+        rule = (
+            f"the microbatches' own losses combine as a {self.rule}"
+            if self.rule
+            else "no rule combines the microbatches"
+        )
+        return (
+            f"probe: {said} in float64 over {split} examples (largest error {self.errors[worst]:.2g}, {worst}); {rule}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class AuditReport:
     """The answer of `jaxaccum.audit`.
 
@@ -94,6 +129,8 @@ class AuditReport:
     probe: Probe | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     """How often each primitive was walked."""
+    causes: tuple[Finding, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    """Of each output that is not exact, why: what a call warns of. A key that the call declares is no reason."""
 
     def raise_if_inexact(self) -> None:
         """Raise unless the loss can be accumulated as it stands: for the first line of a training script."""

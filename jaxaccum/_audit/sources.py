@@ -18,6 +18,8 @@ _LIBRARIES = tuple(
 
 
 _HERE = os.path.dirname(__file__) + os.sep
+_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program.py"))
+"""The files that trace a loss: what stands below them is the loss."""
 
 
 def is_library(file: str) -> bool:
@@ -73,10 +75,10 @@ class Site:
 
 
 def _stack(eqn: Any) -> list[Frame]:
-    """The frames below the audit's own and outside of JAX and this package, the outermost first."""
+    """The frames below those that trace the loss, outside of JAX and this package, the outermost first."""
     traceback = eqn.source_info.traceback
     inward = list(traceback.frames) if traceback is not None else []
-    depth = next((i for i, f in enumerate(inward) if f.file_name.startswith(_HERE)), len(inward))
+    depth = next((i for i, f in enumerate(inward) if f.file_name.startswith(_TRACED_FROM)), len(inward))
     own = [f for f in reversed(inward[:depth]) if not f.file_name.startswith(_INNER)]
     return [Frame(f.file_name, f.line_num, f.function_name) for f in own]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,47 @@ from jaxaccum._audit.sources import is_library
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import loss_and_aux
 from jaxaccum._program import example_keys
-from jaxaccum._tags import Mean, is_tag
-from jaxaccum._tree import is_array, leaves_with_names
-from jaxaccum._types import Fun, PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One leaf of what the loss returned: its tag's name ("" without one), its arrays, and whether it is aux."""
-
-    name: str
-    tag: str
-    aux: bool
-    shape: tuple[int, ...]
+from jaxaccum._returned import Output, leaves
+from jaxaccum._tree import is_array
+from jaxaccum._types import Fun
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """The program at one size; of a `Mean`, a total and a weight stand together."""
+    """The program at one size, and the outputs that it computes."""
 
     closed: Any
     outputs: tuple[Output, ...]
-    counts: tuple[int, ...]
+    indexed: bool = False
+    """Whether its first argument is the index of the microbatch."""
+
+    @property
+    def arguments(self) -> list[Any]:
+        """The variables of the arguments of the loss."""
+        return self.closed.jaxpr.invars[1 if self.indexed else 0 :]
+
+
+class Subject(Protocol):
+    """A loss that can be traced at the sizes that the audit asks for."""
+
+    @property
+    def fun(self) -> Fun:
+        """The loss, as the user wrote it."""
+        ...
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """What each array of its arguments is."""
+        ...
+
+    @property
+    def given(self) -> Sequence[Any]:
+        """The arguments, array by array, where they are at hand."""
+        ...
+
+    def trace(self, size: int, count: int) -> Traced:
+        """Its program for one of `count` microbatches of `size` examples."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,29 +113,42 @@ def _as_array(x: Any) -> Any:
     return jnp.asarray(x) if isinstance(x, float | complex) else x
 
 
-def trace(fun: Fun, arguments: Arguments, size: int, *, axis: tuple[str, int], has_aux: bool) -> Traced:
-    """`fun` on a batch of `size` examples, under an axis of the loop's name."""
-    outputs: list[Output] = []
-    counts: list[int] = []
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss and its arguments, traced under an axis of the loop's name."""
 
-    def flat(*arrays: Any) -> list[Any]:
-        args, kwargs = arguments.layout.build(list(arrays))
-        values: list[Any] = []
-        loss, aux = loss_and_aux(fun(*args, **kwargs), has_aux)
-        for tree, name, is_aux in ((loss, "the loss", False), (aux, "aux", True)):
-            for leaf_name, leaf in leaves_with_names(tree, name, is_leaf=is_tag):
-                for output, parts in _parts(leaf_name, leaf, is_aux):
-                    outputs.append(output)
-                    counts.append(len(parts))
-                    values.extend(parts)
-        return values
+    fun: Fun
+    arguments: Arguments
+    axis_name: str
+    has_aux: bool
 
-    try:
-        closed = jax.make_jaxpr(flat, axis_env=[axis])(*arguments.at(size))
-    except NameError as error:
-        _unbound(error)
-        raise
-    return Traced(closed, tuple(outputs), tuple(counts))
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """What each array of its arguments is."""
+        return self.arguments.slots
+
+    @property
+    def given(self) -> Sequence[Any]:
+        """The leaves of the arguments as they came."""
+        return self.arguments.given
+
+    def trace(self, size: int, count: int) -> Traced:
+        """Its program for one of `count` microbatches of `size` examples."""
+        outputs: list[Output] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            args, kwargs = self.arguments.layout.build(list(arrays))
+            loss, aux = loss_and_aux(self.fun(*args, **kwargs), self.has_aux)
+            found = [*leaves(loss, "the loss", aux=False), *leaves(aux, "aux", aux=True)]
+            outputs.extend(output for output, _ in found)
+            return [x for _, parts in found for x in parts]
+
+        try:
+            closed = jax.make_jaxpr(flat, axis_env=[(self.axis_name, count)])(*self.arguments.at(size))
+        except NameError as error:
+            _unbound(error)
+            raise
+        return Traced(closed, tuple(outputs))
 
 
 def _unbound(error: NameError) -> None:
@@ -133,17 +165,3 @@ def _unbound(error: NameError) -> None:
         "audit where the loss runs, inside the jax.pmap, jax.vmap or jax.shard_map with that axis, or leave the name "
         "out of the model."
     ) from error
-
-
-def _parts(name: str, leaf: Any, aux: bool) -> list[tuple[Output, list[Any]]]:
-    """The arrays of one output."""
-    record: Callable[[str, str, Any], Output] = lambda name, tag, x: Output(name, tag, aux, jnp.shape(x))
-    if isinstance(leaf, Mean):
-        totals = leaves_with_names(leaf.total, name)
-        weights = jax.tree.leaves(leaf.weight)
-        pairs = zip(totals, weights * len(totals) if len(weights) == 1 else weights, strict=True)
-        return [(record(part, "Mean", total), [total, weight]) for (part, total), weight in pairs]
-    if is_tag(leaf):
-        content: PyTree = getattr(leaf, "state", None) if hasattr(leaf, "state") else leaf.x
-        return [(record(part, type(leaf).__name__, x), [x]) for part, x in leaves_with_names(content, name)]
-    return [(record(name, "", leaf), [leaf])]

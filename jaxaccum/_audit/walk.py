@@ -36,7 +36,7 @@ from jaxaccum._audit.lattice import (
     rows,
     statistic,
 )  # fmt: skip
-from jaxaccum._audit.rules.registry import RULES, Rule, Settled
+from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Call, Site, is_library
 from jaxaccum._audit.twins import same_function
 from jaxaccum._source import Frame
@@ -160,7 +160,15 @@ class Walk:
         if key not in self._faults:
             site = self.site(op)
             order = len(self._faults) + 1
-            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix, order)
+            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix, order=order)
+        return self._faults[key]
+
+    def declared(self, op: Op, kind: FaultKind, note: str) -> Fault:
+        """A fault that the call announces itself."""
+        key = ("declared", kind, note)
+        if key not in self._faults:
+            site = self.site(op)
+            self._faults[key] = Fault(kind, site, site, note, declared=True, order=len(self._faults) + 1)
         return self._faults[key]
 
     def couple(

@@ -1,5 +1,6 @@
 """The rules, by family of primitives; importing this fills the table."""
 
+from jaxaccum._audit.registry import RULES as RULES
 from jaxaccum._audit.rules import arithmetic as arithmetic
 from jaxaccum._audit.rules import collectives as collectives
 from jaxaccum._audit.rules import contractions as contractions
@@ -12,4 +13,3 @@ from jaxaccum._audit.rules import meshes as meshes
 from jaxaccum._audit.rules import randomness as randomness
 from jaxaccum._audit.rules import reductions as reductions
 from jaxaccum._audit.rules import shapes as shapes
-from jaxaccum._audit.rules.registry import RULES as RULES

@@ -22,8 +22,8 @@ from jaxaccum._audit.lattice import (
     rows,
     statistic,
 )  # fmt: skip
+from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
-from jaxaccum._audit.rules.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
 
 # -- totals as divisors -----------------------------------------------------------------------------------------------

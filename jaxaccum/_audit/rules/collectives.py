@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
-from jaxaccum._audit.rules.registry import Settled, rule
+from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
 
 _EACH = Scale(Fraction(-1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxaccum._audit.lattice import FaultKind, Kind, Layout, Value, fixed, rows, statistic, total
+from jaxaccum._audit.registry import RULES, rule
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
-from jaxaccum._audit.rules.registry import RULES, rule
 from jaxaccum._audit.walk import Op, Walk, varying
 
 

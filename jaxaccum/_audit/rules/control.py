@@ -9,8 +9,8 @@ import jax
 import jax.extend.core as jex
 
 from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, Fault, FaultKind, Kind, Term, Value, fixed, statistic
+from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.elementwise import text_of
-from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._jaxprs import ClosedJaxpr
 

@@ -37,8 +37,8 @@ from jaxaccum._audit.lattice import (
     rows,
     total,
 )
+from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import body_of, unfollowed
-from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.sources import Site, is_jax
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._source import Frame

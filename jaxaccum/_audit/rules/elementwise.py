@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxaccum._audit.lattice import IRREGULAR, UNIT, Fault, FaultKind, Layout, Value, fixed, rows
-from jaxaccum._audit.rules.registry import rule
+from jaxaccum._audit.registry import rule
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, Walk
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from jaxaccum._audit.lattice import ONE_EXAMPLE, PLAIN, FaultKind, Index, Kind, Layout, Value, fixed, rows, total
+from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
-from jaxaccum._audit.rules.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _READS = "an example is picked by an index, so it reads others"

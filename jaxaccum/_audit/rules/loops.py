@@ -23,8 +23,8 @@ from jaxaccum._audit.lattice import (
     statistic,
     total,
 )  # fmt: skip
+from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import join, numbered
-from jaxaccum._audit.rules.registry import rule
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._jaxprs import scan_arity
 

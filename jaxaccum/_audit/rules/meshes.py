@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from jaxaccum._audit.lattice import Kind, Value, fixed, rows
-from jaxaccum._audit.rules.registry import RULES, Settled, rule
+from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk
 
 

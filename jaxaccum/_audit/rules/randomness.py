@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import Fault, FaultKind, Value, fixed, rows
+from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.elementwise import layout_of, same_layout
-from jaxaccum._audit.rules.registry import RULES, Settled, rule
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
@@ -45,11 +45,19 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         if not alone:
             return RULES["*"].apply(walk, op, ins)
         return rows(layout, faults=_mixed_keys(walk, op) if layout.axes else frozenset())
-    faults = frozenset().union(*(v.faults for v in ins))
+    faults = frozenset(_as_stream(walk, op, f) for v in ins for f in v.faults)
     if _by_split(op, ins):
         faults = frozenset(f for f in faults if f.kind is not FaultKind.POSITION)
-        faults |= {_one_key(walk, op, ins)}
+        if not any(f.declared for f in faults):
+            faults |= {_one_key(walk, op, ins)}
     return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+
+
+def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
+    """A draw from a carried state is the next one of a random stream."""
+    if fault.kind is not FaultKind.STATE:
+        return fault
+    return walk.declared(op, FaultKind.RANDOM, f"{fault.note}, and numbers are drawn from it")
 
 
 def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:

@@ -17,8 +17,8 @@ from jaxaccum._audit.lattice import (
     statistic,
     total,
 )
+from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.elementwise import combine, layout_of, same_layout
-from jaxaccum._audit.rules.registry import Settled, rule
 from jaxaccum._audit.rules.shapes import moved, without
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 

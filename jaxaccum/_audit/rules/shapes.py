@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from jaxaccum._audit.lattice import PLAIN, FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
-from jaxaccum._audit.rules.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Shape, Walk, beyond, varying
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import _outputs
+from jaxaccum._audit.report import Probe
 from jaxaccum._microbatch import full_batch
 from jaxaccum._partition import partition
 from jaxaccum._types import Fun, PyTree
@@ -18,40 +18,6 @@ from jaxaccum._value_and_grad import value_and_grad
 
 TOLERANCE = float(np.sqrt(np.finfo(np.float64).eps))
 """Half of the digits: rounding leaves ten or more, and a wrong rule is wrong in the first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What the numbers say.
-
-    Attributes:
-        exact: whether the accumulated value and gradient equal the full batch's; None where they could not be computed.
-        rule: how the microbatches' own values combine to the full batch's: "SUM", "MEAN", or None.
-        errors: the largest difference of each leaf, over the largest entry of all.
-        sizes: of the microbatches.
-        note: what went wrong, if anything did.
-    """
-
-    exact: bool | None
-    rule: str | None = None
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    sizes: tuple[int, ...] = ()
-    note: str = ""
-
-    def __str__(self) -> str:
-        split = " + ".join(map(str, self.sizes))
-        if self.exact is None:
-            return f"probe: could not be computed ({self.note})"
-        said = "equal" if self.exact else "NOT equal"
-        worst = max(self.errors, key=lambda name: self.errors[name], default="")
-        rule = (
-            f"the microbatches' own losses combine as a {self.rule}"
-            if self.rule
-            else "no rule combines the microbatches"
-        )
-        return (
-            f"probe: {said} in float64 over {split} examples (largest error {self.errors[worst]:.2g}, {worst}); {rule}"
-        )
 
 
 def probe(fun: Fun, args: Sequence[Any], *, in_axes: Any, has_aux: bool, axis_name: str, equal: int | None) -> Probe:
@@ -73,7 +39,7 @@ def _compared(fun: Fun, args: tuple[Any, ...], *, in_axes: Any, axis_name: str, 
     sizes = [len(partition(*part, in_axes=_whole_keys(in_axes), microbatch_size=1)) for part in parts]
     whole = jax.value_and_grad(_total(full_batch(fun, in_axes=in_axes, axis_name=axis_name)))
     expected = _named(whole(*args))
-    actual = _named(value_and_grad(fun, in_axes=in_axes, axis_name=axis_name, **options)(*args))
+    actual = _named(value_and_grad(fun, in_axes=in_axes, axis_name=axis_name, audit=None, **options)(*args))
     errors = _errors(actual, expected)
     rule = _rule(fun, parts, sizes, in_axes=in_axes, axis_name=axis_name, expected=expected)
     return Probe(max(errors.values()) <= TOLERANCE, rule, errors, tuple(sizes))

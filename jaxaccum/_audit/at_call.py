@@ -1,0 +1,130 @@
+"""The audit at the call: while a transformation is traced, it says whether its function accumulates exactly.
+
+The call has traced the function at the size of a microbatch. One more trace, for the whole batch,
+is all that the audit needs; nothing is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import linecache
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxaccum._arguments import Slot
+from jaxaccum._audit.analysis import report_on
+from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning
+from jaxaccum._audit.traces import Traced
+from jaxaccum._program import Options, Program
+from jaxaccum._source import Frame, callers_depth
+from jaxaccum._types import Array, Fun
+
+
+def check(fun: Fun, options: Options, program: Program, arrays: Sequence[Array]) -> None:
+    """Warn or raise, as the options say, if the function does not accumulate exactly."""
+    one_part = program.partition.num_microbatches == 1 and not program.mesh_axes
+    if options.audit is None or one_part:
+        return
+    report = _report(_Call(fun, program, arrays), options.axis_name)
+    if not report.causes:
+        return
+    said = message(fun, report)
+    if options.audit == "raise":
+        raise InexactError(f"{said}\n{report}")
+    warnings.warn(said, InexactWarning, stacklevel=callers_depth())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a transformation, as the audit's subject."""
+
+    fun: Fun
+    program: Program
+    arrays: Sequence[Array]
+
+    @property
+    def given(self) -> Sequence[Array]:
+        return self.arrays[: self.program.num_arguments]
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        return self.program.slots[: self.program.num_arguments]
+
+    def trace(self, size: int, count: int) -> Traced:
+        """The program for one of `count` microbatches of `size` examples; the call's own is at hand."""
+        own = count == self.program.partition.num_microbatches
+        seen = self.program.observed.get(size) if own else None
+        if seen is None:
+            assert self.program.observe is not None
+            seen = self.program.observe(size, count)
+        return Traced(seen.trace.closed(seen.consts), seen.outputs, indexed=True)
+
+
+# -- one report for a function and its shapes --------------------------------------------------------------------------
+
+_REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakKeyDictionary()
+
+
+def _report(call: _Call, axis_name: str) -> AuditReport:
+    """The report, made once for a function, the shapes of its arguments and the program that it traced to."""
+    partition, mesh_axes = call.program.partition, call.program.mesh_axes
+    make = lambda: report_on(call, partition, axis_name, mesh_axes=mesh_axes, whole_runs=False)
+    try:
+        known = _REPORTS.setdefault(call.fun, {})
+    except TypeError:  # a callable that nothing can refer to weakly
+        return make()
+    key = (axis_name, mesh_axes, partition, _signature(call))
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _signature(call: _Call) -> Any:
+    """What tells two traces of one function apart: its arguments, and the operations that it came to."""
+    seen = tuple(call.program.observed.values())
+    types = tuple(map(jax.typeof, call.arrays))
+    roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
+    operations = tuple(eqn.primitive for one in seen for eqn in one.trace.jaxpr.eqns)
+    return types, roles, operations, tuple(one.outputs for one in seen)
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def message(fun: Fun, report: AuditReport) -> str:
+    """Three lines: what is inexact, where, and what to write."""
+    finding = report.causes[0]
+    may = "may not be" if finding.kind == "unknown" else "is not"
+    named = "" if finding.output == "the loss" else f"{finding.output} of "
+    where = _line_of(finding) or _definition(fun)
+    return (
+        f"{named}{_name(fun)} {may} exact over microbatches: {finding.note}\n"
+        f"  at {where}\n"
+        f"  write: {finding.fix or 'see jaxaccum.audit'} (audit=None accepts it)"
+    )
+
+
+def _name(fun: Fun) -> str:
+    return getattr(inspect.unwrap(fun), "__name__", type(fun).__name__)
+
+
+def _line_of(finding: Finding) -> str | None:
+    """The line that a finding speaks of, with its text."""
+    frames = [frame for frame in (finding.origin, finding.use, *finding.fix_lines) if frame is not None]
+    return _with_text(frames[0]) if frames else None
+
+
+def _with_text(frame: Frame) -> str:
+    text = linecache.getline(frame.file, frame.line).strip()
+    return f"{frame}: {text}" if text else str(frame)
+
+
+def _definition(fun: Fun) -> str:
+    """Where a function is defined."""
+    code = getattr(inspect.unwrap(fun), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(fun)
