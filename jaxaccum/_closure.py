@@ -27,6 +27,31 @@ def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
                     queue.append(leaf)
 
 
+def of_length(fun: Any, size: int) -> list[tuple[str, Any]]:
+    """The arrays that `fun` closes over and that have `size` rows, by name."""
+    return [(name, x) for name, x in closed_over(fun) if x.shape[:1] == (size,)]
+
+
+def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
+    """Note on an error of the user's function at which size it came up, and what it closes over that may not fit."""
+    if size == batch_size:
+        return
+    said = f"jaxaccum called it for a microbatch of {size} of the batch's {batch_size} examples."
+    named = [f"{name}, {x.dtype}{list(x.shape)}" for name, x in of_length(fun, batch_size)]
+    if named:
+        names = " and ".join(name.split(",")[0] for name in named)
+        said += (
+            f" It closes over {' and '.join(named)}, a row for each example of the whole batch: make {names} an "
+            "argument with 0 in in_axes, or a part of the batch."
+        )
+    else:
+        said += (
+            " Where examples come in groups, pass a microbatch_size that is a multiple of the group's size and that "
+            "divides the batch."
+        )
+    error.add_note(said)
+
+
 def name_of(fun: Any, array: Any) -> str | None:
     """The name of an array that `fun` closes over; None where it is not found."""
     return next((name for name, x in closed_over(fun) if _is(x, array)), None)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _returned, _reversible
+from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _reversible
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
+from jaxaccum._call import Call
 from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._returned import Output
@@ -246,7 +247,7 @@ def prepare(
     axes = frozenset(mesh_axes).union(*own)
     arrays = _mesh.vary(arrays, axes)
     audited = _check.audit(options.audit) is not None
-    call = _Call(fun, layout, loss, has_aux, padded=limit is not None, audited=audited)
+    call = Call(fun, layout, loss, has_aux, limit is not None, audited, partition.batch_size)
     axis = (options.axis_name, partition.num_microbatches)
     given, observed = arrays[: len(layout.slots)], dict[int, Observed]()
     checked, traces, slots, shadows = True, [], list(layout.slots), _check.is_bound(options.axis_name)
@@ -291,7 +292,7 @@ def prepare(
 
 
 def _observed(
-    call: _Call, layout: Layout, arrays: list[Array], axis_name: str, size: int, count: int
+    call: Call, layout: Layout, arrays: list[Array], axis_name: str, size: int, count: int
 ) -> Observed:
     """`fun` traced for one of `count` microbatches of `size` examples."""
     other = dataclasses.replace(call, outputs=[], shapes=[], returned=[])
@@ -415,70 +416,6 @@ def _shapes(layout: Layout, arrays: list[Array], size: int) -> list[Any]:
         return own
 
     return list(jax.make_jaxpr(cut)(arrays).out_avals)
-
-
-@dataclasses.dataclass
-class _Call:
-    """`fun` as a function of flat arrays; notes what came out at each size."""
-
-    fun: Fun
-    layout: Layout
-    loss: bool
-    has_aux: bool
-    padded: bool
-    audited: bool
-    outputs: list[Outputs] = dataclasses.field(default_factory=list)
-    returned: list[tuple[Output, ...]] = dataclasses.field(default_factory=list)
-    shapes: list[list[Any]] = dataclasses.field(default_factory=list)
-    num_terms: int = 0
-
-    def at(self, size: int) -> Callable[..., list[Any]]:
-        def flat(*arrays: Any) -> list[Any]:
-            args, kwargs = self.layout.build(list(arrays))
-            output = _assignments.call(self.fun, args, kwargs)
-            if self.loss:
-                output = _outputs.split_loss(output, self.has_aux)
-                self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
-            carry, has_carry = self.layout.carry, self.layout.has_carry
-            outputs, parts = _outputs.read(output, size=size, carry=carry, has_carry=has_carry, padded=self.padded)
-            self.outputs.append(outputs)
-            self.shapes.append([jax.typeof(x) for x in parts])
-            returned = list(self._returned(output)) if self.audited else []
-            self.returned.append(tuple(one for one, _ in returned))
-            return [*parts, *(x for _, arrays in returned for x in arrays)]
-
-        return flat
-
-    def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
-        """The leaves of the output, as the audit names them."""
-        if self.loss:
-            yield from _returned.leaves(output[0], "the loss", aux=False)
-            yield from _returned.leaves(output[1], "aux", aux=True)
-        else:
-            yield from _returned.leaves(output, "output", aux=False)
-
-    def check_sizes(self, partition: Partition) -> None:
-        """Outputs at both sizes have one structure, and what is summed has one shape."""
-        if len(self.outputs) < 2:
-            return
-        (large, small), (first, second) = partition.groups, self.outputs
-        if first.treedef != second.treedef or first.parts != second.parts:
-            raise ValueError(
-                f"fun returns other outputs for a microbatch of {large.size} examples than for one of {small.size}: "
-                f"{_names(first)} and {_names(second)}; return one structure for every size."
-            )
-        for part, x, y in zip(first.parts, *self.shapes, strict=True):
-            drop = 1 if part.reduction is Reduction.CONCAT else 0
-            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
-                raise ValueError(
-                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
-                    f"{list(y.shape)} for one of {small.size}, so it has no {part.reduction.value} over microbatches; "
-                    "reduce it over the examples first, or return it as Concat, one row an example."
-                )
-
-
-def _names(outputs: Outputs) -> list[str]:
-    return [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
 
 
 def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyTree:

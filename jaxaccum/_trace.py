@@ -16,7 +16,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
 
-from jaxaccum import _reversible, _running_sums
+from jaxaccum import _calls, _reversible, _running_sums
 from jaxaccum._jaxprs import ClosedJaxpr, is_reference, is_reference_effect, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._types import Array
@@ -34,6 +34,10 @@ class Trace:
     def __call__(self, index: Any, arrays: Sequence[Any]) -> list[Any]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the arguments."""
         return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
+
+    def as_calls(self) -> Trace:
+        """The trace, ready to be differentiated: JAX derives equal equations once."""
+        return dataclasses.replace(self, jaxpr=_calls.as_calls(self.jaxpr))
 
     def with_sums(
         self, index: Any, arrays: Sequence[Any], sums: Sequence[Any], places: Mapping[int, int]

@@ -112,7 +112,7 @@ def value_and_grad(
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         numbers = _check.argnums(argnums, tuple(in_axes))
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
-        at_call.check(fun, options, program, arrays)
+        at_call.check(fun, options, program, arrays, numbers)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
 
         def assemble(arrays: Sequence[Array]) -> PyTree:

@@ -21,7 +21,7 @@ from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._batch import Partition
-from jaxaccum._closure import closed_over, name_of
+from jaxaccum._closure import name_of, of_length
 from jaxaccum._returned import Output
 from jaxaccum._types import Fun
 
@@ -74,7 +74,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
         lambda: any_nan((*subject.given, *constants(whole.closed), *constants(part.closed)))
     )
     try:
-        values = _walked(walk, subject.slots, whole, part)
+        values = _walked(walk, subject, whole, part)
     except ProgramsDifferError as error:
         reason = (
             f"the programs for {walk.sizes.first} and for {size} examples are not the same: does Python code branch "
@@ -119,14 +119,14 @@ def _with_cause(judged: Judged, named: Sequence[Finding]) -> Judged:
     return dataclasses.replace(judged, findings=(*own, *judged.findings), cause=cause)
 
 
-def _walked(walk: Walk, slots: Sequence[Slot], whole: Traced, part: Traced) -> list[Value]:
+def _walked(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Value]:
     first, second = whole.closed, part.closed
     if len(first.consts) != len(second.consts):
         raise ProgramsDifferError
     consts = [walk.constant(a, b) for a, b in zip(first.consts, second.consts, strict=True)]
-    unchanged = _unchanged(slots, whole)
+    unchanged = _unchanged(subject.slots, whole)
     ins = [fixed(index=Index.MICROBATCH, scalar=True, number=walk.fresh())] if whole.indexed else []
-    for slot, v in zip(slots, whole.arguments, strict=True):
+    for slot, v in zip(subject.slots, whole.arguments, strict=True):
         scalar = v.aval.shape == ()
         number = walk.fresh()
         match slot.role:
@@ -142,9 +142,8 @@ def _walked(walk: Walk, slots: Sequence[Slot], whole: Traced, part: Traced) -> l
                 fault = Fault(FaultKind.STATE, None, None, f"{slot.name} changes from microbatch to microbatch")
                 value = fixed(faults=frozenset([fault]), number=number, scalar=scalar)
             case _:
-                value = fixed(
-                    number=number, scalar=scalar, params=slot.argnum == 0 and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-                )
+                params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+                value = fixed(number=number, scalar=scalar, params=params, overwritten=slot.is_overwritten)
         ins.append(value)
     return walk.run(first.jaxpr, second.jaxpr, consts, ins)
 
@@ -177,9 +176,8 @@ def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
     """The arrays that the loss closes over and that have a row for each example of the batch."""
     used = {id(x) for x in constants(whole.closed)}
     found = []
-    for name, x in closed_over(fun):
-        is_used = id(x) in used or isinstance(x, np.ndarray)  # of numpy's arrays JAX keeps a copy
-        if is_used and x.shape[:1] == (sizes.first,):
+    for name, x in of_length(fun, sizes.first):
+        if id(x) in used or isinstance(x, np.ndarray):  # of numpy's arrays JAX keeps a copy
             note = (
                 f"the loss closes over {name}, {x.dtype}{list(x.shape)}: a microbatch of {sizes.second} examples "
                 f"meets all {sizes.first} rows of it"

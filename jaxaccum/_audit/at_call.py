@@ -22,15 +22,21 @@ from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWa
 from jaxaccum._audit.traces import Traced
 from jaxaccum._program import Options, Program
 from jaxaccum._source import Frame, callers_depth
-from jaxaccum._types import Array, Fun
+from jaxaccum._types import Array, Fun, WithStreams
 
 
-def check(fun: Fun, options: Options, program: Program, arrays: Sequence[Array]) -> None:
-    """Warn or raise, as the options say, if the function does not accumulate exactly."""
+def check(
+    fun: Fun, options: Options, program: Program, arrays: Sequence[Array], argnums: Sequence[int] | None = None
+) -> None:
+    """Warn or raise, as the options say, if the function does not accumulate exactly.
+
+    `argnums` are the arguments that are differentiated; None says that any may be.
+    """
     one_part = program.partition.num_microbatches == 1 and not program.mesh_axes
     if options.audit is None or one_part:
         return
-    report = _report(_Call(fun, program, arrays), options.axis_name)
+    fun = fun.fun if isinstance(fun, WithStreams) else fun
+    report = _report(_Call(fun, program, arrays, argnums), options.axis_name)
     if not report.causes:
         return
     said = message(fun, report)
@@ -46,6 +52,7 @@ class _Call:
     fun: Fun
     program: Program
     arrays: Sequence[Array]
+    argnums: Sequence[int] | None
 
     @property
     def given(self) -> Sequence[Array]:
@@ -54,6 +61,9 @@ class _Call:
     @property
     def slots(self) -> Sequence[Slot]:
         return self.program.slots[: self.program.num_arguments]
+
+    def differentiates(self, argnum: int | None) -> bool:
+        return self.argnums is None or argnum in self.argnums
 
     def trace(self, size: int, count: int) -> Traced:
         """The program for one of `count` microbatches of `size` examples; the call's own is at hand."""
@@ -78,7 +88,7 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
         known = _REPORTS.setdefault(call.fun, {})
     except TypeError:  # a callable that nothing can refer to weakly
         return make()
-    key = (axis_name, mesh_axes, partition, _signature(call))
+    key = (axis_name, mesh_axes, partition, call.argnums, _signature(call))
     if key not in known:
         known[key] = make()
     return known[key]

@@ -19,6 +19,8 @@ _LAYERS = {
     "flax/linen/normalization.py": ("axis_name", False),
     "equinox/nn/_batch_norm.py": ("axis_name", True),
     "haiku/_src/batch_norm.py": ("cross_replica_axis", False),
+    "jaxaccum/linen.py": ("axis_name", False),
+    "jaxaccum/nnx.py": ("axis_name", False),
 }
 """Files of libraries with a BatchNorm: the argument that names its axes, and whether it is mapped."""
 _STATISTIC = (

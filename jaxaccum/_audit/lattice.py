@@ -187,6 +187,8 @@ class Value:
     """Its numbers at each of the two sizes, where they follow from shapes alone and are few."""
     closure: str = ""
     """The name of the key that it is made of, where `fun` closes over one."""
+    overwritten: bool = False
+    """Whether it is an argument whose "gradients" combine by maximum, so that no rule can mix them."""
     scalar: bool = False
     """Whether all of its entries are one number."""
     weight: Scale | None = None
@@ -228,7 +230,7 @@ class Value:
         """A new value like this one: what identified the old one does not carry over unless it is given."""
         reset: dict[str, Any] = {
             "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None, "extremum": None,
-            "root": None, "compares": frozenset(), "scalar": False,
+            "root": None, "compares": frozenset(), "scalar": False, "overwritten": False,
         }  # fmt: skip
         return dataclasses.replace(self, **(reset | changes))
 

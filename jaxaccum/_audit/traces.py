@@ -55,6 +55,10 @@ class Subject(Protocol):
         """The arguments, array by array, where they are at hand."""
         ...
 
+    def differentiates(self, argnum: int | None) -> bool:
+        """Whether a derivative may be taken with respect to the argument; None is a keyword argument."""
+        ...
+
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""
         ...
@@ -131,6 +135,10 @@ class Loss:
     def given(self) -> Sequence[Any]:
         """The leaves of the arguments as they came."""
         return self.arguments.given
+
+    def differentiates(self, argnum: int | None) -> bool:
+        """Whether a derivative may be taken with respect to the argument."""
+        return argnum == 0
 
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""

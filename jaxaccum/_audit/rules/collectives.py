@@ -9,6 +9,8 @@ from typing import Any
 from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._jaxprs import opened
+from jaxaccum._trace import mentions
 
 _EACH = Scale(Fraction(-1))
 """A batch-independent value counts once a microbatch: the batch's size over the microbatch's times."""
@@ -123,3 +125,21 @@ def axis_index(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if walk.mesh_axes:
         return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, "the result depends on the device")]))
     return fixed(scalar=True)
+
+
+def whole_batch_moments(walk: Walk, op: Op, body: Any, ins: list[Value]) -> list[Value]:
+    """The count, mean and squares of our BatchNorm: the whole batch's, the same in every microbatch."""
+    inside = [Op(eqn, eqn) for eqn in mentions(opened(body)[0], walk.axis_name)]
+    named = {name for eqn in inside for name in axes_of(eqn)}
+    grouped = any(eqn.params.get("axis_index_groups") is not None for eqn in inside)
+    if not named or grouped or not ins[0].rows or any(v.summary for v in ins):
+        return walk.body(op, (body, op.other.params["jaxpr"]), ins)
+    faults = frozenset().union(*(v.faults for v in ins))
+    if walk.mesh_axes - named:
+        devices = ", ".join(sorted(walk.mesh_axes - named))
+        fault = walk.fault(op, FaultKind.COUPLING, f"the statistics are those of one device along {devices}")
+    else:
+        note = f"BatchNorm over {walk.axis_name!r} couples the examples, as declared"
+        fault = walk.fault(op, FaultKind.COLLECTIVE, note)
+    params = any(v.params for v in ins)
+    return [fixed(faults=faults | {fault}, params=params, number=walk.fresh()) for _ in range(op.num_outs)]

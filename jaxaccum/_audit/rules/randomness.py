@@ -15,7 +15,7 @@ from jaxaccum._audit.rules.elementwise import layout_of, same_layout
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
-_CLOSED_OVER = "the loss closes over the key {name}, so every microbatch draws the same numbers"
+_CLOSED_OVER = "the loss closes over the key `{name}`, so every microbatch draws the same numbers"
 _WITHOUT_BITS = {"random_seed", "random_wrap", "random_unwrap", "random_clone"}
 _FOR_EACH_KEY = {
     "threefry2x32": None,

@@ -1,0 +1,89 @@
+"""`fun` as a function of flat arrays, which notes what came out at each size of microbatch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxaccum import _assignments, _closure, _outputs, _returned
+from jaxaccum._arguments import Layout
+from jaxaccum._batch import Partition
+from jaxaccum._outputs import Outputs
+from jaxaccum._reduce import Reduction
+from jaxaccum._returned import Output
+from jaxaccum._types import Fun, PyTree
+
+
+@dataclasses.dataclass
+class Call:
+    """`fun` as a function of flat arrays; notes what came out at each size."""
+
+    fun: Fun
+    layout: Layout
+    loss: bool
+    has_aux: bool
+    padded: bool
+    audited: bool
+    batch_size: int
+    outputs: list[Outputs] = dataclasses.field(default_factory=list)
+    returned: list[tuple[Output, ...]] = dataclasses.field(default_factory=list)
+    shapes: list[list[Any]] = dataclasses.field(default_factory=list)
+    num_terms: int = 0
+
+    def at(self, size: int) -> Callable[..., list[Any]]:
+        def flat(*arrays: Any) -> list[Any]:
+            args, kwargs = self.layout.build(list(arrays))
+            output = self._output(args, kwargs, size)
+            if self.loss:
+                output = _outputs.split_loss(output, self.has_aux)
+                self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
+            carry, has_carry = self.layout.carry, self.layout.has_carry
+            outputs, parts = _outputs.read(output, size=size, carry=carry, has_carry=has_carry, padded=self.padded)
+            self.outputs.append(outputs)
+            self.shapes.append([jax.typeof(x) for x in parts])
+            returned = list(self._returned(output)) if self.audited else []
+            self.returned.append(tuple(one for one, _ in returned))
+            return [*parts, *(x for _, arrays in returned for x in arrays)]
+
+        return flat
+
+    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
+        try:
+            return _assignments.call(self.fun, args, kwargs)
+        except Exception as error:  # of the user's function
+            _closure.explain(error, self.fun, size=size, batch_size=self.batch_size)
+            raise
+
+    def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
+        """The leaves of the output, as the audit names them."""
+        if self.loss:
+            yield from _returned.leaves(output[0], "the loss", aux=False)
+            yield from _returned.leaves(output[1], "aux", aux=True)
+        else:
+            yield from _returned.leaves(output, "output", aux=False)
+
+    def check_sizes(self, partition: Partition) -> None:
+        """Outputs at both sizes have one structure, and what is summed has one shape."""
+        if len(self.outputs) < 2:
+            return
+        (large, small), (first, second) = partition.groups, self.outputs
+        if first.treedef != second.treedef or first.parts != second.parts:
+            raise ValueError(
+                f"fun returns other outputs for a microbatch of {large.size} examples than for one of {small.size}: "
+                f"{_names(first)} and {_names(second)}; return one structure for every size."
+            )
+        for part, x, y in zip(first.parts, *self.shapes, strict=True):
+            drop = 1 if part.reduction is Reduction.CONCAT else 0
+            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
+                raise ValueError(
+                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
+                    f"{list(y.shape)} for one of {small.size}, so it has no {part.reduction.value} over microbatches; "
+                    "reduce it over the examples first, or return it as Concat, one row an example."
+                )
+
+
+def _names(outputs: Outputs) -> list[str]:
+    return [f"{part.name} ({part.reduction.value})" for part in outputs.parts]

@@ -1,0 +1,88 @@
+"""Equal equations as calls of one function, so that JAX derives the derivative of each kind once.
+
+The problem. `jax.numpy` is made of small compiled functions, and JAX keeps the derivative of each:
+twelve equal layers cost it little more than one. A traced program has none of them left, only
+primitives, and JAX derives every equation anew, which costs more than the rest of the trace.
+
+The idea. Before a program is differentiated, an equation becomes a call of a function that holds it
+alone, one function for all equations of a kind: the same primitive, parameters, types and literals.
+The calls are ``inline``: they vanish from the program that comes out.
+
+    y = sin x          y = jit[jaxpr={ lambda a. let b = sin a in (b,) }, inline=True] x
+    z = sin y          z = jit[the same jaxpr] y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+
+from jaxaccum._jaxprs import ClosedJaxpr
+
+
+def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """The jaxpr with its equations as calls, but for those that hold a program or have an effect."""
+    return jaxpr.replace(eqns=[_as_call(eqn) for eqn in jaxpr.eqns])
+
+
+def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    key = None if eqn.effects else _kind(eqn)
+    if key is None:
+        return eqn
+    invars: list[Any] = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+    call = _KNOWN.get(key)
+    if call is None:
+        call = _KNOWN[key] = _call(eqn)
+    return eqn.replace(primitive=call.primitive, params=call.params, invars=invars)
+
+
+_KNOWN: dict[Hashable, jex.JaxprEqn] = {}
+"""A call for each kind of equation that was met."""
+
+
+def _call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+    """The call of a function that holds the equation alone."""
+
+    def one(*values: Any) -> list[Any]:
+        rest = iter(values)
+        operands = [v.val if isinstance(v, jex.Literal) else next(rest) for v in eqn.invars]
+        outs = eqn.primitive.bind(*operands, **eqn.params)
+        return outs if eqn.primitive.multiple_results else [outs]
+
+    one.__name__ = eqn.primitive.name
+    avals = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
+    (call,) = jax.make_jaxpr(jax.jit(one))(*avals).jaxpr.eqns
+    return call.replace(params=call.params | {"inline": True})
+
+
+def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
+    """What equal equations share; None for one that holds a program, or that cannot be compared."""
+    if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
+        return None
+    operands = tuple(_literal(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
+    params = tuple((name, type(x), _exact(x)) for name, x in sorted(eqn.params.items()))
+    key = (eqn.primitive, operands, params, jax.sharding.get_abstract_mesh())
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _holds_program(x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return any(map(_holds_program, x))
+    return isinstance(x, jex.Jaxpr | ClosedJaxpr)
+
+
+def _literal(v: jex.Literal) -> Hashable:
+    """A literal, told apart by its bits: 0.0 is not -0.0."""
+    return v.aval, np.asarray(v.val).tobytes()
+
+
+def _exact(x: Any) -> Any:
+    return repr(x) if isinstance(x, float) else x
