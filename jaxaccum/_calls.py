@@ -21,7 +21,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jaxaccum._jaxprs import ClosedJaxpr
+from jaxaccum._jaxprs import ClosedJaxpr, inlined
 
 
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
@@ -56,7 +56,7 @@ def _call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     one.__name__ = eqn.primitive.name
     avals = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
     (call,) = jax.make_jaxpr(jax.jit(one))(*avals).jaxpr.eqns
-    return call.replace(params=call.params | {"inline": True})
+    return call.replace(params=inlined(call.params))
 
 
 def _kind(eqn: jex.JaxprEqn) -> Hashable | None:

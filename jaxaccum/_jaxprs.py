@@ -24,6 +24,13 @@ def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(list(consts)), len(list(carry))
 
 
+def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a call of a compiled function, which vanishes where it is traced."""
+    given = params["inline"]
+    early = True if isinstance(given, bool) else type(given)["JAX_EARLY"]  # since jax 0.12 an enumeration
+    return {**params, "inline": early}
+
+
 def is_reference(aval: Any) -> bool:
     """Whether a variable holds a reference of ``jax.new_ref``: JAX exports no type of them."""
     return hasattr(aval, "inner_aval")

@@ -118,7 +118,7 @@ def test_the_call_raises_or_is_silent_as_it_is_told(call):
 
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match='audit must be "warn", "raise" or None; got True'):
-        jaxaccum.grad(total, num_microbatches=2, audit=True)(W, BATCH)
+        jaxaccum.grad(total, num_microbatches=2, audit=True)(W, BATCH)  # pyright: ignore
 
 
 def test_one_microbatch_is_the_full_batch():
