@@ -47,6 +47,11 @@ class Partition:
         """The number of iterations of the loop."""
         return sum(group.count for group in self.groups)
 
+    def keeps_groups(self, size: int) -> bool:
+        """Whether every microbatch holds whole groups of `size` adjacent examples."""
+        adjacent = self.split == "contiguous"
+        return adjacent and all(group.size % (size * self.blocks) == 0 for group in self.groups)
+
     def first_example(self, group: Group, index: Array) -> Array:
         """The index in the batch of the first example of microbatch `index`."""
         if self.split == "strided":

@@ -73,12 +73,22 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     walk.may_be_nan = functools.cache(
         lambda: any_nan((*subject.given, *constants(whole.closed), *constants(part.closed)))
     )
+    judged = _walked_and_judged(walk, subject, whole, part)
+    if any(each.cause is not None for each in judged):
+        judged = _in_groups(walk, subject, whole, part) or judged
+    named = _repeated(subject, whole, walk)
+    return [_with_cause(each, named) for each in judged]
+
+
+def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged]:
+    """The answers, where both programs could be traced."""
     try:
         values = _walked(walk, subject, whole, part)
     except ProgramsDifferError as error:
+        first, second = walk.group * walk.sizes.first, walk.group * walk.sizes.second
         reason = (
-            f"the programs for {walk.sizes.first} and for {size} examples are not the same: does Python code branch "
-            "on the batch size?"
+            f"the programs for {first} and for {second} examples are not the same: does Python code branch on the "
+            "batch size?"
         )
         found = _closures(subject.fun, whole, walk.sizes)
         return [_undecided(output, reason, error.site, closures=found) for output in whole.outputs]
@@ -90,8 +100,27 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
             judged = _undecided(output, "its shape changes with the batch size")
         found.append(judged)
         start += output.count
-    named = _repeated(subject, whole, walk)
-    return [_with_cause(each, named) for each in found if each is not None]
+    return [each for each in found if each is not None]
+
+
+def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:
+    """The answers where adjacent examples in groups, such as pairs or completions of one prompt, are taken for one.
+
+    A group is exact as an example is: the microbatches must hold whole groups. None where that does not help.
+    """
+    for group in sorted(walk.groups):
+        sizes = walk.sizes.divided(group)
+        if sizes is None or not subject.keeps_groups(group):
+            continue
+        again = Walk(sizes, walk.axis_name, walk.axis_sizes)
+        again.group, again.mesh_axes = group, walk.mesh_axes
+        again.name_of, again.may_be_nan = walk.name_of, walk.may_be_nan
+        judged = _walked_and_judged(again, subject, whole, part)
+        if not any(each.cause is not None for each in judged):
+            note = f"examples come in groups of {group} adjacent ones, and every microbatch holds whole groups"
+            finding = Finding("assumption", None, None, "", note=note)
+            return [dataclasses.replace(each, findings=(*each.findings, finding)) for each in judged]
+    return None
 
 
 def _cannot(size: int, error: Exception) -> str:
@@ -131,9 +160,9 @@ def _walked(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[V
         number = walk.fresh()
         match slot.role:
             case Role.ROWS:
-                value = rows(Layout((slot.axis,)), number=number)
+                value = rows(Layout((slot.axis,), inner=walk.group), number=number)
             case Role.EXAMPLE_KEY:
-                value = rows(Layout((0,)), number=number)
+                value = rows(Layout((0,), inner=walk.group), number=number)
             case Role.KEY:
                 note = f"{slot.name} is folded with the microbatch's index"
                 fault = Fault(FaultKind.RANDOM, None, None, note, declared=True)

@@ -65,6 +65,9 @@ class _Call:
     def differentiates(self, argnum: int | None) -> bool:
         return self.argnums is None or argnum in self.argnums
 
+    def keeps_groups(self, size: int) -> bool:
+        return self.program.partition.keeps_groups(size)
+
     def trace(self, size: int, count: int) -> Traced:
         """The program for one of `count` microbatches of `size` examples; the call's own is at hand."""
         own = count == self.program.partition.num_microbatches

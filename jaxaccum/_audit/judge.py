@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Kind, Scale, Term, Value
+from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Kind, Layout, Scale, Term, Value
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Walk
@@ -167,7 +167,7 @@ def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
         case "Sum":
             return _claim_sum(walk, values[0])
         case "Concat":
-            return _claim_rows(values[0])
+            return _claim_rows(walk, values[0])
         case "Max" | "Min":
             return _claim_extremum(values[0], output.tag.lower())
         case _:
@@ -263,8 +263,8 @@ def _claim_sum(walk: Walk, value: Value) -> _Claim:
     return _mis_scaled(walk, value)
 
 
-def _claim_rows(value: Value) -> _Claim:
-    plain = value.rows and value.layout is not None and value.layout.plain and value.layout.axes == (0,)
+def _claim_rows(walk: Walk, value: Value) -> _Claim:
+    plain = value.rows and value.layout == Layout((0,), inner=walk.group)
     if (plain or value.fixed) and value.scale.trivial:
         return _Claim(Verdict.PER_EXAMPLE, True)
     if value.kind is Kind.STATISTIC:

@@ -59,6 +59,10 @@ class Subject(Protocol):
         """Whether a derivative may be taken with respect to the argument; None is a keyword argument."""
         ...
 
+    def keeps_groups(self, size: int) -> bool:
+        """Whether every microbatch holds whole groups of `size` adjacent examples."""
+        ...
+
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""
         ...
@@ -139,6 +143,10 @@ class Loss:
     def differentiates(self, argnum: int | None) -> bool:
         """Whether a derivative may be taken with respect to the argument."""
         return argnum == 0
+
+    def keeps_groups(self, size: int) -> bool:
+        """Whether every microbatch holds whole groups of `size` adjacent examples."""
+        return self.arguments.partition.keeps_groups(size)
 
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""

@@ -112,6 +112,10 @@ class Walk:
         self.axis_name = axis_name
         self.axis_sizes = axis_sizes
         """How many microbatches there are, at each size."""
+        self.group = 1
+        """How many adjacent rows of the batch are taken for one example."""
+        self.groups: set[int] = set()
+        """How many adjacent rows the program itself takes together: its batch axis is divided by them."""
         self.mesh_axes: frozenset[str] = frozenset()
         """Inside a program for one device, the mesh axes over which the batch is sharded."""
         self.calls: tuple[Call, ...] = ()

@@ -68,6 +68,8 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return walk.unknown(op, "a reshape divides the batch axis in a way that the analysis cannot follow")
     out = moved(x, layout, columns=_columns(x, outs[0]) or (x.columns if shapes[0][-1:] == outs[0][-1:] else ()))
     splits = len(layout.axes) == 2 and x.layout != layout
+    if splits:
+        walk.groups.add(outs[0][layout.axes[1]])
     return dataclasses.replace(out, origin=walk.site(op)) if splits else out
 
 
@@ -192,6 +194,10 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             else x.but()
         )
     layout = x.layout
+    if (step := _step(op, layout)) > 1:
+        walk.groups.add(step)
+        if layout.inner % step == 0:  # one row of each `step` of an example's
+            return moved(x, dataclasses.replace(layout, inner=layout.inner // step))
     for axis in layout.axes:
         kept = _kept(op, axis, layout, walk.sizes)
         if kept is None:
@@ -199,6 +205,17 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=layout)
         layout = dataclasses.replace(layout, outer=kept)
     return moved(x, layout)
+
+
+def _step(op: Op, layout: Layout) -> int:
+    """Of a slice that takes every k-th row of the batch, and as many of each k: the number k."""
+    if len(layout.axes) != 1 or layout.looped or op.params["strides"] is None:
+        return 1
+    (axis,) = layout.axes
+    steps = {eqn.params["strides"][axis] for eqn in (op.eqn, op.other)}
+    step = steps.pop()
+    whole = all(old[axis] == step * new[axis] for old, new in zip(op.shapes(), op.out_shapes(), strict=True))
+    return step if whole and not steps else 1
 
 
 def _kept(op: Op, axis: int, layout: Layout, sizes: Sizes) -> int | None:
