@@ -104,7 +104,7 @@ class Trace:
     @property
     def other_axes(self) -> frozenset[str]:
         """The named axes, other than the loop's, that collectives in it mention."""
-        return frozenset(_axes(self.jaxpr)) - {self.axis[0]}
+        return frozenset(axes_in(self.jaxpr)) - {self.axis[0]}
 
     @property
     def exchanges(self) -> bool:
@@ -222,12 +222,12 @@ def mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
             yield from mentions(sub, axis_name)
 
 
-def _axes(jaxpr: jex.Jaxpr) -> Iterator[str]:
+def axes_in(jaxpr: jex.Jaxpr) -> Iterator[str]:
     """Every axis that is mentioned, at any depth."""
     for eqn in jaxpr.eqns:
         yield from (name for name in axes_of(eqn) if isinstance(name, str))
         for sub in jex.jaxprs_in_params(eqn.params):
-            yield from _axes(sub)
+            yield from axes_in(sub)
 
 
 def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:

@@ -97,4 +97,61 @@ ROWS = [
         "if not settled and any(f.kind not in HARMLESS for f in before):", "if False:",
         "test_audit_advice.py::test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own",
     ),
+    (
+        "the call asks no audit", "_value_and_grad.py",
+        "        at_call.check(fun, options, program, arrays, numbers)\n", "",
+        "test_audit_at_call.py::test_an_inexact_loss_is_warned_of_with_its_line",
+    ),
+    (
+        "the call says nothing of a loss that it cannot decide", "_audit/at_call.py",
+        "    if not report.causes:\n", "    if not report.causes or report.causes[0].kind == 'unknown':\n",
+        "test_audit_at_call.py::test_a_loss_written_for_one_size_alone_may_be_inexact",
+    ),
+    (
+        "the call remembers a loss by its shapes alone", "_audit/at_call.py",
+        "    operations = tuple(eqn.primitive for one in seen for eqn in one.trace.jaxpr.eqns)\n",
+        "    operations = ()\n",
+        "test_audit_at_call.py::test_a_loss_that_changes_its_mind_is_looked_at_again",
+    ),
+    (
+        "the call takes one microbatch on each device for the whole batch", "_audit/at_call.py",
+        "num_microbatches == 1 and not program.mesh_axes", "num_microbatches == 1",
+        "test_audit_at_call.py::test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
+    ),
+    (
+        "a key that the call declares is news", "_audit/judge.py",
+        "if f.kind is FaultKind.RANDOM and not f.declared), None)", "if f.kind is FaultKind.RANDOM), None)",
+        "test_audit_at_call.py::test_a_key_that_the_call_declares_is_no_news",
+    ),
+    (
+        "every carried state is a random stream", "_audit/analysis.py",
+        "                fault = Fault(FaultKind.STATE, None, None, f\"{slot.name} changes",
+        "                fault = Fault(FaultKind.RANDOM, None, None, declared=True, note=f\"{slot.name} changes",
+        "test_audit_at_call.py::test_a_carried_key_is_a_random_stream_and_a_carried_number_is_not",
+    ),
+    (
+        "a strided split keeps groups together", "_batch.py",
+        "        adjacent = self.split == \"contiguous\"\n", "        adjacent = True\n",
+        "test_audit_groups.py::test_what_the_audit_says_is_what_the_numbers_say",
+    ),
+    (
+        "any slice with a step takes one row of each group", "_audit/rules/shapes.py",
+        "        if layout.inner % step == 0:  # one", "        if True:  # one",
+        "test_audit_groups.py::test_what_the_audit_says_is_what_the_numbers_say",
+    ),
+    (
+        "our BatchNorm over one device's microbatches is that of all", "_audit/rules/collectives.py",
+        "    if walk.mesh_axes - named:\n", "    if False:\n",
+        "test_audit_groups.py::test_batch_norm_of_one_device_is_no_batch_norm_of_all",
+    ),
+    (
+        "literals are compared by their values", "_calls.py",
+        "    return v.aval, np.asarray(v.val).tobytes()\n", "    return v.aval, float(np.asarray(v.val).real)\n",
+        "test_calls.py::test_what_differs_in_a_number_is_another_kind",
+    ),
+    (
+        "equal types make equal equations", "_calls.py",
+        "(name, type(x), _exact(x)) for name, x in sorted", "(name, type(x)) for name, x in sorted",
+        "test_calls.py::test_what_differs_in_a_number_is_another_kind",
+    ),
 ]  # fmt: skip

@@ -214,11 +214,12 @@ def test_a_state_that_comes_back_elsewhere_is_changed():
     swapped = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[1], s[0])))
     beside = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), {"new": Carry((s[1], s[1])), "old": Last(s[0])})
     kept = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[0], s[1])))
-    for state in states.values():
+    for name, state in states.items():
+        kind = "random" if name == "keys" else "state"
         for loss, exact in ((swapped, False), (beside, False), (kept, True)):
             report = jaxaccum.audit(loss, W, BATCH["x"], state, in_axes=(None, 0, CARRY), has_aux=True)
             assert report.exact is exact
-            assert [f.kind for f in report.findings] == ([] if exact else ["state"])
+            assert [f.kind for f in report.findings] == ([] if exact else [kind])
 
 
 def test_a_carried_key_that_comes_back_is_no_changed_state():
@@ -232,7 +233,8 @@ def test_a_carried_key_that_comes_back_is_no_changed_state():
             in_axes=(None, 0, CARRY), has_aux=True,
         )  # fmt: skip
         assert report.exact is not change
-        assert [f.kind for f in report.findings] == (["state"] if change else [])
+        assert [f.kind for f in report.findings] == (["random"] if change else [])
+        assert report.random is change
 
 
 def test_aux_is_judged_by_its_tags():

@@ -45,7 +45,9 @@ def report_on(
         if size == known:
             raise
         whole = subject.trace(known, count)
-        found = _closures(subject.fun, whole, Sizes(known, size))
+        found = _closures(subject.fun, whole, Sizes(size, known))
+        if known == 1 and not found and not of_length(subject.fun, size):
+            return _summed_up([Judged(o, Verdict.PER_EXAMPLE, True) for o in whole.outputs], counts)  # for one example
         return _summed_up([_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs], counts)
     judged: list[Judged] = []
     for group in partition.groups:
@@ -75,7 +77,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     )
     judged = _walked_and_judged(walk, subject, whole, part)
     if any(each.cause is not None for each in judged):
-        judged = _in_groups(walk, subject, whole, part) or judged
+        judged = _one_by_one(walk, subject, whole) or _in_groups(walk, subject, whole, part) or judged
     named = _repeated(subject, whole, walk)
     return [_with_cause(each, named) for each in judged]
 
@@ -103,6 +105,31 @@ def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced
     return [each for each in found if each is not None]
 
 
+def _like(walk: Walk, sizes: Sizes) -> Walk:
+    """Another walk of the same programs, which takes the sizes for others."""
+    again = Walk(sizes, walk.axis_name, walk.axis_sizes)
+    again.mesh_axes, again.name_of, again.may_be_nan = walk.mesh_axes, walk.name_of, walk.may_be_nan
+    return again
+
+
+def _one_by_one(walk: Walk, subject: Subject, whole: Traced) -> list[Judged] | None:
+    """The answers for a loss that reads the one example of its microbatch as ``x[0]``; None where that does not help.
+
+    JAX leaves ``x[0]`` out where there is one row, so that a program for more is compared.
+    """
+    if walk.sizes.second > 1:
+        return None
+    larger = 2 if walk.sizes.first > 2 else 3
+    try:
+        part = subject.trace(larger, walk.axis_sizes[1])
+    except Exception:  # of the user's function
+        return None
+    again = _like(walk, Sizes(walk.sizes.first, larger))
+    again.one_by_one = True
+    judged = _walked_and_judged(again, subject, whole, part)
+    return None if any(each.cause is not None for each in judged) else judged
+
+
 def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:
     """The answers where adjacent examples in groups, such as pairs or completions of one prompt, are taken for one.
 
@@ -112,9 +139,8 @@ def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> lis
         sizes = walk.sizes.divided(group)
         if sizes is None or not subject.keeps_groups(group):
             continue
-        again = Walk(sizes, walk.axis_name, walk.axis_sizes)
-        again.group, again.mesh_axes = group, walk.mesh_axes
-        again.name_of, again.may_be_nan = walk.name_of, walk.may_be_nan
+        again = _like(walk, sizes)
+        again.group = group
         judged = _walked_and_judged(again, subject, whole, part)
         if not any(each.cause is not None for each in judged):
             note = f"examples come in groups of {group} adjacent ones, and every microbatch holds whole groups"

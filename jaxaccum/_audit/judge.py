@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Kind, Layout, Scale, Term, Value
+from jaxaccum._audit.lattice import CONSEQUENCES, ONE_EXAMPLE, Fault, FaultKind, Kind, Layout, Scale, Term, Value
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Walk
@@ -161,6 +161,8 @@ def _ratio_of(value: Value) -> int | None:
 
 
 def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
+    if walk.one_by_one and output.tag in ("", "Mean", "Sum") and _of_one_example(values):
+        return _Claim(Verdict.PER_EXAMPLE, True)
     match output.tag:
         case "Mean":
             return _claim_mean(walk, values[0], values[1])
@@ -172,6 +174,12 @@ def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
             return _claim_extremum(values[0], output.tag.lower())
         case _:
             return _claim_untagged(walk, values[0])
+
+
+def _of_one_example(values: Sequence[Value]) -> bool:
+    """Whether a loss written for one example came to this, so that its microbatches are its examples."""
+    known = all(v.layout == ONE_EXAMPLE if v.rows else v.fixed for v in values)
+    return known and values[0].rows and all(term.scale.trivial for v in values for term in v.terms)
 
 
 def _claim_untagged(walk: Walk, value: Value) -> _Claim:

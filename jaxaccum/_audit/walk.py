@@ -114,6 +114,8 @@ class Walk:
         """How many microbatches there are, at each size."""
         self.group = 1
         """How many adjacent rows of the batch are taken for one example."""
+        self.one_by_one = False
+        """Whether microbatches hold one example, which the loss reads as ``x[0]``."""
         self.groups: set[int] = set()
         """How many adjacent rows the program itself takes together: its batch axis is divided by them."""
         self.mesh_axes: frozenset[str] = frozenset()

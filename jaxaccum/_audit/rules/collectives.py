@@ -10,7 +10,7 @@ from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, S
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._jaxprs import opened
-from jaxaccum._trace import mentions
+from jaxaccum._trace import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
 """A batch-independent value counts once a microbatch: the batch's size over the microbatch's times."""
@@ -129,10 +129,10 @@ def axis_index(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 def whole_batch_moments(walk: Walk, op: Op, body: Any, ins: list[Value]) -> list[Value]:
     """The count, mean and squares of our BatchNorm: the whole batch's, the same in every microbatch."""
-    inside = [Op(eqn, eqn) for eqn in mentions(opened(body)[0], walk.axis_name)]
-    named = {name for eqn in inside for name in axes_of(eqn)}
-    grouped = any(eqn.params.get("axis_index_groups") is not None for eqn in inside)
-    if not named or grouped or not ins[0].rows or any(v.summary for v in ins):
+    jaxpr = opened(body)[0]
+    named = set(axes_in(jaxpr))
+    grouped = any(eqn.params.get("axis_index_groups") is not None for name in named for eqn in mentions(jaxpr, name))
+    if walk.axis_name not in named or grouped or not ins[0].rows or any(v.summary for v in ins):
         return walk.body(op, (body, op.other.params["jaxpr"]), ins)
     faults = frozenset().union(*(v.faults for v in ins))
     if walk.mesh_axes - named:

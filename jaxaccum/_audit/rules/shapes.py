@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxaccum._audit.lattice import PLAIN, FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.lattice import ONE_EXAMPLE, PLAIN, FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
@@ -194,6 +194,8 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             else x.but()
         )
     layout = x.layout
+    if _is_the_only_example(walk, op, layout):
+        return moved(x, ONE_EXAMPLE)
     if (step := _step(op, layout)) > 1:
         walk.groups.add(step)
         if layout.inner % step == 0:  # one row of each `step` of an example's
@@ -205,6 +207,15 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=layout)
         layout = dataclasses.replace(layout, outer=kept)
     return moved(x, layout)
+
+
+def _is_the_only_example(walk: Walk, op: Op, layout: Layout) -> bool:
+    """Whether ``x[0]`` reads all that a microbatch of one example has: a loss that is written for one example."""
+    if not walk.one_by_one or not layout.plain:
+        return False
+    (axis,) = layout.axes
+    taken = {(e.params["start_indices"][axis], e.params["limit_indices"][axis]) for e in (op.eqn, op.other)}
+    return taken == {(0, 1)}
 
 
 def _step(op: Op, layout: Layout) -> int:
