@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum import _assignments, _check
+from jaxaccum._in_axes import ArgumentAxes, by_name
 from jaxaccum._tree import is_array, key_impl, leaf_name, leaves_with_names
 from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
 
@@ -36,7 +37,8 @@ class Slot:
 
     name: str
     role: Role
-    argnum: int | None = None
+    argnum: int | str | None = None
+    """Its argument: a position, or a keyword."""
     axis: int = 0
     key: Any = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
@@ -73,23 +75,32 @@ class Layout:
         return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
 
 
+def every(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, str, Any]]:
+    """All arguments: position or keyword, what errors call it, itself; in the order of leaves."""
+    positional = [(i, f"argument {i}", arg) for i, arg in enumerate(args)]
+    keywords = [(name, f"keyword argument {name}", kwargs[name]) for name in sorted(kwargs)]
+    return [*positional, *keywords]
+
+
 def read(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     in_axes: Any,
     *,
-    differentiated: Collection[int] = (),
+    differentiated: Collection[int | str] = (),
     counted: int | None = None,
 ) -> tuple[Layout, list[Any]]:
     """The layout of the arguments, and their arrays: one a slot, in order.
 
     A Python scalar is traced where a derivative is asked of it, or where it counts examples (argument `counted`).
     """
-    in_axes = per_argument(in_axes, len(args))
-    leaves, slots, arrays, statics = 0, [], [], {}
-    for number, (arg, axes) in enumerate(zip(args, in_axes, strict=True)):
+    given = assigned(in_axes, args, kwargs)
+    leaves, slots, arrays, statics, states = 0, [], [], {}, []
+    for number, called, arg in every(args, kwargs):
+        axes = given.keywords[number] if isinstance(number, str) else given.positional[number]
+        states += [arg] if axes is CARRY else []
         of_model = number in differentiated and _assignments.holds_modules(arg)
-        for name, leaf, axis in _with_axes(arg, axes, f"argument {number}"):
+        for name, leaf, axis in _with_axes(arg, axes, called):
             _check.numeric(leaf, name)
             if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
                 statics[leaves] = leaf
@@ -99,25 +110,16 @@ def read(
                 slots.append(_slot(name, leaf, axis, number))
                 arrays.append(slots[-1].array(leaf))
             leaves += 1
-    for keyword, value in sorted(kwargs.items()):  # the order of the leaves of a dict
-        for name, leaf in leaves_with_names(value, f"keyword argument {keyword}"):
-            if is_array(leaf):
-                slots.append(Slot(name, Role.WHOLE))
-                arrays.append(leaf)
-            else:
-                statics[leaves] = leaf
-            leaves += 1
-    carry = next((arg for arg, axes in zip(args, in_axes, strict=True) if axes is CARRY), None)
-    layout = Layout(
-        jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, any(axes is CARRY for axes in in_axes)
-    )
+    carry = states[0] if states else None
+    layout = Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, bool(states))
     return layout, [jnp.asarray(x) for x in arrays]
 
 
 def batch_size(slots: tuple[Slot, ...], arrays: list[Any]) -> int:
     """The number of examples, on which all leaves with a batch axis agree."""
     pairs = zip(slots, arrays, strict=True)
-    return _check.batch_size([(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS])
+    sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
+    return _check.batch_size(sizes, [slot.argnum for slot in slots if isinstance(slot.argnum, str)])
 
 
 def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
@@ -136,6 +138,35 @@ def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | No
     )
 
 
+def assigned(
+    in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fun: Any = None
+) -> ArgumentAxes:
+    """The entry of `in_axes` for every argument of the call ``fun(*args, **kwargs)``."""
+    if isinstance(in_axes, ArgumentAxes):
+        return in_axes
+    if isinstance(in_axes, Mapping):
+        given = by_name(in_axes, len(args), kwargs, fun)
+    else:
+        _check_keywords(in_axes, args, kwargs)
+        given = ArgumentAxes(per_argument(in_axes, len(args)), dict.fromkeys(kwargs))
+    if sum(axes is CARRY for axes in [*given.positional, *given.keywords.values()]) > 1:
+        raise ValueError(
+            "in_axes declares CARRY twice; one argument holds the state: put both states into one pytree."
+        )
+    return given
+
+
+def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A tuple with too many entries was perhaps meant for arguments that are passed by keyword."""
+    names = [name for name, x in kwargs.items() if any(map(is_array, jax.tree.leaves(x)))]
+    if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries and the function was called with {len(args)} "
+            f"positional arguments and, by keyword, {', '.join(kwargs)}. A tuple has one entry a "
+            f"positional argument. {_check.by_keyword(names)}"
+        )
+
+
 def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
     """`in_axes`, checked to have one entry for each of the `count` positional arguments."""
     if not isinstance(in_axes, tuple | list):
@@ -149,12 +180,10 @@ def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
             "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
             "arguments have no entry, and are passed whole."
         )
-    if sum(axes is CARRY for axes in in_axes) > 1:
-        raise ValueError("in_axes declares CARRY twice; one argument holds the state: put both states into one pytree.")
     return tuple(in_axes)
 
 
-def _slot(name: str, leaf: Any, axis: Any, argnum: int) -> Slot:
+def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
     if isinstance(axis, Sentinel):
         if axis is not CARRY:
             _check.key(leaf, name, axis)

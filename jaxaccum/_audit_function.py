@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
+from jaxaccum import _arguments
 from jaxaccum._audit.analysis import report_on
 from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.report import AuditReport
 from jaxaccum._audit.traces import Loss, read
+from jaxaccum._in_axes import by_position, check_keywords
 from jaxaccum._probe import probe as run_probe
-from jaxaccum._types import Axes, Fun
+from jaxaccum._types import Fun, InAxes
 
 
 def audit(
     fun: Fun,
     *args: Any,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     num_microbatches: int = 2,
     has_aux: bool = False,
     axis_name: str = "microbatch",
     probe: bool = False,
+    **kwargs: Any,
 ) -> AuditReport:
     """Whether the accumulated gradient of a loss is the full batch's: by which rule, and if not, by which line.
 
@@ -44,6 +46,7 @@ def audit(
         has_aux: whether `fun` returns ``(loss, aux)``; aux is judged too, but for `Stack`, `Last` and `Carry`.
         axis_name: the name of the loop's axis.
         probe: whether to compare numerically as well, in float64 on an unequal split.
+        **kwargs: the keyword arguments of `fun`.
 
     Returns:
         An `AuditReport`: ``verdict``, ``exact``, ``random``, ``findings``; printable; ``raise_if_inexact()``.
@@ -63,10 +66,13 @@ def audit(
         >>> str(report.verdict), report.exact
         ('COUPLED', False)
     """
-    arguments = read(args, in_axes, num_microbatches)
+    check_keywords(kwargs, in_axes, "audit", fun)
+    axes = _arguments.assigned(in_axes, args, kwargs, fun)
+    arguments = read(args, kwargs, axes, num_microbatches)
     report = report_on(Loss(fun, arguments, axis_name, has_aux), arguments.partition, axis_name)
     if not probe:
         return report
     equal = num_microbatches if any(f.kind == FaultKind.COLLECTIVE for f in report.findings) else None
-    found = run_probe(fun, args, in_axes=in_axes, has_aux=has_aux, axis_name=axis_name, equal=equal)
+    fun, args, own = by_position(fun, args, kwargs, axes)
+    found = run_probe(fun, args, in_axes=own, has_aux=has_aux, axis_name=axis_name, equal=equal)
     return dataclasses.replace(report, probe=found)

@@ -149,12 +149,16 @@ def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
     )
 
 
-def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
-    """The one size of all batch axes, given with the names of their leaves."""
+def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -> int:
+    """The one size of all batch axes, given with the names of their leaves.
+
+    `keywords` are the keyword arguments that hold arrays.
+    """
     if not sizes:
+        hint = by_keyword(keywords) if keywords else "as in in_axes=(None, 0)."
         raise ValueError(
-            "no argument has a batch axis; give in_axes an int for the argument that holds the examples, as in "
-            "in_axes=(None, 0)."
+            "no argument has a batch axis; give in_axes an int for the argument that holds the "
+            f"examples{'. ' if keywords else ', '}{hint}"
         )
     first_name, first = sizes[0]
     for name, other in sizes[1:]:
@@ -164,6 +168,12 @@ def batch_size(sizes: Sequence[tuple[str, int]]) -> int:
                 "a batch axis needs one row an example; give a leaf that is not batched None in in_axes."
             )
     return first
+
+
+def by_keyword(names: Sequence[str]) -> str:
+    """What to write where the arguments of these names hold arrays and are passed by keyword."""
+    found = " or ".join(dict.fromkeys(names))
+    return f'If {found} holds the examples, write in_axes={{"{names[0]}": 0}}, by its name.'
 
 
 def memory(value: Any) -> Memory:

@@ -26,8 +26,8 @@ def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
 
 def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call of a compiled function, which vanishes where it is traced."""
-    given = params["inline"]
-    early = True if isinstance(given, bool) else type(given)["JAX_EARLY"]  # since jax 0.12 an enumeration
+    given: Any = params["inline"]
+    early = True if isinstance(given, bool) else type(given).JAX_EARLY  # since jax 0.12 an enumeration
     return {**params, "inline": early}
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum import _arguments, _explicit, _program
 from jaxaccum._arguments import Role, Slot
 from jaxaccum._flops import flops
+from jaxaccum._in_axes import ArgumentAxes
 from jaxaccum._program import Options
 from jaxaccum._tree import is_array, leaves_with_names
 from jaxaccum._types import Fun
@@ -75,12 +76,12 @@ class Call:
             return None
         return (stats or {}).get("bytes_limit")
 
-    def rows(self, in_axes: Any) -> tuple[list[Slot], int]:
+    def rows(self, axes: ArgumentAxes) -> tuple[list[Slot], int]:
         """The leaves with a batch axis, and its size on one device of the manual axes."""
         found: list[Any] = []
 
         def note(*arrays: Any) -> None:
-            layout, own = _arguments.read(self._build(arrays), {}, in_axes)
+            layout, own = _arguments.read(*self._build(arrays), axes)
             found.append((layout.slots, _arguments.batch_size(layout.slots, own)))
 
         jax.eval_shape(self._shard_map(note, None) if self.mesh_axes else note, *self.shapes)
@@ -95,7 +96,7 @@ class Call:
             program, _ = _program.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
             found.append(program.coupled)
 
-        one = lambda *arrays: _explicit.spread(note, fun, options, self._build(arrays), {})
+        one = lambda *arrays: _explicit.spread(note, fun, options, *self._build(arrays))
         jax.eval_shape(self._shard_map(one, None) if self.mesh_axes else one, *self.shapes)
         return found[-1]
 
@@ -115,7 +116,8 @@ class Call:
         arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Cost(analysis.temp_size_in_bytes, arguments + analysis.temp_size_in_bytes, operations)
 
-    def _build(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+    def _build(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the keyword arguments that hold `arrays`."""
         own = list(self.leaves)
         for i, x in zip(self.traced, arrays, strict=True):
             own[i] = x
@@ -123,14 +125,19 @@ class Call:
 
     def _over_mesh(self, step: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., Any]:
         """`step` of flat arrays; inside ``shard_map`` where some axes are manual."""
+
+        def call(*arrays: Any) -> Any:
+            args, kwargs = self._build(arrays)
+            return step(*args, **kwargs)
+
         if not self.mesh_axes:
-            return lambda *arrays: step(*self._build(arrays))
+            return call
 
         def one(*arrays: Any) -> Any:
-            head, grads = step(*self._build(arrays))
+            head, grads = call(*arrays)
             return jax.tree.map(lambda x: x[None], head), jax.tree.leaves(grads)
 
-        specs = self._build([self._manual_spec(x) for x in self.shapes])
+        specs, _ = self._build([self._manual_spec(x) for x in self.shapes])
         outs = [spec for number in argnums for spec in jax.tree.leaves(specs[number], is_leaf=_is_spec)]
         return self._shard_map(one, (P(self.mesh_axes), outs))
 
@@ -149,12 +156,19 @@ class Call:
         return next((next(iter(x.devices())) for x in self.leaves if isinstance(x, jax.Array)), jax.devices()[0])
 
 
-def read(args: tuple[Any, ...], in_axes: Any, *, traced: Collection[Any], mesh_axes: Any) -> Call:
+def read(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: ArgumentAxes,
+    *,
+    traced: Collection[Any],
+    mesh_axes: Any,
+) -> Call:
     """The call; leaves of the arguments `traced` become arguments of the program also where they are Python numbers."""
     names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
     leaves, positions = {}, []
-    for number, arg in enumerate(args):
-        for name, x in leaves_with_names(arg, f"argument {number}"):
+    for number, called, arg in _arguments.every(args, kwargs):
+        for name, x in leaves_with_names(arg, called):
             if isinstance(x, jax.core.Tracer):
                 raise TypeError(
                     f"{name} is traced, and a plan compiles programs of its own; call jaxaccum.plan outside of jit and "
@@ -164,8 +178,9 @@ def read(args: tuple[Any, ...], in_axes: Any, *, traced: Collection[Any], mesh_a
                 positions.append(len(leaves))
             leaves[name] = x
     mesh = _mesh_of(list(leaves.values()), names)
-    call = Call(jax.tree.structure(args), tuple(leaves.values()), tuple(positions), mesh, names)
-    rows, batch_size = call.rows(in_axes)
+    structure = jax.tree.structure((args, kwargs))
+    call = Call(structure, tuple(leaves.values()), tuple(positions), mesh, names)
+    rows, batch_size = call.rows(axes)
     divided = {axis for slot in rows for axis in _names(_spec(leaves[slot.name]), slot.axis)}
     return dataclasses.replace(call, batch_axes=frozenset(divided) - set(names), batch_size=batch_size)
 

@@ -18,7 +18,7 @@ from jaxaccum._audit import at_call
 from jaxaccum._program import Options, Program
 from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast, is_inexact
-from jaxaccum._types import Array, Audit, Axes, Fun, Split
+from jaxaccum._types import Array, Audit, Fun, InAxes, Split
 
 
 def microbatch(
@@ -26,7 +26,7 @@ def microbatch(
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     split: Split = "contiguous",
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
@@ -50,7 +50,8 @@ def microbatch(
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry an argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
-            ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument.
+            ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes keyword
+            arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding, and
             microbatches of padding alone are skipped at run time.
@@ -90,7 +91,7 @@ def microbatch(
 
     @functools.wraps(fun)
     def microbatched(*args: Any, **kwargs: Any) -> Any:
-        return _explicit.spread(plain, fun, options, args, kwargs)
+        return _explicit.spread(plain, fun, options.of_call(fun, args, kwargs), args, kwargs)
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
@@ -106,7 +107,7 @@ def microbatch(
     return microbatched
 
 
-def full_batch(fun: Fun, in_axes: Sequence[Axes] = (None, 0), axis_name: str = "microbatch") -> Fun:
+def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbatch") -> Fun:
     """The oracle: the same tagged function in one pass over the whole batch, its tags resolved.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,17 +9,19 @@ import jax.numpy as jnp
 
 from jaxaccum import _arguments, _check
 from jaxaccum._arguments import Role
+from jaxaccum._in_axes import check_keywords
 from jaxaccum._program import example_keys
 from jaxaccum._tree import is_array, key_impl, leaves_with_names
-from jaxaccum._types import Array, Axes, PyTree, Split
+from jaxaccum._types import Array, InAxes, PyTree, Split
 
 
 def partition(
     *args: Any,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
     split: Split = "contiguous",
+    **kwargs: Any,
 ) -> list[tuple[Any, ...]]:
     """The arguments of every microbatch, as the loop would see them: to rerun one alone, or to feed a host loop.
 
@@ -32,12 +33,14 @@ def partition(
     Args:
         *args: the arguments of the function.
         in_axes: one entry an argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is the initial state.
+            A dict names keyword arguments, and passes positional ones whole.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         split: ``"contiguous"`` or ``"strided"``.
+        **kwargs: the keyword arguments of the function, each of them named in `in_axes`.
 
     Returns:
-        One tuple of arguments for each microbatch.
+        One tuple of arguments for each microbatch; with keyword arguments, one pair ``(args, kwargs)``.
 
     Raises:
         ValueError, TypeError: as `value_and_grad` does for the same options.
@@ -47,8 +50,9 @@ def partition(
         >>> [rows.tolist() for _, rows in jaxaccum.partition(None, np.arange(5), num_microbatches=2)]
         [[0, 1, 2], [3, 4]]
     """
-    layout, _ = _arguments.read(args, {}, in_axes)
-    leaves = jax.tree.leaves((args, {}))
+    check_keywords(kwargs, in_axes, "partition")
+    layout, _ = _arguments.read(args, kwargs, in_axes)
+    leaves = jax.tree.leaves((args, kwargs))
     given = [x for i, x in enumerate(leaves) if i not in layout.statics]
     arrays = [slot.array(x) for slot, x in zip(layout.slots, given, strict=True)]
     plan = _check.partition(
@@ -67,7 +71,8 @@ def partition(
                 else range(start, start + group.size)
             )
             own = [_take(slot, x, examples=examples, index=index) for slot, x in zip(layout.slots, arrays, strict=True)]
-            microbatches.append(layout.build(own)[0])
+            pair = layout.build(own)
+            microbatches.append(pair if kwargs else pair[0])
     return microbatches
 
 

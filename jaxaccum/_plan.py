@@ -10,9 +10,10 @@ from typing import Any
 
 from jaxaccum import _arguments, _check, _lowering
 from jaxaccum._accumulators import Sums
+from jaxaccum._in_axes import check_keywords
 from jaxaccum._program import Options
 from jaxaccum._source import is_ours
-from jaxaccum._types import Axes, Fun, Gather, Memory, Split
+from jaxaccum._types import Fun, Gather, InAxes, Memory, Split
 from jaxaccum._value_and_grad import value_and_grad
 
 _SCHEDULES: tuple[Memory, ...] = ("min", None, "store")
@@ -87,7 +88,7 @@ class Plan:
 def plan(
     fun: Fun,
     *args: Any,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     memory_bytes: int | None = None,
@@ -100,6 +101,7 @@ def plan(
     memory: Memory = None,
     accumulator: Sums | None = None,
     gather: Gather = "each",
+    **kwargs: Any,
 ) -> Plan:
     """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
 
@@ -135,6 +137,7 @@ def plan(
         memory: restricts the schedules of a coupled loss to this one.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
+        **kwargs: the keyword arguments of `fun`.
 
     Returns:
         A `Plan`: `rows`, `best`, and a table as ``str``. Its sizes are those that `fun` accepts; the others are
@@ -152,14 +155,16 @@ def plan(
         >>> plan.best.fits, plan.best.microbatch_size < 4096
         (True, True)
     """
-    numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
+    check_keywords(kwargs, in_axes, "plan", fun)
+    axes = _arguments.assigned(in_axes, args, kwargs, fun)
+    numbers = _check.argnums(argnums, axes.positional)
     counted = num_examples_argnum
     if counted is not None:
         counted = _check.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
-    call = _lowering.read(args, in_axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
+    call = _lowering.read(args, kwargs, axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
     limit = _limit(memory_bytes, call)
     options: dict[str, Any] = {
-        "in_axes": in_axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
+        "in_axes": axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
         "mesh_axes": mesh_axes,
     }  # fmt: skip
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}

@@ -15,13 +15,14 @@ from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _reversi
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._call import Call
+from jaxaccum._in_axes import ArgumentAxes
 from jaxaccum._outputs import Outputs, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._returned import Output
 from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._tree import key_impl
-from jaxaccum._types import Array, Audit, Axes, Fun, Memory, PyTree, Split, WithStreams
+from jaxaccum._types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, WithStreams
 from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 
 
@@ -29,7 +30,8 @@ from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
 class Options:
     """The options that every transformation shares, as the user gave them."""
 
-    in_axes: Sequence[Axes] = (None, 0)
+    in_axes: InAxes | ArgumentAxes = (None, 0)
+    """As the user gave it; in the options of one call, the entry of every argument."""
     num_microbatches: int | None = None
     microbatch_size: int | None = None
     split: Split = "contiguous"
@@ -42,6 +44,14 @@ class Options:
     """The axes of an explicit mesh over which the call runs device by device."""
     blocks: int = 1
     """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
+
+    def axes(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentAxes:
+        """The entry of every argument of the call ``fun(*args, **kwargs)``."""
+        return _arguments.assigned(self.in_axes, args, kwargs, fun)
+
+    def of_call(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Options:
+        """The options of one call, whose arguments have no names from then on."""
+        return dataclasses.replace(self, in_axes=self.axes(fun, args, kwargs))
 
 
 class NeedsGlobalArraysError(Exception):
@@ -423,7 +433,7 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
 
     The axis of the loop is bound with size 1, so that a collective over it sees all examples at once.
     """
-    layout, arrays = _arguments.read(args, kwargs, options.in_axes)
+    layout, arrays = _arguments.read(args, kwargs, options.axes(fun, args, kwargs))
     size = _arguments.batch_size(layout.slots, arrays)
     partition = _check.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
     found: list[Outputs] = []

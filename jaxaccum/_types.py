@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,6 +14,8 @@ PyTree = Any
 Fun = Callable[..., Any]
 Axes = Any
 """One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
+InAxes = Sequence[Axes] | Mapping[str, Axes]
+"""``in_axes``: a tuple, one entry a positional argument, or a dict of entries by names of arguments."""
 Split = Literal["contiguous", "strided"]
 Memory = int | Literal["min", "store"] | None
 """What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _arguments, _check, _custom, _direct, _explicit, _outputs, _program
+from jaxaccum import _check, _custom, _direct, _explicit, _outputs, _program
 from jaxaccum._accumulators import Accumulator, Sums, in_place, returned
 from jaxaccum._audit import at_call
 from jaxaccum._program import Options
-from jaxaccum._types import Array, Audit, Axes, Fun, Gather, PyTree, Split
+from jaxaccum._types import Array, Audit, Fun, Gather, InAxes, PyTree, Split
 
 
 def value_and_grad(
@@ -22,7 +22,7 @@ def value_and_grad(
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     split: Split = "contiguous",
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
@@ -51,7 +51,9 @@ def value_and_grad(
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry an argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
-            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument.
+            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple has one entry a positional
+            argument, and passes keyword arguments whole. A dict has entries by name: ``{"batch": 0}``
+            cuts the argument `batch`, by position or by keyword, and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
         axis_name: the name of the loop's axis.
@@ -105,12 +107,13 @@ def value_and_grad(
     @functools.wraps(fun)
     def accumulated(*args: Any, **kwargs: Any) -> Any:
         _check_record(sums)
-        numbers = _check.argnums(argnums, _arguments.per_argument(in_axes, len(args)))
-        head, trees = _explicit.spread(plain, fun, options, args, kwargs, argnums=numbers, gather=gather)
+        own = options.of_call(fun, args, kwargs)
+        numbers = _check.argnums(argnums, own.axes(fun, args, kwargs).positional)
+        head, trees = _explicit.spread(plain, fun, own, args, kwargs, argnums=numbers, gather=gather)
         return head, trees if isinstance(argnums, tuple | list) else trees[0]
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        numbers = _check.argnums(argnums, tuple(in_axes))
+        numbers = _check.argnums(argnums, options.axes(fun, args, kwargs).positional)
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
         at_call.check(fun, options, program, arrays, numbers)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
@@ -143,7 +146,7 @@ def grad(
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     split: Split = "contiguous",
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
@@ -161,7 +164,7 @@ def grad(
         has_aux: whether `fun` returns ``(loss, aux)``.
         num_microbatches: as for `value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument.
+        in_axes: one entry an argument, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxaccum import _arguments, _batch_norm, _check, _value_and_grad
 from jaxaccum._accumulators import Sums
 from jaxaccum._graph import Models, holds_modules
-from jaxaccum._types import CARRY, Array, Audit, Axes, Fun, Split
+from jaxaccum._in_axes import ArgumentAxes
+from jaxaccum._types import CARRY, Array, Audit, Fun, InAxes, Split
 
 __all__ = ["BatchNorm", "grad", "value_and_grad"]
 
@@ -25,7 +26,7 @@ def value_and_grad(
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     split: Split = "contiguous",
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
@@ -56,7 +57,7 @@ def value_and_grad(
         has_aux: whether `fun` returns ``(loss, aux)``, its aux tagged.
         num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument, None for a model.
+        in_axes: one entry an argument, None for a model, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.
@@ -93,14 +94,15 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def accumulated(*args: Any, **kwargs: Any) -> Any:
-        axes = _arguments.per_argument(in_axes, len(args))
+        axes = _arguments.assigned(in_axes, args, kwargs, fun)
         given = argnums if isinstance(argnums, tuple | list) else (argnums,)
-        numbers = _check.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes)
+        numbers = _check.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional)
         filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
         _check_models(axes, args, kwargs)
         models = Models.among(args, dict(zip(numbers, filters, strict=True)))
+        own: Any = ArgumentAxes((*axes.positional, CARRY), axes.keywords)  # the state comes after the arguments
         step = _value_and_grad.value_and_grad(
-            models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=(*axes, CARRY), **options
+            models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=own, **options
         )
         (value, (aux, state), *report), grads = step(*models.arguments(args), **kwargs)
         if state:
@@ -120,7 +122,7 @@ def grad(
     *,
     num_microbatches: int | None = None,
     microbatch_size: int | None = None,
-    in_axes: Sequence[Axes] = (None, 0),
+    in_axes: InAxes = (None, 0),
     split: Split = "contiguous",
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
@@ -137,7 +139,7 @@ def grad(
         has_aux: whether `fun` returns ``(loss, aux)``.
         num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument, None for a model.
+        in_axes: one entry an argument, None for a model, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.
@@ -173,8 +175,13 @@ def grad(
     return gradient
 
 
-def _check_models(axes: tuple[Axes, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for number, (axis, arg) in enumerate(zip(axes, args, strict=True)):
+def _check_models(axes: ArgumentAxes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if CARRY in axes.keywords.values():
+        raise ValueError(
+            "in_axes declares a keyword argument CARRY, and the state of the models already runs through the "
+            "microbatches; keep that state in an nnx.Variable of the model."
+        )
+    for number, (axis, arg) in enumerate(zip(axes.positional, args, strict=True)):
         if axis is CARRY:
             raise ValueError(
                 f"in_axes declares argument {number} CARRY, and the state of the models already runs through the "

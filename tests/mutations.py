@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+import faults_in_arguments
 import faults_in_audits
 import faults_in_gradients
 import faults_in_host_loop
@@ -358,6 +359,7 @@ FAULTS = [
 ]  # fmt: skip
 
 MORE = [*faults_in_audits.ROWS, *faults_in_gradients.ROWS, *faults_in_host_loop.ROWS, *faults_in_outputs.ROWS]
+MORE += faults_in_arguments.ROWS
 FAULTS += [Fault(*row) for row in MORE]
 
 

@@ -90,7 +90,7 @@ def test_what_the_audit_says_is_what_the_numbers_say(name, split):
         whole_groups = bool(group) and split == "contiguous" and 16 // number % group == 0
         options = {"num_microbatches": number, "split": split}
         silent = jaxaccum.grad(loss, audit=None, **options)(W, BATCH)
-        kept_by_chance = loss is halves and split == "strided"  # examples i and i + 8 stay together; the audit is careful
+        kept_by_chance = loss is halves and split == "strided"  # i and i + 8 stay together; the audit is careful
         assert (normwise(silent, expected) <= EXACT) == (whole_groups or kept_by_chance)
         if whole_groups:
             jaxaccum.grad(loss, audit="raise", **options)(W, BATCH)

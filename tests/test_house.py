@@ -17,7 +17,7 @@ LAYERS = [
     ["_tree", "_mesh", "_batch", "_flops"],
     ["_calls"],
     ["_running_sums", "_reversible"],
-    ["_check", "_closure", "_tags", "_reduce", "_trace", "_moments", "_assignments"],
+    ["_check", "_closure", "_in_axes", "_tags", "_reduce", "_trace", "_moments", "_assignments"],
     ["_accumulators", "_arguments", "_outputs", "_returned", "_batch_norm", "_graph", "_unchecked"],
     ["_call"],
     ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],

@@ -62,7 +62,7 @@ class _Call:
     def slots(self) -> Sequence[Slot]:
         return self.program.slots[: self.program.num_arguments]
 
-    def differentiates(self, argnum: int | None) -> bool:
+    def differentiates(self, argnum: int | str | None) -> bool:
         return self.argnums is None or argnum in self.argnums
 
     def keeps_groups(self, size: int) -> bool:

@@ -55,8 +55,8 @@ class Subject(Protocol):
         """The arguments, array by array, where they are at hand."""
         ...
 
-    def differentiates(self, argnum: int | None) -> bool:
-        """Whether a derivative may be taken with respect to the argument; None is a keyword argument."""
+    def differentiates(self, argnum: int | str | None) -> bool:
+        """Whether a derivative may be taken with respect to the argument."""
         ...
 
     def keeps_groups(self, size: int) -> bool:
@@ -95,10 +95,12 @@ class Arguments:
         return x
 
 
-def read(args: Sequence[Any], in_axes: Any, num_microbatches: int) -> Arguments:
+def read(
+    args: Sequence[Any], kwargs: dict[str, Any], in_axes: Any, num_microbatches: int
+) -> Arguments:
     """The arguments, which may be shapes, as `value_and_grad` would read them."""
     args = tuple(jax.tree.map(_as_array, arg) if i == 0 else arg for i, arg in enumerate(args))
-    leaves, treedef = jax.tree.flatten(args)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
     layouts: list[Layout] = []
 
@@ -106,7 +108,8 @@ def read(args: Sequence[Any], in_axes: Any, num_microbatches: int) -> Arguments:
         full = list(leaves)
         for i, x in zip(places, given, strict=True):
             full[i] = x
-        layout, read = _arguments.read(treedef.unflatten(full), {}, in_axes)
+        own_args, own_kwargs = treedef.unflatten(full)
+        layout, read = _arguments.read(own_args, own_kwargs, in_axes)
         layouts.append(layout)
         return read
 
@@ -140,7 +143,7 @@ class Loss:
         """The leaves of the arguments as they came."""
         return self.arguments.given
 
-    def differentiates(self, argnum: int | None) -> bool:
+    def differentiates(self, argnum: int | str | None) -> bool:
         """Whether a derivative may be taken with respect to the argument."""
         return argnum == 0
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxaccum
+from jaxaccum._arguments import assigned
+from jaxaccum._in_axes import by_position, check_keywords
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause
 from jaxaccum.testing.oracle import draws_random_numbers, oracle
@@ -37,6 +39,7 @@ def assert_exact(
     has_aux: bool = False,
     partitions: Iterable[int | Mapping[str, Any]] | None = None,
     audit: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Asserts that accumulating `fun` over microbatches gives the value and gradient of the full batch.
 
@@ -60,6 +63,7 @@ def assert_exact(
       partitions: microbatch sizes, or dicts of keyword arguments of `jaxaccum.value_and_grad`. By default 1, 2, half,
         all but one, and all of the batch. Coupled losses need sizes that divide the batch.
       audit: whether to let `jaxaccum.audit` read the loss first.
+      **kwargs: the keyword arguments of `fun`.
 
     Raises:
       AssertionError: naming the leaf, the partition, the error, the bound and the likely cause.
@@ -71,6 +75,8 @@ def assert_exact(
     >>> batch = {"x": jnp.eye(3), "y": jnp.arange(3.0), "weight": jnp.array([1.0, 0.0, 2.0])}
     >>> assert_exact(loss, jnp.ones(3), batch)
     """
+    check_keywords(kwargs, in_axes, "testing.assert_exact", fun)
+    fun, args, in_axes = by_position(fun, args, kwargs, assigned(in_axes, args, kwargs, fun))
     if audit:
         _audit(fun, args, in_axes=in_axes, has_aux=has_aux)
     batch_size = len(jaxaccum.partition(*args, in_axes=in_axes, microbatch_size=1))
