@@ -98,7 +98,7 @@ ROWS = [
     ),
     (
         "an empty state is no state", "_arguments.py",
-        "any(axes is CARRY for axes in in_axes)", "any(slot.role is Role.CARRY for slot in slots)",
+        "carry, bool(states))", "carry, any(slot.role is Role.CARRY for slot in slots))",
         "test_arguments_as_they_come.py::test_a_state_without_leaves_is_carried",
     ),
 ]  # fmt: skip
