@@ -70,7 +70,10 @@ def partition(
                 if split == "strided"
                 else range(start, start + group.size)
             )
-            own = [_take(slot, x, examples=examples, index=index) for slot, x in zip(layout.slots, arrays, strict=True)]
+            own = [
+                _take(slot, x, examples=examples, index=index, batch_size=plan.batch_size)
+                for slot, x in zip(layout.slots, arrays, strict=True)
+            ]
             pair = layout.build(own)
             microbatches.append(pair if kwargs else pair[0])
     return microbatches
@@ -127,13 +130,13 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
     return jax.tree.map(pad, batch), jnp.arange(capacity) < count
 
 
-def _take(slot: _arguments.Slot, x: Any, *, examples: range, index: int) -> Any:
+def _take(slot: _arguments.Slot, x: Any, *, examples: range, index: int, batch_size: int) -> Any:
     match slot.role:
         case Role.ROWS:
             return x[(slice(None),) * slot.axis + (slice(examples.start, examples.stop, examples.step),)]
         case Role.KEY:
             return jax.random.fold_in(x, index)
         case Role.EXAMPLE_KEY:
-            return example_keys(x, jnp.asarray(examples, jnp.int32))
+            return example_keys(x, jnp.asarray(examples, jnp.int32), batch_size)
         case _:
             return x

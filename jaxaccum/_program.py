@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -184,8 +185,14 @@ class Program:
             return jax.random.fold_in(slot.value(x), place)
         if slot.role is Role.EXAMPLE_KEY:
             examples = self.partition.examples(self.partition.groups[g], index)
-            return example_keys(slot.value(x), examples + self._shard() * self.partition.batch_size)
+            return self._keys_of(slot.value(x), examples)
         return x
+
+    def _keys_of(self, key: Array, examples: Array) -> Array:
+        """The keys of these examples of the device's own shard."""
+        own = self.partition.batch_size
+        shards = math.prod(jax.lax.axis_size(name) for name in self.mesh_axes)
+        return example_keys(key, examples + self._shard() * own, batch_size=own * shards)
 
     def _shard(self) -> Array | int:
         """The place of this device's shard of the batch."""
@@ -206,14 +213,16 @@ def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[list[Slot]
     return new, values
 
 
-def example_keys(key: Array, examples: Array) -> Array:
-    """One key an example: `key` folded with the example's index in the batch.
+def example_keys(key: Array, examples: Array, batch_size: int | None = None) -> Array:
+    """The keys of some examples: their rows of ``jax.random.split(key, batch_size)``.
 
-    What other generators fold under `vmap` (``unsafe_rbg``) depends on how many keys are folded.
+    By default these examples are the whole batch.
     """
-    if jax.random.key_impl(key) in ("threefry2x32", "rbg"):
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)
-    return jax.lax.map(lambda i: jax.random.fold_in(key, i), examples)
+    by_index = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    if by_index and jax.random.key_impl(key) in ("threefry2x32", "rbg"):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)  # the same keys, without those of the others
+    count = len(examples) if batch_size is None else batch_size
+    return jax.random.split(jax.random.clone(key), count)[examples]  # a clone, since every microbatch splits it anew
 
 
 def read(

@@ -29,7 +29,7 @@ class Sentinel(enum.Enum):
     """What a whole argument is to the loop, where neither "whole" nor "batched" says it.
 
     CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of the microbatch, and
-    EXAMPLE_KEY one that reaches `fun` as an array of keys, ``fold_in(key, i)`` for example i of the batch.
+    EXAMPLE_KEY one that reaches `fun` as an array of keys, ``jax.random.split(key, batch_size)[i]`` for example i.
     """
 
     CARRY = "CARRY"
@@ -49,11 +49,12 @@ all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
-"""A PRNG key that reaches `fun` as one key an example, folded with the example's index in the batch.
+"""A PRNG key that reaches `fun` as one key an example: ``jax.random.split(key, batch_size)``, bit for bit.
 
-For threefry2x32, JAX's default, and for rbg these are ``jax.random.split(key, batch_size)``. With
-keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on how many keys are drawn from at
-once, and so on the partition: use `jax.lax.map`.
+So a loss that split its key over the examples itself keeps its masks, under every partition, generator
+and setting of ``jax_threefry_partitionable``. Under ``mesh_axes`` `batch_size` counts the examples of all
+devices. With keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on how many keys are drawn
+from at once, and so on the partition: use `jax.lax.map`.
 """
 
 

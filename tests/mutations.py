@@ -24,6 +24,7 @@ import faults_in_arguments
 import faults_in_audits
 import faults_in_gradients
 import faults_in_host_loop
+import faults_in_keys
 import faults_in_outputs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -358,8 +359,10 @@ FAULTS = [
     ),
 ]  # fmt: skip
 
-MORE = [*faults_in_audits.ROWS, *faults_in_gradients.ROWS, *faults_in_host_loop.ROWS, *faults_in_outputs.ROWS]
-MORE += faults_in_arguments.ROWS
+MORE = [
+    *faults_in_arguments.ROWS, *faults_in_audits.ROWS, *faults_in_gradients.ROWS, *faults_in_host_loop.ROWS,
+    *faults_in_keys.ROWS, *faults_in_outputs.ROWS,
+]  # fmt: skip
 FAULTS += [Fault(*row) for row in MORE]
 
 

@@ -45,7 +45,7 @@ def drawn_one_by_one(w, x, keys):
 def test_example_keys_of_every_generator_depend_on_the_example_alone(impl, typed, options):
     with jax.default_prng_impl(impl):
         key = jax.random.key(7) if typed else jax.random.PRNGKey(7)
-        keys = jnp.stack([jax.random.fold_in(key, i) for i in range(7)])
+        keys = jax.random.split(key, 7)
         axes = (None, 0, ja.EXAMPLE_KEY)
         of = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=axes[1:], **options)
         assert same(jax.random.key_data(of(X, key)), jax.random.key_data(keys))
@@ -54,20 +54,44 @@ def test_example_keys_of_every_generator_depend_on_the_example_alone(impl, typed
         actual = ja.value_and_grad(drawn_one_by_one, in_axes=axes, **options)(W, X, key)
         assert normwise(actual, jax.value_and_grad(drawn_one_by_one)(W, X, keys)) < EXACT
         assert normwise(ja.full_batch(drawn_one_by_one, axes)(W, X, key), actual[0]) < EXACT
-        if impl == "unsafe_rbg":  # folded together, each key is another than folded alone
-            together = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(7))
-            assert not same(jax.random.key_data(together), jax.random.key_data(keys))
+        if impl == "unsafe_rbg":  # which makes other keys where it folds the example's index
+            folded = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(7))
+            assert not same(jax.random.key_data(folded), jax.random.key_data(keys))
 
 
 @pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_example_keys_are_those_of_split(impl, options):
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_example_keys_are_those_of_split(impl, partitionable, options):
     """So that the one line changed draws what ``jax.random.split(key, batch_size)`` drew before."""
-    key = jax.random.key(7, impl=impl)
-    of = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options)
-    actual, expected = jax.random.key_data(of(X, key)), jax.random.key_data(jax.random.split(key, 7))
-    assert same(actual, expected)
-    assert not same(actual[3:6], expected[:3])  # as if each microbatch split the key anew
+    with jax.threefry_partitionable(partitionable):
+        key = jax.random.key(7, impl=impl)
+        expected = jax.random.key_data(jax.random.split(key, 7))
+        of = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options)
+        assert same(jax.random.key_data(of(X, key)), expected)
+        cut = ja.partition(X, key, in_axes=(0, ja.EXAMPLE_KEY), **options)
+        own = [jax.random.key_data(keys) for _, keys in cut]
+        rows = [rows for rows, _ in ja.partition(jnp.arange(7), key, in_axes=(0, ja.EXAMPLE_KEY), **options)]
+        assert same(own, [expected[i] for i in rows])
+        if partitionable and impl != "unsafe_rbg":
+            return
+        folded = jnp.stack([jax.random.key_data(jax.random.fold_in(key, i)) for i in range(7)])
+        assert not same(folded, expected)  # the rule of the other settings
+
+
+def test_the_masks_of_a_loss_that_split_its_key_itself_are_kept():
+    """As a user had it: ``jax.random.split`` in the loss of the whole batch."""
+
+    def before(w, x, key):
+        return jnp.mean(dropped(w, x, jax.random.split(key, len(x))) ** 2)
+
+    after = lambda w, x, keys: jnp.mean(dropped(w, x, keys) ** 2)
+    key, axes = jax.random.key(3), (None, 0, ja.EXAMPLE_KEY)
+    expected = jax.value_and_grad(before)(W, X, key)
+    for options in OPTIONS:
+        assert normwise(ja.value_and_grad(after, in_axes=axes, **options)(W, X, key), expected) < EXACT
+    anew = ja.value_and_grad(before, in_axes=(None, 0, None), num_microbatches=3)(W, X, key)
+    assert normwise(anew, expected) > 1e-2  # as if each microbatch split the key anew
 
 
 def differentiated(fun, **options):

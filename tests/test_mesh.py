@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import EXACT, data, normwise, refused
+from helpers import EXACT, data, normwise, refused, same
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -141,6 +141,22 @@ def test_keys_rows_and_extrema_over_shards(check_vma):
     assert actual["stack"].tolist() == [draw(i) for i in range(8)]
     assert (float(actual["max"]), float(actual["min"]), int(actual["count"])) == (float(x.max()), float(x.min()), 16)
     assert normwise(actual["sum"], jnp.sum(x)) < EXACT
+
+
+@CHECKED
+@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_example_keys_on_a_mesh_are_those_of_split_over_all_shards(impl, partitionable, check_vma):
+    with jax.threefry_partitionable(partitionable):
+        key, x = jax.random.key(5, impl=impl), data(16)
+        for split in ("contiguous", "strided"):
+            options = {"num_microbatches": 2, "mesh_axes": "data", "split": split}
+            loop = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options)
+            whole = lambda x, loop=loop: jax.random.key_data(loop(x, key))
+            over = jax.shard_map(whole, mesh=MESH, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma)
+            assert same(jax.jit(over)(x), jax.random.key_data(jax.random.split(key, 16)))
+            own = jax.random.key_data(jax.random.split(key, 4))
+            assert not same(jax.jit(over)(x), jnp.tile(own, (4, 1)))  # as if each shard split the key anew
 
 
 def test_what_jax_refuses_of_fun_comes_through():
