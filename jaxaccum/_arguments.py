@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _assignments, _check
+from jaxaccum import _assignments, _check, _closure
 from jaxaccum._in_axes import ArgumentAxes, by_name
 from jaxaccum._tree import is_array, key_impl, leaf_name, leaves_with_names
 from jaxaccum._types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
@@ -115,10 +115,12 @@ def read(
     return layout, [jnp.asarray(x) for x in arrays]
 
 
-def batch_size(slots: tuple[Slot, ...], arrays: list[Any]) -> int:
+def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> int:
     """The number of examples, on which all leaves with a batch axis agree."""
     pairs = zip(slots, arrays, strict=True)
     sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
+    if not sizes and (missing := _closure.as_arguments(fun)):
+        raise ValueError(f"no argument has a batch axis; {missing}")
     return _check.batch_size(sizes, [slot.argnum for slot in slots if isinstance(slot.argnum, str)])
 
 
@@ -148,7 +150,7 @@ def assigned(
         given = by_name(in_axes, len(args), kwargs, fun)
     else:
         _check_keywords(in_axes, args, kwargs)
-        given = ArgumentAxes(per_argument(in_axes, len(args)), dict.fromkeys(kwargs))
+        given = ArgumentAxes(per_argument(in_axes, len(args), fun), dict.fromkeys(kwargs))
     if sum(axes is CARRY for axes in [*given.positional, *given.keywords.values()]) > 1:
         raise ValueError(
             "in_axes declares CARRY twice; one argument holds the state: put both states into one pytree."
@@ -167,14 +169,20 @@ def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def per_argument(in_axes: Any, count: int) -> tuple[Axes, ...]:
-    """`in_axes`, checked to have one entry for each of the `count` positional arguments."""
+def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
+    """`in_axes`, checked to have one entry for each of the `count` positional arguments of `fun`."""
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
             f"in_axes must be a tuple with one entry an argument; got {in_axes!r}. For one argument write "
             f"({in_axes!r},)."
         )
     if len(in_axes) != count:
+        missing = _closure.as_arguments(fun) if count < len(in_axes) else ""
+        if missing:
+            raise ValueError(
+                f"the function was called with {count} positional arguments, and in_axes has {len(in_axes)} entries; "
+                f"{missing}"
+            )
         raise ValueError(
             f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass "
             "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +52,34 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
             "divides the batch."
         )
     error.add_note(said)
+
+
+def as_arguments(fun: Any) -> str:
+    """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it is nothing."""
+    arrays = [(name, x) for name, x in closed_over(fun) if x.shape]
+    if not arrays:
+        return ""
+    roots = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in arrays))
+    roots = [root for root in roots if root.isidentifier()]
+    shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
+    more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
+    name, own = getattr(fun, "__name__", "fun"), _parameters(fun)
+    definition = f"lambda {', '.join([*own, *roots])}: …" if name == "<lambda>" else f"def {name}({', '.join([*own, *roots])})"
+    return (
+        f"{'the function' if name == '<lambda>' else name} closes over {', '.join(shown)}{more}: what belongs to the "
+        f"batch must be an argument. Write {definition}, with one entry in in_axes for each argument."
+    )
+
+
+_SHOWN = 4
+"""How many arrays an error names."""
+
+
+def _parameters(fun: Any) -> list[str]:
+    try:
+        return list(inspect.signature(fun).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def name_of(fun: Any, array: Any) -> str | None:

@@ -251,7 +251,7 @@ def prepare(
     memory = _check.memory(options.memory)
     limit = _arguments.counter(layout.slots, arrays, counted)
     partition = _check.partition(
-        _arguments.batch_size(layout.slots, arrays),
+        _arguments.batch_size(layout.slots, arrays, fun),
         num_microbatches=options.num_microbatches,
         microbatch_size=options.microbatch_size,
         split=options.split,

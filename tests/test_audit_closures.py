@@ -165,3 +165,30 @@ def test_names_are_those_of_the_source():
     assert list(closed_over(jnp.tanh)) == []
     partial = dict(closed_over(functools.partial(loss, X, scale=WEIGHT)))
     assert {"argument 0 of a partial", "scale", "later"} <= set(partial)
+
+
+# -- too few arguments ------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_closed_over_is_named_with_the_line_to_write():
+    batch = {"image": X, "label": jnp.arange(6)}
+
+    def loss_fn(params):
+        return jnp.mean((batch["image"] @ params) * batch["label"])
+
+    said = r"loss_fn closes over batch\['image'\] \(float64\[6, 3\]\), batch\['label'\] \(int64\[6\]\)"
+    for options, first in (
+        ({}, "called with 1 positional arguments, and in_axes has 2 entries"),
+        ({"in_axes": (None,)}, "no argument has a batch axis"),
+    ):
+        for call in (jaxaccum.value_and_grad, jaxaccum.grad, jaxaccum.microbatch):
+            with pytest.raises(ValueError, match=rf"{first}; {said}") as caught:
+                call(loss_fn, num_microbatches=2, **options)(W)
+            assert "Write def loss_fn(params, batch)" in str(caught.value)
+
+
+def test_a_lambda_and_nothing_closed_over():
+    with pytest.raises(ValueError, match=r"the function closes over x .* Write lambda w, x: …"):
+        jaxaccum.grad((lambda x: lambda w: jnp.mean(x @ w))(X), num_microbatches=2)(W)
+    with pytest.raises(ValueError, match="pass one entry an argument"):
+        jaxaccum.grad(lambda w: jnp.mean(w), num_microbatches=2)(W)

@@ -45,8 +45,9 @@ def report_on(
         if size == known:
             raise
         whole = subject.trace(known, count)
-        found = _closures(subject.fun, whole, Sizes(size, known))
-        if known == 1 and not found and not of_length(subject.fun, size):
+        sizes = Sizes(known, size) if whole_runs else Sizes(size, known)
+        found = _closures(subject.fun, whole, sizes)
+        if not whole_runs and known == 1 and not of_length(subject.fun, size):
             return _summed_up([Judged(o, Verdict.PER_EXAMPLE, True) for o in whole.outputs], counts)  # for one example
         return _summed_up([_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs], counts)
     judged: list[Judged] = []
