@@ -3,7 +3,8 @@
 The tests are not ours (tests/foreign_suites.py runs them), so their losses have no batch. Each gets
 one: an argument of n rows that the loss does not read. Every microbatch then computes the same
 value, and the mean of equal values is that value. `jax.grad` calls `jax.value_and_grad`, so one
-function is replaced. `optax.microbatching.microbatch` is replaced too, by `jaxaccum.microbatch`.
+function is replaced. `optax.microbatching.microbatch` is replaced by `jaxaccum.microbatch`, and
+`jax.test_util.check_grads`, which takes no `jax.grad`, compares our gradient with JAX's.
 
 What became of the gradients of each test is written to a file, one line of JSON a test.
 """
@@ -80,7 +81,8 @@ class Replacement:
 
     settings: Settings
     own: Callable[..., Any]
-    own_microbatch: Callable[..., Any] | None = None
+    own_microbatch: Callable[..., Any]
+    own_check_grads: Callable[..., Any]
     calls: Calls = dataclasses.field(default_factory=Calls)
 
     def value_and_grad(
@@ -145,7 +147,6 @@ class Replacement:
         argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         argnames = (argnames,) if isinstance(argnames, str) else tuple(argnames)
         axes = (in_axes,) * (len(argnums) + len(argnames)) if isinstance(in_axes, int) else in_axes
-        assert self.own_microbatch is not None
         own = self.own_microbatch(
             fun,
             argnums,
@@ -181,6 +182,29 @@ class Replacement:
             return self.call(divided, own, own, reason, args, kwargs)
 
         return microbatched
+
+    def check_grads(
+        self,
+        f: Any,
+        args: Any,
+        order: int,
+        modes: Any = ("fwd", "rev"),
+        *tolerances: Any,
+        **named: Any,
+    ) -> None:
+        """In the place of `jax.test_util.check_grads`: our gradient against JAX's.
+
+        JAX's own check, of its gradients against differences, runs in the run with JAX's gradients.
+        """
+        if not self.settings.microbatches:
+            self.own_check_grads(f, args, order, modes, *tolerances, **named)
+        numbers = tuple(i for i, x in enumerate(args) if _differentiable(x))
+        if "rev" not in modes or not numbers:
+            return
+        loss = functools.partial(_projected, f)
+        ours, own = (g(loss, numbers)(*args) for g in (self.value_and_grad, self.own))
+        if difference := _difference(ours, own):
+            raise AssertionError(f"the gradient differs from JAX's: {difference}")
 
     def call(
         self,
@@ -273,6 +297,20 @@ def _tag(accumulation: Any, output: Any) -> Any:
     return tags[accumulation.name](output)
 
 
+def _differentiable(tree: Any) -> bool:
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and len(_inexact(tree)) == len(leaves)
+
+
+def _projected(f: Callable[..., Any], *args: Any) -> Any:
+    """A number that depends on every output of `f`: the sum of all, each times a number of its own."""
+    parts = []
+    for x in _inexact(f(*args)):
+        weights = jnp.cos(jnp.arange(jnp.size(x), dtype=jnp.float32)).reshape(jnp.shape(x))
+        parts.append(jnp.sum(jnp.real(x * weights.astype(jnp.result_type(x))).astype(jnp.float32)))
+    return sum(parts[1:], parts[0])
+
+
 def _difference(result: Any, expected: Any) -> str | None:
     """How a result differs from JAX's: in structure, types or numbers; None where it does not."""
     if jax.tree.structure(result) != jax.tree.structure(expected):
@@ -303,13 +341,16 @@ def pytest_configure() -> None:
     """Replace the functions before any test file is imported, which may take them by name."""
     global replacement
     import jax._src.api as api
-
-    replacement = Replacement(Settings.read(), own=api.value_and_grad)
-    jax.value_and_grad = api.value_and_grad = replacement.value_and_grad
+    import jax._src.test_util as internal
+    import jax.test_util as public
     import optax.microbatching._microbatching as microbatching
 
-    replacement.own_microbatch = microbatching.microbatch
+    own = api.value_and_grad, microbatching.microbatch, public.check_grads
+    replacement = Replacement(Settings.read(), *own)
+    jax.value_and_grad = api.value_and_grad = replacement.value_and_grad
     microbatching.microbatch = replacement.microbatch
+    for module in (public, internal):
+        vars(module)["check_grads"] = replacement.check_grads
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ from foreign_suites import Suite
 SOURCE = """
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import pytest
 from jax import grad, value_and_grad
 
@@ -71,6 +72,14 @@ def test_no_crash():
     grad(squared_backward)(2.0)
 
 
+def test_checked_against_differences():
+    jax.test_util.check_grads(loss, (jnp.ones(2), jnp.ones(2)), 1, ["rev"], 1e-1, 1e-1)
+
+
+def test_wrong_where_it_is_checked():
+    jax.test_util.check_grads(squared_backward, (jnp.ones(2),), 1, ["rev"], 10.0, 10.0)
+
+
 def test_fails_by_itself():
     assert grad(loss)(2.0, 3.0) == 31
 """
@@ -117,9 +126,9 @@ def test_own_gradients_are_those_of_jax(runs):
 def test_a_wrong_gradient_fails_and_is_seen_without_an_assertion(runs):
     """A backward rule that is not linear in its cotangent: half, squared, twice, is half."""
     failed = {name for name, record in runs["two"].items() if record.outcome != "passed"}
-    assert failed == {"wrong", "fails_by_itself"}
+    assert failed == {"wrong", "wrong_where_it_is_checked", "fails_by_itself"}
     different = {name for name, record in runs["two"].items() if record.different}
-    assert different == {"wrong", "no_crash"}
+    assert different == {"wrong", "wrong_where_it_is_checked", "no_crash"}
     assert runs["one"]["wrong"].outcome == "passed"
 
 
@@ -128,9 +137,9 @@ def test_the_report_counts_and_explains(runs, capsys, monkeypatch):
     two = [
         record for record in two if record.test in {x.test for x in foreign_suites.applicable(own)}
     ]
-    assert foreign_suites.report("theirs", own, two, False) == 1
+    assert foreign_suites.report("theirs", own, two, False) == 2
     said = capsys.readouterr().out
-    assert "theirs: 4 passed, 1 failed, 5 inapplicable" in said
+    assert "theirs: 5 passed, 2 failed, 5 inapplicable" in said
     assert "inapplicable 1: failed with JAX's own gradients" in said
     assert "failed test_wrong: NOT EXPLAINED" in said
     monkeypatch.setattr(foreign_suites, "KNOWN", [("test_wrong", "not linear")])

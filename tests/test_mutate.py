@@ -80,6 +80,17 @@ def test_every_kind_of_fault(source, changed):
     assert sorted(fault.applied(source) for fault in mutate.faults(source)) == sorted(changed)
 
 
+@pytest.mark.parametrize("line", mutate.SAME)
+def test_a_change_that_computes_the_same_is_no_fault(line, monkeypatch):
+    source = line + "\n    pass" if line.endswith(":") else line
+    same, kept = set(mutate.SAME[line]), {fault.change for fault in mutate.faults(source)}
+    monkeypatch.setattr(mutate, "SAME", {})
+    every = {fault.change for fault in mutate.faults(source)}
+    assert same
+    assert same <= every
+    assert kept == every - same
+
+
 def test_a_fault_that_never_ends_is_caught(tree):
     (tree / "module.py").write_text("while True: pass\n")
     assert not mutate.passes(tree, tree / "module.py", ["test_module.py"], timeout=5)

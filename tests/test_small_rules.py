@@ -1,5 +1,7 @@
 """The small rules under all others: how rows are cut, how arrays combine, dtypes of sums."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,6 +21,10 @@ PARTITIONS = {
     "single": (_batch.by_number(3, 3, "contiguous"), [[0], [1], [2]]),
     "remainder": (_batch.by_size(8, 3, "contiguous"), [[0, 1, 2], [3, 4, 5], [6, 7]]),
     "no remainder": (_batch.by_size(4, 2, "contiguous"), [[0, 1], [2, 3]]),
+    "blocks": (
+        dataclasses.replace(_batch.by_number(12, 3, "contiguous"), blocks=2),
+        [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]],
+    ),
     "beyond": (_batch.by_size(2, 5, "contiguous"), [[0, 1]]),
 }
 """Partitions, each with the examples of its microbatches, by hand."""
@@ -47,7 +53,7 @@ def test_the_examples_of_each_microbatch(case):
 def test_rows_are_cut_along_their_axis_and_put_back(case, axis):
     """All axes differ in length, so that another axis in the place of this one is another shape."""
     partition, expected = case
-    shape = [11, 13]
+    shape = [11, 17]
     shape.insert(axis, partition.batch_size)
     whole = np.arange(np.prod(shape)).reshape(shape)
     stacks = partition.split_rows(jnp.asarray(whole), axis)
