@@ -89,7 +89,7 @@ def carried(network: Network, **options: Any) -> Callable[..., Any]:
         return value, jaxaccum.Carry(new) if new else None
 
     axes = (None, 0, jaxaccum.CARRY)
-    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=axes, **options)
+    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=axes, audit=None, **options)  # naive ones are inexact
 
 
 def last(network: Network, **options: Any) -> Callable[..., Any]:
@@ -99,7 +99,7 @@ def last(network: Network, **options: Any) -> Callable[..., Any]:
         value, new = loss(network, params, batch, stats)
         return value, jaxaccum.Last(new)
 
-    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=(None, 0, None), **options)
+    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=(None, 0, None), audit=None, **options)
 
 
 WAYS: dict[str, tuple[Network, Callable[..., Any]]] = {

@@ -64,10 +64,13 @@ def as_arguments(fun: Any) -> str:
     shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
     more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
     name, own = getattr(fun, "__name__", "fun"), _parameters(fun)
-    definition = f"lambda {', '.join([*own, *roots])}: …" if name == "<lambda>" else f"def {name}({', '.join([*own, *roots])})"
+    parameters = ", ".join([*own, *roots])
+    called, definition = name, f"def {name}({parameters})"
+    if name == "<lambda>":
+        called, definition = "the function", f"lambda {parameters}: …"
     return (
-        f"{'the function' if name == '<lambda>' else name} closes over {', '.join(shown)}{more}: what belongs to the "
-        f"batch must be an argument. Write {definition}, with one entry in in_axes for each argument."
+        f"{called} closes over {', '.join(shown)}{more}: what belongs to the batch must be an argument. Write "
+        f"{definition}, with one entry in in_axes for each argument."
     )
 
 

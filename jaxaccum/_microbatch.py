@@ -95,12 +95,13 @@ def microbatch(
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
-        at_call.check(fun, options, program, arrays)
+        given = arrays
         arrays = [
             x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
             for slot, x in zip(program.slots, arrays, strict=True)
         ]
         parts = _differentiable(program)(arrays)
+        at_call.check(fun, options, program, given)
         pairs = zip(program.outputs.parts, parts, strict=True)
         return program.outputs.finalize([_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs])
 

@@ -115,7 +115,6 @@ def value_and_grad(
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         numbers = _check.argnums(argnums, options.axes(fun, args, kwargs).positional)
         program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
-        at_call.check(fun, options, program, arrays, numbers)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
 
         def assemble(arrays: Sequence[Array]) -> PyTree:
@@ -132,6 +131,7 @@ def value_and_grad(
             grads, report = assemble(grads), None
         else:
             parts, grads, report = _custom.value_and_grad(program, arrays, slots, sums, assemble)
+        at_call.check(fun, options, program, arrays, numbers)
         loss, aux = program.outputs.finalize(parts)
         value = (_outputs.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))
         return (value if len(value) > 1 else value[0]), (grads if isinstance(argnums, tuple | list) else (grads,))

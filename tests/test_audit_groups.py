@@ -1,4 +1,4 @@
-"""Groups of adjacent examples, such as pairs or completions of one prompt: exact where microbatches hold whole groups."""
+"""Groups of adjacent examples, such as pairs or completions of one prompt, and microbatches of one example."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import jaxaccum.linen
 from jaxaccum import Concat, InexactWarning, Mean
 
 W = data(3, 5)
-BATCH = {"x": data(16, 3, seed=1), "label": jnp.arange(16) % 5, "reward": data(16, seed=2), "mask": jnp.arange(16.0) % 3}
+BATCH = {"x": data(16, 3, seed=1), "label": jnp.arange(16) % 5, "reward": data(16, seed=2)}
+BATCH["mask"] = jnp.arange(16.0) % 3
 
 
 def nll(w, b):
@@ -127,7 +128,7 @@ def test_a_size_that_breaks_groups_is_noted():
 def test_batch_norm_of_one_device_is_no_batch_norm_of_all():
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
 
-    def grad(axis_name):
+    def grad(axis_name, audit):
         norm = jaxaccum.linen.BatchNorm(use_running_average=False, axis_name=axis_name, param_dtype=jnp.float64)
         variables = norm.init(jax.random.key(0), BATCH["x"] @ W)
 
@@ -135,12 +136,12 @@ def test_batch_norm_of_one_device_is_no_batch_norm_of_all():
             y, _ = norm.apply(variables, x @ w, mutable=["batch_stats"])
             return jnp.mean(jnp.sin(y))
 
-        own = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="devices")
+        own = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="devices", audit=audit)
         return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
 
     with pytest.warns(InexactWarning, match="the statistics are those of one device along devices"):
-        grad("microbatch")(W, BATCH["x"])
-    grad(("devices", "microbatch"))(W, BATCH["x"])
+        grad("microbatch", "warn")(W, BATCH["x"])
+    grad(("devices", "microbatch"), "raise")(W, BATCH["x"])
 
 
 ROWS = {"x": data(6, 4, 3, seed=5), "mask": (jnp.arange(24.0) % 3).reshape(6, 4)}
@@ -178,3 +179,26 @@ def test_one_example_beside_all_of_them_is_inexact():
     loss = lambda w, b: jnp.mean(b["x"][0] @ w) * jnp.mean(b["x"] @ w)
     with pytest.warns(InexactWarning, match="may not be exact"):
         jaxaccum.grad(loss, microbatch_size=1)(data(3), ROWS)
+
+
+TOKENS = {"x": data(6, 4, 3, seed=7), "label": jnp.arange(24).reshape(6, 4) % 5}
+
+
+def cross_entropy(w, b):
+    logits = jax.nn.log_softmax(b["x"] @ w)
+    return -jnp.mean(jnp.take_along_axis(logits, b["label"][..., None], axis=-1))
+
+
+def branching(w, b):
+    return cross_entropy(w, b) if len(b["x"]) > 1 else jnp.sqrt(cross_entropy(w, b))
+
+
+def test_microbatches_of_one_example():
+    """JAX writes another program where an axis has size 1; a program that computes something else is another one."""
+    w = data(3, 5)
+    expected = jax.grad(cross_entropy)(w, TOKENS)
+    grad = jaxaccum.grad(cross_entropy, microbatch_size=1, audit="raise")
+    assert normwise(grad(w, TOKENS), expected) <= EXACT
+    with pytest.warns(InexactWarning, match="may not be exact .* are not the same"):
+        wrong = jaxaccum.grad(branching, microbatch_size=1)(w, TOKENS)
+    assert normwise(wrong, expected) > EXACT

@@ -19,6 +19,7 @@ from jaxaccum._audit.nans import any_nan, constants
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Subject, Traced
+from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._batch import Partition
 from jaxaccum._closure import name_of, of_length
@@ -53,7 +54,7 @@ def report_on(
     judged: list[Judged] = []
     for group in partition.groups:
         walk = Walk(Sizes(size, group.size), axis_name, (1, number))
-        walk.mesh_axes = frozenset(mesh_axes)
+        walk.outer_axes = frozenset(mesh_axes)
         judged += _at(subject, whole, walk)
         counts += walk.counts
     if len(partition.groups) > 1:
@@ -78,7 +79,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     )
     judged = _walked_and_judged(walk, subject, whole, part)
     if any(each.cause is not None for each in judged):
-        judged = _one_by_one(walk, subject, whole) or _in_groups(walk, subject, whole, part) or judged
+        judged = _for_one_example(walk, subject, whole, part) or _in_groups(walk, subject, whole, part) or judged
     named = _repeated(subject, whole, walk)
     return [_with_cause(each, named) for each in judged]
 
@@ -109,26 +110,32 @@ def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced
 def _like(walk: Walk, sizes: Sizes) -> Walk:
     """Another walk of the same programs, which takes the sizes for others."""
     again = Walk(sizes, walk.axis_name, walk.axis_sizes)
-    again.mesh_axes, again.name_of, again.may_be_nan = walk.mesh_axes, walk.name_of, walk.may_be_nan
+    again.outer_axes, again.name_of, again.may_be_nan = walk.outer_axes, walk.name_of, walk.may_be_nan
     return again
 
 
-def _one_by_one(walk: Walk, subject: Subject, whole: Traced) -> list[Judged] | None:
-    """The answers for a loss that reads the one example of its microbatch as ``x[0]``; None where that does not help.
+def _for_one_example(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:
+    """The answers for microbatches of one example, from a program for more; None where that does not help.
 
-    JAX leaves ``x[0]`` out where there is one row, so that a program for more is compared.
+    JAX leaves out what moves nothing where there is one row, so that the program for one is another than
+    that for the batch. Or the loss is written for one example, which it reads as ``x[0]``.
     """
     if walk.sizes.second > 1:
         return None
-    larger = 2 if walk.sizes.first > 2 else 3
+    first = walk.sizes.first
+    larger = next((n for n in range(2, first) if first % n == 0), 2 if first > 2 else 3)
+    count = max(first // larger, 1)
     try:
-        part = subject.trace(larger, walk.axis_sizes[1])
+        more = subject.trace(larger, count)
     except Exception:  # of the user's function
         return None
-    again = _like(walk, Sizes(walk.sizes.first, larger))
-    again.one_by_one = True
-    judged = _walked_and_judged(again, subject, whole, part)
-    return None if any(each.cause is not None for each in judged) else judged
+    for one_by_one in (False, True):
+        again = _like(walk, Sizes(first, larger))
+        again.one_by_one, again.axis_sizes = one_by_one, (1, count)
+        judged = _walked_and_judged(again, subject, whole, more)
+        if not any(each.cause is not None for each in judged) and same_work(part.closed, more.closed):
+            return judged
+    return None
 
 
 def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:

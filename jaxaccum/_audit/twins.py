@@ -1,13 +1,18 @@
-"""Whether an equation is the same function at both batch sizes: only sizes may differ."""
+"""Whether an equation, or a program, is the same function at both batch sizes: only sizes may differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
+
+from jaxaccum._jaxprs import opened
 
 _SIZES = {
     "shape", "new_sizes", "slice_sizes", "sizes", "reps", "fft_lengths", "length", "axis_size",
@@ -73,3 +78,24 @@ def _is_plain(x: Any) -> bool:
 def _equal(x: Any, y: Any) -> bool:
     both_nan = isinstance(x, float) and isinstance(y, float) and x != x and y != y
     return both_nan or bool(x == y)
+
+
+_MOVES = {
+    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather", "select_n",
+    "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit", "pjit",
+}  # fmt: skip
+"""Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size 1."""
+
+
+def same_work(first: Any, second: Any) -> bool:
+    """Whether two programs compute with the same primitives, as often, but for what only moves numbers."""
+    return Counter(_computing(opened(first)[0])) == Counter(_computing(opened(second)[0]))
+
+
+def _computing(jaxpr: jex.Jaxpr) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        inexact = any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact) for v in eqn.outvars)
+        if inexact and eqn.primitive.name not in _MOVES:
+            yield eqn.primitive.name
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _computing(inner)

@@ -120,6 +120,8 @@ class Walk:
         """How many adjacent rows the program itself takes together: its batch axis is divided by them."""
         self.mesh_axes: frozenset[str] = frozenset()
         """Inside a program for one device, the mesh axes over which the batch is sharded."""
+        self.outer_axes: frozenset[str] = frozenset()
+        """Around the program, the mesh axes over which the batch is sharded too: it sees one device's share."""
         self.calls: tuple[Call, ...] = ()
         self.counts: Counter[str] = Counter()
         self.sites: dict[Term, Site] = {}

@@ -68,7 +68,14 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         row = next(v for v in ins if v.index is Index.ROW)
         assert row.layout is not None
         return Settled([rows(row.layout, faults=ins[0].faults | ins[1].faults)])
+    for x, y in (ins, ins[::-1]):
+        if x.index is Index.MICROBATCH and y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
+            return Settled([dataclasses.replace(x, faults=x.faults | y.faults)])
     return added(walk, op, ins)
+
+
+_OF_A_DEVICE = Scale(Fraction(-1))
+"""A device's place times its number of microbatches, by which the microbatches of all devices are counted."""
 
 
 @rule("sub complex", uniform=True)

@@ -28,7 +28,8 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
     if op.params.get("axis_index_groups") is not None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
     if walk.axis_name in axes:
-        return None if walk.mesh_axes <= axes else walk.unknown(op, f"{op.name} over the loop, on each device apart")
+        everywhere = walk.mesh_axes | walk.outer_axes <= axes
+        return None if everywhere else walk.unknown(op, f"{op.name} over the loop, on each device apart")
     walk.note_devices(op, axes)
     if x.fixed and x.index is None:
         return x.but()
@@ -135,8 +136,8 @@ def whole_batch_moments(walk: Walk, op: Op, body: Any, ins: list[Value]) -> list
     if walk.axis_name not in named or grouped or not ins[0].rows or any(v.summary for v in ins):
         return walk.body(op, (body, op.other.params["jaxpr"]), ins)
     faults = frozenset().union(*(v.faults for v in ins))
-    if walk.mesh_axes - named:
-        devices = ", ".join(sorted(walk.mesh_axes - named))
+    if apart := (walk.mesh_axes | walk.outer_axes) - named:
+        devices = ", ".join(sorted(apart))
         fault = walk.fault(op, FaultKind.COUPLING, f"the statistics are those of one device along {devices}")
     else:
         note = f"BatchNorm over {walk.axis_name!r} couples the examples, as declared"
