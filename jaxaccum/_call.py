@@ -28,6 +28,8 @@ class Call:
     padded: bool
     audited: bool
     batch_size: int
+    constant: _outputs.Constant | None = None
+    """Stops the gradient of an output that passes none."""
     outputs: list[Outputs] = dataclasses.field(default_factory=list)
     returned: list[tuple[Output, ...]] = dataclasses.field(default_factory=list)
     shapes: list[list[Any]] = dataclasses.field(default_factory=list)
@@ -40,8 +42,10 @@ class Call:
             if self.loss:
                 output = _outputs.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=_outputs.is_tag))
-            carry, has_carry = self.layout.carry, self.layout.has_carry
-            outputs, parts = _outputs.read(output, size=size, carry=carry, has_carry=has_carry, padded=self.padded)
+            outputs, parts = _outputs.read(
+                output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry, padded=self.padded,
+                constant=self.constant,
+            )  # fmt: skip
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])
             returned = list(self._returned(output)) if self.audited else []
@@ -70,12 +74,16 @@ class Call:
         if len(self.outputs) < 2:
             return
         (large, small), (first, second) = partition.groups, self.outputs
-        if first.treedef != second.treedef or first.parts != second.parts:
+        if first.treedef != second.treedef or _names(first) != _names(second):
             raise ValueError(
                 f"fun returns other outputs for a microbatch of {large.size} examples than for one of {small.size}: "
                 f"{_names(first)} and {_names(second)}; return one structure for every size."
             )
-        for part, x, y in zip(first.parts, *self.shapes, strict=True):
+        count = len(first.parts)
+        for one, x, y in zip(first.whole, *(shapes[count:] for shapes in self.shapes), strict=True):
+            if (x.shape, x.dtype) != (y.shape, y.dtype):
+                raise TypeError(one.refusal)
+        for part, x, y in zip(first.parts, *(shapes[:count] for shapes in self.shapes), strict=True):
             drop = 1 if part.reduction is Reduction.CONCAT else 0
             if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
                 raise ValueError(
@@ -86,4 +94,5 @@ class Call:
 
 
 def _names(outputs: Outputs) -> list[str]:
-    return [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
+    tagged = [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
+    return [*tagged, *(one.name for one in outputs.whole)]

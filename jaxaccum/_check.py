@@ -8,11 +8,13 @@ from typing import Any, get_args
 
 import jax
 import jax.core
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxaccum import _batch, _mesh
+from jaxaccum._source import frame_of
 from jaxaccum._tree import dtype_of, is_array, is_inexact
 from jaxaccum._types import Audit, Gather, Memory, Sentinel, Split
 
@@ -204,6 +206,37 @@ def is_bound(axis_name: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def coupled(coupling: jex.JaxprEqn, name: str, partition: _batch.Partition, *, shadows: bool) -> None:
+    """All microbatches of a coupled loss have one size, as devices have, and their axis one meaning."""
+    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"
+    if shadows:
+        raise ValueError(
+            f"{what}, and an axis of that name is bound around this loop too, so that it could mean either; "
+            'name one of them otherwise, as in axis_name="inner".'
+        )
+    if len(partition.groups) > 1:
+        large, small = partition.groups
+        raise ValueError(
+            f"{what}, and a collective is one over equal microbatches; here {large.count} have {large.size} examples "
+            f"and {small.count} have {small.size}. Choose a number that divides the batch, or pad it, "
+            "jaxaccum.pad_batch(batch, to=…), and mask the padding: sums of masked values over sums of the mask."
+        )
+
+
+def undivided(arrays: Sequence[tuple[str, frozenset[str]]], axes: frozenset[str]) -> None:
+    """A coupled loss runs where JAX tracks no types, and would count what parts of a parameter share on each device.
+
+    `arrays` are the names of the arguments, and the mesh axes over which each differs between devices.
+    """
+    for name, own in arrays:
+        if others := own - axes:
+            raise NotImplementedError(
+                f"{name} differs between the devices along {', '.join(map(repr, sorted(others)))}, which the "
+                "batch does not, and the loss has collectives over microbatches: parameters divided inside shard_map "
+                "need a loss without them. Divide them on an explicit mesh instead, outside shard_map."
+            )
 
 
 def mesh_axes(value: Any, axis_name: str, seen: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:

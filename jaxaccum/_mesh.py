@@ -122,6 +122,15 @@ def last_shard(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     return lax.psum(jnp.where(shard_index(own) == count - 1, wide, jnp.zeros_like(wide)), own).astype(x.dtype)
 
 
+def of_one_shard(x: Array, axes: frozenset[str]) -> Array:
+    """A value that is the same along `axes`, typed so: that of the first device, whose cotangent counts once."""
+    names = tuple(sorted(axes & varying_axes(x)))
+    if not names:
+        return x
+    wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+    return lax.psum(jnp.where(shard_index(names) == 0, wide, jnp.zeros_like(wide)), names).astype(x.dtype)
+
+
 def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
     """`x`, whose gradient is summed over all shards where JAX does not do so by itself (``check_vma=False``)."""
     if not mesh_axes or checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):

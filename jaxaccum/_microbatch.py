@@ -15,6 +15,7 @@ from jaxaccum import _coupled, _explicit, _loop, _mesh, _program, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._audit import at_call
+from jaxaccum._finalize import finalized
 from jaxaccum._program import Options, Program
 from jaxaccum._reduce import Reduction
 from jaxaccum._tree import cast, is_inexact
@@ -37,7 +38,9 @@ def microbatch(
     """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
 
     Every output combines by its tag, ``Mean(t, w)`` to ``Σ t / Σ w``, ``Sum(x)`` to ``Σ x``, ``Concat(x)`` to all rows
-    in order, …; an untagged floating scalar declares a mean over the microbatch's examples. It equals::
+    in order, …; an untagged floating scalar declares a mean over the microbatch's examples. What depends on whole
+    arguments alone (a temperature, a regularizer's weights) needs no tag: it passes as it is, whatever its shape and
+    dtype, and its gradient counts once. It equals::
 
         def microbatched(params, batch):
             outputs = []
@@ -46,7 +49,7 @@ def microbatch(
             return combine(outputs)  # tag by tag: Σ total / Σ weight, concatenate, …
 
     Args:
-        fun: function of one microbatch; its outputs are tags, or floating scalars.
+        fun: function of one microbatch; its outputs are tags, floating scalars, or depend on whole arguments alone.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry an argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
@@ -75,7 +78,9 @@ def microbatch(
         where one scalar is differentiated.
 
     Raises:
-        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also where a derivative is
+            asked in reverse mode of a `Max`, `Min`, `Last` or `Carry` that moves with what is differentiated: it would
+            be 0. In forward mode, the tangents of these are 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
@@ -95,15 +100,15 @@ def microbatch(
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         program, arrays = _program.prepare(fun, options, args, kwargs)
-        given = arrays
-        arrays = [
+        summed = [
             x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
             for slot, x in zip(program.slots, arrays, strict=True)
         ]
-        parts = _differentiable(program)(arrays)
-        at_call.check(fun, options, program, given)
+        parts = _differentiable(program)(summed)
+        at_call.check(fun, options, program, arrays)
         pairs = zip(program.outputs.parts, parts, strict=True)
-        return program.outputs.finalize([_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs])
+        parts = [_reduce.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
+        return finalized(program, arrays, parts)
 
     return microbatched
 

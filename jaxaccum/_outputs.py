@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from jaxaccum._tree import (
     total_of,
     widen,
 )
-from jaxaccum._types import PyTree
+from jaxaccum._types import Array, PyTree
 
 _TAGS = "Mean(total, weight), Sum(x), Max(x), Min(x), Concat(x), Stack(x), Last(x) or Carry(state)"
 _REDUCTION_OF = {
@@ -46,6 +47,23 @@ class Part:
     once: bool = False
     """Whether it is a carried state that a coupled program updates once, from the state before the first microbatch."""
 
+    @property
+    def tag(self) -> str:
+        """The name of the tag under which it was returned, if it passes no gradient."""
+        return "Carry" if self.once else self.reduction.value.capitalize()
+
+
+Constant = Callable[[Part, Array], Array]
+"""Makes the value of a part a constant to every derivative."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Untagged:
+    """An output without a tag, which must depend on whole arguments alone; and what is said where it does not."""
+
+    name: str
+    refusal: str
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -57,6 +75,8 @@ class Leaf:
     shape: tuple[int, ...]
     key: Any = None
     """Of a typed key, which the loop combines as the integers it is made of: its implementation."""
+    whole: bool = False
+    """Whether it is no part of the loop but, at the place `part`, an output without a tag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +86,7 @@ class Outputs:
     treedef: Any
     leaves: tuple[Leaf, ...]
     parts: tuple[Part, ...]
+    whole: tuple[Untagged, ...] = ()
 
     def updated_once(self) -> Outputs:
         """The same outputs, where the carried state is not threaded: every microbatch computes the one new state."""
@@ -77,9 +98,12 @@ class Outputs:
         ]
         return dataclasses.replace(self, parts=tuple(once))
 
-    def finalize(self, values: list[Any]) -> PyTree:
-        """The output over the whole batch, from the combined parts: `fun`'s structure with every tag resolved."""
-        return self.treedef.unflatten([_finalize(leaf, values) for leaf in self.leaves])
+    def finalize(self, values: list[Any], whole: list[Any]) -> PyTree:
+        """The output over the whole batch, `fun`'s structure with every tag resolved.
+
+        It is made of the combined parts, and of the outputs that depend on whole arguments alone.
+        """
+        return self.treedef.unflatten([_finalize(x, whole if x.whole else values) for x in self.leaves])
 
 
 @dataclasses.dataclass
@@ -87,16 +111,27 @@ class _Reader:
     """Collects parts and leaves while outputs are read, in the order in which they stand."""
 
     size: int
+    constant: Constant
     parts: list[Part] = dataclasses.field(default_factory=list)
     values: list[Any] = dataclasses.field(default_factory=list)
     leaves: list[Leaf] = dataclasses.field(default_factory=list)
+    untagged: list[Untagged] = dataclasses.field(default_factory=list)
+    whole: list[Any] = dataclasses.field(default_factory=list)
 
     def part(self, name: str, reduction: Reduction, x: Any) -> int:
         dtype = widen(dtype_of(x)) if reduction is Reduction.SUM else dtype_of(x)
         x = cast(x, dtype)
-        self.parts.append(Part(name, reduction))
-        self.values.append(x if reduction.differentiable or not is_inexact(x) else lax.stop_gradient(x))
+        part = Part(name, reduction)
+        self.parts.append(part)
+        self.values.append(x if reduction.differentiable or not is_inexact(x) else self.constant(part, x))
         return len(self.parts) - 1
+
+    def without_tag(self, name: str, x: Any, refusal: str) -> None:
+        """An output that has to depend on whole arguments alone."""
+        key, dtype = key_impl(x), dtype_of(x)
+        self.untagged.append(Untagged(name, refusal))
+        self.whole.append(jax.random.key_data(x) if key is not None else cast(x, dtype))
+        self.leaves.append(Leaf(len(self.whole) - 1, None, dtype, jnp.shape(x), key, whole=True))
 
     def weight(self, name: str, x: Any) -> int:
         """A denominator: integers are counted in floating point, which no count overflows."""
@@ -106,27 +141,37 @@ class _Reader:
         self.leaves.append(Leaf(part, weight, jnp.dtype(dtype), jnp.shape(self.values[part]), key))
 
 
-def read(output: PyTree, *, size: int, carry: PyTree, has_carry: bool, padded: bool) -> tuple[Outputs, list[Any]]:
-    """The outputs of one microbatch of `size` examples, checked, and their parts as arrays."""
-    reader, finalized = _Reader(size), []
+def read(
+    output: PyTree, *, size: int, carry: PyTree, has_carry: bool, padded: bool, constant: Constant | None = None
+) -> tuple[Outputs, list[Any]]:
+    """The outputs of one microbatch of `size` examples, checked; their parts as arrays, then those without a tag.
+
+    `constant` stops the gradient of a part that passes none.
+    """
+    reader, finalized = _Reader(size, constant or _stopped), []
     named = leaves_with_names(output, "output", is_leaf=is_tag)
     _check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
     for name, x in named:
-        if padded and not is_tag(x):
-            raise TypeError(
-                f"{name} has no tag, so it would count padding as examples: with num_examples_argnum return "
-                "Mean(total, weight), with the mask of real examples in both."
-            )
-        finalized.append(_read_tag(reader, name, x))
+        finalized.append(_read_tag(reader, name, x, padded=padded))
     outer = jax.tree.structure(output, is_leaf=is_tag)
     treedef = jax.tree.structure(outer.unflatten(finalized))
-    return Outputs(treedef, tuple(reader.leaves), tuple(reader.parts)), reader.values
+    parts, untagged = tuple(reader.parts), tuple(reader.untagged)
+    return Outputs(treedef, tuple(reader.leaves), parts, untagged), [*reader.values, *reader.whole]
 
 
-def _read_tag(reader: _Reader, name: str, x: Any) -> PyTree:
+def _stopped(part: Part, x: Array) -> Array:
+    del part
+    return lax.stop_gradient(x)
+
+
+def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
     """Read one tag or untagged leaf; returns the structure that stands in its place once finalized."""
     if not isinstance(x, Tag):
-        _check_untagged(name, x)
+        _check_array(name, x)
+        is_mean = jnp.shape(x) == () and jnp.issubdtype(dtype_of(x), jnp.floating)
+        if padded or not is_mean:
+            reader.without_tag(name, x, _padded(name) if padded and is_mean else _untagged(name, x))
+            return x
         # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
         weight = reader.weight(name, reader.size)
@@ -227,6 +272,9 @@ def loss_and_aux(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
 
 def terms(outputs: Outputs, count: int) -> tuple[Term, ...]:
     """The terms of the loss, which are the first `count` leaves of the output ``(loss, aux)``."""
+    for leaf in outputs.leaves[:count]:
+        if leaf.whole:
+            raise TypeError(outputs.whole[leaf.part].refusal)
     return tuple(Term(leaf.part, leaf.weight) for leaf in outputs.leaves[:count])
 
 
@@ -281,13 +329,19 @@ def _check_combines_keys(name: str, tag: Tag) -> None:
         )
 
 
-def _check_untagged(name: str, x: Any) -> None:
-    _check_array(name, x)
-    if jnp.shape(x) != () or not jnp.issubdtype(dtype_of(x), jnp.floating):
-        raise TypeError(
-            f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over "
-            f"microbatches (only a floating scalar declares itself: a mean over examples). Wrap it in {_TAGS}."
-        )
+def _padded(name: str) -> str:
+    return (
+        f"{name} has no tag, so it would count padding as examples: with num_examples_argnum return "
+        "Mean(total, weight), with the mask of real examples in both."
+    )
+
+
+def _untagged(name: str, x: Any) -> str:
+    return (
+        f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over "
+        "microbatches (a floating scalar declares a mean over examples; what depends on whole arguments alone needs "
+        f"no tag, and this depends on the microbatch, or on no argument). Wrap it in {_TAGS}."
+    )
 
 
 def _check_rows(name: str, x: Any, size: int) -> None:

@@ -10,21 +10,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 
-from jaxaccum import _arguments, _assignments, _check, _mesh, _outputs, _reversible
+from jaxaccum import _arguments, _check, _mesh, _no_gradient, _outputs, _reversible, _whole
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._call import Call
 from jaxaccum._in_axes import ArgumentAxes
-from jaxaccum._outputs import Outputs, Term
+from jaxaccum._outputs import Outputs, Part, Term
 from jaxaccum._reduce import Reduction
 from jaxaccum._returned import Output
-from jaxaccum._source import frame_of
 from jaxaccum._trace import Trace, axes_of, trace
 from jaxaccum._tree import key_impl
 from jaxaccum._types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, WithStreams
 from jaxaccum._unchecked import unchecked, untyped_shard_index, with_exchanges
+from jaxaccum._whole import Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Options:
 
 
 class NeedsGlobalArraysError(Exception):
-    """A coupled loss whose collectives would stop at one device's rows."""
+    """A loss whose collectives would stop at one device's rows, or an output without a tag that one device divides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,8 @@ class Program:
     """Whether JAX could follow which values vary over a mesh; see `_unchecked`."""
     shard: Array | None = None
     """The place of this device's shard, where it is known beforehand."""
+    whole: Whole | None = None
+    """The outputs that depend on whole arguments alone, which no loop computes."""
     observed: Mapping[int, Observed] = dataclasses.field(default_factory=dict)
     """For the audit: what was traced, by the size of the microbatch. Empty where nothing is audited."""
     observe: Callable[[int, int], Observed] | None = None
@@ -175,8 +176,7 @@ class Program:
 
     def sources(self, g: int) -> list[int]:
         """The slots that trace `g` reads: its constants, then the arguments."""
-        first = self.num_arguments + sum(one.num_consts for one in self.traces[:g])
-        return [*range(first, first + self.traces[g].num_consts), *range(self.num_arguments)]
+        return _sources(self.slots, self.traces, g)
 
     def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
         """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
@@ -197,6 +197,12 @@ class Program:
     def _shard(self) -> Array | int:
         """The place of this device's shard of the batch."""
         return _mesh.shard_index(self.mesh_axes) if self.shard is None else self.shard
+
+
+def _sources(slots: Sequence[Slot], traces: Sequence[Trace], g: int) -> list[int]:
+    num_args = len(slots) - sum(one.num_consts for one in traces)
+    first = num_args + sum(one.num_consts for one in traces[:g])
+    return [*range(first, first + traces[g].num_consts), *range(num_args)]
 
 
 def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[list[Slot], list[Any]]:
@@ -277,9 +283,9 @@ def prepare(
         if (coupling := one.coupling) is not None:
             if not set(options.device_axes) <= set(axes_of(coupling)):
                 raise NeedsGlobalArraysError
-            _check_coupled(coupling, options.axis_name, partition, shadows)
+            _check.coupled(coupling, options.axis_name, partition, shadows=shadows)
             if not checked:
-                _check_undivided(layout.slots, given_axes, axes)
+                _check.undivided([(slot.name, own) for slot, own in zip(slots, given_axes, strict=True)], axes)
             if isinstance(fun, WithStreams) and (partition.num_microbatches > 1 or mesh_axes):
                 with contextlib.nullcontext() if checked else unchecked():
                     one = _with_own_streams(one, call.outputs[g], layout.slots, partition, mesh_axes)
@@ -297,11 +303,24 @@ def prepare(
             "drop one of the two."
         )
     call.check_sizes(partition)
+    whole = None
+    if outputs.whole:
+        reads = [_sources(slots, traces, g) for g in range(len(traces))]
+        may = [slot.role is Role.WHOLE for slot in slots]
+        # One device sees a share of a parameter that is divided, gathered at every microbatch as if it were rows.
+        same = [not given & set(options.device_axes) for given in given_axes]
+        found = _whole.refusal(traces, outputs, [[may[i] and same[i] for i in own] for own in reads])
+        if found and options.device_axes:
+            raise NeedsGlobalArraysError
+        if found:
+            raise TypeError(found)
+        whole = _whole.separated(traces[0], outputs, [given_axes[i] for i in reads[0]])
+        traces = [one.first(len(outputs.parts)) for one in traces]
     terms = _outputs.terms(outputs, call.num_terms) if loss else ()
     slots, arrays = _unwrapped(slots, arrays)
     program = Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
-        memory, checked,
+        memory, checked, whole=whole,
     )  # fmt: skip
     _check_padding(program)
     if audited:
@@ -371,34 +390,6 @@ def _with_own_streams(
     return one.before(folded, keep=kept) if keys else one
 
 
-def _check_coupled(coupling: jex.JaxprEqn, name: str, partition: Partition, shadows: bool) -> None:
-    """All microbatches of a coupled loss have one size, as devices have, and their axis one meaning."""
-    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"
-    if shadows:
-        raise ValueError(
-            f"{what}, and an axis of that name is bound around this loop too, so that it could mean either; "
-            'name one of them otherwise, as in axis_name="inner".'
-        )
-    if len(partition.groups) > 1:
-        large, small = partition.groups
-        raise ValueError(
-            f"{what}, and a collective is one over equal microbatches; here {large.count} have {large.size} examples "
-            f"and {small.count} have {small.size}. Choose a number that divides the batch, or pad it, "
-            "jaxaccum.pad_batch(batch, to=…), and mask the padding: sums of masked values over sums of the mask."
-        )
-
-
-def _check_undivided(slots: Sequence[Slot], given_axes: Sequence[frozenset[str]], axes: frozenset[str]) -> None:
-    """A coupled loss runs where JAX tracks no types, and would count what parts of a parameter share on each device."""
-    for slot, own in zip(slots, given_axes, strict=True):
-        if others := own - axes:
-            raise NotImplementedError(
-                f"{slot.name} differs between the devices along {', '.join(map(repr, sorted(others)))}, which the "
-                "batch does not, and the loss has collectives over microbatches: parameters divided inside shard_map "
-                "need a loss without them. Divide them on an explicit mesh instead, outside shard_map."
-            )
-
-
 def _check_padding(program: Program) -> None:
     """Where padding is skipped, the weight of a mean over rows depends on the arguments.
 
@@ -437,6 +428,12 @@ def _shapes(layout: Layout, arrays: list[Array], size: int) -> list[Any]:
     return list(jax.make_jaxpr(cut)(arrays).out_avals)
 
 
+def _refusing_itself(part: Part, x: Array) -> Array:
+    says = functools.partial(_no_gradient.refusal, part.name, part.tag, whole=False)
+    one = _no_gradient.Refused((0,), says)
+    return _no_gradient.refusing([jax.lax.stop_gradient(x)], [x], {0: one})[0]
+
+
 def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyTree:
     """`fun` in one pass over the whole batch, its tags resolved: the full-batch oracle.
 
@@ -445,7 +442,8 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
     layout, arrays = _arguments.read(args, kwargs, options.axes(fun, args, kwargs))
     size = _arguments.batch_size(layout.slots, arrays)
     partition = _check.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
-    found: list[Outputs] = []
+    call = Call(fun, layout, False, False, False, False, size, constant=_refusing_itself)
+    flat = call.at(size)
 
     def one(_: Array) -> list[Any]:
         own = []
@@ -455,13 +453,16 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
             elif slot.role is Role.EXAMPLE_KEY:
                 x = example_keys(x, partition.examples(partition.groups[0], jax.numpy.int32(0)))
             own.append(x)
-        call_args, call_kwargs = layout.build(own)
-        has_carry = layout.has_carry
-        output = _assignments.call(fun, call_args, call_kwargs)
-        outputs, parts = _outputs.read(output, size=size, carry=layout.carry, has_carry=has_carry, padded=False)
-        found.append(outputs)
-        return parts
+        return flat(*own)
 
     stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))
-    parts = [x if part.reduction is Reduction.STACK else x[0] for part, x in zip(found[0].parts, stacked, strict=True)]
-    return found[0].finalize(parts)
+    outputs = call.outputs[0]
+    if outputs.whole:
+        traced, _, consts, _ = _traced(flat, _shapes(layout, arrays, size), (options.axis_name, 1))
+        given = [slot.role is Role.WHOLE for slot in layout.slots]
+        if found := _whole.refusal([traced], outputs, [[True] * len(consts) + given]):
+            raise TypeError(found)
+    combined, whole = stacked[: len(outputs.parts)], stacked[len(outputs.parts) :]
+    pairs = zip(outputs.parts, combined, strict=True)
+    parts = [x if part.reduction is Reduction.STACK else x[0] for part, x in pairs]
+    return outputs.finalize(parts, [x[0] for x in whole])

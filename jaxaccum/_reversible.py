@@ -1,8 +1,11 @@
-"""Which derivatives JAX can take of a program: in reverse or only forward, linear in the cotangent or perhaps not."""
+"""Which derivatives a program has: in reverse or only forward, linear in the cotangent or perhaps not, of what."""
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.extend.core as jex
 
@@ -45,6 +48,29 @@ def is_reversible(jaxpr: jex.Jaxpr, moved: Sequence[bool]) -> bool:
             return False
         known.update(v for v in eqn.outvars if is_inexact(v.aval))
     return True
+
+
+Movers = int
+"""The arguments that a variable has a derivative with respect to: bit i is that of argument i."""
+
+
+def movers(jaxpr: jex.Jaxpr, given: Sequence[Movers]) -> dict[Any, Movers]:
+    """What each variable moves with; `given` is what the arguments move with. In doubt it moves."""
+    found = dict(zip(jaxpr.invars, given, strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [0 if isinstance(v, jex.Literal) else found.get(v, 0) for v in eqn.invars]
+        if any(operands) and eqn.primitive.name != "stop_gradient":
+            found.update(zip(eqn.outvars, _movers_of_results(eqn, operands), strict=True))
+    return found
+
+
+def _movers_of_results(eqn: jex.JaxprEqn, operands: Sequence[Movers]) -> list[Movers]:
+    if eqn.primitive.name in _CALLS and eqn.primitive.name != "scan":
+        inner, _ = opened(eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"])
+        found = movers(inner, operands)
+        return [0 if isinstance(v, jex.Literal) else found.get(v, 0) for v in inner.outvars]
+    together = functools.reduce(operator.or_, operands)
+    return [together if is_inexact(v.aval) else 0 for v in eqn.outvars]
 
 
 def _eqn_is_reversible(eqn: jex.JaxprEqn, moved: list[bool]) -> bool:

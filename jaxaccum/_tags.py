@@ -111,14 +111,14 @@ class Sum(_Scalable):
 
 @_tag
 class Max(Tag):
-    """The elementwise maximum over microbatches; passes no gradient."""
+    """The elementwise maximum over microbatches; a derivative of it is an error."""
 
     x: PyTree
 
 
 @_tag
 class Min(Tag):
-    """The elementwise minimum over microbatches; passes no gradient."""
+    """The elementwise minimum over microbatches; a derivative of it is an error."""
 
     x: PyTree
 
@@ -139,14 +139,17 @@ class Stack(Tag):
 
 @_tag
 class Last(Tag):
-    """The value of the last microbatch; passes no gradient."""
+    """The value of the last microbatch; a derivative of it is an error.
+
+    What depends on whole arguments alone, as a temperature does, needs no tag and has a derivative.
+    """
 
     x: PyTree
 
 
 @_tag
 class Carry(Tag):
-    """The new state of the argument declared ``CARRY``: same structure, shapes and dtypes; passes no gradient."""
+    """The new state of the argument declared ``CARRY``: same structure, shapes and dtypes; a derivative is an error."""
 
     state: PyTree
 

@@ -19,6 +19,7 @@ from jax.interpreters import partial_eval
 from jaxaccum import _calls, _reversible, _running_sums
 from jaxaccum._jaxprs import ClosedJaxpr, is_reference, is_reference_effect, opened, scan_arity
 from jaxaccum._source import frame_of
+from jaxaccum._tree import is_inexact
 from jaxaccum._types import Array
 
 
@@ -78,6 +79,36 @@ class Trace:
     def is_reversible(self, moved: Sequence[bool]) -> bool:
         """Whether JAX has a reverse derivative with respect to those of ``(*consts, *args)`` that are `moved`."""
         return _reversible.is_reversible(self.jaxpr, [False, *moved])
+
+    def movers(self, outputs: Collection[int]) -> list[set[int]]:
+        """The places in ``(*consts, *args)`` of what each of the outputs moves with.
+
+        Each of them ends in a ``stop_gradient``, which is left aside; one that does not moves with nothing.
+        """
+        given = [1 << i if is_inexact(v.aval) else 0 for i, v in enumerate(self.arguments)]
+        found = _reversible.movers(self.jaxpr, [0, *given]) if outputs else {}
+        ends = [eqn for eqn in self.jaxpr.eqns if eqn.primitive.name == "stop_gradient"]
+        stopped: dict[Any, Any] = {eqn.outvars[0]: eqn.invars[0] for eqn in ends}
+        bits = [found.get(stopped.get(self.jaxpr.outvars[i]), 0) for i in outputs]
+        return [{i for i in range(len(given)) if own >> i & 1} for own in bits]
+
+    def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
+        """Whether an output depends on some of ``(*consts, *args)``, all of them `allowed`, and on nothing else.
+
+        Nothing else: the index of the microbatch, a collective over its axis, or what it does to the outside.
+        """
+        jaxpr, used = self._restrict([output])
+        alone = dataclasses.replace(self, jaxpr=jaxpr)
+        outside = any(eqn.primitive.name == "io_callback" for eqn in _reversible.equations_inside(jaxpr))
+        if outside or alone.coupling is not None or any(is_reference(v.aval) for v in jaxpr.invars):
+            return False
+        return any(used) and all(may for may, reads in zip([False, *allowed], used, strict=True) if reads)
+
+    def first(self, count: int) -> Trace:
+        """The trace of its first `count` outputs, with all prints and callbacks, of the same arguments."""
+        jaxpr = with_outvars(self.jaxpr, self.jaxpr.outvars[:count])
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * count, instantiate=True)
+        return dataclasses.replace(self, jaxpr=with_invars(used, list(used.invars)))
 
     def pure(self) -> Trace:
         """The trace without the effects of prints and callbacks, so that those that no output needs can be left out."""

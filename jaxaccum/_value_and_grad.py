@@ -11,6 +11,7 @@ import jax
 from jaxaccum import _check, _custom, _direct, _explicit, _outputs, _program
 from jaxaccum._accumulators import Accumulator, Sums, in_place, returned
 from jaxaccum._audit import at_call
+from jaxaccum._finalize import finalized
 from jaxaccum._program import Options
 from jaxaccum._types import Array, Audit, Fun, Gather, InAxes, PyTree, Split
 
@@ -132,7 +133,7 @@ def value_and_grad(
         else:
             parts, grads, report = _custom.value_and_grad(program, arrays, slots, sums, assemble)
         at_call.check(fun, options, program, arrays, numbers)
-        loss, aux = program.outputs.finalize(parts)
+        loss, aux = finalized(program, arrays, parts)
         value = (_outputs.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))
         return (value if len(value) > 1 else value[0]), (grads if isinstance(argnums, tuple | list) else (grads,))
 

@@ -1,4 +1,4 @@
-"""Deliberate faults in how a call's arguments are read: entries by name."""
+"""Deliberate faults in entries by name, outputs without a tag, and derivatives that would be lost."""
 
 ROWS = [
     (
@@ -22,5 +22,53 @@ ROWS = [
         "axes = given.keywords[number] if isinstance(number, str) else",
         "axes = None if isinstance(number, str) else",
         "test_in_axes_by_name.py::test_keys_and_a_state_by_name",
+    ),
+    (
+        "a derivative is lost", "_finalize.py",
+        "return {i: slots & can_move for i, slots in found.items() if slots & can_move}", "return {}",
+        "test_no_gradient.py::test_a_derivative_that_would_be_lost_is_refused",
+    ),
+    (
+        "a derivative is lost from outside", "_no_gradient.py",
+        "return same(*primals), [_tangent(", "return primals[0], [_tangent(",
+        "test_no_gradient.py::test_it_is_refused_of_an_auxiliary_output_that_is_differentiated_from_outside",
+    ),
+    (
+        "what the loss stops is refused", "_reversible.py",
+        'if any(operands) and eqn.primitive.name != "stop_gradient":', "if any(operands):",
+        "test_no_gradient.py::test_a_value_that_the_loss_itself_stops_is_a_constant",
+    ),
+    (
+        "what depends on rows passes without a tag", "_trace.py",
+        "return any(used) and all(may for may, reads in zip([False, *allowed], used, strict=True) if reads)",
+        "return any(used)",
+        "test_whole_outputs.py::test_what_depends_on_more_is_refused",
+    ),
+    (
+        "a constant passes without a tag", "_trace.py",
+        "return any(used) and all(may", "return all(may",
+        "test_whole_outputs.py::test_what_depends_on_more_is_refused",
+    ),
+    (
+        "a sum over microbatches passes without a tag", "_trace.py",
+        "if outside or alone.coupling is not None or", "if outside or",
+        "test_whole_outputs.py::test_what_depends_on_more_is_refused",
+    ),
+    (
+        "every device counts what is whole", "_microbatch.py",
+        "return finalized(program, arrays, parts)", "return finalized(program, summed, parts)",
+        "test_whole_outputs.py::test_devices_count_it_once",
+    ),
+    (
+        "a device's share is taken for the whole", "_program.py",
+        "same = [not given & set(options.device_axes) for given in given_axes]", "same = [True] * len(slots)",
+        "test_whole_outputs.py::test_explicit_meshes",
+    ),
+    (
+        "the loop computes what is whole", "_program.py",
+        "traces = [one.first(len(outputs.parts)) for one in traces]",
+        "traces = [dataclasses.replace(one, jaxpr=one.jaxpr.replace("
+        "outvars=one.jaxpr.outvars[: len(outputs.parts)])) for one in traces]",
+        "test_whole_outputs.py::test_no_loop_computes_it",
     ),
 ]  # fmt: skip
