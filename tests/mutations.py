@@ -164,9 +164,9 @@ FAULTS = [
         "test_value_and_grad.py::test_side_effects_happen_once_a_microbatch",
     ),
     Fault(
-        "fun is traced twice", "_program.py",
-        "            output = _assignments.call(self.fun, args, kwargs)\n",
-        "            self.fun(*args, **kwargs)\n            output = self.fun(*args, **kwargs)\n",
+        "fun is traced twice", "_call.py",
+        "            return _assignments.call(self.fun, args, kwargs)\n",
+        "            self.fun(*args, **kwargs)\n            return self.fun(*args, **kwargs)\n",
         "test_value_and_grad.py::test_fun_is_traced_once_a_size",
     ),
     Fault(
@@ -288,7 +288,7 @@ FAULTS = [
     ),
     Fault(
         "the audit lets randomness pass", "_audit/judge.py",
-        "worst is None and not random", "worst is None",
+        "accumulates and not draws, bool", "accumulates, bool",
         "test_audit.py::test_keys",
     ),
     Fault(
@@ -309,7 +309,7 @@ FAULTS = [
     ),
     Fault(
         "the audit reads no aux", "_audit/traces.py",
-        '(loss, "the loss", False), (aux, "aux", True)', '(loss, "the loss", False),',
+        ', *leaves(aux, "aux", aux=True)]', "]",
         "test_audit.py::test_aux_is_judged_by_its_tags",
     ),
     Fault(
