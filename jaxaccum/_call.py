@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _assignments, _closure, _outputs, _returned
+from jaxaccum import _assignments, _closure, _example_keys, _outputs, _returned
 from jaxaccum._arguments import Layout
 from jaxaccum._batch import Partition
 from jaxaccum._outputs import Outputs
 from jaxaccum._reduce import Reduction
 from jaxaccum._returned import Output
-from jaxaccum._types import Fun, PyTree
+from jaxaccum._types import Fun, PyTree, WithStreams
 
 
 @dataclasses.dataclass
@@ -53,6 +53,35 @@ class Call:
             return [*parts, *(x for _, arrays in returned for x in arrays)]
 
         return flat
+
+    def traced(self, trace: Callable[[Call, int], Any], size: int) -> Any:
+        """``trace(self, size)``, whose first result is a trace.
+
+        Of a model whose examples draw for themselves, what twice as many draw tells which axis of
+        a draw is theirs.
+        """
+        fun = self.fun
+        if not isinstance(fun, WithStreams) or fun.drawing is None:
+            return trace(self, size)
+        other = self.elsewhere()
+        try:
+            twice, *_ = trace(other, 2 * size)
+        except Exception as error:  # of the user's function
+            trace(other, size)  # where this size fails too, its error is said
+            raise ValueError(
+                f"example_streams compares what fun draws for {size} examples with what it draws "
+                f"for {2 * size}, and fun does not run on {2 * size} ({error}); let it take any "
+                "number of examples."
+            ) from error
+        larger = list(_example_keys.draws(twice.jaxpr))
+        self.fun = fun.compared(frozenset(draw.shape for draw in larger))
+        one, *rest = trace(self, size)
+        _example_keys.check(list(_example_keys.draws(one.jaxpr)), larger, size)
+        return one, *rest
+
+    def elsewhere(self) -> Call:
+        """The same function, for sizes at which it will not run: this one notes nothing of them."""
+        return dataclasses.replace(self, outputs=[], shapes=[], returned=[])
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
         try:

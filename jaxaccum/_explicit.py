@@ -27,7 +27,7 @@ from jaxaccum import _arguments, _check, _mesh, _program
 from jaxaccum._arguments import Layout, Role
 from jaxaccum._program import Options
 from jaxaccum._source import is_ours
-from jaxaccum._types import Array, Fun
+from jaxaccum._types import Array, Fun, WithStreams
 from jaxaccum._unchecked import mapped_mesh_axes
 
 _NEEDS_GLOBAL_ARRAYS = (
@@ -189,7 +189,7 @@ class _Spread:
                 for i, spec in sharded.items():
                     own[i] = gathered(own[i], spec)
             each = self.gather == "each" and sharded
-            fun = _gathering(self.fun, self._leaves_of(sharded), self._a_row()) if each else self.fun
+            fun = self._that_gathers() if each else self.fun
             result = self.call(fun, self._own_options(), *self.layout.build(own))
             head, grads = result if self.argnums else (result, ())
             leaves, treedef = jax.tree.flatten(head)
@@ -208,6 +208,12 @@ class _Spread:
         rest = (iter(same), iter(rows))
         head = treedef.unflatten([next(rest[row]) for row in divided])
         return (head, grads_def.unflatten(flat)) if self.argnums else head
+
+    def _that_gathers(self) -> Fun:
+        """The function, which gathers its parameters at every microbatch."""
+        sharded, row = self._leaves_of(self.sharded), self._a_row()
+        change = lambda fun: _gathering(fun, sharded, row)
+        return self.fun.mapped(change) if isinstance(self.fun, WithStreams) else change(self.fun)
 
     def _pair(self, options: Options, arrays: Sequence[Array]) -> tuple[Any, Any]:
         result = self.call(self.fun, options, *self.layout.build(list(arrays)))

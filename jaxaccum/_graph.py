@@ -18,10 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum import _assignments, _check
-from jaxaccum._tags import Carry
+from jaxaccum import _assignments, _check, _streams
+from jaxaccum._example_keys import Shape
+from jaxaccum._streams import Streams
+from jaxaccum._tags import Carry, Max
 from jaxaccum._tree import leaf_name
-from jaxaccum._types import Array, Fun, PyTree, WithStreams
+from jaxaccum._types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree, WithStreams
+
+IN_AXES = (EXAMPLE_KEY, None, CARRY)
+"""The last arguments of `Models.pure`: keys of streams, one an example; the streams; the state."""
 
 
 def holds_modules(x: PyTree) -> bool:
@@ -40,18 +45,23 @@ class Models:
     places: tuple[int, ...]
     """Which arguments these are."""
     modules: tuple[Any, ...]
-    split: Callable[[Any], tuple[Any, list[Any], Any]]
-    """Of modules: their structure, the parameters to differentiate in each, and the rest of their state."""
+    split: Callable[[Any], tuple[Any, list[Any], Any, Any]]
+    """Of modules: their structure, the parameters to differentiate in each, the streams, the rest."""
     graphdef: Any
     params: list[Any]
+    streams: Streams
+    """The random streams of which every example has its own."""
     rest: Any
+    """The rest of their state."""
 
     @classmethod
-    def among(cls, args: tuple[Any, ...], filters: Mapping[int, Any]) -> Models:
+    def among(
+        cls, args: tuple[Any, ...], filters: Mapping[int, Any], example_streams: Any = False
+    ) -> Models:
         """The models among `args`; `filters` says for each differentiated argument which of its variables.
 
         As in nnx, a filter selects among the variables of modules; whatever is outside of modules is
-        differentiated.
+        differentiated. `example_streams` selects the streams of which every example has its own.
         """
         places, modules, selected = [], [], []
         for i, arg in enumerate(args):
@@ -60,11 +70,14 @@ class Models:
                 places.append(i)
                 modules.append(arg)
                 selected.append(_selector(arg, filters[i]) if i in filters else _nothing)
-        split = functools.partial(_split, [_within(k, accepts) for k, accepts in enumerate(selected)])
+        params = [_within(k, accepts) for k, accepts in enumerate(selected)]
+        own = _streams.selector(tuple(modules), example_streams)
+        split = functools.partial(_split, params, own)
         for i, arg, accepts in zip(places, modules, selected, strict=True):
             if i in filters:
                 _check_selected(i, arg, accepts, filters[i])
-        return cls(tuple(places), tuple(modules), split, *split(tuple(modules)))
+        graphdef, params, streams, rest = split(tuple(modules))
+        return cls(tuple(places), tuple(modules), split, graphdef, params, Streams(streams), rest)
 
     def gradient(self, i: int, grads: Any) -> PyTree:
         """The gradient of argument `i` as nnx returns it: like the argument, with a state for each module."""
@@ -75,27 +88,32 @@ class Models:
         return jax.tree_util.tree_map_with_path(own, arg, is_leaf=_is_node)
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `pure` is called with: parameters in place of modules, and the state, a list of arrays, last."""
-        return (*self._placed(args, self.params), jax.tree.leaves(self.rest))
+        """What `pure` is called with: parameters in place of modules, then states, as `IN_AXES` says."""
+        states = self.streams.keys(), self.streams.arrays(), jax.tree.leaves(self.rest)
+        return (*self._placed(args, self.params), *states)
 
     def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
-        """`fun` as a function of arrays that returns ``(loss, (aux, Carry(new state)))``."""
+        """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams)))``.
 
-        @functools.wraps(fun)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            *given, state = args
+        Every microbatch starts from the same streams and returns the same new ones. `Max` takes
+        these, and is 0 where no microbatch ran.
+        """
+
+        def call(larger: frozenset[Shape], *args: Any, **kwargs: Any) -> Any:
+            *given, keys, streams, state = args
             params = [given[i] for i in self.places]
             before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
 
-            def run(*arrays: Any) -> tuple[Any, Any, Any]:
-                modules = self._merged(jax.tree.unflatten(treedef, arrays), self._state(state))
+            def run(*arrays: Any) -> tuple[Any, Any, Any, Any]:
+                own = self.streams.joined(streams, keys, larger)
+                modules = self._merged(jax.tree.unflatten(treedef, arrays), own, self._state(state))
                 output = fun(*self._placed(tuple(given), modules), **kwargs)
-                graphdef, new_params, new_rest = self.split(modules)
-                states = (params, self._state(state)), (new_params, new_rest)
+                graphdef, new_params, new_streams, new_rest = self.split(modules)
+                states = (params, own, self._state(state)), (new_params, new_streams, new_rest)
                 _check_structure(self.graphdef, graphdef, *states)
-                return output, new_params, new_rest
+                return output, new_params, new_streams, new_rest
 
-            output, new_params, new_rest = run(*before)
+            output, new_params, new_streams, new_rest = run(*before)
             if not _assignments.same_objects(before, jax.tree.leaves(new_params)):
                 kept = _assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1]), before)
                 _check_unassigned(kept, new_params)
@@ -103,18 +121,26 @@ class Models:
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
-            return loss, (aux, Carry(new) if new else None)
+            ran = jnp.uint32(1)
+            advanced = Max((self.streams.after(new_streams), ran)) if self.streams else None
+            return loss, (aux, Carry(new) if new else None, advanced)
 
-        return WithStreams(call)
+        def drawing(larger: frozenset[Shape]) -> Fun:
+            return functools.wraps(fun)(functools.partial(call, larger))
 
-    def _merged(self, params: list[Any], rest: Any) -> Any:
-        """The models that hold these parameters and this state."""
+        return WithStreams(drawing(frozenset()), drawing if self.streams else None)
+
+    def _merged(self, params: list[Any], streams: Any, rest: Any) -> Any:
+        """The models that hold these parameters, these streams and this state."""
         states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
-        return nnx.merge(self.graphdef, *states, rest)
+        return nnx.merge(self.graphdef, *states, streams, rest)
 
-    def update(self, state: list[Array]) -> None:
-        """Put a new state into the modules."""
-        nnx.update(self.modules, self._state(state))
+    def update(self, state: list[Array] | None, streams: tuple[list[Array], Array] | None) -> None:
+        """Put a new state into the modules, and new streams."""
+        if state:
+            nnx.update(self.modules, self._state(state))
+        if streams:
+            nnx.update(self.modules, self.streams.updated(*streams))
 
     def _placed(self, args: tuple[Any, ...], values: Sequence[Any]) -> tuple[Any, ...]:
         by_place = dict(zip(self.places, values, strict=True))
@@ -125,9 +151,12 @@ class Models:
         return jax.tree.unflatten(jax.tree.structure(self.rest), arrays)
 
 
-def _split(filters: list[Any], modules: tuple[Any, ...]) -> tuple[Any, list[Any], Any]:
-    graphdef, *states, rest = nnx.split(modules, *filters, ...)
-    return graphdef, [state[k] if k in state else nnx.State({}) for k, state in enumerate(states)], rest
+def _split(
+    params: list[Any], streams: Any, modules: tuple[Any, ...]
+) -> tuple[Any, list[Any], Any, Any]:
+    graphdef, *states, own, rest = nnx.split(modules, *params, streams, ...)
+    selected = [state[k] if k in state else nnx.State({}) for k, state in enumerate(states)]
+    return graphdef, selected, own, rest
 
 
 def _within(place: int, accepts: Any) -> Any:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxaccum import _arguments, _check
 from jaxaccum._arguments import Role
+from jaxaccum._example_keys import example_keys
 from jaxaccum._in_axes import check_keywords
-from jaxaccum._program import example_keys
 from jaxaccum._tree import is_array, key_impl, leaves_with_names
 from jaxaccum._types import Array, InAxes, PyTree, Split
 

@@ -15,6 +15,7 @@ from jaxaccum import _arguments, _check, _mesh, _no_gradient, _outputs, _reversi
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._batch import Partition
 from jaxaccum._call import Call
+from jaxaccum._example_keys import example_keys
 from jaxaccum._in_axes import ArgumentAxes
 from jaxaccum._outputs import Outputs, Part, Term
 from jaxaccum._reduce import Reduction
@@ -219,18 +220,6 @@ def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[list[Slot]
     return new, values
 
 
-def example_keys(key: Array, examples: Array, batch_size: int | None = None) -> Array:
-    """The keys of some examples: their rows of ``jax.random.split(key, batch_size)``.
-
-    By default these examples are the whole batch.
-    """
-    by_index = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
-    if by_index and jax.random.key_impl(key) in ("threefry2x32", "rbg"):
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, examples)  # the same keys, without those of the others
-    count = len(examples) if batch_size is None else batch_size
-    return jax.random.split(jax.random.clone(key), count)[examples]  # a clone, since every microbatch splits it anew
-
-
 def read(
     options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Collection[int]
 ) -> tuple[Layout, list[Array], int | None]:
@@ -276,8 +265,10 @@ def prepare(
     axis = (options.axis_name, partition.num_microbatches)
     given, observed = arrays[: len(layout.slots)], dict[int, Observed]()
     checked, traces, slots, shadows = True, [], list(layout.slots), _check.is_bound(options.axis_name)
+    shapes = functools.partial(_shapes, layout, given, mesh_axes=mesh_axes)
+    at = lambda call, size: _traced(call.at(size), shapes(size), axis)
     for g, group in enumerate(partition.groups):
-        one, own, consts, checked = _traced(call.at(group.size), _shapes(layout, given, group.size), axis)
+        one, own, consts, checked = call.traced(at, group.size)
         one, _ = one.split(len(call.shapes[g]))
         observed[group.size] = Observed(own.split(len(call.shapes[g]))[1], consts, call.returned[g])
         if (coupling := one.coupling) is not None:
@@ -324,17 +315,15 @@ def prepare(
     )  # fmt: skip
     _check_padding(program)
     if audited:
-        observe = functools.partial(_observed, call, layout, given, options.axis_name)
+        observe = functools.partial(_observed, call, shapes, options.axis_name)
         program = dataclasses.replace(program, observed=observed, observe=observe)
     return program, arrays
 
 
-def _observed(
-    call: Call, layout: Layout, arrays: list[Array], axis_name: str, size: int, count: int
-) -> Observed:
+def _observed(call: Call, shapes: Shapes, axis_name: str, size: int, count: int) -> Observed:
     """`fun` traced for one of `count` microbatches of `size` examples."""
-    other = dataclasses.replace(call, outputs=[], shapes=[], returned=[])
-    _, own, consts, _ = _traced(other.at(size), _shapes(layout, arrays, size), (axis_name, count))
+    other = call.elsewhere()
+    _, own, consts, _ = _traced(other.at(size), shapes(size), (axis_name, count))
     return Observed(own.split(len(other.shapes[0]))[1], consts, other.returned[0])
 
 
@@ -410,22 +399,30 @@ def _check_padding(program: Program) -> None:
             )
 
 
-def _shapes(layout: Layout, arrays: list[Array], size: int) -> list[Any]:
+def _shapes(
+    layout: Layout, arrays: list[Array], size: int, mesh_axes: tuple[str, ...]
+) -> list[Any]:
     """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
-        own = []
+        own, index = [], _mesh.vary(jax.numpy.int32(0), frozenset(mesh_axes))
         for slot, x in zip(layout.slots, arrays, strict=True):
             if slot.role is Role.ROWS:
                 if size > x.shape[slot.axis]:  # for the audit, which may ask for more than there are
                     x = jax.numpy.concatenate([x, x], axis=slot.axis)
                 x = jax.lax.slice_in_dim(x, 0, size, axis=slot.axis)
+            elif slot.role is Role.KEY:
+                x = jax.random.fold_in(x, index)
             elif slot.role is Role.EXAMPLE_KEY:
-                x = example_keys(x, jax.numpy.arange(size, dtype=jax.numpy.int32))
+                x = example_keys(x, index + jax.numpy.arange(size, dtype=jax.numpy.int32))
             own.append(x)
         return own
 
     return list(jax.make_jaxpr(cut)(arrays).out_avals)
+
+
+Shapes = Callable[[int], list[Any]]
+"""The types of the arguments of a microbatch, by its size."""
 
 
 def _refusing_itself(part: Part, x: Array) -> Array:
@@ -458,7 +455,7 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
     stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))
     outputs = call.outputs[0]
     if outputs.whole:
-        traced, _, consts, _ = _traced(flat, _shapes(layout, arrays, size), (options.axis_name, 1))
+        traced, _, consts, _ = _traced(flat, _shapes(layout, arrays, size, ()), (options.axis_name, 1))
         given = [slot.role is Role.WHOLE for slot in layout.slots]
         if found := _whole.refusal([traced], outputs, [[True] * len(consts) + given]):
             raise TypeError(found)

@@ -63,6 +63,18 @@ class WithStreams:
     """A function whose carried keys are random streams, of which each microbatch of a coupled loss has its own."""
 
     fun: Fun
+    drawing: Callable[[frozenset[tuple[int, ...]]], Fun] | None = None
+    """Where each example has streams of its own: the function, given what twice as many examples draw."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fun(*args, **kwargs)
+
+    def compared(self, larger: frozenset[tuple[int, ...]]) -> WithStreams:
+        """The same, where it is known what twice as many examples draw."""
+        return self if self.drawing is None else WithStreams(self.drawing(larger), self.drawing)
+
+    def mapped(self, change: Callable[[Fun], Fun]) -> WithStreams:
+        """The same of a function that is changed."""
+        if (drawing := self.drawing) is None:
+            return WithStreams(change(self.fun))
+        return WithStreams(change(self.fun), lambda larger: change(drawing(larger)))

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import filterlib
 
 from jaxaccum import _arguments, _batch_norm, _check, _value_and_grad
 from jaxaccum._accumulators import Sums
-from jaxaccum._graph import Models, holds_modules
+from jaxaccum._graph import IN_AXES, Models, holds_modules
 from jaxaccum._in_axes import ArgumentAxes
 from jaxaccum._types import CARRY, Array, Audit, Fun, InAxes, Split
 
@@ -34,6 +35,7 @@ def value_and_grad(
     memory: Any = None,
     accumulator: Sums | None = None,
     audit: Audit = "warn",
+    example_streams: filterlib.Filter = False,
 ) -> Fun:
     """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
 
@@ -50,6 +52,21 @@ def value_and_grad(
     updated once. In such a program every microbatch starts from the same state, and the keys of the random streams are
     folded with its index, so that each draws its own masks.
 
+    By default masks and noise therefore depend on the partition. With `example_streams` they do not: where the key of a
+    stream is k, example i draws from ``jax.random.split(k, batch_size)[i]``. A loss without collectives then equals::
+
+        def of_example(i):  # as if it were alone in its batch
+            own = nnx.clone(model)
+            stream = own.dropout.rngs  # and so for every stream
+            stream.key[...] = jax.random.split(stream.key[...], batch_size)[i]
+            return nnx.value_and_grad(fun)(own, batch[i : i + 1])
+
+        value, grads = mean(of_example(i) for i in range(batch_size))
+
+    and one with collectives the full batch with these masks. A draw is divided by its shape: the axis that grows with
+    the microbatch is the examples'. A draw that does not grow (noise on a weight, a mask that all examples share) is
+    drawn once for the batch, as the full batch draws it.
+
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.
         argnums: the arguments to differentiate, as in nnx: of a model its ``nnx.Param``, or what the filter of
@@ -65,6 +82,9 @@ def value_and_grad(
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
+        example_streams: the random streams of which every example has its own: True for all of them, or a filter of
+            nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced once more for each size, at twice the
+            size. Keys of generators other than JAX's default draw one example after the other.
 
     Returns:
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
@@ -73,8 +93,15 @@ def value_and_grad(
         As in nnx, an argument that is no model (a variable, an ``nnx.State``, a list of models) has a
         gradient of its own structure, and what it holds outside of models is differentiated.
 
+    Guarantees:
+        With `example_streams`, value, gradient and state are those of ``num_microbatches=1``, for any partition, and
+        for any division among devices (`mesh_axes`, explicit meshes). The streams advance once, as in the full batch,
+        and the model holds ordinary keys afterwards.
+
     Raises:
-        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns to a parameter.
+        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns to a parameter; and
+            where `example_streams` cannot divide a draw among the examples, with the line: examples and another axis
+            merged, a key made for each example in `fun`, a gamma distribution.
 
     Example:
         >>> from flax import nnx
@@ -85,6 +112,12 @@ def value_and_grad(
         >>> value, grads = jaxaccum.nnx.value_and_grad(loss, microbatch_size=4)(model, batch)
         >>> grads["kernel"].shape
         (3, 1)
+        >>> dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+        >>> noisy = lambda models, x: jnp.mean(models[0](models[1](x)))
+        >>> step = lambda n: jaxaccum.nnx.value_and_grad(noisy, num_microbatches=n, example_streams="dropout")
+        >>> first, second = (step(n)([model, nnx.clone(dropout)], batch["x"])[0] for n in (1, 5))
+        >>> bool(jnp.allclose(first, second))
+        True
     """
     options: dict[str, Any] = {
         "num_microbatches": num_microbatches, "microbatch_size": microbatch_size, "split": split,
@@ -99,14 +132,13 @@ def value_and_grad(
         numbers = _check.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional)
         filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
         _check_models(axes, args, kwargs)
-        models = Models.among(args, dict(zip(numbers, filters, strict=True)))
-        own: Any = ArgumentAxes((*axes.positional, CARRY), axes.keywords)  # the state comes after the arguments
+        models = Models.among(args, dict(zip(numbers, filters, strict=True)), example_streams)
+        own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)  # the states come after the arguments
         step = _value_and_grad.value_and_grad(
             models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=own, **options
         )
-        (value, (aux, state), *report), grads = step(*models.arguments(args), **kwargs)
-        if state:
-            models.update(state)
+        (value, (aux, state, streams), *report), grads = step(*models.arguments(args), **kwargs)
+        models.update(state, streams)
         values = (value, *([aux] if has_aux else []), *report)
         grads = tuple(models.gradient(i, own) for i, own in zip(numbers, grads, strict=True))
         grads = grads if isinstance(argnums, tuple | list) else grads[0]
@@ -130,6 +162,7 @@ def grad(
     memory: Any = None,
     accumulator: Sums | None = None,
     audit: Audit = "warn",
+    example_streams: filterlib.Filter = False,
 ) -> Fun:
     """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
 
@@ -147,6 +180,7 @@ def grad(
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
+        example_streams: the random streams of which every example has its own.
 
     Returns:
         A function of the same arguments that updates the models and returns ``grads``, or
@@ -164,7 +198,7 @@ def grad(
     both = value_and_grad(
         fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator, audit=audit,
+        accumulator=accumulator, audit=audit, example_streams=example_streams,
     )  # fmt: skip
 
     @functools.wraps(fun)

@@ -2,17 +2,17 @@
 
 ROWS = [
     (
-        "example keys fold the index, whatever the generator", "_program.py",
+        "example keys fold the index, whatever the generator", "_example_keys.py",
         'if by_index and jax.random.key_impl(key) in ("threefry2x32", "rbg"):', "if by_index:",
         "test_keys_and_carry.py::test_example_keys_are_those_of_split",
     ),
     (
-        "example keys fold the index under every setting", "_program.py",
+        "example keys fold the index under every setting", "_example_keys.py",
         "if by_index and", "if",
         "test_keys_and_carry.py::test_example_keys_are_those_of_split",
     ),
     (
-        "a microbatch splits the key for itself alone", "_program.py",
+        "a microbatch splits the key for itself alone", "_example_keys.py",
         "count = len(examples) if batch_size is None else batch_size", "count = len(examples)",
         "test_keys_and_carry.py::test_example_keys_are_those_of_split",
     ),
@@ -20,5 +20,61 @@ ROWS = [
         "each shard splits the key for itself alone", "_program.py",
         "batch_size=own * shards", "batch_size=own",
         "test_mesh.py::test_example_keys_on_a_mesh_are_those_of_split_over_all_shards",
+    ),
+    (
+        "all examples draw from the key of the first", "_example_keys.py",
+        "(data[1:]), 0, axis)", "(jnp.broadcast_to(data[1:2], data[1:].shape)), 0, axis)",
+        "test_example_keys.py::test_the_axis_that_grows_holds_the_examples",
+    ),
+    (
+        "what all share is drawn from an example's key", "_example_keys.py",
+        "typed(data[0])", "typed(data[1])",
+        "test_example_keys.py::test_the_axis_that_grows_holds_the_examples",
+    ),
+    (
+        "an axis as long as the microbatch is the examples'", "_example_keys.py",
+        "if length == size and _grown(shape, i) in larger)", "if length == size)",
+        "test_example_streams_draws.py::test_what_all_examples_share_is_drawn_once_for_the_batch",
+    ),
+    (
+        "any generator draws under vmap", "_example_keys.py",
+        'if base == "threefry2x32":', "if base:",
+        "test_example_keys.py::test_the_axis_that_grows_holds_the_examples",
+    ),
+    (
+        "draws are not compared with those of twice as many", "_call.py",
+        "_example_keys.check(list", "(list",
+        "test_example_streams.py::test_draws_that_belong_to_no_example_are_refused",
+    ),
+    (
+        "the count of a stream runs through the microbatches", "_streams.py",
+        "path in chosen or counts(path, x)", "path in chosen",
+        "test_example_streams.py::test_every_example_has_the_mask_of_its_own_key",
+    ),
+    (
+        "streams that nothing advanced are forgotten", "_streams.py",
+        "jnp.where(ran > 0, new, old)", "new",
+        "test_example_streams.py::test_streams_are_left_where_every_microbatch_is_skipped",
+    ),
+    (
+        "a replaced key is taken", "_streams.py",
+        "if is_key and not _example_keys.is_joined(new.dtype):", "if False:",
+        "test_example_streams.py::test_a_stream_keeps_its_kind",
+    ),
+    (
+        "keys are traced as if all devices shared them", "_program.py",
+        "_mesh.vary(jax.numpy.int32(0), frozenset(mesh_axes))", "jax.numpy.int32(0)",
+        "test_mesh.py::test_keys_are_traced_with_the_types_with_which_they_run",
+    ),
+    (
+        "gathered parameters lose the streams of the examples", "_explicit.py",
+        "self.fun.mapped(change) if isinstance(self.fun, WithStreams) else change(self.fun)",
+        "change(self.fun)",
+        "test_example_streams.py::test_gathered_parameters_keep_the_streams_of_the_examples",
+    ),
+    (
+        "the audit takes the examples' draws for the microbatch's", "_audit/rules/randomness.py",
+        "axes = varying(op.out_shapes()) if", "axes = [] if True or",
+        "test_example_streams.py::test_the_audit_still_finds_examples_that_meet",
     ),
 ]  # fmt: skip

@@ -16,8 +16,11 @@ LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
     ["_calls"],
-    ["_running_sums", "_reversible"],
-    ["_check", "_closure", "_in_axes", "_no_gradient", "_tags", "_reduce", "_trace", "_moments", "_assignments"],
+    ["_running_sums", "_reversible", "_example_keys"],
+    [
+        "_check", "_closure", "_in_axes", "_no_gradient", "_tags", "_reduce", "_trace", "_moments", "_assignments",
+        "_streams",
+    ],
     ["_accumulators", "_arguments", "_outputs", "_returned", "_batch_norm", "_graph", "_unchecked"],
     ["_call", "_whole"],
     ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],

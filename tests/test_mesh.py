@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from jaxaccum import _mesh
 
 W = {"a": data(3, 5), "b": data(5, seed=1), "c": data(5, 2, seed=2)}
 BATCH = (data(16, 3, seed=3), jnp.abs(data(16, seed=4)) * jnp.float64(jnp.arange(16) % 3 > 0))
@@ -157,6 +158,18 @@ def test_example_keys_on_a_mesh_are_those_of_split_over_all_shards(impl, partiti
             assert same(jax.jit(over)(x), jax.random.key_data(jax.random.split(key, 16)))
             own = jax.random.key_data(jax.random.split(key, 4))
             assert not same(jax.jit(over)(x), jnp.tile(own, (4, 1)))  # as if each shard split the key anew
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "legacy"])
+@pytest.mark.parametrize("role", [ja.KEY, ja.EXAMPLE_KEY], ids=str)
+def test_keys_are_traced_with_the_types_with_which_they_run(role, key):
+    """Each shard has keys of its own, so that JAX casts nothing that meets them."""
+    seen = []
+    fun = lambda x, own: seen.append(_mesh.varying_axes(own)) or ja.Sum(jnp.sum(x))
+    loop = ja.microbatch(fun, in_axes=(0, role), num_microbatches=2, mesh_axes="data")
+    over = jax.shard_map(loop, mesh=MESH, in_specs=(P("data"), P()), out_specs=P())
+    jax.eval_shape(over, data(16), key)
+    assert set(seen) == {frozenset({"data"})}
 
 
 def test_what_jax_refuses_of_fun_comes_through():

@@ -12,6 +12,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._example_keys import is_joined
 from jaxaccum._jaxprs import opened
 
 _SIZES = {
@@ -42,7 +43,13 @@ def same_function(eqn: Any, other: Any) -> bool:
 def _kinds(variables: Sequence[Any]) -> list[Any]:
     """Dtypes and numbers of axes."""
     avals = [v.aval for v in variables]
-    return [(getattr(x, "dtype", None), len(getattr(x, "shape", ()))) for x in avals]
+    return [(_dtype(x), len(getattr(x, "shape", ()))) for x in avals]
+
+
+def _dtype(aval: Any) -> Any:
+    """The dtype; of a key that holds those of the examples, at any size, its name."""
+    dtype: Any = getattr(aval, "dtype", None)
+    return dtype.name if is_joined(dtype) else dtype
 
 
 def _agree(name: str, eqn: Any, other: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _batch_norm
+from jaxaccum import _batch_norm, _example_keys
 from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, Fault, FaultKind, Kind, Term, Value, fixed, statistic
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.collectives import whole_batch_moments
@@ -41,6 +41,8 @@ def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
     if _is_whole_batch_moments(op.params[key]):
         return whole_batch_moments(walk, op, op.params[key], ins)
+    if _is_of_example_keys(op.params[key]):
+        return [fixed(faults=frozenset().union(*(v.faults for v in ins)), number=walk.fresh())]
     cached = op.name in ("jit", "pjit")
     return walk.body(op, (op.params[key], op.other.params[key]), ins, cached=cached)
 
@@ -49,6 +51,12 @@ def _is_whole_batch_moments(body: Any) -> bool:
     """Whether a call is that of our BatchNorm, whose algebra no rule could follow."""
     debug = opened(body)[0].debug_info
     return debug.func_name == "whole_batch_moments" and debug.func_filename == _batch_norm.__file__
+
+
+def _is_of_example_keys(body: Any) -> bool:
+    """Whether a call makes a key that holds those of the examples, or reads the key of the stream in one."""
+    debug = opened(body)[0].debug_info
+    return debug.func_name in ("joined", "stream_data") and debug.func_filename == _example_keys.__file__
 
 
 @rule("call_hi_primitive", complete=True)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import Fault, FaultKind, Value, fixed, rows
+from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value, fixed, rows
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.elementwise import layout_of, same_layout
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
+from jaxaccum._example_keys import is_joined
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
 _CLOSED_OVER = "the loss closes over the key `{name}`, so every microbatch draws the same numbers"
@@ -35,6 +36,8 @@ The rest makes all numbers from the first key: what an example gets depends on t
 )
 def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Keys and bits: one function of each key."""
+    if (drawn := _by_example(op, ins)) is not None:
+        return drawn
     layout = layout_of(ins)
     if any(v.summary for v in ins):
         return walk.couple(op, [v for v in ins if v.summary], layout=layout)
@@ -51,6 +54,15 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         if not any(f.declared for f in faults):
             faults |= {_one_key(walk, op, ins)}
     return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+
+
+def _by_example(op: Op, ins: list[Value]) -> Settled | None:
+    """What becomes of a key that holds those of the examples, which draw along the axis that grows with them."""
+    if not any(is_joined(v.aval.dtype) for v in op.eqn.invars) or not all(v.fixed for v in ins):
+        return None
+    faults = frozenset().union(*(v.faults for v in ins))
+    axes = varying(op.out_shapes()) if op.name == "random_bits" else []
+    return Settled([rows(Layout(tuple(axes)), faults=faults) if axes else fixed(faults=faults)])
 
 
 def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
