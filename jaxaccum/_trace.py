@@ -89,7 +89,8 @@ class Trace:
         found = _reversible.movers(self.jaxpr, [0, *given]) if outputs else {}
         ends = [eqn for eqn in self.jaxpr.eqns if eqn.primitive.name == "stop_gradient"]
         stopped: dict[Any, Any] = {eqn.outvars[0]: eqn.invars[0] for eqn in ends}
-        bits = [found.get(stopped.get(self.jaxpr.outvars[i]), 0) for i in outputs]
+        outvars = [self.jaxpr.outvars[i] for i in outputs]
+        bits = [0 if isinstance(v, jex.Literal) else found.get(stopped.get(v), 0) for v in outvars]
         return [{i for i in range(len(given)) if own >> i & 1} for own in bits]
 
     def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
