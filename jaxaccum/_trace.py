@@ -88,9 +88,10 @@ class Trace:
         given = [1 << i if is_inexact(v.aval) else 0 for i, v in enumerate(self.arguments)]
         found = _reversible.movers(self.jaxpr, [0, *given]) if outputs else {}
         ends = [eqn for eqn in self.jaxpr.eqns if eqn.primitive.name == "stop_gradient"]
-        stopped: dict[Any, Any] = {eqn.outvars[0]: eqn.invars[0] for eqn in ends}
+        pairs = [(eqn.outvars[0], eqn.invars[0]) for eqn in ends]
+        stopped = {v: found.get(x, 0) for v, x in pairs if not isinstance(x, jex.Literal)}
         outvars = [self.jaxpr.outvars[i] for i in outputs]
-        bits = [0 if isinstance(v, jex.Literal) else found.get(stopped.get(v), 0) for v in outvars]
+        bits = [0 if isinstance(v, jex.Literal) else stopped.get(v, 0) for v in outvars]
         return [{i for i in range(len(given)) if own >> i & 1} for own in bits]
 
     def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
