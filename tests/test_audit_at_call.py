@@ -18,6 +18,7 @@ import jaxaccum
 import jaxaccum.linen
 import jaxaccum.nnx
 from jaxaccum import CARRY, EXAMPLE_KEY, KEY, Carry, Concat, InexactError, InexactWarning, Mean, Sum
+from jaxaccum._audit import at_call
 
 W, X = data(3), data(8, 3, seed=1)
 MASK = jnp.asarray([1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
@@ -165,6 +166,17 @@ def test_a_loss_written_for_one_size_alone_may_be_inexact():
     loss = lambda w, x: jnp.mean((x.reshape(2, 3) @ w) ** 2)
     with pytest.warns(InexactWarning, match="may not be exact over microbatches: it cannot be traced with 8 examples"):
         jaxaccum.grad(loss, num_microbatches=4)(W, X)
+
+
+def test_a_fault_of_the_audit_does_not_stop_the_call(monkeypatch):
+    def broken(*args, **kwargs):
+        raise KeyError("a rule")
+
+    monkeypatch.setattr(at_call, "report_on", broken)
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+    with pytest.warns(InexactWarning, match="may not be exact .* the audit failed \\(KeyError: 'a rule'\\)"):
+        actual = jaxaccum.grad(loss, num_microbatches=4)(W, X)
+    assert normwise(actual, jax.grad(loss)(W, X)) <= EXACT
 
 
 # -- aux, keys and state ----------------------------------------------------------------------------------------------

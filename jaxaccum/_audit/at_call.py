@@ -18,7 +18,7 @@ import jax
 
 from jaxaccum._arguments import Slot
 from jaxaccum._audit.analysis import report_on
-from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning
+from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
 from jaxaccum._program import Options, Program
 from jaxaccum._source import Frame, callers_depth
@@ -86,7 +86,7 @@ _REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakK
 def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it traced to."""
     partition, mesh_axes = call.program.partition, call.program.mesh_axes
-    make = lambda: report_on(call, partition, axis_name, mesh_axes=mesh_axes, whole_runs=False)
+    make = lambda: _made(call, axis_name)
     try:
         known = _REPORTS.setdefault(call.fun, {})
     except TypeError:  # a callable that nothing can refer to weakly
@@ -95,6 +95,17 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
     if key not in known:
         known[key] = make()
     return known[key]
+
+
+def _made(call: _Call, axis_name: str) -> AuditReport:
+    """A new report. A fault of the audit does not stop a call that would run."""
+    partition, mesh_axes = call.program.partition, call.program.mesh_axes
+    try:
+        return report_on(call, partition, axis_name, mesh_axes=mesh_axes, whole_runs=False)
+    except Exception as error:  # of a rule of the audit, in any way
+        said = f"the audit failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        finding = Finding("unknown", None, None, "compare numerically: jaxaccum.testing.assert_exact", note=said)
+        return AuditReport(Verdict.UNKNOWN, False, False, (finding,), causes=(finding,))
 
 
 def _signature(call: _Call) -> Any:
