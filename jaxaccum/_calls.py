@@ -25,7 +25,7 @@ from jaxaccum._jaxprs import ClosedJaxpr, inlined
 
 
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """The jaxpr with its equations as calls, but for those that hold a program or have an effect."""
+    """The jaxpr with its equations as calls, but for those that hold a program, have an effect or lie on a mesh."""
     return jaxpr.replace(eqns=[_as_call(eqn) for eqn in jaxpr.eqns])
 
 
@@ -63,6 +63,8 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
     """What equal equations share; None for one that holds a program, or that cannot be compared."""
     if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
         return None
+    if any(map(_is_divided, [*eqn.invars, *eqn.outvars])):
+        return None  # a call gives JAX 0.12 cotangents that are laid out otherwise
     operands = tuple(_literal(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
     params = tuple((name, type(x), _exact(x)) for name, x in sorted(eqn.params.items()))
     key = (eqn.primitive, operands, params, jax.sharding.get_abstract_mesh())
@@ -71,6 +73,12 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
     except TypeError:
         return None
     return key
+
+
+def _is_divided(v: Any) -> bool:
+    """Whether an explicit mesh divides the variable."""
+    spec = getattr(getattr(v.aval, "sharding", None), "spec", ())
+    return any(axes is not None for axes in spec)
 
 
 def _holds_program(x: Any) -> bool:

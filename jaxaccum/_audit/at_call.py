@@ -85,15 +85,13 @@ _REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakK
 
 def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it traced to."""
-    partition, mesh_axes = call.program.partition, call.program.mesh_axes
-    make = lambda: _made(call, axis_name)
     try:
         known = _REPORTS.setdefault(call.fun, {})
     except TypeError:  # a callable that nothing can refer to weakly
-        return make()
-    key = (axis_name, mesh_axes, partition, call.argnums, _signature(call))
+        return _made(call, axis_name)
+    key = (axis_name, call.program.mesh_axes, call.program.partition, call.argnums, _signature(call))
     if key not in known:
-        known[key] = make()
+        known[key] = _made(call, axis_name)
     return known[key]
 
 
