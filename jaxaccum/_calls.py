@@ -14,18 +14,37 @@ The calls are ``inline``: they vanish from the program that comes out.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import numpy as np
 
 from jaxaccum._jaxprs import ClosedJaxpr, inlined
 
 
+def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Any]) -> list[Any]:
+    """The outputs of a jaxpr without constants, ready to be differentiated.
+
+    A program that was traced without knowing how a mesh divides its values is evaluated as it is: the
+    types of its calls would be wrong.
+    """
+    as_traced = all(map(_has_type, values, jaxpr.invars))
+    return jax.core.eval_jaxpr(as_calls(jaxpr) if as_traced else jaxpr, [], *values)
+
+
+def _has_type(x: Any, v: jex.Var) -> bool:
+    return _strong(jax.typeof(x)) == _strong(v.aval)
+
+
+def _strong(aval: Any) -> Any:
+    return aval.update(weak_type=False) if hasattr(aval, "weak_type") else aval
+
+
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """The jaxpr with its equations as calls, but for those that hold a program, have an effect or lie on a mesh."""
+    """The jaxpr with its equations as calls, but for those that hold a program or have an effect."""
     return jaxpr.replace(eqns=[_as_call(eqn) for eqn in jaxpr.eqns])
 
 
@@ -63,8 +82,6 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
     """What equal equations share; None for one that holds a program, or that cannot be compared."""
     if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
         return None
-    if any(map(_is_divided, [*eqn.invars, *eqn.outvars])):
-        return None  # a call gives JAX 0.12 cotangents that are laid out otherwise
     operands = tuple(_literal(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
     params = tuple((name, type(x), _exact(x)) for name, x in sorted(eqn.params.items()))
     key = (eqn.primitive, operands, params, jax.sharding.get_abstract_mesh())
@@ -73,12 +90,6 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
     except TypeError:
         return None
     return key
-
-
-def _is_divided(v: Any) -> bool:
-    """Whether an explicit mesh divides the variable."""
-    spec = getattr(getattr(v.aval, "sharding", None), "spec", ())
-    return any(axes is not None for axes in spec)
 
 
 def _holds_program(x: Any) -> bool:

@@ -284,7 +284,7 @@ class Derivative:
         def forward(parameters: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
             arrays, cut = self._with_arrays(self.whole, parameters), self._with_rows(rows, own)
             inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
-            parts = self.program.traces[g].as_calls()(index, inputs)
+            parts = self.program.traces[g].derived(index, inputs)
             return self._wanted(parts), parts
 
         outs, pull, parts = jax.vjp(forward, self.parameters, self._differentiated(rows), has_aux=True)

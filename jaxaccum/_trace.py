@@ -36,9 +36,9 @@ class Trace:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the arguments."""
         return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
 
-    def as_calls(self) -> Trace:
-        """The trace, ready to be differentiated: JAX derives equal equations once."""
-        return dataclasses.replace(self, jaxpr=_calls.as_calls(self.jaxpr))
+    def derived(self, index: Any, arrays: Sequence[Any]) -> list[Any]:
+        """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations once."""
+        return _calls.evaluate(self.jaxpr, [index, *arrays])
 
     def with_sums(
         self, index: Any, arrays: Sequence[Any], sums: Sequence[Any], places: Mapping[int, int]
