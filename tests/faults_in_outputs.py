@@ -43,7 +43,7 @@ ROWS = [
         "test_weights.py::test_extrema_of_dtypes_without_an_infinity",
     ),
     (
-        "keys of every generator are folded together", "_program.py",
+        "keys of every generator are folded together", "_example_keys.py",
         'in ("threefry2x32", "rbg")', 'in ("threefry2x32", "rbg", "unsafe_rbg")',
         "test_keys_and_carry.py::test_example_keys_of_every_generator_depend_on_the_example_alone",
     ),

@@ -246,7 +246,8 @@ def test_padding_is_skipped_at_run_time_and_compiles_once():
         e = errors(params, batch)
         return ja.Mean(jnp.sum(jnp.where(batch["mask"], e, 0.0)), jnp.sum(batch["mask"]))
 
-    step = jax.jit(ja.value_and_grad(loss, in_axes=(None, 0, None), microbatch_size=3, num_examples_argnum=2))
+    options = {"in_axes": (None, 0, None), "microbatch_size": 3, "num_examples_argnum": 2}
+    step = jax.jit(ja.value_and_grad(loss, audit=None, **options))
     for count in (1, 3, 4, 7):
         real = jax.tree.map(lambda x, count=count: x[:count], {"x": BATCH["x"], "y": BATCH["y"]})
         padded, mask = ja.pad_batch(real, to=12)

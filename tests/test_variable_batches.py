@@ -31,7 +31,8 @@ def test_every_size_up_to_the_capacity(accumulator):
 
     step = jax.jit(
         ja.value_and_grad(
-            loss, in_axes=(None, 0, 0, None), microbatch_size=3, num_examples_argnum=3, accumulator=accumulator
+            loss, in_axes=(None, 0, 0, None), microbatch_size=3, num_examples_argnum=3, accumulator=accumulator,
+            audit=None,
         )
     )
     for size in (5, 12, 1, 3, 4, 11, 6):
@@ -47,7 +48,8 @@ def test_every_size_up_to_the_capacity(accumulator):
 
 def test_unpadded_batches_compile_anew():
     traced = []
-    step = jax.jit(ja.value_and_grad(lambda w, x: traced.append(len(x)) or expected(w, x), microbatch_size=3))
+    noted = lambda w, x: traced.append(len(x)) or expected(w, x)
+    step = jax.jit(ja.value_and_grad(noted, microbatch_size=3, audit=None))
     for size in (5, 12, 4, 5):
         step(W, data(size, 3))
     assert traced == [3, 2, 3, 3, 1]
