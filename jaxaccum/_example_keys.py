@@ -33,6 +33,7 @@ def example_keys(key: Array, examples: Array, batch_size: int | None = None) -> 
 
     By default these examples are the whole batch.
     """
+    # JAX declares no types of its flags.
     by_index = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     if by_index and jax.random.key_impl(key) in ("threefry2x32", "rbg"):
         # The same keys, without those of the other examples.

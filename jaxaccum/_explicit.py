@@ -23,9 +23,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _arguments, _check, _mesh, _program
+from jaxaccum import _arguments, _check, _mesh, _prepare
 from jaxaccum._arguments import Layout, Role
-from jaxaccum._program import Options
+from jaxaccum._program import NeedsGlobalArraysError, Options
 from jaxaccum._source import is_ours
 from jaxaccum._types import Array, Fun, WithStreams
 from jaxaccum._unchecked import mapped_mesh_axes
@@ -76,7 +76,7 @@ def _spread(
     argnums: Sequence[int],
     gather: str,
 ) -> Any:
-    layout, arrays, _ = _program.read(options, args, kwargs, argnums)
+    layout, arrays, _ = _prepare.read(options, args, kwargs, argnums)
     if any(map(_mesh.is_summed, arrays)):
         return _of_plain_types(call, fun, options, layout, arrays, argnums=argnums, gather=gather)
     axes = _batch_axes(layout, arrays)
@@ -88,7 +88,7 @@ def _spread(
         return found.globally()
     try:
         return found.by_device()
-    except _program.NeedsGlobalArraysError:
+    except NeedsGlobalArraysError:
         return found.globally()
     except (NotImplementedError, ValueError) as error:
         if not any(says in str(error) for says in _NEEDS_GLOBAL_ARRAYS):

@@ -13,7 +13,7 @@ import jax.core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _arguments, _explicit, _program
+from jaxaccum import _arguments, _explicit, _prepare
 from jaxaccum._arguments import Role, Slot
 from jaxaccum._flops import flops
 from jaxaccum._in_axes import ArgumentAxes
@@ -93,7 +93,7 @@ class Call:
         found: list[bool] = []
 
         def note(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            program, _ = _program.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
+            program, _ = _prepare.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
             found.append(program.coupled)
 
         one = lambda *arrays: _explicit.spread(note, fun, options, *self._build(arrays))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxaccum import _coupled, _explicit, _loop, _mesh, _program, _reduce
+from jaxaccum import _coupled, _explicit, _loop, _mesh, _prepare, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
 from jaxaccum._audit import at_call
@@ -99,7 +99,7 @@ def microbatch(
         return _explicit.spread(plain, fun, options.of_call(fun, args, kwargs), args, kwargs)
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        program, arrays = _program.prepare(fun, options, args, kwargs)
+        program, arrays = _prepare.prepare(fun, options, args, kwargs)
         summed = [
             x if slot.role is Role.ROWS else _mesh.sum_cotangents(x, program.mesh_axes)
             for slot, x in zip(program.slots, arrays, strict=True)
@@ -134,7 +134,7 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
 
     @functools.wraps(fun)
     def oracle(*args: Any, **kwargs: Any) -> Any:
-        return _program.whole(fun, options, args, kwargs)
+        return _prepare.whole(fun, options, args, kwargs)
 
     return oracle
 

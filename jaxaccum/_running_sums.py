@@ -45,7 +45,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _calls
+from jaxaccum import _derived_once
 from jaxaccum._jaxprs import opened, scan_arity
 from jaxaccum._tree import cast
 from jaxaccum._types import Array
@@ -139,7 +139,7 @@ class _Threads:
         env: dict[Any, Array] = parameters | self._read_whole(_read_by_value(jaxpr, places), parameters, places)
         for step in _steps(jaxpr, places):
             if isinstance(step, jex.Jaxpr):
-                outs = _calls.evaluate(step, [env[v] for v in step.invars])
+                outs = _derived_once.evaluate(step, [env[v] for v in step.invars])
             else:
                 outs = self._thread(step, [_value(v, env) for v in step.invars], parameters, places)
             env.update(zip(step.outvars, outs, strict=True))

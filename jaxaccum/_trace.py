@@ -16,7 +16,7 @@ import jax.extend.core as jex
 from jax import lax
 from jax.interpreters import partial_eval
 
-from jaxaccum import _calls, _reversible, _running_sums
+from jaxaccum import _derived_once, _reversible, _running_sums
 from jaxaccum._jaxprs import ClosedJaxpr, is_reference, is_reference_effect, opened, scan_arity
 from jaxaccum._source import frame_of
 from jaxaccum._tree import is_inexact
@@ -38,7 +38,7 @@ class Trace:
 
     def derived(self, index: Any, arrays: Sequence[Any]) -> list[Any]:
         """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations once."""
-        return _calls.evaluate(self.jaxpr, [index, *arrays])
+        return _derived_once.evaluate(self.jaxpr, [index, *arrays])
 
     def with_sums(
         self, index: Any, arrays: Sequence[Any], sums: Sequence[Any], places: Mapping[int, int]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxaccum import _check, _custom, _direct, _explicit, _outputs, _program
+from jaxaccum import _check, _custom, _direct, _explicit, _outputs, _prepare
 from jaxaccum._accumulators import Accumulator, Sums, in_place, returned
 from jaxaccum._audit import at_call
 from jaxaccum._finalize import finalized
@@ -115,7 +115,7 @@ def value_and_grad(
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         numbers = _check.argnums(argnums, options.axes(fun, args, kwargs).positional)
-        program, arrays = _program.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
+        program, arrays = _prepare.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
         slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
 
         def assemble(arrays: Sequence[Array]) -> PyTree:

@@ -60,12 +60,12 @@ ROWS = [
         "test_whole_outputs.py::test_devices_count_it_once",
     ),
     (
-        "a device's share is taken for the whole", "_program.py",
-        "same = [not given & set(options.device_axes) for given in given_axes]", "same = [True] * len(slots)",
+        "a device's share is taken for the whole", "_prepare.py",
+        "same = [not given & set(device_axes) for given in given_axes]", "same = [True] * len(slots)",
         "test_whole_outputs.py::test_explicit_meshes",
     ),
     (
-        "the loop computes what is whole", "_program.py",
+        "the loop computes what is whole", "_prepare.py",
         "traces = [one.first(len(outputs.parts)) for one in traces]",
         "traces = [dataclasses.replace(one, jaxpr=one.jaxpr.replace("
         "outvars=one.jaxpr.outvars[: len(outputs.parts)])) for one in traces]",

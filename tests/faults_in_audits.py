@@ -145,13 +145,13 @@ ROWS = [
         "test_audit_groups.py::test_batch_norm_of_one_device_is_no_batch_norm_of_all",
     ),
     (
-        "literals are compared by their values", "_calls.py",
+        "literals are compared by their values", "_derived_once.py",
         "    return v.aval, np.asarray(v.val).tobytes()\n", "    return v.aval, float(np.asarray(v.val).real)\n",
-        "test_calls.py::test_what_differs_in_a_number_is_another_kind",
+        "test_derived_once.py::test_what_differs_in_a_number_is_another_kind",
     ),
     (
-        "equal types make equal equations", "_calls.py",
+        "equal types make equal equations", "_derived_once.py",
         "(name, type(x), _exact(x)) for name, x in sorted", "(name, type(x)) for name, x in sorted",
-        "test_calls.py::test_what_differs_in_a_number_is_another_kind",
+        "test_derived_once.py::test_what_differs_in_a_number_is_another_kind",
     ),
 ]  # fmt: skip

@@ -62,7 +62,7 @@ ROWS = [
         "test_example_streams.py::test_a_stream_keeps_its_kind",
     ),
     (
-        "keys are traced as if all devices shared them", "_program.py",
+        "keys are traced as if all devices shared them", "_prepare.py",
         "_mesh.vary(jax.numpy.int32(0), frozenset(mesh_axes))", "jax.numpy.int32(0)",
         "test_mesh.py::test_keys_are_traced_with_the_types_with_which_they_run",
     ),

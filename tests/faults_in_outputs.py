@@ -17,7 +17,7 @@ ROWS = [
         "test_weights.py::test_constant_weights_count_as_often_as_their_totals_do",
     ),
     (
-        "a weight counts padding", "_program.py",
+        "a weight counts padding", "_prepare.py",
         "if program.depends([leaf.part], rows):", "if False:",
         "test_weights.py::test_a_weight_that_counts_padding_is_refused",
     ),
@@ -48,7 +48,7 @@ ROWS = [
         "test_keys_and_carry.py::test_example_keys_of_every_generator_depend_on_the_example_alone",
     ),
     (
-        "the loop holds typed keys", "_program.py",
+        "the loop holds typed keys", "_prepare.py",
         "slots, arrays = _unwrapped(slots, arrays)", "slots, arrays = list(slots), list(arrays)",
         "test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
     ),

@@ -323,7 +323,7 @@ FAULTS = [
         "test_data_parallel.py::test_outputs_are_laid_out_as_the_parameters_that_they_come_from",
     ),
     Fault(
-        "a carried number comes from a key that no microbatch drew from", "_program.py",
+        "a carried number comes from a key that no microbatch drew from", "_prepare.py",
         "own if slot.key is not None else own | keys.keys()", "own",
         "test_nnx.py::test_a_number_that_each_microbatch_drew_for_itself_is_no_state_of_the_whole_batch",
     ),

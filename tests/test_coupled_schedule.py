@@ -12,7 +12,7 @@ from helpers import refused
 from jax import lax
 
 import jaxaccum as ja
-from jaxaccum import _coupled, _program
+from jaxaccum import _coupled, _prepare, _program
 
 AXIS, FLOAT = "microbatch", jnp.float32
 shape = lambda *dims: jax.ShapeDtypeStruct(dims, FLOAT)
@@ -128,7 +128,7 @@ def predicted(name, memory):
 
     def record(params, batch):
         options = _program.Options(num_microbatches=n, memory=memory)
-        program, _ = _program.prepare(loss, options, (params, batch), {}, argnums=(0,), loss=True)
+        program, _ = _prepare.prepare(loss, options, (params, batch), {}, argnums=(0,), loss=True)
         wrt = tuple(i for i, slot in enumerate(program.slots) if slot.argnum == 0)
         found.append(_coupled.schedule(program, wrt))
         return 0

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_types", "_source", "_jaxprs"],
     ["_tree", "_mesh", "_batch", "_flops"],
-    ["_calls"],
+    ["_derived_once"],
     ["_running_sums", "_reversible", "_example_keys"],
     [
         "_check", "_closure", "_in_axes", "_no_gradient", "_tags", "_reduce", "_trace", "_moments", "_assignments",
@@ -23,7 +23,8 @@ LAYERS = [
     ],
     ["_accumulators", "_arguments", "_outputs", "_returned", "_batch_norm", "_graph", "_unchecked"],
     ["_call", "_whole"],
-    ["_program", "_compensated", "_skip_nonfinite", "_noise_scale"],
+    ["_program"],
+    ["_prepare", "_compensated", "_skip_nonfinite", "_noise_scale"],
     ["_loop", "_partition", "_explicit", "_audit", "_finalize"],
     ["_coupled"],
     ["_direct"],

@@ -18,7 +18,7 @@ _LIBRARIES = tuple(
 
 
 _HERE = os.path.dirname(__file__) + os.sep
-_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program.py"))
+_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_call.py"))
 """The files that trace a loss: what stands below them is the loss."""
 
 

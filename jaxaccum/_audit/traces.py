@@ -15,8 +15,8 @@ from jaxaccum import _arguments, _check
 from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._audit.sources import is_library
 from jaxaccum._batch import Partition
+from jaxaccum._example_keys import example_keys
 from jaxaccum._outputs import loss_and_aux
-from jaxaccum._program import example_keys
 from jaxaccum._returned import Output, leaves
 from jaxaccum._tree import is_array
 from jaxaccum._types import Fun

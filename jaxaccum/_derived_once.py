@@ -14,6 +14,8 @@ The calls are ``inline``: they vanish from the program that comes out.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -49,22 +51,26 @@ def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
 
 
 def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-    key = None if eqn.effects else _kind(eqn)
-    if key is None:
+    kind = None if eqn.effects else _kind(eqn)
+    if kind is None:
         return eqn
+    call = _call(kind)
     invars: list[Any] = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-    call = _KNOWN.get(key)
-    if call is None:
-        call = _KNOWN[key] = _call(eqn)
     return eqn.replace(primitive=call.primitive, params=call.params, invars=invars)
 
 
-_KNOWN: dict[Hashable, jex.JaxprEqn] = {}
-"""A call for each kind of equation that was met."""
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What equal equations share, and one of them."""
+
+    key: Hashable
+    eqn: jex.JaxprEqn = dataclasses.field(compare=False)
 
 
-def _call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
+@functools.lru_cache(maxsize=4096)
+def _call(kind: _Kind) -> jex.JaxprEqn:
     """The call of a function that holds the equation alone."""
+    eqn = kind.eqn
 
     def one(*values: Any) -> list[Any]:
         rest = iter(values)
@@ -78,8 +84,8 @@ def _call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     return call.replace(params=inlined(call.params))
 
 
-def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
-    """What equal equations share; None for one that holds a program, or that cannot be compared."""
+def _kind(eqn: jex.JaxprEqn) -> _Kind | None:
+    """The kind of an equation; None for one that holds a program, or that cannot be compared."""
     if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
         return None
     operands = tuple(_literal(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
@@ -89,7 +95,7 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable | None:
         hash(key)
     except TypeError:
         return None
-    return key
+    return _Kind(key, eqn)
 
 
 def _holds_program(x: Any) -> bool:
