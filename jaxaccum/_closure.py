@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from jaxaccum._source import parameters_of
 from jaxaccum._tree import is_array, leaves_with_names
+
+ROWS_ARGUMENT = "make {name} an argument of the loss with 0 in in_axes, or a part of the batch"
+"""What to write where an array of the closure has a row for each example."""
 
 
 def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
@@ -43,8 +46,8 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
     if named:
         names = " and ".join(name.split(",")[0] for name in named)
         said += (
-            f" It closes over {' and '.join(named)}, a row for each example of the whole batch: make {names} an "
-            "argument with 0 in in_axes, or a part of the batch."
+            f" It closes over {' and '.join(named)}, a row for each example of the whole batch: "
+            f"{ROWS_ARGUMENT.format(name=names)}."
         )
     else:
         said += (
@@ -63,7 +66,7 @@ def as_arguments(fun: Any) -> str:
     roots = [root for root in roots if root.isidentifier()]
     shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
     more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
-    name, own = getattr(fun, "__name__", "fun"), _parameters(fun)
+    name, own = getattr(fun, "__name__", "fun"), [p.name for p in parameters_of(fun)]
     parameters = ", ".join([*own, *roots])
     called, definition = name, f"def {name}({parameters})"
     if name == "<lambda>":
@@ -76,13 +79,6 @@ def as_arguments(fun: Any) -> str:
 
 _SHOWN = 4
 """How many arrays an error names."""
-
-
-def _parameters(fun: Any) -> list[str]:
-    try:
-        return list(inspect.signature(fun).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def name_of(fun: Any, array: Any) -> str | None:

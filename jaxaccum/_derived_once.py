@@ -42,7 +42,7 @@ def _has_type(x: Any, v: jex.Var) -> bool:
 
 
 def _strong(aval: Any) -> Any:
-    return aval.update(weak_type=False) if hasattr(aval, "weak_type") else aval
+    return aval.update(weak_type=False) if isinstance(aval, jax.core.ShapedArray) else aval
 
 
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxaccum._source import parameters_of
 from jaxaccum._types import Axes, Fun
 
 
@@ -28,7 +29,7 @@ def by_name(
     The names of positional arguments are those of the parameters of `fun`. The entry of ``*rest``,
     named ``"rest"``, is that of each argument in it.
     """
-    parameters = _parameters(fun)
+    parameters = parameters_of(fun)
     known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     known += [name for name in keywords if name not in known]
     if unknown := [name for name in in_axes if name not in known]:
@@ -44,7 +45,7 @@ def by_name(
 def check_keywords(kwargs: Mapping[str, Any], in_axes: Any, tool: str, fun: Any = None) -> None:
     """Keywords among the options of a tool are arguments of `fun`, and not misspelled options."""
     named = list(in_axes) if isinstance(in_axes, Mapping) else []
-    known = [*named, *(p.name for p in _parameters(fun))]
+    known = [*named, *(p.name for p in parameters_of(fun))]
     for name in kwargs:
         if name not in known:
             raise TypeError(
@@ -67,14 +68,6 @@ def by_position(
 
     entries = (*axes.positional, *(axes.keywords[name] for name in names))
     return positional, (*args, *kwargs.values()), entries
-
-
-def _parameters(fun: Any) -> list[inspect.Parameter]:
-    """The parameters of a function; none where Python knows no signature."""
-    try:
-        return list(inspect.signature(fun).parameters.values())
-    except (TypeError, ValueError):
-        return []
 
 
 def _positional_names(parameters: list[inspect.Parameter], count: int) -> list[str | None]:

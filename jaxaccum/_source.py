@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from typing import Any, NamedTuple
@@ -29,6 +30,14 @@ def frame_of(eqn: Any) -> Frame | None:
         if not frame.file_name.startswith(_INNER):
             return Frame(frame.file_name, frame.line_num, frame.function_name)
     return None
+
+
+def parameters_of(fun: Any) -> list[inspect.Parameter]:
+    """The parameters of a function; none where Python knows no signature."""
+    try:
+        return list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def callers_depth() -> int:

@@ -22,7 +22,7 @@ from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._batch import Partition
-from jaxaccum._closure import name_of, of_length
+from jaxaccum._closure import ROWS_ARGUMENT, name_of, of_length
 from jaxaccum._returned import Output
 from jaxaccum._types import Fun
 
@@ -42,15 +42,11 @@ def report_on(
     try:
         whole = subject.trace(size, 1)
     except Exception as error:  # of the user's function, which may be written for one size alone
-        known, count = (partition.batch_size, 1) if whole_runs else (partition.groups[0].size, number)
+        known = partition.batch_size if whole_runs else partition.groups[0].size
         if size == known:
             raise
-        whole = subject.trace(known, count)
-        sizes = Sizes(known, size) if whole_runs else Sizes(size, known)
-        found = _closures(subject.fun, whole, sizes)
-        if not whole_runs and known == 1 and not of_length(subject.fun, size):
-            return _summed_up([Judged(o, Verdict.PER_EXAMPLE, True) for o in whole.outputs], counts)  # for one example
-        return _summed_up([_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs], counts)
+        one = subject.trace(known, 1 if whole_runs else number)
+        return _summed_up(_of_one_size(subject, one, error, size=size, known=known, whole_runs=whole_runs), counts)
     judged: list[Judged] = []
     for group in partition.groups:
         walk = Walk(Sizes(size, group.size), axis_name, (1, number))
@@ -60,6 +56,19 @@ def report_on(
     if len(partition.groups) > 1:
         judged = [_unequal(each) for each in judged]
     return _summed_up(judged, counts)
+
+
+def _of_one_size(
+    subject: Subject, one: Traced, error: Exception, *, size: int, known: int, whole_runs: bool
+) -> list[Judged]:
+    """The answers for a loss that runs on `known` examples and raises `error` for `size` of them."""
+    if whole_runs:
+        found = _closures(subject.fun, one, Sizes(known, size))
+    elif known == 1 and not of_length(subject.fun, size):
+        return [Judged(output, Verdict.PER_EXAMPLE, True) for output in one.outputs]  # written for one example
+    else:
+        found = _closures(subject.fun, one, Sizes(size, known))
+    return [_undecided(output, _cannot(size, error), closures=found) for output in one.outputs]
 
 
 def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
@@ -245,7 +254,7 @@ def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
                 f"the loss closes over {name}, {x.dtype}{list(x.shape)}: a microbatch of {sizes.second} examples "
                 f"meets all {sizes.first} rows of it"
             )
-            found.append(Finding("closure", None, None, fixes.ROWS_ARGUMENT.format(name=name), note=note))
+            found.append(Finding("closure", None, None, ROWS_ARGUMENT.format(name=name), note=note))
     return found
 
 

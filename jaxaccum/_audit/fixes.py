@@ -87,7 +87,6 @@ KEY_ARGUMENT = (
     "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes: one key an example, to draw from "
     "under jax.vmap"
 )
-ROWS_ARGUMENT = "make {name} an argument of the loss with 0 in in_axes, or a part of the batch"
 ONE_BY_ONE = (
     "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another generator, "
     'jax.random.key(seed, impl="threefry2x32")'
