@@ -21,9 +21,10 @@ from jax import lax
 from jaxaccum import _mesh, _reduce
 from jaxaccum._accumulators import Sums
 from jaxaccum._arguments import Role
+from jaxaccum._batch import Group
 from jaxaccum._program import Program
 from jaxaccum._reduce import Reduction
-from jaxaccum._tree import cast
+from jaxaccum._tree import cast, promote
 from jaxaccum._types import Array
 
 
@@ -92,7 +93,7 @@ def scan(
     for g, group in enumerate(partition.groups):
         state = state.entering(program, g)
 
-        def step(carried: Any, x: Any, g: int = g) -> tuple[Any, Any]:
+        def step(carried: Any, x: Any, g: int = g, group: Group = group) -> tuple[Any, Any]:
             index, rows, cut = x
 
             def active(carried: Any) -> tuple[Any, Any]:
@@ -105,7 +106,7 @@ def scan(
             if program.limit is None:
                 return active(carried)
             skipped = _mesh.vary((_empty_entries(program, g), idle(g)), program.axes)
-            padding = partition.first_example(partition.groups[g], index) >= arrays[program.limit]
+            padding = _is_padding(partition.first_example(group, index), arrays[program.limit])
             return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
 
         indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
@@ -116,6 +117,12 @@ def scan(
         written.append(out)
         stacked.append(entries)
     return Scanned(state.parts(program, stacked), sums, written)
+
+
+def _is_padding(first: Array, num_examples: Array) -> Array:
+    """Whether a microbatch that begins at example `first` holds padding alone; the number has any integer dtype."""
+    dtype = promote(first, num_examples)
+    return cast(first, dtype) >= cast(num_examples, dtype)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -71,4 +71,9 @@ ROWS = [
         "outvars=one.jaxpr.outvars[: len(outputs.parts)])) for one in traces]",
         "test_whole_outputs.py::test_no_loop_computes_it",
     ),
+    (
+        "the index of an example is read in the dtype of their number", "_loop.py",
+        "dtype = promote(first, num_examples)", "dtype = num_examples.dtype",
+        "test_variable_batches.py::test_the_number_of_examples_has_any_integer_dtype",
+    ),
 ]  # fmt: skip

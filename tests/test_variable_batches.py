@@ -46,6 +46,19 @@ def test_every_size_up_to_the_capacity(accumulator):
     assert len(traced) == 1  # and so one compilation: jit's own count forgets in a long process
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64", "uint64"])
+def test_the_number_of_examples_has_any_integer_dtype(dtype):
+    """Also one in which the index of the last microbatch's first example, 300, would be another number."""
+    loss = lambda w, x, mask, n: ja.Mean(jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0)), jnp.sum(mask))
+    options = {"microbatch_size": 100, "in_axes": (None, 0, 0, None)}
+    x = data(120, 3)
+    padded, mask = ja.pad_batch(x, to=400)
+    actual = ja.value_and_grad(loss, num_examples_argnum=3, **options)(W, padded, mask, jnp.asarray(120, dtype))
+    assert normwise(actual, jax.value_and_grad(expected)(W, x)) < EXACT
+    one = lambda w, x, mask, n: ja.Sum(jnp.float64(1))
+    assert ja.microbatch(one, num_examples_argnum=3, **options)(W, padded, mask, jnp.asarray(120, dtype)) == 2
+
+
 def test_unpadded_batches_compile_anew():
     traced = []
     noted = lambda w, x: traced.append(len(x)) or expected(w, x)
