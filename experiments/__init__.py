@@ -1,1 +1,1 @@
-"""Experiments: one claim a file, each ends in a check and writes one JSON file and one picture."""
+"""Experiments: one claim per file, each ends in a check and writes one JSON file and one picture."""

@@ -54,7 +54,7 @@ class Recipe:
         return self.peak * (self.floor + (1 - self.floor) * 0.5 * (1 + np.cos(np.pi * progress)))
 
     def learning_rates(self, steps: int, *, ticks: int) -> list[float]:
-        """The rate of each optimizer step where the schedule advances `ticks` times a step."""
+        """The rate of each optimizer step where the schedule advances `ticks` times per step."""
         return [self.learning_rate(step * ticks, steps=steps) for step in range(steps)]
 
 

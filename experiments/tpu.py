@@ -3,7 +3,7 @@
 An AdamW step under data parallelism, compiled by libtpu for the described topology: no TPU is needed, and none is used.
 Where a TPU or GPU is present, the same steps are compiled for it and run, and the seconds are measured.
 
-Set-up: `scanned` is 12 layers of width 1024 in float32, 64 examples of one token a device; `decoder` has a billion
+Set-up: `scanned` is 12 layers of width 1024 in float32, 64 examples of one token per device; `decoder` has a billion
 bfloat16 parameters in one scan over layers, 64 sequences of 256 tokens a device; `bert` is BERT-base in float32, 64
 sequences of 128 tokens a device. Estimated seconds are the model's operations at the chip's peak, and the bytes of
 collectives over its links, as published; they rank programs and predict no clock. `scanned` fits the on-chip memory of
@@ -12,7 +12,7 @@ v5e and v6e, where XLA puts its buffers and leaves them out of the temporary mem
 Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]')
 Cost      some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8; hours
           with --full, which compiles every N of every model
-Expected  jaxaccum sends its gradients once a step whatever N, outside of loops; a hand-written scan and
+Expected  jaxaccum sends its gradients once per step whatever N, outside of loops; a hand-written scan and
           `optax.microbatching` N times, inside
 """
 

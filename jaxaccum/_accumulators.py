@@ -31,7 +31,7 @@ class Accumulator(NamedTuple):
         update: ``update(state, mean_grads, weight, index) -> state``, of the same structure, shapes and dtypes.
             `mean_grads` are like the parameters, float32 where they are of lower precision; `weight` is the
             denominator of the microbatch's `Mean`, a floating scalar; `index` is int32. A leaf of the state that is
-            tagged ``Stack`` reaches `finalize` with one entry a microbatch.
+            tagged ``Stack`` reaches `finalize` with one entry per microbatch.
         finalize: ``finalize(state) -> (grads, report)``: gradients like the parameters, and None or a pytree that
             `value_and_grad` returns last.
         accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted leaves the value,

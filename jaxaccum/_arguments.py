@@ -69,7 +69,7 @@ class Layout:
     """Whether an argument is declared CARRY; its state may be empty."""
 
     def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and keyword arguments that hold `arrays`, one a slot."""
+        """The positional and keyword arguments that hold `arrays`, one per slot."""
         rest = iter([slot.value(x) for slot, x in zip(self.slots, arrays, strict=True)])
         count = self.treedef.num_leaves
         return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
@@ -90,7 +90,7 @@ def read(
     differentiated: Collection[int | str] = (),
     counted: int | None = None,
 ) -> tuple[Layout, list[Any]]:
-    """The layout of the arguments, and their arrays: one a slot, in order.
+    """The layout of the arguments, and their arrays: one per slot, in order.
 
     A Python scalar is traced where a derivative is asked of it, or where it counts examples (argument `counted`).
     """
@@ -121,7 +121,8 @@ def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> i
     sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
     if not sizes and (missing := _closure.as_arguments(fun)):
         raise ValueError(f"no argument has a batch axis; {missing}")
-    return _check.batch_size(sizes, [slot.argnum for slot in slots if isinstance(slot.argnum, str)])
+    by_keyword = [x.argnum for x, array in zip(slots, arrays, strict=True) if isinstance(x.argnum, str) and array.ndim]
+    return _check.batch_size(sizes, by_keyword)
 
 
 def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
@@ -160,12 +161,12 @@ def assigned(
 
 def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A tuple with too many entries was perhaps meant for arguments that are passed by keyword."""
-    names = [name for name, x in kwargs.items() if any(map(is_array, jax.tree.leaves(x)))]
+    names = [name for name, x in kwargs.items() if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))]
     if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with {len(args)} "
-            f"positional arguments and, by keyword, {', '.join(kwargs)}. A tuple has one entry a "
-            f"positional argument. {_check.by_keyword(names)}"
+            f"in_axes has {len(in_axes)} entries and the function was called with "
+            f"{_check.counted(len(args), 'positional argument')} and, by keyword, {', '.join(kwargs)}. A tuple has "
+            f"one entry per positional argument. {_check.by_keyword(names)}"
         )
 
 
@@ -173,19 +174,19 @@ def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
     """`in_axes`, checked to have one entry for each of the `count` positional arguments of `fun`."""
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
-            f"in_axes must be a tuple with one entry an argument; got {in_axes!r}. For one argument write "
+            f"in_axes must be a tuple with one entry per argument; got {in_axes!r}. For one argument write "
             f"({in_axes!r},)."
         )
     if len(in_axes) != count:
+        given = _check.counted(count, "positional argument")
         missing = _closure.as_arguments(fun) if count < len(in_axes) else ""
         if missing:
             raise ValueError(
-                f"the function was called with {count} positional arguments, and in_axes has {len(in_axes)} entries; "
-                f"{missing}"
+                f"the function was called with {given}, and in_axes has {len(in_axes)} entries; {missing}"
             )
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with {count} positional arguments; pass "
-            "one entry an argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
+            f"in_axes has {len(in_axes)} entries and the function was called with {given}; pass "
+            "one entry per argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
             "arguments have no entry, and are passed whole."
         )
     return tuple(in_axes)

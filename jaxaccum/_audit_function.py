@@ -41,7 +41,7 @@ def audit(
     Args:
         fun: the loss, as `value_and_grad` takes it.
         *args: its arguments, the whole batch included; arrays, or ``jax.ShapeDtypeStruct``.
-        in_axes: one entry an argument, as in `value_and_grad`.
+        in_axes: one entry per argument, as in `value_and_grad`.
         num_microbatches: how many there will be.
         has_aux: whether `fun` returns ``(loss, aux)``; aux is judged too, but for `Stack`, `Last` and `Carry`.
         axis_name: the name of the loop's axis.

@@ -67,7 +67,7 @@ class Partition:
         return own if self.blocks == 1 else (starts[:, None] + own[None]).reshape(group.size)
 
     def split_rows(self, x: Array, axis: int) -> list[Array]:
-        """One array a group, (count, …) over its microbatches; `axis` of the rest holds the microbatch's rows."""
+        """One array per group, (count, …) over its microbatches; `axis` of the rest holds the microbatch's rows."""
         if self.split == "strided":
             (group,) = self.groups
             shape = (*x.shape[:axis], group.size, group.count, *x.shape[axis + 1 :])

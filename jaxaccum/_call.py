@@ -118,7 +118,7 @@ class Call:
                 raise ValueError(
                     f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
                     f"{list(y.shape)} for one of {small.size}, so it has no {part.reduction.value} over microbatches; "
-                    "reduce it over the examples first, or return it as Concat, one row an example."
+                    "reduce it over the examples first, or return it as Concat, one row per example."
                 )
 
 

@@ -84,7 +84,7 @@ def argnum(value: Any, count: int, name: str) -> int:
     number = operator.index(value)
     if not -count <= number < count:
         raise ValueError(
-            f"{name} names argument {number}, and the function was called with {count} positional arguments."
+            f"{name} names argument {number}, and the function was called with {counted(count, 'positional argument')}."
         )
     return number % count
 
@@ -167,15 +167,20 @@ def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -
         if other != first:
             raise ValueError(
                 f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf with "
-                "a batch axis needs one row an example; give a leaf that is not batched None in in_axes."
+                "a batch axis needs one row per example; give a leaf that is not batched None in in_axes."
             )
     return first
 
 
 def by_keyword(names: Sequence[str]) -> str:
     """What to write where the arguments of these names hold arrays and are passed by keyword."""
-    found = " or ".join(dict.fromkeys(names))
-    return f'If {found} holds the examples, write in_axes={{"{names[0]}": 0}}, by its name.'
+    entries = ", ".join(f'"{name}": 0' for name in dict.fromkeys(names))
+    return f"Write in_axes={{{entries}}}, by name, without those that hold no examples."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: ``1 example``, ``2 examples``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def memory(value: Any) -> Memory:

@@ -20,7 +20,7 @@ from jaxaccum._tree import cast, dtype_of, leaves_with_names, ratio, widen
 from jaxaccum._types import Array, PyTree
 
 Assemble = Callable[[Sequence[Array]], PyTree]
-"""The differentiated arguments' own structure, around one array a slot."""
+"""The differentiated arguments' own structure, around one array per slot."""
 
 
 class Accumulated(NamedTuple):

@@ -31,7 +31,7 @@ from jaxaccum._types import Array
 
 
 class ValueAndGrad(NamedTuple):
-    """The combined parts over the whole batch, and the gradients of the loss, one a slot of `wrt`."""
+    """The combined parts over the whole batch, and the gradients of the loss, one per slot of `wrt`."""
 
     parts: list[Array]
     grads: list[Array]

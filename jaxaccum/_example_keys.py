@@ -1,4 +1,4 @@
-"""Keys that hold one key an example: a draw for a whole microbatch gives each example its numbers.
+"""Keys that hold one key per example: a draw for a whole microbatch gives each example its numbers.
 
 A layer draws one mask for all rows of its input, from one key. Here that key belongs to a generator
 of this module. It holds the key of a stream and one key for each example, and what acts on a key
@@ -178,7 +178,7 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: frozenset[Shape]) -> No
     if one.shape == two.shape:
         raise ValueError(
             f"{where} has shape {list(one.shape)} {sizes}: all examples share it. Another draw of "
-            "this shape has one row an example, and the two cannot be told apart. Choose another "
+            "this shape has one row per example, and the two cannot be told apart. Choose another "
             "microbatch size."
         )
     raise ValueError(

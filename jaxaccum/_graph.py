@@ -26,7 +26,7 @@ from jaxaccum._tree import leaf_name
 from jaxaccum._types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree, WithStreams
 
 IN_AXES = (EXAMPLE_KEY, None, CARRY)
-"""The last arguments of `Models.pure`: keys of streams, one an example; the streams; the state."""
+"""The last arguments of `Models.pure`: keys of streams, one per example; the streams; the state."""
 
 
 def holds_modules(x: PyTree) -> bool:
@@ -226,7 +226,7 @@ def _check_structure(old: Any, new: Any, old_states: Any, new_states: Any) -> No
     raise ValueError(
         f"fun {' and '.join(changed) or 'changes an attribute that is no variable'} in its model, and a state that "
         "runs through the microbatches keeps its structure; create every variable before the call, keep what changes "
-        "in an nnx.Variable, and return intermediate values as aux (Concat for one row an example)."
+        "in an nnx.Variable, and return intermediate values as aux (Concat for one row per example)."
     )
 
 

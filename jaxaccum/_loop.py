@@ -38,7 +38,7 @@ class Gradient:
 
 
 class Result(NamedTuple):
-    """The combined parts of the output, and one gradient a slot of `wrt`."""
+    """The combined parts of the output, and one gradient per slot of `wrt`."""
 
     parts: list[Array]
     grads: list[Array]
@@ -63,14 +63,14 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
 # -- the scan ---------------------------------------------------------------------------------------------------------
 
 Visit = Callable[..., tuple[list[Array], Any, Any]]
-"""``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once a microbatch."""
+"""``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once per microbatch."""
 
 
 class Scanned(NamedTuple):
     parts: list[Array]
     sums: Any
     written: list[Any]
-    """What each microbatch wrote, stacked, one entry a group."""
+    """What each microbatch wrote, stacked, one entry per group."""
 
 
 def scan(
@@ -84,7 +84,7 @@ def scan(
     checkpoint: bool = False,
     keep: Callable[[Any], Array] | None = None,
 ) -> Scanned:
-    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan a size.
+    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan per size.
 
     `keep` reads off what a microbatch wrote whether it counts; one that does not leaves the state as it was.
     """

@@ -1,7 +1,7 @@
 """`dynamic_loss_scale`: float16 gradients kept in range by one scale, which moves at optimizer steps alone.
 
 Micikevicius et al., *Mixed Precision Training* (arXiv 1710.03740), section 3.2. The scale lives in the state of the
-optimizer, the innermost place that sees whole batches: inside `MultiSteps` it is checked once a window, after
+optimizer, the innermost place that sees whole batches: inside `MultiSteps` it is checked once per window, after
 `value_and_grad` once a batch, and it is saved and restored with the state.
 """
 

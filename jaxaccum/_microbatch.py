@@ -52,7 +52,7 @@ def microbatch(
         fun: function of one microbatch; its outputs are tags, floating scalars, or depend on whole arguments alone.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
-        in_axes: one entry an argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
+        in_axes: one entry per argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
             ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes keyword
             arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).

@@ -1,4 +1,4 @@
-"""`MultiSteps`: accumulation in a host loop, one microbatch a call, around any optax optimizer."""
+"""`MultiSteps`: accumulation in a host loop, one microbatch per call, around any optax optimizer."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def _checked_weight(weight: Any, total: Any) -> Array:
         raise TypeError(f"weight must be a real number; got {weight!r}.")
     if jnp.shape(weight) != ():
         raise ValueError(
-            f"weight has shape {list(jnp.shape(weight))}; pass one scalar a microbatch: its number of examples or "
+            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its number of examples or "
             "tokens, as jnp.sum(mask)."
         )
     if isinstance(weight, jax.core.Tracer):

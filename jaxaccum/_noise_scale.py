@@ -27,7 +27,7 @@ class NoiseScale(NamedTuple):
     noise_scale: Array
     """S / |G|², in examples (in units of weight)."""
     norms: Array
-    """The norm of each microbatch's mean gradient, one entry a microbatch."""
+    """The norm of each microbatch's mean gradient, one entry per microbatch."""
     inner: Any = None
     """The report of the inner accumulator."""
 
@@ -41,7 +41,7 @@ class _State(NamedTuple):
 
 
 def noise_scale(inner: Any = None) -> Accumulator:
-    """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one norm a microbatch.
+    """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one norm per microbatch.
 
     With the mean gradients gᵢ of n microbatches of weights wᵢ, W = Σ wᵢ and ḡ = Σ wᵢ gᵢ / W::
 

@@ -348,7 +348,7 @@ def _check_rows(name: str, x: Any, size: int) -> None:
     if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
         raise ValueError(
             f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} "
-            "examples along axis 0; use Stack for one entry a microbatch, or Sum or Mean for one value."
+            "examples along axis 0; use Stack for one entry per microbatch, or Sum or Mean for one value."
         )
 
 

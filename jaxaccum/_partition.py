@@ -32,7 +32,7 @@ def partition(
 
     Args:
         *args: the arguments of the function.
-        in_axes: one entry an argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is the initial state.
+        in_axes: one entry per argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is the initial state.
             A dict names keyword arguments, and passes positional ones whole.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
@@ -88,7 +88,7 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         mask = np.arange(to) < len(batch)
 
     Args:
-        batch: a pytree of arrays with one row an example along `batch_axis`.
+        batch: a pytree of arrays with one row per example along `batch_axis`.
         to: the capacity, at least the number of examples.
         batch_axis: the batch axis of every leaf.
 

@@ -122,7 +122,7 @@ def plan(
         fun: the loss of one microbatch, as for `value_and_grad`.
         *args: its arguments on the whole batch, arrays or ``jax.ShapeDtypeStruct``, with the shardings of the real run:
             the programs are compiled for the mesh that these name.
-        in_axes: one entry an argument, as for `value_and_grad`.
+        in_axes: one entry per argument, as for `value_and_grad`.
         argnums: the arguments to differentiate.
         has_aux: whether `fun` returns ``(loss, aux)``.
         memory_bytes: the limit of one device for arguments, results and temporary memory; None is the device's own,

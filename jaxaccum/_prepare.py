@@ -1,4 +1,4 @@
-"""A call made ready for the loop: the arguments read, the batch partitioned, `fun` traced once a size."""
+"""A call made ready for the loop: the arguments read, the batch partitioned, `fun` traced once per size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one call computes at each microbatch: its arguments, its partition, and `fun` as traced once a size."""
+"""What one call computes at each microbatch: its arguments, its partition, and `fun` as traced once per size."""
 
 from __future__ import annotations
 

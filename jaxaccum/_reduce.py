@@ -26,7 +26,7 @@ class Reduction(enum.Enum):
 
     @property
     def stacked(self) -> bool:
-        """Whether the loop writes one entry a microbatch and keeps no state."""
+        """Whether the loop writes one entry per microbatch and keeps no state."""
         return self in (Reduction.CONCAT, Reduction.STACK)
 
     @property

@@ -20,11 +20,11 @@ class Skipped(NamedTuple):
     num_skipped: Array
     """int32: how many microbatches were left out."""
     microbatches: Array
-    """bool, one entry a microbatch: whether it was left out."""
+    """bool, one entry per microbatch: whether it was left out."""
     leaves: PyTree
-    """Like the gradients; for each leaf one entry a microbatch: whether its gradient was not finite."""
+    """Like the gradients; for each leaf one entry per microbatch: whether its gradient was not finite."""
     loss: Array
-    """bool, one entry a microbatch: whether the loss was not finite."""
+    """bool, one entry per microbatch: whether the loss was not finite."""
     inner: Any = None
     """The report of the inner accumulator."""
 

@@ -51,7 +51,7 @@ class Streams:
     ) -> Any:
         """The state in one microbatch, whose keys hold those of the examples.
 
-        `keys` has an array for each single key, with one key an example.
+        `keys` has an array for each single key, with one key per example.
         """
         rest, leaves = iter(keys), []
         for own in self._typed(arrays):

@@ -125,14 +125,14 @@ class Min(Tag):
 
 @_tag
 class Concat(Tag):
-    """One row an example: the rows of the whole batch, in the batch's order whatever the split; differentiable."""
+    """One row per example: the rows of the whole batch, in the batch's order whatever the split; differentiable."""
 
     x: PyTree
 
 
 @_tag
 class Stack(Tag):
-    """One entry a microbatch, along a new leading axis: for diagnostics, since its shape depends on the partition."""
+    """One entry per microbatch, along a new leading axis: for diagnostics, since its shape depends on the partition."""
 
     x: PyTree
 

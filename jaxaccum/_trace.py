@@ -176,7 +176,7 @@ def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Any]) -> jex.Jaxpr:
 
 
 def _anonymous(jaxpr: jex.Jaxpr) -> Any:
-    """The debug information without the names of arguments, of which there is one a variable or none at all."""
+    """The debug information without the names of arguments, of which there is one per variable or none at all."""
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
 
 

@@ -15,7 +15,7 @@ Fun = Callable[..., Any]
 Axes = Any
 """One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
 InAxes = Sequence[Axes] | Mapping[str, Axes]
-"""``in_axes``: a tuple, one entry a positional argument, or a dict of entries by names of arguments."""
+"""``in_axes``: a tuple, one entry per positional argument, or a dict of entries by names of arguments."""
 Split = Literal["contiguous", "strided"]
 Memory = int | Literal["min", "store"] | None
 """What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""
@@ -49,7 +49,7 @@ all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
-"""A PRNG key that reaches `fun` as one key an example: ``jax.random.split(key, batch_size)``, bit for bit.
+"""A PRNG key that reaches `fun` as one key per example: ``jax.random.split(key, batch_size)``, bit for bit.
 
 So a loss that split its key over the examples itself keeps its masks, under every partition, generator
 and setting of ``jax_threefry_partitionable``. Under ``mesh_axes`` `batch_size` counts the examples of all

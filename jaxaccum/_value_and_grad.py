@@ -51,7 +51,7 @@ def value_and_grad(
         has_aux: whether `fun` returns ``(loss, aux)``.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
-        in_axes: one entry an argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
+        in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
             ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple has one entry a positional
             argument, and passes keyword arguments whole. A dict has entries by name: ``{"batch": 0}``
             cuts the argument `batch`, by position or by keyword, and passes all others whole.
@@ -84,7 +84,7 @@ def value_and_grad(
 
     Guarantees:
         Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
-        once a size, and once for the audit. One forward and one backward pass over each microbatch. Differentiable in
+        once per size, and once for the audit. One forward and one backward pass over each microbatch. Differentiable in
         reverse mode.
 
     Raises:
@@ -165,7 +165,7 @@ def grad(
         has_aux: whether `fun` returns ``(loss, aux)``.
         num_microbatches: as for `value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument, or a dict of entries by name.
+        in_axes: one entry per argument, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.

@@ -74,7 +74,7 @@ def value_and_grad(
         has_aux: whether `fun` returns ``(loss, aux)``, its aux tagged.
         num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument, None for a model, or a dict of entries by name.
+        in_axes: one entry per argument, None for a model, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.
@@ -172,7 +172,7 @@ def grad(
         has_aux: whether `fun` returns ``(loss, aux)``.
         num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
-        in_axes: one entry an argument, None for a model, or a dict of entries by name.
+        in_axes: one entry per argument, None for a model, or a dict of entries by name.
         split: contiguous or strided.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.

@@ -140,7 +140,7 @@ APART = {
     ),
     "convolution": lambda h, b: lax.conv_general_dilated(h[:, None], jnp.ones((2, 1, 2)), (1,), "SAME"),
     "max pool": lambda h, b: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2), (1, 1), "VALID"),
-    # -- linear algebra of one matrix an example
+    # -- linear algebra of one matrix per example
     "solve": lambda h, b: jnp.linalg.solve(matrices(h), b["x"][..., None]),
     "cholesky": lambda h, b: jnp.linalg.cholesky(matrices(h)),
     "qr": lambda h, b: jnp.linalg.qr(matrices(h))[1],

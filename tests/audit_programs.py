@@ -200,7 +200,7 @@ def inverted(h, c):
 
 
 def _matrices(h):
-    """One matrix an example, whose eigenvalues are apart."""
+    """One matrix per example, whose eigenvalues are apart."""
     h = jnp.tanh(h)
     return jnp.einsum("bi,bj->bij", h, h) / 3.0 + jnp.diag(jnp.asarray([1.0, 3.0, 6.0]))[None]
 

@@ -16,7 +16,7 @@ KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "manual": Ax
 
 @functools.cache
 def mesh_of(shape, kind):
-    """One mesh a shape and a kind."""
+    """One mesh per shape and a kind."""
     names = ("data", "other")[: len(shape)]
     return jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(shape))
 

@@ -68,7 +68,7 @@ def test_a_carried_state_is_threaded():
 
 
 def noisy(params, key, batch):
-    """Dropout of half the examples' errors, by one key an example or by one for all."""
+    """Dropout of half the examples' errors, by one key per example or by one for all."""
     keys = key if key.ndim else jax.random.split(key, len(batch["y"]))
     keep = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.mean(jnp.where(keep, errors(params, batch), 0))

@@ -145,7 +145,7 @@ def test_clipping_is_of_the_accumulated_gradient(x, clipped_each):
 
 
 def test_denominators_are_the_number_of_targets():
-    """HF #46204 counts the labels before the shift, one a row too many: 4/5 of the gradient.
+    """HF #46204 counts the labels before the shift, one per row too many: 4/5 of the gradient.
 
     unsloth #1217: a count can fall below 0, and turns the sign; here it takes the shift off rows without a target too.
     """

@@ -43,7 +43,7 @@ def as_peers_run():
 
 
 def steps(multi, gradients):
-    """What `multi` adds to a parameter, one number a microbatch, and its state after all of them.
+    """What `multi` adds to a parameter, one number per microbatch, and its state after all of them.
 
     The parameter has two equal entries: a product of a scalar with 0 or 1 is compiled to a choice, and hides NaN.
     """

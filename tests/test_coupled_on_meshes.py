@@ -47,7 +47,7 @@ def test_batch_normalization_over_devices_and_microbatches():
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
 def test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside(check_vma):
-    """Reverse mode over the `shard_map`: no cotangent is counted once a device."""
+    """Reverse mode over the `shard_map`: no cotangent is counted once per device."""
     mesh = mesh_of((4, 2), "manual")
     step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
@@ -229,7 +229,7 @@ def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
     for name, how in transformed.items():
         assert normwise(jax.jit(lambda how=how: how(ours))(), how(full)) < EXACT, name
     each = jax.grad(lambda w: sum(f(w, X)[0] for f in [full] * 4))(W)
-    assert normwise(each, transformed["grad"](full)) > 1  # counted once a device
+    assert normwise(each, transformed["grad"](full)) > 1  # counted once per device
 
 
 @pytest.mark.parametrize("memory", ["min", "store"])
@@ -258,7 +258,7 @@ def test_other_collectives_over_several_axes_are_refused():
 
     step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
     over = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P()))
-    says = ["all_to_all", "psum_scatter", "one axis a call", __file__]
+    says = ["all_to_all", "psum_scatter", "one axis per call", __file__]
     refused(lambda: over(W, X), *says, error=NotImplementedError)
 
 

@@ -1,4 +1,4 @@
-"""Equal equations become calls of one function: the same numbers, the same derivatives, and one derivation a kind."""
+"""Equal equations become calls of one function: the same numbers, the same derivatives, and one derivation per kind."""
 
 import jax
 import jax.extend.core as jex

@@ -1,4 +1,4 @@
-"""Keys that hold one key an example: what JAX does with them, and whose numbers come out.
+"""Keys that hold one key per example: what JAX does with them, and whose numbers come out.
 
 This is what we need of ``jax.extend.random.define_prng_impl``, on every supported version of JAX.
 """

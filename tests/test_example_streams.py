@@ -96,7 +96,7 @@ def test_a_coupled_model_is_exact_with_its_masks(memory, options):
     assert normwise(pure(step(loss, **options, memory=memory)(model, BATCH)), expected) < EXACT
     if (
         options["num_microbatches"] < 8
-    ):  # of one example a microbatch, all streams are the example's
+    ):  # of one example per microbatch, all streams are the example's
         assert (
             normwise(pure(step(loss, **options, example_streams=False)(twin, BATCH)), expected)
             > 1e-2

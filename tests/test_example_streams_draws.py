@@ -67,7 +67,7 @@ def layered(body):
 
 
 def drop_path(model, x):
-    """One number an example, as stochastic depth draws it."""
+    """One number per example, as stochastic depth draws it."""
     return jnp.where(jax.random.bernoulli(model.rngs.noise(), 0.5, (len(x), 1)), x, 0.0)
 
 
@@ -88,7 +88,7 @@ DRAWS = {
     "checkpointed layers": layered(nnx.remat(lambda x, layer: jnp.sin(layer(x)))),
     "a key that is split": splitting,
     "a fork": forked,
-    "one number an example": drop_path,
+    "one number per example": drop_path,
     "the second axis": time_major,
     "two streams": lambda model, x: noise(model.rngs.noise(), model.dropout(x)),
     "given to the layer": lambda model, x: model.dropout(x, rngs=model.rngs.noise()),

@@ -244,8 +244,8 @@ ERRORS = {
         ["no argument", "axis", 'in_axes={"batch": 0}'],
     ),
     "a list of candidates": (
-        lambda: step(in_axes=(None,))(W, batch=BATCH, scale=jnp.ones(())),
-        ["batch or scale", 'in_axes={"batch": 0}'],
+        lambda: step(in_axes=(None,))(W, batch=BATCH, scale=jnp.ones(6), train=jnp.ones(())),
+        ['in_axes={"batch": 0, "scale": 0}', "without those that hold no examples"],
     ),
     "an axis": (
         lambda: step(in_axes={"batch": 3})(W, batch=BATCH),

@@ -17,7 +17,7 @@ KEYS = [jax.random.key(0), jax.random.PRNGKey(0)]
 
 
 def dropped(w, x, keys):
-    """Dropout with one key an example: the mask of an example is its own."""
+    """Dropout with one key per example: the mask of an example is its own."""
     keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 0.5, row.shape))(keys, x)
     return jnp.where(keep, x, 0.0) @ w
 

@@ -307,7 +307,7 @@ def test_plain_arguments_may_be_differentiated_without_any_model():
 
 
 def test_a_print_does_not_change_how_streams_are_threaded():
-    """It reads the batch, and the next keys do not; it prints once a microbatch, as without streams."""
+    """It reads the batch, and the next keys do not; it prints once per microbatch, as without streams."""
 
     class Model(nnx.Module):
         def __init__(self, rate):

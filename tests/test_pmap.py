@@ -165,7 +165,7 @@ def test_a_state_is_that_of_one_device():
 
 
 def test_examples_draw_the_whole_batchs_dropout():
-    """One key an example: split for the whole batch, and divided as the rows are."""
+    """One key per example: split for the whole batch, and divided as the rows are."""
 
     def loss(w, x, keys):
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.7, (3,)))(keys)
@@ -178,7 +178,7 @@ def test_examples_draw_the_whole_batchs_dropout():
 
 
 def test_keys_of_the_call_are_folded_with_the_device():
-    """The whole batch's key on every device: one key an example all the same, and no two alike."""
+    """The whole batch's key on every device: one key per example all the same, and no two alike."""
     one = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **OPTIONS)
     keys = jax.pmap(one, "devices", in_axes=(0, None))(divided(X), jax.random.key(3))
     assert len({key.tobytes() for key in jax.random.key_data(keys).reshape(ROWS, -1).__array__()}) == ROWS

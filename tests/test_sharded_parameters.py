@@ -84,7 +84,7 @@ def counted(name, kind):
     [("explicit, each", N, N), ("explicit, once", 1, 1), ("manual, each layer", 2 * N, N), ("manual, once", 1, 1)],
 )
 def test_the_price_of_gathering(name, gathers, scatters):
-    """At each microbatch, or once a window; a layer at a time it may be gathered for the way back too."""
+    """At each microbatch, or once per window; a layer at a time it may be gathered for the way back too."""
     assert 1 <= counted(name, "all-gather") <= gathers
     assert counted(name, "reduce-scatter") == scatters
     if scatters == N:

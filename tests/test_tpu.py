@@ -48,7 +48,7 @@ def test_the_adamw_step():
         name: [c for c in collectives(c) if c.bytes > 1024 and c.kind == "all-reduce"] for name, c in compiled.items()
     }
     assert [(c.times, c.loops) for c in large["jaxaccum"]] == [(1, 0)]
-    for name in ("hand-written scan", "optax.microbatching"):  # the negative control: once a microbatch
+    for name in ("hand-written scan", "optax.microbatching"):  # the negative control: once per microbatch
         assert min(c.loops for c in large[name]) >= 1
         assert min(c.times for c in large[name]) >= N
         assert over_parameters(compiled["jaxaccum"], params) < over_parameters(compiled[name], params)

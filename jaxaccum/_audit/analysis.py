@@ -22,6 +22,7 @@ from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._batch import Partition
+from jaxaccum._check import counted
 from jaxaccum._closure import ROWS_ARGUMENT, name_of, of_length
 from jaxaccum._returned import Output
 from jaxaccum._types import Fun
@@ -101,7 +102,7 @@ def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced
         first, second = walk.group * walk.sizes.first, walk.group * walk.sizes.second
         reason = (
             f"the programs for {first} and for {second} examples are not the same: does Python code branch on the "
-            "batch size?"
+            "batch size, or on the number of microbatches?"
         )
         found = _closures(subject.fun, whole, walk.sizes)
         return [_undecided(output, reason, error.site, closures=found) for output in whole.outputs]
@@ -250,10 +251,9 @@ def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
     found = []
     for name, x in of_length(fun, sizes.first):
         if id(x) in used or isinstance(x, np.ndarray):  # of numpy's arrays JAX keeps a copy
-            note = (
-                f"the loss closes over {name}, {x.dtype}{list(x.shape)}: a microbatch of {sizes.second} examples "
-                f"meets all {sizes.first} rows of it"
-            )
+            microbatch = f"a microbatch of {counted(sizes.second, 'example')}"
+            shown = f"{name}, {x.dtype}{list(x.shape)}"
+            note = f"the loss closes over {shown}: {microbatch} meets all {sizes.first} rows of it"
             found.append(Finding("closure", None, None, ROWS_ARGUMENT.format(name=name), note=note))
     return found
 

@@ -38,7 +38,7 @@ _FIXES = {
     FaultKind.DERIVATIVE: "apply the function before the division by the number of examples: to the value of each "
     "example, or to their sum, as in jaxaccum.Mean(function(jnp.sum(x)), x.size)",
     FaultKind.POSITION: "pass what belongs to an example as a part of the batch (its index, its row of the table)",
-    FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes, one key an example, and draw under jax.vmap",
+    FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes, one key per example, and draw under jax.vmap",
     FaultKind.UNKNOWN: "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact",
     FaultKind.COLLECTIVE: "",
     FaultKind.ASSUMPTION: "for data that may be NaN, count what is there: "
@@ -84,7 +84,7 @@ def _normalization(site: Site | None) -> str | None:
 
 
 KEY_ARGUMENT = (
-    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes: one key an example, to draw from "
+    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes: one key per example, to draw from "
     "under jax.vmap"
 )
 ONE_BY_ONE = (
@@ -99,12 +99,18 @@ TAG = {
     "PER_EXAMPLE": "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss",
 }
 OUTSIDE = (
-    "a term that is independent of the batch counts once a microbatch: move it outside, as in "
+    "a term that is independent of the batch counts once per microbatch: move it outside, as in "
     "jax.grad(lambda p: jaxaccum.microbatch(fun, …)(p, batch) + penalty(p)), or return a mean"
 )
 TERMS = "give each term its own denominator: return a dict of them, each jaxaccum.Mean(total, weight)"
 NO_DIVISION = "return the sum, undivided, as total: jaxaccum.Mean(jnp.sum(x * weight), jnp.sum(weight))"
 NO_GUARD = (
-    "drop the guard of the weight: a Mean is 0 where its total weight is 0, and the guard would count once a microbatch"
+    "drop the guard of the weight: a Mean is 0 where its total weight is 0, and the guard would count once per "
+    "microbatch"
+)
+ROWS = "return one row per example, the examples along axis 0"
+UNDIVIDED_ROWS = (
+    "return the rows undivided, jaxaccum.Concat(x), and beside them the batch's denominator, as in "
+    "jaxaccum.Sum(jnp.sum(weight)); divide after the step"
 )
 EQUAL = "coupled losses run with equal microbatches: choose num_microbatches that divides the batch, or pad it and mask"

@@ -277,10 +277,11 @@ def _claim_rows(walk: Walk, value: Value) -> _Claim:
         return _Claim(Verdict.PER_EXAMPLE, True)
     if value.kind is Kind.STATISTIC:
         return _claim_statistic(value)
-    note = "Concat of what is not one row an example along axis 0"
-    return _Claim(
-        Verdict.MIS_SCALED, False, note, "return one row an example, the examples along axis 0", (value.origin,)
-    )
+    if plain:
+        note = "the rows of Concat are divided by what one microbatch has: its examples, or its weights"
+        return _Claim(Verdict.MIS_SCALED, False, note, fixes.UNDIVIDED_ROWS, (value.origin,))
+    note = "Concat of what is not one row per example along axis 0"
+    return _Claim(Verdict.MIS_SCALED, False, note, fixes.ROWS, (value.origin,))
 
 
 def _claim_extremum(value: Value, op: str) -> _Claim:

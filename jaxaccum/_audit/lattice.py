@@ -21,7 +21,7 @@ class Kind(enum.Enum):
     """How a value depends on the batch. Each kind includes those before it in generality, not in order."""
 
     FIXED = "independent of the batch: uniform along every axis whose size is the batch's"
-    ROWS = "one part an example"
+    ROWS = "one part per example"
     TOTAL = "a sum over the examples"
     STATISTIC = "another function of the whole batch"
 
@@ -44,7 +44,7 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """Whether one axis holds one entry an example."""
+        """Whether one axis holds one entry per example."""
         return len(self.axes) == 1 and (self.outer, self.inner, self.looped) == (1, 1, False)
 
 
@@ -207,7 +207,7 @@ class Value:
 
     @property
     def rows(self) -> bool:
-        """Whether it has one part an example."""
+        """Whether it has one part per example."""
         return self.kind is Kind.ROWS
 
     @property
@@ -245,7 +245,7 @@ def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
 
 
 def rows(layout: Layout, **fields: Any) -> Value:
-    """A value with one part an example."""
+    """A value with one part per example."""
     return Value(Kind.ROWS, layout, **fields)
 
 

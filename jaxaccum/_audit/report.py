@@ -30,7 +30,7 @@ MEANING = {
     Verdict.SUM: "a sum over examples",
     Verdict.MEAN: "a mean over examples",
     Verdict.RATIO: "a sum over examples divided by the sum of their weights",
-    Verdict.PER_EXAMPLE: "one entry an example",
+    Verdict.PER_EXAMPLE: "one entry per example",
     Verdict.UNBATCHED: "independent of the batch",
     Verdict.MIS_SCALED: "its parts scale differently with the size of the batch",
     Verdict.POSITION: "an example's part depends on its place in the batch",

@@ -24,7 +24,7 @@ from jaxaccum._unchecked import exchanged
 def resolve(
     fragment: Fragment, values: Sequence[Array], axis: tuple[str, int], stacked: Collection[Any]
 ) -> list[Array]:
-    """Evaluate a fragment that holds collectives; `stacked` variables have an entry a microbatch, in and out."""
+    """Evaluate a fragment that holds collectives; `stacked` variables have an entry per microbatch, in and out."""
     name, size = axis
     mapped = lambda v: 0 if not isinstance(v, jex.Literal) and v in stacked else None
     one = lambda _, values: _evaluate(fragment.jaxpr, values)

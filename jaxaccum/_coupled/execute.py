@@ -73,7 +73,7 @@ class Sweep:
     shared: Env
     """The arguments, the statistics and what follows from them: the same for every microbatch."""
     stacked: Env
-    """The results of collectives that have an entry a microbatch."""
+    """The results of collectives that have an entry per microbatch."""
     boundaries: dict[int, Env]
     pulls: dict[tuple[str, int], Pull]
     """The derivative of each stage's shared fragment and of its cut."""

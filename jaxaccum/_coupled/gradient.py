@@ -41,7 +41,7 @@ class Reverse:
     shared: Env = dataclasses.field(default_factory=dict)
     """Of statistics and what follows from them, one for all microbatches; at least in float32."""
     stacked: Env = dataclasses.field(default_factory=dict)
-    """Of rows, and of collectives' results that have an entry a microbatch."""
+    """Of rows, and of collectives' results that have an entry per microbatch."""
     emitted: Env = dataclasses.field(default_factory=dict)
     """Of what a cut takes, by cut and variable."""
     boundary: Env = dataclasses.field(default_factory=dict)
@@ -164,7 +164,7 @@ class _Step:
 
     @property
     def cotangents(self) -> Env:
-        """The cotangents that have an entry a microbatch, by target."""
+        """The cotangents that have an entry per microbatch, by target."""
         tables = {"emit": self.reverse.emitted, "end": self.reverse.boundary}
         found = {t: tables[t[0]][t[1:] if t[0] == "emit" else t[1]] for t in self.targets if t[0] in tables}
         program = self.reverse.call.program

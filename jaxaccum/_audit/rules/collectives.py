@@ -13,7 +13,7 @@ from jaxaccum._jaxprs import opened
 from jaxaccum._trace import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
-"""A batch-independent value counts once a microbatch: the batch's size over the microbatch's times."""
+"""A batch-independent value counts once per microbatch: the batch's size over the microbatch's times."""
 
 
 def axes_of(op: Op) -> set[Any]:
