@@ -364,6 +364,19 @@ COLLECTIVES = {
 }
 
 
+def around(x):
+    """Each microbatch has what its neighbour had."""
+    count = lax.axis_size("microbatch")
+    return lax.ppermute(x, "microbatch", [(i, (i + 1) % count) for i in range(count)])
+
+
+def test_what_every_microbatch_has_alike_may_go_around():
+    """A parameter is the same everywhere; of rows nobody knows whom they meet."""
+    assert jaxaccum.audit(lambda w, x: jnp.mean(x * around(w)[None]), W, BATCH["x"]).exact
+    report = jaxaccum.audit(lambda w, x: jnp.mean(around(x * w[None]) * x), W, BATCH["x"])
+    assert (report.verdict, report.exact, report.causes[0].kind) == ("UNKNOWN", False, "unknown")
+
+
 @pytest.mark.parametrize("name", COLLECTIVES)
 def test_a_collective_is_coupled_and_exact_where_it_makes_the_batchs_own_statistic(name):
     loss, exact = COLLECTIVES[name]

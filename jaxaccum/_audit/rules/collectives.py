@@ -114,8 +114,24 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 @rule("ppermute pcollectivepermute all_to_all psum_scatter reduce_scatter pshuffle")
 def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """An exchange between microbatches, which changes with their number."""
-    return _each(op, ins, lambda x: _over_devices(walk, op, x) or _unlike(walk, op, x))
+    """An exchange between microbatches, which changes with their number: of what all have alike, the same."""
+
+    def one(x: Value) -> Value:
+        if (out := _over_devices(walk, op, x)) is not None:
+            return out
+        if op.name == "ppermute" and not _reaches_all(walk, op):
+            return _unlike(walk, op, x)
+        if op.name == "ppermute" and x.fixed and x.index is None:
+            return x.but()
+        return walk.unknown(op, f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet")
+
+    return _each(op, ins, one)
+
+
+def _reaches_all(walk: Walk, op: Op) -> bool:
+    """Whether a permutation sends something to every microbatch; the others have zeros."""
+    pairs = zip((op.params, op.other.params), walk.axis_sizes, strict=True)
+    return all(len(params["perm"]) >= size for params, size in pairs)
 
 
 @rule("axis_index", uniform=True)
