@@ -120,7 +120,7 @@ def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> i
     pairs = zip(slots, arrays, strict=True)
     sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
     if not sizes and (missing := _closure.as_arguments(fun)):
-        raise ValueError(f"no argument has a batch axis; {missing}")
+        raise ValueError(f"no argument has a batch axis. {missing}")
     by_keyword = [x.argnum for x, array in zip(slots, arrays, strict=True) if isinstance(x.argnum, str) and array.ndim]
     return _check.batch_size(sizes, by_keyword)
 
@@ -164,7 +164,7 @@ def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     names = [name for name, x in kwargs.items() if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))]
     if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with "
+            f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with "
             f"{_check.counted(len(args), 'positional argument')} and, by keyword, {', '.join(kwargs)}. A tuple has "
             f"one entry per positional argument. {_check.by_keyword(names)}"
         )
@@ -182,7 +182,7 @@ def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
         missing = _closure.as_arguments(fun) if count < len(in_axes) else ""
         if missing:
             raise ValueError(
-                f"the function was called with {given}, and in_axes has {len(in_axes)} entries; {missing}"
+                f"the function was called with {given}, and in_axes={in_axes!r} has {len(in_axes)} entries. {missing}"
             )
         raise ValueError(
             f"in_axes has {len(in_axes)} entries and the function was called with {given}; pass "

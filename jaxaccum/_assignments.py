@@ -28,19 +28,27 @@ def unchanged(fn: Callable[..., list[Any]], arrays: Sequence[Any]) -> list[bool]
     return [place == i for i, place in enumerate(_handed_on(jaxpr))]
 
 
-def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be lost."""
-    if isinstance(fun, WithStreams) or not _holds((args, kwargs), "Variable"):
-        return fun(*args, **kwargs)
+def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Callable[[Exception], None]) -> Any:
+    """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be lost.
+
+    `explain` adds a note to an error of the function itself.
+    """
     before, treedef = jax.tree.flatten((args, kwargs))
-    output = fun(*args, **kwargs)
+    try:
+        output = fun(*args, **kwargs)
+    except Exception as error:  # of the user's function
+        explain(error)
+        raise
+    if isinstance(fun, WithStreams) or not _holds((args, kwargs), "Variable"):
+        return output
     if same_objects(before, jax.tree.leaves((args, kwargs))):
         return output
     if (name := _assigned(fun, before, treedef)) is not None:
+        fun_name = getattr(fun, "__name__", "fun")
         raise ValueError(
-            f"fun assigns to argument {name}, a variable of an nnx model, and the assignment would be "
-            "lost. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), which updates the model. "
-            "Where nothing is to be updated, call model.eval() before."
+            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and the assignment "
+            f"would be lost. Write jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which updates "
+            "the model. model.eval() stops the assignment too, but it changes what the model computes."
         )
     return output
 

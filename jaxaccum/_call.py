@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,11 +85,8 @@ class Call:
         return dataclasses.replace(self, outputs=[], shapes=[], returned=[])
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
-        try:
-            return _assignments.call(self.fun, args, kwargs)
-        except Exception as error:  # of the user's function
-            _closure.explain(error, self.fun, size=size, batch_size=self.batch_size)
-            raise
+        explain = functools.partial(_closure.explain, fun=self.fun, size=size, batch_size=self.batch_size)
+        return _assignments.call(self.fun, args, kwargs, explain)
 
     def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
         """The leaves of the output, as the audit names them."""

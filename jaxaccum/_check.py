@@ -175,7 +175,7 @@ def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -
 def by_keyword(names: Sequence[str]) -> str:
     """What to write where the arguments of these names hold arrays and are passed by keyword."""
     entries = ", ".join(f'"{name}": 0' for name in dict.fromkeys(names))
-    return f"Write in_axes={{{entries}}}, by name, without those that hold no examples."
+    return f"Write in_axes={{{entries}}}: the keyword arguments that hold examples; leave out the others."
 
 
 def counted(number: int, noun: str) -> str:

@@ -41,7 +41,8 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
     """Note on an error of the user's function at which size it came up, and what it closes over that may not fit."""
     if size == batch_size:
         return
-    said = f"jaxaccum called it for a microbatch of {size} of the batch's {batch_size} examples."
+    name = getattr(fun, "__name__", "the function")
+    said = f"jaxaccum called {name} with a microbatch of {size} of the batch's {batch_size} examples."
     named = [f"{name}, {x.dtype}{list(x.shape)}" for name, x in of_length(fun, batch_size)]
     if named:
         names = " and ".join(name.split(",")[0] for name in named)
@@ -51,8 +52,8 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
         )
     else:
         said += (
-            " Where examples come in groups, pass a microbatch_size that is a multiple of the group's size and that "
-            "divides the batch."
+            " Where examples come in groups, pass a microbatch_size that is a multiple of the group's size and "
+            "that divides the batch."
         )
     error.add_note(said)
 
@@ -70,10 +71,10 @@ def as_arguments(fun: Any) -> str:
     parameters = ", ".join([*own, *roots])
     called, definition = name, f"def {name}({parameters})"
     if name == "<lambda>":
-        called, definition = "the function", f"lambda {parameters}: …"
+        called, definition = "The function", f"lambda {parameters}: …"
     return (
-        f"{called} closes over {', '.join(shown)}{more}: what belongs to the batch must be an argument. Write "
-        f"{definition}, with one entry in in_axes for each argument."
+        f"{called} closes over {', '.join(shown)}{more}. What belongs to the batch must be an argument, so that it can "
+        f"be cut into microbatches: write {definition}, pass the same to the call, and give in_axes one entry for each."
     )
 
 

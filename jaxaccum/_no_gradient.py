@@ -66,10 +66,11 @@ def refusal(name: str, tag: str, *, whole: bool) -> str:
     """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments alone."""
     entry = {"Max": "take the maximum of it", "Min": "take the minimum of it"}.get(tag, "take its last entry")
     stacked = f"Return Stack(x) and {entry}, or Mean(x, 1) for the mean over microbatches."
-    mend = "It depends on whole arguments alone, so return it without a tag." if whole else stacked
+    untagged = "It depends only on arguments that are not cut into microbatches, so return it without a tag."
+    mend = untagged if whole else stacked
     return (
-        f"a derivative is asked of {name}, and {tag} passes none: the gradient would miss what goes "
-        f"through it. {mend} Where no derivative is meant, return it as auxiliary output (has_aux), or "
+        f"the derivative of {name} is needed, and its tag {tag} passes none: the gradient would miss what "
+        f"goes through it. {mend} Where no derivative is meant, return it as auxiliary output (has_aux), or "
         "read it under jax.lax.stop_gradient."
     )
 

@@ -170,7 +170,7 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
         _check_array(name, x)
         is_mean = jnp.shape(x) == () and jnp.issubdtype(dtype_of(x), jnp.floating)
         if padded or not is_mean:
-            reader.without_tag(name, x, _padded(name) if padded and is_mean else _untagged(name, x))
+            reader.without_tag(name, x, _padded(name) if padded and is_mean else _untagged(name, x, reader.size))
             return x
         # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
@@ -336,11 +336,13 @@ def _padded(name: str) -> str:
     )
 
 
-def _untagged(name: str, x: Any) -> str:
+def _untagged(name: str, x: Any, size: int) -> str:
+    shape = jnp.shape(x)
+    likely = "Concat(x) for one row per example" if shape[:1] == (size,) else "Sum(x) for a sum over examples"
     return (
-        f"{name} is {dtype_of(x)}{list(jnp.shape(x))} without a tag, so nothing says how it combines over "
-        "microbatches (a floating scalar declares a mean over examples; what depends on whole arguments alone needs "
-        f"no tag, and this depends on the microbatch, or on no argument). Wrap it in {_TAGS}."
+        f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over microbatches. Wrap "
+        f"it in {likely}, or another of {_TAGS}. Only a floating scalar, a mean over examples, and what is computed "
+        "from arguments that are not cut need no tag; a constant may depend on the microbatch's size."
     )
 
 

@@ -46,11 +46,15 @@ def refusal(
 
     `is_whole` says for each trace which of the arrays that it reads are whole.
     """
+    refused = []
     for i, untagged in enumerate(outputs.whole, start=len(outputs.parts)):
         pairs = zip(traces, is_whole, strict=True)
         if not all(one.is_of(i, whole) for one, whole in pairs):
-            return untagged.refusal
-    return None
+            refused.append(untagged)
+    if not refused:
+        return None
+    others = ", ".join(one.name for one in refused[1:])
+    return refused[0].refusal + (f" The same holds for {others}." if others else "")
 
 
 def separated(one: Trace, outputs: Outputs, given_axes: Sequence[frozenset[str]]) -> Whole:

@@ -98,7 +98,7 @@ def test_an_inexact_loss_is_warned_of_with_its_line(name, call):
     what, where, fix = str(caught[0].message).splitlines()
     assert re.search(rf"{loss.__name__} is not exact over microbatches: .+", what)
     assert f"{__file__}:{line(mark)} in {loss.__name__}" in where
-    assert re.search(rf"write: .*{write}", fix)
+    assert re.search(rf"fix: .*{write}", fix)
     assert normwise(CALLS[call](mended, num_microbatches=4)(W, BATCH), expected) <= EXACT
 
 
@@ -330,6 +330,46 @@ def test_a_statistic_of_one_device_is_warned_of_even_without_microbatches():
     grad = jaxaccum.grad(root_mean_square, num_microbatches=1, mesh_axes="devices")
     with pytest.warns(InexactWarning, match="root_mean_square is not exact"):
         jax.shard_map(grad, **spec)(W, BATCH)
+
+
+def test_one_microbatch_on_each_device_of_a_loss_that_spans_the_devices_is_the_whole_batch():
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def centred(w, x):
+        y = x @ w
+        return jnp.mean((y - jax.lax.pmean(jnp.mean(y), "devices")) ** 2)
+
+    def grad(count, audit):
+        own = jaxaccum.grad(centred, num_microbatches=count, mesh_axes="devices", audit=audit)
+        return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
+
+    expected = jax.grad(lambda w: jnp.var(X @ w))(W)
+    assert normwise(grad(1, "raise")(W, X), expected) <= EXACT
+    with pytest.warns(InexactWarning, match="centred is not exact"):
+        assert normwise(grad(2, "warn")(W, X), expected) > EXACT
+
+
+def test_other_outputs_that_are_inexact_are_named():
+    """One warning speaks of one cause; the others are not left to be found one by one."""
+    aux = lambda x: {"largest": jnp.max(x), "count": Mean(jnp.sum(x), len(x)), "deviation": jnp.std(x)}
+    loss = lambda w, x: (jnp.mean((x @ w) ** 2), aux(x))
+    with pytest.warns(InexactWarning) as caught:
+        jaxaccum.grad(loss, num_microbatches=2, has_aux=True)(W, X)
+    first = str(caught[0].message).splitlines()[0]
+    assert "aux['deviation']" in first
+    assert "aux['largest']" in first
+    assert "aux['count']" not in first
+
+
+def test_what_key_draws_is_no_remedy_for_a_place():
+    def loss(w, x, key):
+        times = (jax.random.uniform(key, ()) + jnp.arange(float(len(x)))) / len(x)
+        return jnp.mean((x @ w) * times)
+
+    for role, said in ((jaxaccum.KEY, True), (None, False)):
+        with pytest.warns(InexactWarning) as caught:
+            jaxaccum.grad(loss, num_microbatches=2, in_axes=(None, 0, role))(W, X, jax.random.key(0))
+        assert ("EXAMPLE_KEY" in str(caught[0].message)) is said
 
 
 # -- closures ---------------------------------------------------------------------------------------------------------

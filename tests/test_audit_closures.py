@@ -178,17 +178,17 @@ def test_a_batch_that_is_closed_over_is_named_with_the_line_to_write():
 
     said = r"loss_fn closes over batch\['image'\] \(float64\[6, 3\]\), batch\['label'\] \(int64\[6\]\)"
     for options, first in (
-        ({}, "called with 1 positional argument, and in_axes has 2 entries"),
+        ({}, r"called with 1 positional argument, and in_axes=\(None, 0\) has 2 entries"),
         ({"in_axes": (None,)}, "no argument has a batch axis"),
     ):
         for call in (jaxaccum.value_and_grad, jaxaccum.grad, jaxaccum.microbatch):
-            with pytest.raises(ValueError, match=rf"{first}; {said}") as caught:
+            with pytest.raises(ValueError, match=rf"{first}. {said}") as caught:
                 call(loss_fn, num_microbatches=2, **options)(W)
-            assert "Write def loss_fn(params, batch)" in str(caught.value)
+            assert "write def loss_fn(params, batch)" in str(caught.value)
 
 
 def test_a_lambda_and_nothing_closed_over():
-    with pytest.raises(ValueError, match=r"the function closes over x .* Write lambda w, x: …"):
+    with pytest.raises(ValueError, match=r"The function closes over x .* write lambda w, x: …"):
         jaxaccum.grad((lambda x: lambda w: jnp.mean(x @ w))(X), num_microbatches=2)(W)
     with pytest.raises(ValueError, match="pass one entry per argument"):
         jaxaccum.grad(lambda w: jnp.mean(w), num_microbatches=2)(W)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, INEXACT, data, normwise
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -192,6 +192,7 @@ A_SUM_NO_MORE = {("straight through", place) for place in APPLIED} - {
 RULED = sorted({(rule, place) for rule in BACKWARD for place in APPLIED} - A_SUM_NO_MORE)
 
 
+@INEXACT
 @pytest.mark.parametrize(("rule", "place"), RULED)
 def test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent(rule, place):
     (function, linear), (apply, same) = BACKWARD[rule], APPLIED[place]
@@ -218,6 +219,7 @@ def test_verdicts(name):
         assert_exact(loss, W, BATCH, partitions=[2, 4])
 
 
+@INEXACT
 def test_the_numbers_refute_a_coupled_forward_rule():
     """It runs under differentiation alone, so that evaluation shows nothing."""
     loss = LOSSES["a forward rule of its own"][0]

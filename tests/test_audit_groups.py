@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, data, normwise, same
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
@@ -151,6 +151,7 @@ ONE = {
     "root": (lambda w, b: jnp.sqrt(jnp.mean((b["x"][0] @ w) ** 2)), "mean"),
     "sum": (lambda w, b: jaxaccum.Sum(jnp.sqrt(jnp.mean((b["x"][0] @ w) ** 2))), "sum"),
     "tokens": (lambda w, b: Mean(jnp.sum((b["x"][0] @ w) ** 2 * b["mask"][0]), jnp.sum(b["mask"][0])), "tokens"),
+    "a count of its own": (lambda w, b: Mean(jnp.sum((b["x"] @ w) ** 2), b["mask"][0, 1] + 1), "tokens"),
     "squeezed": (lambda w, b: jnp.mean(jnp.squeeze(b["x"], 0) @ w), "mean"),
 }
 
@@ -173,6 +174,26 @@ def test_a_loss_that_is_written_for_one_example(name):
     if name != "squeezed":
         with pytest.warns(InexactWarning, match="examples are picked by their place"):
             jaxaccum.grad(loss, microbatch_size=2)(w, ROWS)
+
+
+def test_extrema_that_are_written_for_one_example():
+    x, flags = ROWS["x"], ROWS["x"][:, 0, 0] > 0
+    fun = lambda x, flag: (jaxaccum.Max(x[0, 0]), jaxaccum.Min(-x[0, 0]), jaxaccum.Max(flag[0]))
+    options = {"in_axes": (0, 0), "microbatch_size": 1, "audit": "raise"}
+    most, least, any_ = jaxaccum.microbatch(fun, **options)(x, flags)
+    assert same((most, least, any_), (jnp.max(x[:, 0], 0), -jnp.max(x[:, 0], 0), jnp.any(flags)))
+
+
+def test_any_and_all_are_extrema():
+    """Of booleans; of integers they are bits."""
+    flags = ROWS["x"][:, 0, 0] > 0
+    fun = lambda x: (jaxaccum.Max(jnp.any(x)), jaxaccum.Min(jnp.all(x)))
+    for n in (2, 3):
+        options = {"in_axes": (0,), "num_microbatches": n, "audit": "raise"}
+        assert jaxaccum.microbatch(fun, **options)(flags) == (bool(jnp.any(flags)), bool(jnp.all(flags)))
+    bits = lambda x: jaxaccum.Max(jnp.bitwise_or.reduce(x))
+    with pytest.warns(InexactWarning, match="no maximum"):
+        jaxaccum.microbatch(bits, in_axes=(0,), num_microbatches=3)(jnp.arange(6))
 
 
 def test_one_example_beside_all_of_them_is_inexact():

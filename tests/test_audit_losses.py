@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, INEXACT, data, normwise
 from jax import lax
 
 import jaxaccum
@@ -244,6 +244,7 @@ def _as_the_libraries_are_used():
         yield
 
 
+@INEXACT
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence:DeprecationWarning")
@@ -258,6 +259,7 @@ def test_exact_is_what_the_numbers_say(name):
     assert {finding.kind for finding in report.findings} <= {"assumption"} if exact else report.findings
 
 
+@INEXACT
 def test_an_exact_report_says_that_it_rests_on_numbers_that_are_not_nan():
     loss = EXACT_LOSSES["nanmean"]
     (finding,) = jaxaccum.audit(loss, W, BATCH).findings

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, INEXACT, UNDECIDED, data, normwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -97,6 +97,7 @@ def collectives(w, x):
     return loss + index * jnp.sum(gathered * z), index * jnp.sum(shifted, axis=(1, 2))
 
 
+@UNDECIDED
 @pytest.mark.parametrize("memory", ["min", "store"])
 def test_every_collective(memory):
     def ours(w, x):
@@ -111,6 +112,7 @@ def test_every_collective(memory):
     assert normwise(actual, jax.value_and_grad(truth, (0, 1), has_aux=True)(W["a"], Y)) < EXACT
 
 
+@INEXACT
 @given(st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3), st.sampled_from(["min", "store", None]))
 @settings(max_examples=settings.default.max_examples // 10)  # each draw compiles twice
 def test_drawn_programs(mixers, memory):
@@ -135,6 +137,7 @@ def test_drawn_programs(mixers, memory):
     assert normwise(actual, jax.jit(jax.value_and_grad(truth, has_aux=True))(W, X)) < EXACT
 
 
+@UNDECIDED
 def test_extrema_are_differentiated_as_reduce_max():
     """Ties included: every equal maximum gets its share."""
     x = X.at[3].set(X[5]).at[0].set(jnp.minimum(X[0], 0))
@@ -162,6 +165,7 @@ def test_a_weight_that_depends_on_collectives():
     assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X)) < EXACT
 
 
+@UNDECIDED
 def test_a_shifted_parameter_is_the_parameter():
     """A collective of what every microbatch has alike."""
     ring = [(i, (i + 1) % N) for i in range(N)]
@@ -183,6 +187,7 @@ def test_a_statistic_that_two_stages_read():
     assert normwise(actual, jax.jit(jax.value_and_grad(ja.full_batch(fun)))(W, X)) < EXACT
 
 
+@INEXACT
 @pytest.mark.parametrize("memory", ["min", "store"])
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_a_rank_is_that_among_all_examples(n, memory):
@@ -241,6 +246,7 @@ def test_gradients_of_low_precision_parameters_are_summed_in_float32():
     assert normwise(grads, widened) < 4 * jnp.finfo(jnp.bfloat16).eps
 
 
+@UNDECIDED
 def test_adjoints_of_low_precision_statistics_are_summed_in_float32():
     """1024 microbatches each add 1 to the cotangent of one bfloat16 number, which stalls at 256."""
     n, one = 1024, jnp.bfloat16(1)

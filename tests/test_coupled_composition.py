@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import EXACT, data, normwise
+from helpers import EXACT, INEXACT, data, normwise
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -123,6 +123,7 @@ INSIDE = {
 }
 
 
+@INEXACT
 @pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside(name):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import EXACT, normwise, refused
+from helpers import EXACT, INEXACT, UNDECIDED, normwise, refused
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -34,6 +34,7 @@ def whole_norm(w, x):
     return jnp.mean(jnp.tanh(h * w["b"][None]) ** 4)
 
 
+@UNDECIDED
 def test_batch_normalization_over_devices_and_microbatches():
     mesh = mesh_of((4, 2), "manual")
     step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
@@ -147,6 +148,7 @@ def contrastive(axes, *, global_labels=True):
     return fun
 
 
+@INEXACT
 @pytest.mark.parametrize("memory", ["min", None, "store"])
 def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
     right, mesh, both = jax.value_and_grad(whole_contrastive)(W, X), mesh_of((4, 2), "manual"), ("data", "microbatch")
@@ -189,6 +191,7 @@ EXCHANGES = {
 }  # fmt: skip
 
 
+@INEXACT
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_collectives_over_devices_and_microbatches(name):
     """The oracle is one axis of 16 that `jax.vmap` maps over."""
@@ -211,6 +214,7 @@ def gathered_twice(w, x):
     return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, place[:, None], axis=1)[:, 0])
 
 
+@INEXACT
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
 @pytest.mark.parametrize("fun", [contrastive(("data", "microbatch")), gathered_twice], ids=["at once", "axis by axis"])
 def test_gathered_losses_are_transformed_from_outside(fun, check_vma):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import INEXACT
 
 from experiments import __main__ as cli
 from experiments import (
@@ -63,6 +64,7 @@ def test_bert_attributes_the_difference_and_leaves_rounding():
     assert rows["schedule and decay"]["Δ loss alone"] != 0
 
 
+@INEXACT
 @pytest.mark.usefixtures("compiling_fast")
 def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     monkeypatch.setitem(contrastive.WAYS, "exact", contrastive.open_clip)

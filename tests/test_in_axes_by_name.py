@@ -245,7 +245,7 @@ ERRORS = {
     ),
     "a list of candidates": (
         lambda: step(in_axes=(None,))(W, batch=BATCH, scale=jnp.ones(6), train=jnp.ones(())),
-        ['in_axes={"batch": 0, "scale": 0}', "without those that hold no examples"],
+        ['in_axes={"batch": 0, "scale": 0}', "leave out the others"],
     ),
     "an axis": (
         lambda: step(in_axes={"batch": 3})(W, batch=BATCH),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXACT, data, normwise, refused
+from helpers import EXACT, INEXACT, UNDECIDED, data, normwise, refused
 from jax import lax
 from jax.experimental import checkify, io_callback
 
@@ -74,6 +74,7 @@ through_microbatch = lambda t: jax.grad(ja.microbatch(scaled_by(t), num_microbat
 plain = lambda t: jax.grad(scaled_by(t))(W, X)
 
 
+@UNDECIDED
 @pytest.mark.parametrize(
     ("outer", "inner"),
     [
@@ -100,6 +101,7 @@ def solved(w, x):
     return jnp.mean(lax.custom_linear_solve(matrix, jnp.tanh(x @ w), solve))
 
 
+@UNDECIDED
 @pytest.mark.parametrize("loss", [growing, solved])
 def test_forward_mode_needs_no_reverse_rule(loss):
     by_rows = lambda w: jnp.mean(jnp.stack([loss(w, X[i : i + 2]) for i in (0, 2, 4)]))
@@ -140,6 +142,7 @@ def remembering(w, x):
     return jnp.mean(ref[...] ** 2)
 
 
+@UNDECIDED
 def test_references_of_the_loss_do_what_they_do_in_jax():
     step = jax.jit(ja.value_and_grad(remembering, num_microbatches=3))
     assert normwise(step(W, X), jax.value_and_grad(lambda w: jnp.mean((X @ w) ** 2))(W)) < EXACT
@@ -248,6 +251,7 @@ def test_a_coupled_state_may_become_a_constant(n):
     assert not state
 
 
+@INEXACT
 def test_a_coupled_loop_of_no_steps():
     def loss(w, x):
         mean = lax.pmean(jnp.mean(x @ w), "microbatch")

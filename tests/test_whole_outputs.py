@@ -302,8 +302,8 @@ def test_what_depends_on_more_is_refused(name):
     says = (
         "output['beside']",
         "without a tag",
-        "whole arguments alone",
-        "Wrap it in Mean(total, weight)",
+        "from arguments that are not cut",
+        "Mean(total, weight)",
     )
     refused(lambda: ja.microbatch(fun, num_microbatches=4, **options)(*args), *says)
     step = ja.value_and_grad(

@@ -253,7 +253,7 @@ def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
         if id(x) in used or isinstance(x, np.ndarray):  # of numpy's arrays JAX keeps a copy
             microbatch = f"a microbatch of {counted(sizes.second, 'example')}"
             shown = f"{name}, {x.dtype}{list(x.shape)}"
-            note = f"the loss closes over {shown}: {microbatch} meets all {sizes.first} rows of it"
+            note = f"the loss closes over {shown}: {microbatch} uses all {sizes.first} rows of it"
             found.append(Finding("closure", None, None, ROWS_ARGUMENT.format(name=name), note=note))
     return found
 

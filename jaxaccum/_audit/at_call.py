@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 
-from jaxaccum._arguments import Slot
+from jaxaccum._arguments import Role, Slot
+from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
 from jaxaccum._program import Options, Program
 from jaxaccum._source import Frame, callers_depth
+from jaxaccum._trace import mentions
 from jaxaccum._types import Array, Fun, WithStreams
 
 
@@ -32,17 +34,33 @@ def check(
 
     `argnums` are the arguments that are differentiated; None says that any may be.
     """
-    one_part = program.partition.num_microbatches == 1 and not program.mesh_axes
-    if options.audit is None or one_part:
+    if options.audit is None or _is_whole(program):
         return
     fun = fun.fun if isinstance(fun, WithStreams) else fun
     report = _report(_Call(fun, program, arrays, argnums), options.axis_name)
     if not report.causes:
         return
-    said = message(fun, report)
+    said = message(fun, report, program.slots)
     if options.audit == "raise":
         raise InexactError(f"{said}\n{report}")
     warnings.warn(said, InexactWarning, stacklevel=callers_depth())
+
+
+def _is_whole(program: Program) -> bool:
+    """Whether there is nothing to combine: one microbatch, on one device or of a loss that itself spans the devices.
+
+    With one microbatch on each device, a BatchNorm over the devices has the whole batch's statistics.
+    """
+    return program.partition.num_microbatches == 1 and (not program.mesh_axes or _spans_devices(program))
+
+
+def _spans_devices(program: Program) -> bool:
+    eqns = [eqn for one in program.traces for axis in program.mesh_axes for eqn in mentions(one.jaxpr, axis)]
+    return any(eqn.primitive.name not in _ON_ONE_DEVICE for eqn in eqns)
+
+
+_ON_ONE_DEVICE = ("pvary", "pcast", "pbroadcast", "axis_index")
+"""Primitives that name an axis of devices, and exchange nothing along it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +136,27 @@ def _signature(call: _Call) -> Any:
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
-def message(fun: Fun, report: AuditReport) -> str:
-    """Three lines: what is inexact, where, and what to write."""
+def message(fun: Fun, report: AuditReport, slots: Sequence[Slot] = ()) -> str:
+    """Three lines: what is inexact, where, and what to write. Of several outputs the first; the others are named."""
     finding = report.causes[0]
     may = "may not be" if finding.kind == "unknown" else "is not"
     named = "" if finding.output == "the loss" else f"{finding.output} of "
     where = _line_of(finding) or _definition(fun)
+    fix = finding.fix or "see jaxaccum.audit"
+    if finding.kind in ("position", "random") and any(slot.role is Role.KEY for slot in slots):
+        fix += "; " + fixes.KEY_DRAWS
     return (
-        f"{named}{_name(fun)} {may} exact over microbatches: {finding.note}\n"
+        f"{named}{_name(fun)} {may} exact over microbatches: {finding.note}{_others(report)}\n"
         f"  at {where}\n"
-        f"  write: {finding.fix or 'see jaxaccum.audit'} (audit=None accepts it)"
+        f"  fix: {fix} [audit=None silences this]"
     )
+
+
+def _others(report: AuditReport) -> str:
+    """The other outputs that are not exact."""
+    first, *rest = dict.fromkeys(cause.output for cause in report.causes)
+    names = [name for name in rest if name != first]
+    return f" (nor is {', '.join(names)}; see jaxaccum.audit)" if names else ""
 
 
 def _name(fun: Fun) -> str:

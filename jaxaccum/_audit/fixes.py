@@ -13,7 +13,9 @@ from jaxaccum._source import Frame
 _NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
 
 _ONCE = "the statistic does not depend on the parameters: compute it once on the full batch and pass it in"
-_BATCH_NORM = "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use GroupNorm"
+_BATCH_NORM = (
+    "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use another norm, as GroupNorm"
+)
 _LAYERS = {
     "flax/nnx/nn/normalization.py": ("axis_name", False),
     "flax/linen/normalization.py": ("axis_name", False),
@@ -28,8 +30,9 @@ _STATISTIC = (
     "where it only normalizes, return jaxaccum.Mean(total, weight)"
 )
 _FIXES = {
-    FaultKind.PAIRWISE: 'gather the other examples, jax.lax.all_gather(z, "{axis}", tiled=True), or take the loss '
-    "of all embeddings outside: z = jaxaccum.microbatch(encode)(params, x) with encode returning jaxaccum.Concat(z)",
+    FaultKind.PAIRWISE: 'gather the other examples, others = jax.lax.all_gather(z, "{axis}", tiled=True), where the '
+    "pairs that match are no longer the diagonal; or take the loss of all embeddings outside: z = "
+    "jaxaccum.microbatch(encode)(params, x) with encode returning jaxaccum.Concat(z)",
     FaultKind.SELECTION: "do this once on the full batch, outside of fun, and pass the result in with the batch",
     FaultKind.STATE: "the loss reads a state that changes from microbatch to microbatch: pass the state whole (None in "
     "in_axes) and update it once, after the step",
@@ -37,7 +40,8 @@ _FIXES = {
     "let the library divide",
     FaultKind.DERIVATIVE: "apply the function before the division by the number of examples: to the value of each "
     "example, or to their sum, as in jaxaccum.Mean(function(jnp.sum(x)), x.size)",
-    FaultKind.POSITION: "pass what belongs to an example as a part of the batch (its index, its row of the table)",
+    FaultKind.POSITION: "a place counts from 0 in every microbatch: make it a part of the batch, as "
+    "jnp.arange(len(x)) of the whole batch",
     FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes, one key per example, and draw under jax.vmap",
     FaultKind.UNKNOWN: "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact",
     FaultKind.COLLECTIVE: "",
@@ -84,12 +88,16 @@ def _normalization(site: Site | None) -> str | None:
 
 
 KEY_ARGUMENT = (
-    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes: one key per example, to draw from "
-    "under jax.vmap"
+    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes, and pass the one key in the call: the "
+    "loss receives one key per example, to draw from under jax.vmap"
 )
 ONE_BY_ONE = (
     "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another generator, "
     'jax.random.key(seed, impl="threefry2x32")'
+)
+KEY_DRAWS = (
+    "what KEY draws depends on the number of microbatches too: use jaxaccum.EXAMPLE_KEY for draws of an example, and a "
+    "key with None in in_axes for draws that all share"
 )
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
@@ -110,7 +118,7 @@ NO_GUARD = (
 )
 ROWS = "return one row per example, the examples along axis 0"
 UNDIVIDED_ROWS = (
-    "return the rows undivided, jaxaccum.Concat(x), and beside them the batch's denominator, as in "
+    "return the rows undivided, jaxaccum.Concat(rows), and the denominator as one more output, "
     "jaxaccum.Sum(jnp.sum(weight)); divide after the step"
 )
 EQUAL = "coupled losses run with equal microbatches: choose num_microbatches that divides the batch, or pad it and mask"

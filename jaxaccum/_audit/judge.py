@@ -161,7 +161,7 @@ def _ratio_of(value: Value) -> int | None:
 
 
 def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
-    if walk.one_by_one and output.tag in ("", "Mean", "Sum") and _of_one_example(values):
+    if walk.one_by_one and output.tag in ("", "Mean", "Sum", "Max", "Min") and _of_one_example(values):
         return _Claim(Verdict.PER_EXAMPLE, True)
     match output.tag:
         case "Mean":
@@ -177,9 +177,13 @@ def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
 
 
 def _of_one_example(values: Sequence[Value]) -> bool:
-    """Whether a loss written for one example came to this, so that its microbatches are its examples."""
-    known = all(v.layout == ONE_EXAMPLE if v.rows else v.fixed for v in values)
-    return known and values[0].rows and all(term.scale.trivial for v in values for term in v.terms)
+    """Whether a loss written for one example came to this, so that its microbatches are its examples.
+
+    A sum over the examples of such a microbatch is the example's own value too.
+    """
+    known = all(v.layout == ONE_EXAMPLE if v.rows else v.fixed or _is_sum(v) for v in values)
+    own = any(v.rows for v in values)
+    return known and own and all(term.scale.trivial for v in values for term in v.terms)
 
 
 def _claim_untagged(walk: Walk, value: Value) -> _Claim:
@@ -198,7 +202,7 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
             Verdict.SUM, False, "a sum without a tag, which declares a mean", fixes.TAG["SUM"], (value.origin,)
         )
     if (weight := _ratio_of(value)) is not None:
-        note = "a ratio without a tag, which declares a mean over examples"
+        note = "a ratio without a tag: each microbatch divides by its own denominator"
         return _Claim(Verdict.RATIO, False, note, fixes.TAG["RATIO"], (value.origin, walk.weights.get(weight)))
     return _mis_scaled(walk, value)
 
@@ -278,7 +282,7 @@ def _claim_rows(walk: Walk, value: Value) -> _Claim:
     if value.kind is Kind.STATISTIC:
         return _claim_statistic(value)
     if plain:
-        note = "the rows of Concat are divided by what one microbatch has: its examples, or its weights"
+        note = "the rows of Concat are divided by a sum over one microbatch: its examples, or its weights"
         return _Claim(Verdict.MIS_SCALED, False, note, fixes.UNDIVIDED_ROWS, (value.origin,))
     note = "Concat of what is not one row per example along axis 0"
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.ROWS, (value.origin,))

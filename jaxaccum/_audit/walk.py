@@ -45,6 +45,7 @@ Shape = tuple[int, ...]
 
 
 _PLACE = "the result depends on the place of an example in its microbatch"
+_OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the whole batch"
 _REPEATED = "the row of one example is repeated to the length of another array"
 _CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN)
 """Faults after which a further meeting of examples is no news."""
@@ -189,10 +190,9 @@ class Walk:
         unclear = any(f.kind is FaultKind.UNKNOWN for v in summaries for f in v.faults)
         origin = next((v.origin for v in summaries or ins if v.origin is not None), None)
         faults: frozenset[Fault] = frozenset()
-        if not unclear and not (
-            known and all(v.kind is Kind.STATISTIC for v in summaries)
-        ):  # else it is a consequence, not a cause
-            note = note or ("a statistic of the whole batch enters" if summaries else "examples meet")
+        consequence = known and all(v.kind is Kind.STATISTIC for v in summaries)
+        if not unclear and not consequence:
+            note = note or (_OF_ONE_MICROBATCH if summaries else "examples meet")
             hoistable = not any(v.params for v in summaries or ins)
             faults = frozenset([self.fault(op, kind, note, origin=origin, hoistable=hoistable)])
         if layout is not None:

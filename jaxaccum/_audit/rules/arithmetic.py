@@ -69,6 +69,8 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         assert row.layout is not None
         return Settled([rows(row.layout, faults=ins[0].faults | ins[1].faults)])
     for x, y in (ins, ins[::-1]):
+        if x.index is Index.MICROBATCH and y.known == 0:  # as JAX writes the index along several axes
+            return Settled([x])
         if x.index is Index.MICROBATCH and y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
             return Settled([dataclasses.replace(x, faults=x.faults | y.faults)])
     return added(walk, op, ins)
@@ -134,6 +136,8 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if ins[0].root is not None and ins[0].number == ins[1].number:
         return Settled([ins[0].root])
     for x, y in (ins, ins[::-1]):
+        if x.index is Index.MICROBATCH and y.known == 1:
+            return Settled([x])
         if x.index is Index.MICROBATCH and _is_batch_size(walk, op, y):
             return dataclasses.replace(x.but(scalar=True), index=Index.START)
     for x, y in (ins, ins[::-1]):

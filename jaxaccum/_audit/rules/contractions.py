@@ -62,7 +62,7 @@ def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
     alike = x.layout.at() == y.layout.at() and len(x.layout.axes) == len(y.layout.axes)
     if not (meet and alike):
         outs = [out for out in (_laid_out(op, x, 0), _laid_out(op, y, 1)) if isinstance(out, Layout)]
-        note = "every example meets every other"
+        note = "examples are compared with each other, and a microbatch holds only some of them"
         return walk.couple(op, ins, kind=FaultKind.PAIRWISE, note=note, layout=outs[0] if outs else None)
     growth = walk.growth(op.shapes(), [a for a in cx if a not in x.layout.axes])
     terms = frozenset(s.times(t.scale * growth) for s in x.terms for t in y.terms)

@@ -220,8 +220,8 @@ def _backward(eqn: Any, floating: list[int]) -> Any:
         by_place = dict(zip(moved, backward(cotangents), strict=True))
         return [*(by_place.get(i, primals[i]) for i in range(len(given))), *values]
 
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (*given, *outvars)]
-    return jax.make_jaxpr(pull)(*shapes)
+    types = [v.aval for v in (*given, *outvars)]  # shapes alone would lose how a mesh divides them
+    return jax.make_jaxpr(pull)(*types)
 
 
 def _debug_info() -> Any:

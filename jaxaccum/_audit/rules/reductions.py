@@ -53,11 +53,19 @@ def _summed_rows(walk: Walk, op: Op, x: Value, axes: list[int]) -> Value:
     return statistic(x.origin or walk.site(op))  # over a part of the examples
 
 
+def _extremum(op: Op) -> str | None:
+    """Of which kind a reduction is: any is the largest of booleans, and all is the smallest."""
+    named = {"reduce_max": "max", "reduce_min": "min"}
+    if op.eqn.invars[0].aval.dtype == bool:
+        named |= {"reduce_or": "max", "reduce_and": "min"}
+    return named.get(op.name)
+
+
 @rule("reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin", uniform=True)
 def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A reduction that is no sum."""
     x, axes = ins[0], {int(a) for a in op.params["axes"]}
-    if x.extremum is not None and op.name == f"reduce_{x.extremum}":
+    if x.extremum is not None and _extremum(op) == x.extremum:
         return statistic(x.origin, extremum=x.extremum)
     if op.name in ("reduce_prod", "reduce_xor") and axes & set(beyond(op.shapes(), x)):
         note = "a product along an axis of the batch's size"
@@ -69,7 +77,7 @@ def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return value
     if not axes & set(value.layout.axes):
         return moved(value, without(value.layout, axes))
-    extremum = {"reduce_max": "max", "reduce_min": "min"}.get(op.name)
+    extremum = _extremum(op)
     clean = len(value.layout.axes) == len(axes & set(value.layout.axes)) and not value.layout.looped
     return dataclasses.replace(
         statistic(x.origin or walk.site(op)),
