@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 import jaxaccum
 from experiments import _report
 from experiments.models import bert, decoder
-from jaxaccum._flops import flops
+from jaxaccum._jaxpr.flops import flops
 from jaxaccum.testing import collectives
 
 Loss = Callable[[Any, Any], jax.Array]

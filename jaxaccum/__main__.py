@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxaccum._audit import AuditReport, Verdict
-from jaxaccum._audit_function import audit
+from jaxaccum._tools.audit import audit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

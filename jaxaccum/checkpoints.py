@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._tree import leaves_with_names
-from jaxaccum._types import PyTree
+from jaxaccum._base.trees import leaves_with_names
+from jaxaccum._base.types import PyTree
 
 try:
     import orbax.checkpoint as ocp

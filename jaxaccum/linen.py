@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxaccum import _batch_norm
-from jaxaccum._types import Array
+from jaxaccum._base.types import Array
+from jaxaccum._flax import batch_norm
 
 __all__ = ["BatchNorm"]
 
@@ -75,23 +75,23 @@ class BatchNorm(nn.BatchNorm):
         Returns:
             The normalized input, of its shape; masked entries are normalized too.
         """
-        rule = _batch_norm.rule(self.statistics)
+        rule = batch_norm.rule(self.statistics)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        axes = _batch_norm.reduced_axes(x.ndim, self.axis)
+        axes = batch_norm.reduced_axes(x.ndim, self.axis)
         shape = [size for axis, size in enumerate(x.shape) if axis not in axes]
-        widen = _batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype
-        kind = _batch_norm.mean_dtype(widen(self.param_dtype), x.dtype)
+        widen = batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype
+        kind = batch_norm.mean_dtype(widen(self.param_dtype), x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, kind)
         var = self.variable("batch_stats", "var", jnp.ones, shape, widen(self.param_dtype))
         used = mean.value, var.value
         if not use_running_average:
             across = {} if self.is_initializing() else {"axis_name": self.axis_name, "groups": self.axis_index_groups}
-            new = _batch_norm.moments(x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across)
+            new = batch_norm.moments(x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across)
             used = new.mean, new.variance
             if not self.is_initializing():
                 old = mean.value, var.value
-                mean.value, var.value = _batch_norm.update(old, new, momentum=self.momentum, rule=rule)
+                mean.value, var.value = batch_norm.update(old, new, momentum=self.momentum, rule=rule)
         scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        y = _batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
-        return y.astype(self.dtype or _batch_norm.output_dtype(x, scale, bias))
+        y = batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
+        return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum import _arguments, _batch_norm, _check, _value_and_grad
-from jaxaccum._accumulators import Sums
-from jaxaccum._graph import IN_AXES, Models, holds_modules
-from jaxaccum._in_axes import ArgumentAxes
-from jaxaccum._types import CARRY, Array, Audit, Fun, InAxes, Split
+from jaxaccum._base.types import CARRY, Array, Audit, Fun, InAxes, Split
+from jaxaccum._flax import batch_norm
+from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
+from jaxaccum._program import argument_slots, validate
+from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._transforms.value_and_grad import value_and_grad as _value_and_grad
+from jaxaccum.accumulators._record import Sums
 
 __all__ = ["BatchNorm", "grad", "value_and_grad"]
 
@@ -127,14 +129,14 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def accumulated(*args: Any, **kwargs: Any) -> Any:
-        axes = _arguments.assigned(in_axes, args, kwargs, fun)
+        axes = argument_slots.assigned(in_axes, args, kwargs, fun)
         given = argnums if isinstance(argnums, tuple | list) else (argnums,)
-        numbers = _check.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional)
+        numbers = validate.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional)
         filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
         _check_models(axes, args, kwargs)
         models = Models.among(args, dict(zip(numbers, filters, strict=True)), example_streams)
         own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)  # the states come after the arguments
-        step = _value_and_grad.value_and_grad(
+        step = _value_and_grad(
             models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=own, **options
         )
         (value, (aux, state, streams), *report), grads = step(*models.arguments(args), **kwargs)
@@ -264,14 +266,14 @@ class BatchNorm(nnx.BatchNorm):
         num_features: int,
         *,
         axis_name: str | Sequence[str] | None = "microbatch",
-        statistics: _batch_norm.Statistics = "flax",
+        statistics: batch_norm.Statistics = "flax",
         rngs: nnx.Rngs,
         **options: Any,
     ):
         # Flax takes several axes, and its types do not say so.
         super().__init__(num_features, axis_name=axis_name, rngs=rngs, **options)  # pyright: ignore[reportArgumentType]
-        self.statistics: _batch_norm.Statistics = _batch_norm.rule(statistics)
-        dtype = _batch_norm.at_least_float32(self.param_dtype)
+        self.statistics: batch_norm.Statistics = batch_norm.rule(statistics)
+        dtype = batch_norm.at_least_float32(self.param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), dtype))
         self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.finfo(dtype).dtype))
 
@@ -296,7 +298,7 @@ class BatchNorm(nnx.BatchNorm):
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         with jax.numpy_dtype_promotion("standard"):
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
-        axes = _batch_norm.reduced_axes(x.ndim, self.axis)
+        axes = batch_norm.reduced_axes(x.ndim, self.axis)
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(self.mean[...]):
             raise TypeError(
                 f"BatchNorm keeps its running mean in {self.mean[...].dtype}, and the input is {x.dtype}; pass "
@@ -304,8 +306,8 @@ class BatchNorm(nnx.BatchNorm):
             )
         if not running:
             across: dict[str, Any] = {"axis_name": self.axis_name, "groups": self.axis_index_groups}
-            new = _batch_norm.moments(x, axes, dtype=_batch_norm.at_least_float32(x.dtype), mask=mask, **across)
+            new = batch_norm.moments(x, axes, dtype=batch_norm.at_least_float32(x.dtype), mask=mask, **across)
             old, mean, var = (mean, var), new.mean, new.variance
-            self.mean[...], self.var[...] = _batch_norm.update(old, new, momentum=self.momentum, rule=self.statistics)
-        y = _batch_norm.normalize(x, mean, var, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
-        return y.astype(self.dtype or _batch_norm.output_dtype(x, scale, bias))
+            self.mean[...], self.var[...] = batch_norm.update(old, new, momentum=self.momentum, rule=self.statistics)
+        y = batch_norm.normalize(x, mean, var, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
+        return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))

@@ -53,32 +53,32 @@ ROWS = [
         "test_audit_closures.py::test_a_key_is_named_where_every_microbatch_draws_the_same_numbers",
     ),
     (
-        "every device takes every n-th row", "_explicit.py",
+        "every device takes every n-th row", "_transforms/explicit_mesh.py",
         "mesh_axes=(*outer, *self.axes),", 'split="strided", mesh_axes=(*outer, *self.axes),',
         "test_data_parallel.py::test_groups_of_adjacent_rows_stay_together",
     ),
     (
-        "global arrays are cut across their shards", "_explicit.py",
+        "global arrays are cut across their shards", "_transforms/explicit_mesh.py",
         "dataclasses.replace(self.options, blocks=self.shards)", "self.options",
         "test_data_parallel.py::test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says",
     ),
     (
-        "the keys of every block are those of the first", "_batch.py",
+        "the keys of every block are those of the first", "_program/microbatches.py",
         "starts = jnp.arange(self.blocks, dtype=jnp.int32) *", "starts = jnp.zeros(self.blocks, dtype=jnp.int32) *",
         "test_data_parallel.py::test_example_keys_are_those_of_the_whole_batch_under_either_split",
     ),
     (
-        "the whole batch is predicted like a loop", "_plan.py",
+        "the whole batch is predicted like a loop", "_tools/plan.py",
         "return sorted({small, loops[-1], *self.ends, *whole})", "return sorted({small, loops[-1], *self.ends})",
         "test_plan.py::test_the_whole_batch_may_fit_where_no_loop_does",
     ),
     (
-        "a plan lists what fun refuses", "_plan.py",
+        "a plan lists what fun refuses", "_tools/plan.py",
         "return list(found), tuple(errors), any(found.values())", "return sizes, tuple(errors), any(found.values())",
         "test_plan.py::test_a_function_of_groups_is_planned_at_sizes_that_it_accepts",
     ),
     (
-        "a gradient has the type of its parameter", "_mesh.py",
+        "a gradient has the type of its parameter", "_devices/varying.py",
         "unreduced=own.reduced, reduced=own.unreduced", "unreduced=own.unreduced, reduced=own.reduced",
         "test_data_parallel.py::test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types",
     ),
@@ -98,7 +98,7 @@ ROWS = [
         "test_audit_advice.py::test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own",
     ),
     (
-        "the call asks no audit", "_value_and_grad.py",
+        "the call asks no audit", "_transforms/value_and_grad.py",
         "        at_call.check(fun, options, program, arrays, numbers)\n", "",
         "test_audit_at_call.py::test_an_inexact_loss_is_warned_of_with_its_line",
     ),
@@ -115,8 +115,28 @@ ROWS = [
     ),
     (
         "the call takes one microbatch on each device for the whole batch", "_audit/at_call.py",
-        "num_microbatches == 1 and not program.mesh_axes", "num_microbatches == 1",
+        "num_microbatches == 1 and (not program.mesh_axes or _spans_devices(program))", "num_microbatches == 1",
         "test_audit_at_call.py::test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
+    ),
+    (
+        "a cast on one device is taken for an exchange between them", "_audit/at_call.py",
+        "any(eqn.primitive.name not in _ON_ONE_DEVICE for eqn in eqns)", "any(True for eqn in eqns)",
+        "test_audit_at_call.py::test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
+    ),
+    (
+        "rows that go around are as they were", "_audit/rules/collectives.py",
+        'op.name == "ppermute" and x.fixed and x.index is None', 'op.name == "ppermute"',
+        "test_audit.py::test_what_every_microbatch_has_alike_may_go_around",
+    ),
+    (
+        "bits of integers are their maximum", "_audit/rules/reductions.py",
+        "if op.eqn.invars[0].aval.dtype == bool:", "if True:",
+        "test_audit_groups.py::test_any_and_all_are_extrema",
+    ),
+    (
+        "the first of several inexact outputs is named alone", "_audit/at_call.py",
+        "names = [name for name in rest if name != first]", "names: list[str] = []",
+        "test_audit_at_call.py::test_other_outputs_that_are_inexact_are_named",
     ),
     (
         "a key that the call declares is news", "_audit/judge.py",
@@ -130,7 +150,7 @@ ROWS = [
         "test_audit_at_call.py::test_a_carried_key_is_a_random_stream_and_a_carried_number_is_not",
     ),
     (
-        "a strided split keeps groups together", "_batch.py",
+        "a strided split keeps groups together", "_program/microbatches.py",
         "        adjacent = self.split == \"contiguous\"\n", "        adjacent = True\n",
         "test_audit_groups.py::test_what_the_audit_says_is_what_the_numbers_say",
     ),
@@ -145,12 +165,12 @@ ROWS = [
         "test_audit_groups.py::test_batch_norm_of_one_device_is_no_batch_norm_of_all",
     ),
     (
-        "literals are compared by their values", "_derived_once.py",
+        "literals are compared by their values", "_jaxpr/derived_once.py",
         "    return v.aval, np.asarray(v.val).tobytes()\n", "    return v.aval, float(np.asarray(v.val).real)\n",
         "test_derived_once.py::test_what_differs_in_a_number_is_another_kind",
     ),
     (
-        "equal types make equal equations", "_derived_once.py",
+        "equal types make equal equations", "_jaxpr/derived_once.py",
         "(name, type(x), _exact(x)) for name, x in sorted", "(name, type(x)) for name, x in sorted",
         "test_derived_once.py::test_what_differs_in_a_number_is_another_kind",
     ),

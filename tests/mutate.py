@@ -1,7 +1,7 @@
 """Which rules does no test hold? Faults drawn systematically from a module's source, one at a time.
 
-    python tests/mutate.py jaxaccum/_batch.py             # run the tests that `TESTS` names for it
-    python tests/mutate.py jaxaccum/_batch.py --list      # the faults alone
+    python tests/mutate.py jaxaccum/_program/microbatches.py             # run the tests that `TESTS` names for it
+    python tests/mutate.py jaxaccum/_program/microbatches.py --list      # the faults alone
 
 Every comparison is negated and moved by one; every guard, operand of `and` and selection is
 dropped; every axis, reduction, sign and whole number is changed. A fault that no test notices is
@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from mutations import ROOT, copy_tree
 
 TESTS = {
-    "_batch.py": ["test_small_rules.py", "test_partition.py", "test_tags.py"],
-    "_mesh.py": ["test_small_rules.py", "test_mesh.py", "test_data_parallel.py"],
-    "_multisteps.py": ["test_multisteps.py", "test_multisteps_errors.py"],
-    "_reduce.py": ["test_small_rules.py", "test_tags.py"],
-    "_tree.py": ["test_small_rules.py", "test_tags.py"],
+    "_program/microbatches.py": ["test_small_rules.py", "test_partition.py", "test_tags.py"],
+    "_devices/varying.py": ["test_small_rules.py", "test_mesh.py", "test_data_parallel.py"],
+    "_host_loop/multisteps.py": ["test_multisteps.py", "test_multisteps_errors.py"],
+    "_program/reductions.py": ["test_small_rules.py", "test_tags.py"],
+    "_base/trees.py": ["test_small_rules.py", "test_tags.py"],
 }
 """The tests of each file, the fastest first."""
 SAME = {
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="modules of jaxaccum, as jaxaccum/_batch.py"
+        "files", nargs="+", metavar="FILE", help="modules of jaxaccum, as jaxaccum/_program/microbatches.py"
     )
     parser.add_argument("--list", action="store_true", help="print the faults, and run nothing")
     parser.add_argument(

@@ -10,7 +10,7 @@ from helpers import EXACT, data, normwise
 
 import jaxaccum
 from jaxaccum import Mean, Sum
-from jaxaccum._closure import closed_over, name_of
+from jaxaccum._program.closures import closed_over, name_of
 
 W, X = data(3), data(6, 3, seed=1)
 WEIGHT = jnp.arange(1.0, 7.0)

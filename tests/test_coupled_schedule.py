@@ -12,7 +12,9 @@ from helpers import refused
 from jax import lax
 
 import jaxaccum as ja
-from jaxaccum import _coupled, _prepare, _program
+from jaxaccum import _coupled
+from jaxaccum._program import prepare
+from jaxaccum._program.program import Options
 
 AXIS, FLOAT = "microbatch", jnp.float32
 shape = lambda *dims: jax.ShapeDtypeStruct(dims, FLOAT)
@@ -127,8 +129,8 @@ def predicted(name, memory):
     found = []
 
     def record(params, batch):
-        options = _program.Options(num_microbatches=n, memory=memory)
-        program, _ = _prepare.prepare(loss, options, (params, batch), {}, argnums=(0,), loss=True)
+        options = Options(num_microbatches=n, memory=memory)
+        program, _ = prepare.prepare(loss, options, (params, batch), {}, argnums=(0,), loss=True)
         wrt = tuple(i for i, slot in enumerate(program.slots) if slot.argnum == 0)
         found.append(_coupled.schedule(program, wrt))
         return 0

@@ -9,7 +9,7 @@ from helpers import data
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum._derived_once import as_calls
+from jaxaccum._jaxpr.derived_once import as_calls
 
 X, W = data(4, 3), data(3, 3, seed=1)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import data, same
 
-from jaxaccum import _example_keys
+from jaxaccum._program import example_keys
 
 SIZE = 4
 IMPLS = pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -24,7 +24,7 @@ def keys_of(impl):
 
 def joined(impl, *larger):
     """The key that holds them; `larger` are the shapes that twice as many examples draw."""
-    return _example_keys.joined(*keys_of(impl), frozenset(larger))
+    return example_keys.joined(*keys_of(impl), frozenset(larger))
 
 
 def one_by_one(draw, keys, axis=0):
@@ -122,16 +122,16 @@ def test_a_map_over_keys_maps_those_of_every_example():
 def test_the_key_of_the_stream_comes_out(impl):
     stream, _ = keys_of(impl)
     key = joined(impl)
-    assert _example_keys.is_joined(key.dtype)
-    assert not _example_keys.is_joined(stream.dtype)
-    assert not _example_keys.is_joined(data(1).dtype)
+    assert example_keys.is_joined(key.dtype)
+    assert not example_keys.is_joined(stream.dtype)
+    assert not example_keys.is_joined(data(1).dtype)
     data_of = jax.random.key_data
-    assert same(_example_keys.stream_data(key), data_of(stream))
+    assert same(example_keys.stream_data(key), data_of(stream))
     assert same(
-        _example_keys.stream_data(jax.random.split(key, 2)), data_of(jax.random.split(stream, 2))
+        example_keys.stream_data(jax.random.split(key, 2)), data_of(jax.random.split(stream, 2))
     )
     assert same(
-        _example_keys.stream_data(jax.random.fold_in(key, 5)),
+        example_keys.stream_data(jax.random.fold_in(key, 5)),
         data_of(jax.random.fold_in(stream, 5)),
     )
 
@@ -141,7 +141,7 @@ def test_arrays_of_keys_hold_those_of_every_example():
     stream, _ = keys_of("threefry2x32")
     layers = jax.random.split(stream, 3)
     keys = jnp.stack([jax.random.split(key, SIZE) for key in layers])
-    key = _example_keys.joined(layers, keys, frozenset([(8, 2)]))
+    key = example_keys.joined(layers, keys, frozenset([(8, 2)]))
     assert key.shape == (3,)
     for own, alone in zip(key, keys, strict=True):
         assert same(

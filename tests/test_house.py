@@ -12,33 +12,20 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = [
-    ["_types", "_source", "_jaxprs"],
-    ["_tree", "_mesh", "_batch", "_flops"],
-    ["_derived_once"],
-    ["_running_sums", "_reversible", "_example_keys"],
-    [
-        "_check", "_closure", "_in_axes", "_no_gradient", "_tags", "_reduce", "_trace", "_moments", "_assignments",
-        "_streams",
-    ],
-    ["_accumulators", "_arguments", "_outputs", "_returned", "_batch_norm", "_graph", "_unchecked"],
-    ["_call", "_whole"],
+FLOORS = [
+    ["_base"],
+    ["_jaxpr"],
+    ["_devices"],
     ["_program"],
-    ["_prepare", "_compensated", "_skip_nonfinite", "_noise_scale"],
-    ["_loop", "_partition", "_explicit", "_audit", "_finalize"],
+    ["accumulators", "_flax", "_host_loop"],
+    ["_loop", "_audit"],
     ["_coupled"],
-    ["_direct"],
-    ["_custom"],
-    ["_microbatch", "_value_and_grad"],
-    ["_step_if", "_traced_check", "_probe"],
-    ["_lowering", "_audit_function"],
-    ["_plan", "_multisteps"],
-    ["_loss_scale"],
-    ["accumulators", "linen", "nnx", "checkpoints"],
-    ["__main__"],
-    ["testing"],
+    ["_transforms"],
+    ["_tools"],
+    ["__main__", "linen", "nnx", "checkpoints", "testing"],
 ]
-LAYER_OF = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+"""The rooms of the library: each imports from the floors below it, and from itself."""
+FLOOR_OF = {name: i for i, floor in enumerate(FLOORS) for name in floor}
 FILES = sorted(p for folder in ("jaxaccum", "torch_ref", "experiments", "tests") for p in (ROOT / folder).rglob("*.py"))
 
 
@@ -60,14 +47,43 @@ def room_of(path):
     return path.relative_to(ROOT / "jaxaccum").parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if "jaxaccum" in p.parts and p != ROOT / "jaxaccum/__init__.py"], ids=str
-)
-def test_modules_import_from_lower_layers(path):
+LIBRARY = [p for p in FILES if p.is_relative_to(ROOT / "jaxaccum") and p != ROOT / "jaxaccum/__init__.py"]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_rooms_import_from_the_floors_below(path):
     room = room_of(path)
-    assert room in LAYER_OF, f"{room} has no layer"
-    if room != "testing":
-        assert all(LAYER_OF[other] < LAYER_OF[room] for other in rooms(path) & set(LAYER_OF) - {room})
+    assert room in FLOOR_OF, f"{room} has no floor"
+    upward = {other for other in rooms(path) & set(FLOOR_OF) - {room} if FLOOR_OF[other] >= FLOOR_OF[room]}
+    assert not upward, f"{room} imports {upward}, which is not below it"
+
+
+def modules_of(room):
+    return {p.stem: p for p in LIBRARY if room_of(p) == room and p.stem != "__init__"}
+
+
+@pytest.mark.parametrize("room", [name for floor in FLOORS for name in floor if (ROOT / "jaxaccum" / name).is_dir()])
+def test_no_module_of_a_room_imports_itself_by_a_detour(room):
+    modules = modules_of(room)
+    reached = {
+        name: {stem for stem in modules if any(f".{stem}" in x for x in ours(path, room))} - {name}
+        for name, path in modules.items()
+    }
+    for _ in modules:
+        reached = {name: found.union(*(reached[other] for other in found)) for name, found in reached.items()}
+    assert not [name for name, found in reached.items() if name in found]
+
+
+def ours(path, room):
+    """What a file imports from its own room: ``jaxaccum.room.module.name``, each followed by a dot."""
+    return [f"{name}." for name in imports(path) if name.startswith(f"jaxaccum.{room}.")]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=str)
+def test_what_is_private_or_experimental_in_jax_is_in_one_file(path):
+    """So that a new version of JAX is one file's work. What ``jax.extend.core`` exports are public names."""
+    found = [name for name in imports(path) if re.match(r"jax\._src|jax\.experimental|jax\.extend\.(?!core)", name)]
+    assert not found or path == ROOT / "jaxaccum/_jaxpr/compat.py"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(ROOT / "torch_ref")], ids=str)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
-from jaxaccum import _mesh
+from jaxaccum._devices import varying
 
 W = {"a": data(3, 5), "b": data(5, seed=1), "c": data(5, 2, seed=2)}
 BATCH = (data(16, 3, seed=3), jnp.abs(data(16, seed=4)) * jnp.float64(jnp.arange(16) % 3 > 0))
@@ -165,7 +165,7 @@ def test_example_keys_on_a_mesh_are_those_of_split_over_all_shards(impl, partiti
 def test_keys_are_traced_with_the_types_with_which_they_run(role, key):
     """Each shard has keys of its own, so that JAX casts nothing that meets them."""
     seen = []
-    fun = lambda x, own: seen.append(_mesh.varying_axes(own)) or ja.Sum(jnp.sum(x))
+    fun = lambda x, own: seen.append(varying.varying_axes(own)) or ja.Sum(jnp.sum(x))
     loop = ja.microbatch(fun, in_axes=(0, role), num_microbatches=2, mesh_axes="data")
     over = jax.shard_map(loop, mesh=MESH, in_specs=(P("data"), P()), out_specs=P())
     jax.eval_shape(over, data(16), key)

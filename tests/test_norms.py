@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum.linen
 import jaxaccum.nnx
-from jaxaccum import _moments
+from jaxaccum._flax import batch_moments
 
 STANDARD = functools.partial(jax.numpy_dtype_promotion, "standard")  # Flax's own layers need it
 X = 3 * data(12, 4, 3) + 1  # rows, positions, features
@@ -208,8 +208,8 @@ def test_the_variance_does_not_cancel_far_from_zero(layer, n):
 def test_the_rounding_of_the_mean_leaves_the_variance():
     """2²⁴ + 7 is no float32: about the next one the mean square of these eight is 22, and their variance 21."""
     x = jnp.asarray(2.0**24 + 2 * np.arange(8), jnp.float32)
-    parts = jax.vmap(lambda x: _moments.over_axes(_moments.moments(x, (0,)), ("parts",)), axis_name="parts")
-    assert float(_moments.moments(x, (0,)).variance) == 21
+    parts = jax.vmap(lambda x: batch_moments.over_axes(batch_moments.moments(x, (0,)), ("parts",)), axis_name="parts")
+    assert float(batch_moments.moments(x, (0,)).variance) == 21
     assert parts(cut(x, 4)).variance.tolist() == [21] * 4
     assert float(jnp.mean((x - jnp.mean(x)) ** 2)) == 22
 

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
-from jaxaccum._flops import flops
-from jaxaccum._plan import Plan, Row, candidates
+from jaxaccum._jaxpr.flops import flops
+from jaxaccum._tools.plan import Plan, Row, candidates
 
 FLOAT, LAYERS, WIDTH, BATCH = jnp.float32, 8, 64, 4096
 MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -302,7 +302,7 @@ def test_one_size_can_be_asked_for():
 
 def test_two_examples_and_the_limit_of_the_device(monkeypatch):
     """One program is compiled, the other takes its bytes until it is compiled too."""
-    monkeypatch.setattr("jaxaccum._lowering.Call.device_limit", lambda call: LIMIT)
+    monkeypatch.setattr("jaxaccum._tools.lowering.Call.device_limit", lambda call: LIMIT)
     plan = ja.plan(loss, *shapes(2))
     assert (plan.memory_bytes, plan.best.microbatch_size) == (LIMIT, 2)
     assert [row.compiled for row in plan.rows] == [True, True]

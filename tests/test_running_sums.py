@@ -13,8 +13,8 @@ import pytest
 from helpers import EXACT, data, normwise
 from jax import lax
 
-from jaxaccum import _running_sums
-from jaxaccum._trace import with_invars
+from jaxaccum._jaxpr import running_sums
+from jaxaccum._jaxpr.traces import with_invars
 
 X, A, B, STACK = data(4, 3), data(3, 3, seed=1) / 2, data(3, 3, seed=2) / 2, data(2, 3, 3, seed=3) / 2
 IDS = jnp.array([2, 0, 2, 1])
@@ -89,7 +89,7 @@ def with_sums(program, params, sums, x):
     closed = jax.make_jaxpr(flat_program)(*flat, x)
     jaxpr, consts = with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars]), closed.consts
     places = {len(consts) + i: i for i in range(len(flat))}
-    (out,), sums = _running_sums.evaluate(jaxpr, [*consts, *flat, x], jax.tree.leaves(sums), places)
+    (out,), sums = running_sums.evaluate(jaxpr, [*consts, *flat, x], jax.tree.leaves(sums), places)
     return out, treedef.unflatten(sums)
 
 
@@ -111,8 +111,8 @@ def test_the_sum_grows_by_the_gradient(name):
 @pytest.mark.parametrize("name", ["layers twice", "twice in xs", "scan over, closed over", "low rank"])
 def test_a_reader_that_forgets_the_others_is_seen(name, monkeypatch):
     entry = lambda total, gradient, i: lax.dynamic_update_index_in_dim(jnp.zeros_like(total), gradient, i, 0)
-    monkeypatch.setattr(_running_sums, "_add_whole", lambda total, gradient, where: gradient)
-    monkeypatch.setattr(_running_sums, "_add_at_index", entry)
+    monkeypatch.setattr(running_sums, "_add_whole", lambda total, gradient, where: gradient)
+    monkeypatch.setattr(running_sums, "_add_at_index", entry)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     out, pull = jax.vjp(lambda p: PROGRAMS[name](p, X), PARAMS)
     assert normwise(added(PROGRAMS[name], zeros), pull(jnp.ones_like(out))[0]) > 0.01

@@ -11,7 +11,6 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._arguments import Role, Slot
 from jaxaccum._audit import fixes
 from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Index, Layout, Sizes, Value, fixed, rows
@@ -21,11 +20,12 @@ from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
-from jaxaccum._batch import Partition
-from jaxaccum._check import counted
-from jaxaccum._closure import ROWS_ARGUMENT, name_of, of_length
-from jaxaccum._returned import Output
-from jaxaccum._types import Fun
+from jaxaccum._base.types import Fun
+from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.closures import ROWS_ARGUMENT, name_of, of_length
+from jaxaccum._program.microbatches import Partition
+from jaxaccum._program.named_outputs import Output
+from jaxaccum._program.validate import counted
 
 
 def report_on(

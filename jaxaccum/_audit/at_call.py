@@ -16,15 +16,15 @@ from typing import Any
 
 import jax
 
-from jaxaccum._arguments import Role, Slot
 from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
-from jaxaccum._program import Options, Program
-from jaxaccum._source import Frame, callers_depth
-from jaxaccum._trace import mentions
-from jaxaccum._types import Array, Fun, WithStreams
+from jaxaccum._base.source_lines import Frame, callers_depth
+from jaxaccum._base.types import Array, Fun, WithStreams
+from jaxaccum._jaxpr.traces import mentions
+from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.program import Options, Program
 
 
 def check(

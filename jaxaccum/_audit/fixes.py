@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxaccum._audit.lattice import Fault, FaultKind
 from jaxaccum._audit.sources import Site
-from jaxaccum._source import Frame
+from jaxaccum._base.source_lines import Frame
 
 _NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
 

@@ -11,8 +11,8 @@ from jaxaccum._audit.lattice import CONSEQUENCES, ONE_EXAMPLE, Fault, FaultKind,
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Walk
-from jaxaccum._returned import Output
-from jaxaccum._source import Frame
+from jaxaccum._base.source_lines import Frame
+from jaxaccum._program.named_outputs import Output
 
 _VERDICT_OF = {
     FaultKind.COUPLING: Verdict.COUPLED, FaultKind.PAIRWISE: Verdict.COUPLED, FaultKind.SELECTION: Verdict.COUPLED,

@@ -11,7 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._jaxprs import ClosedJaxpr, opened
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 
 
 def any_nan(numbers: Iterable[Any]) -> bool:

@@ -9,7 +9,7 @@ import linecache
 from collections.abc import Iterator
 from typing import Any
 
-from jaxaccum._source import Frame
+from jaxaccum._base.source_lines import Frame
 
 
 class Verdict(enum.StrEnum):

@@ -8,7 +8,7 @@ import os
 import sysconfig
 from typing import Any
 
-from jaxaccum._source import _INNER, Frame
+from jaxaccum._base.source_lines import _INNER, Frame
 
 _LIBRARIES = tuple(
     path + os.sep
@@ -18,7 +18,7 @@ _LIBRARIES = tuple(
 
 
 _HERE = os.path.dirname(__file__) + os.sep
-_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_call.py"))
+_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "call.py"))
 """The files that trace a loss: what stands below them is the loss."""
 
 

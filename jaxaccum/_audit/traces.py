@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxaccum import _arguments, _check
-from jaxaccum._arguments import Layout, Role, Slot
 from jaxaccum._audit.sources import is_library
-from jaxaccum._batch import Partition
-from jaxaccum._example_keys import example_keys
-from jaxaccum._outputs import loss_and_aux
-from jaxaccum._returned import Output, leaves
-from jaxaccum._tree import is_array
-from jaxaccum._types import Fun
+from jaxaccum._base.trees import is_array
+from jaxaccum._base.types import Fun
+from jaxaccum._program import argument_slots, validate
+from jaxaccum._program.argument_slots import Layout, Role, Slot
+from jaxaccum._program.example_keys import example_keys
+from jaxaccum._program.microbatches import Partition
+from jaxaccum._program.named_outputs import Output, leaves
+from jaxaccum._program.output_parts import loss_and_aux
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +109,13 @@ def read(
         for i, x in zip(places, given, strict=True):
             full[i] = x
         own_args, own_kwargs = treedef.unflatten(full)
-        layout, read = _arguments.read(own_args, own_kwargs, in_axes)
+        layout, read = argument_slots.read(own_args, own_kwargs, in_axes)
         layouts.append(layout)
         return read
 
     shapes = jax.eval_shape(arrays, [leaves[i] for i in places])
-    size = _arguments.batch_size(layouts[0].slots, shapes)
-    partition = _check.partition(size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous")
+    size = argument_slots.batch_size(layouts[0].slots, shapes)
+    partition = validate.partition(size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous")
     return Arguments(layouts[0], tuple(shapes), partition, tuple(leaves))
 
 

@@ -12,8 +12,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._example_keys import is_joined
-from jaxaccum._jaxprs import opened
+from jaxaccum._jaxpr.compat import opened
+from jaxaccum._program.example_keys import is_joined
 
 _SIZES = {
     "shape", "new_sizes", "slice_sizes", "sizes", "reps", "fft_lengths", "length", "axis_size",

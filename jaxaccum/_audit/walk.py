@@ -39,7 +39,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Call, Site, is_library
 from jaxaccum._audit.twins import same_function
-from jaxaccum._source import Frame
+from jaxaccum._base.source_lines import Frame
 
 Shape = tuple[int, ...]
 

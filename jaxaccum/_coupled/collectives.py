@@ -15,10 +15,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
+from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Fragment
-from jaxaccum._trace import axes_of, unchanged
-from jaxaccum._types import Array
-from jaxaccum._unchecked import exchanged
+from jaxaccum._devices.without_checks import exchanged
+from jaxaccum._jaxpr.traces import axes_of, unchanged
 
 
 def resolve(

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
-from jaxaccum import _flops
+from jaxaccum._base.types import Array
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Fragment
-from jaxaccum._types import Array
+from jaxaccum._jaxpr import flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _operations(
         return outs, pull([jnp.ones_like(x) for x in outs])
 
     jaxpr = jax.make_jaxpr(work)(shapes).jaxpr
-    return _flops.flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return flops.flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _stacked(aval: Any, sizes: list[int]) -> jax.ShapeDtypeStruct:

@@ -22,12 +22,12 @@ import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum import _running_sums
+from jaxaccum._base.source_lines import Frame, frame_of
+from jaxaccum._base.trees import dtype_of
+from jaxaccum._base.types import Array
 from jaxaccum._coupled.trace import is_collective
-from jaxaccum._source import Frame, frame_of
-from jaxaccum._trace import axes_of, with_invars
-from jaxaccum._tree import dtype_of
-from jaxaccum._types import Array
+from jaxaccum._jaxpr import running_sums
+from jaxaccum._jaxpr.traces import axes_of, with_invars
 
 Env = dict[Any, Any]
 """Values by variable."""
@@ -61,7 +61,7 @@ class Fragment:
         """The values of `writes`, and the running sums of the gradients of the variables at `places`."""
         reads = self.jaxpr.invars
         positions = {i: places[v] for i, v in enumerate(reads) if v in places}
-        values, sums = _running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
+        values, sums = running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
         return self._as_arrays(values), sums
 
     def _as_arrays(self, values: Sequence[Any]) -> list[Any]:

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxaccum import _loop, _mesh
-from jaxaccum._arguments import Role
+from jaxaccum import _loop
+from jaxaccum._base.trees import cast, is_inexact
+from jaxaccum._base.types import Array
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Env, Fragment
-from jaxaccum._program import Program
-from jaxaccum._tree import cast, is_inexact
-from jaxaccum._types import Array
+from jaxaccum._devices import varying
+from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.program import Program
 
 Visit = Callable[[Any, Env, Array], tuple[list[Array], Any, Env]]
 
@@ -168,4 +169,4 @@ def cotangent(x: Array | None, kind: Any) -> Any:
     """A cotangent of a value of the given type: `x`, or zero where nothing has arrived."""
     if not is_inexact(kind):
         return np.zeros(kind.shape, jax.dtypes.float0)
-    return _mesh.zeros(kind) if x is None else cast(x, kind.dtype)
+    return varying.zeros(kind) if x is None else cast(x, kind.dtype)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _mesh
+from jaxaccum._base.trees import cast, widen
+from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Env, Stage
 from jaxaccum._coupled.execute import Call, Sweep
-from jaxaccum._reduce import Reduction
-from jaxaccum._tree import cast, widen
-from jaxaccum._types import Array
+from jaxaccum._devices import varying
+from jaxaccum._program.reductions import Reduction
 
 
 @dataclasses.dataclass
@@ -184,7 +184,7 @@ class _Step:
             base |= self.reverse.call.cuts.stages[k].run(base)[1]
         inputs = [[base[v] for v in names] for names in (self.shared, self.own, [*self.live, *self.through])]
         if self.reverse.in_place:
-            unread = [_mesh.zeros(jax.typeof(x)) for x in added]
+            unread = [varying.zeros(jax.typeof(x)) for x in added]
             (outs, _), pull, parts = jax.vjp(self._forward_with_sums(base), unread, *inputs, has_aux=True)
             added, of_shared, of_own, of_live = pull((self._cotangents(outs, own), added))
         else:

@@ -16,10 +16,10 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
+from jaxaccum._base.source_lines import Frame
+from jaxaccum._base.types import Memory
 from jaxaccum._coupled.cost import Costs, bytes_of, costs, microbatch_bytes, statistics_bytes
 from jaxaccum._coupled.cut import Cuts
-from jaxaccum._source import Frame
-from jaxaccum._types import Memory
 
 _EXPENSIVE = 3.0
 """How many times the operations of the full batch a schedule may take without a warning."""

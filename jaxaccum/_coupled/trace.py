@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import partial_eval
 
-from jaxaccum import _mesh
-from jaxaccum._jaxprs import opened as open_jaxpr
-from jaxaccum._jaxprs import scan_arity
-from jaxaccum._source import frame_of
-from jaxaccum._trace import Trace, axes_of, mentioned, unchanged, with_invars
+from jaxaccum._base.source_lines import frame_of
+from jaxaccum._devices import varying
+from jaxaccum._jaxpr.compat import opened as open_jaxpr
+from jaxaccum._jaxpr.compat import scan_arity
+from jaxaccum._jaxpr.traces import Trace, axes_of, mentioned, unchanged, with_invars
 
 
 def is_collective(eqn: jex.JaxprEqn, axis_name: str) -> bool:
@@ -106,7 +106,7 @@ def _unroll(eqn: jex.JaxprEqn, values: list[Any], trace: Trace) -> list[Any]:
     (n, k), length = scan_arity(params), params["length"]
     consts, carry, xs = values[:n], values[n : n + k], values[n + k :]
     if length == 0:
-        return [*carry, *(_mesh.zeros(v.aval) for v in eqn.outvars[k:])]
+        return [*carry, *(varying.zeros(v.aval) for v in eqn.outvars[k:])]
     written: list[list[Any]] = [[]] * length
     for i in reversed(range(length)) if params["reverse"] else range(length):
         outs = body(*consts, *carry, *(lax.index_in_dim(x, i, keepdims=False) for x in xs))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxaccum
-from jaxaccum._arguments import assigned
-from jaxaccum._in_axes import by_position, check_keywords
+from jaxaccum._program.argument_slots import assigned
+from jaxaccum._program.axes_by_name import by_position, check_keywords
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause
 from jaxaccum.testing.oracle import draws_random_numbers, oracle

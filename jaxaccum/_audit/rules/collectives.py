@@ -9,8 +9,8 @@ from typing import Any
 from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
-from jaxaccum._jaxprs import opened
-from jaxaccum._trace import axes_in, mentions
+from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.traces import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
 """A batch-independent value counts once per microbatch: the batch's size over the microbatch's times."""

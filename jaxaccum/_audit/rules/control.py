@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum import _batch_norm, _example_keys
 from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, Fault, FaultKind, Kind, Term, Value, fixed, statistic
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.collectives import whole_batch_moments
 from jaxaccum._audit.rules.elementwise import text_of
 from jaxaccum._audit.walk import Op, Walk
-from jaxaccum._jaxprs import ClosedJaxpr, opened
+from jaxaccum._flax import batch_norm
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
+from jaxaccum._program import example_keys
 
 
 def body_of(op: Op) -> str | None:
@@ -50,13 +51,13 @@ def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 def _is_whole_batch_moments(body: Any) -> bool:
     """Whether a call is that of our BatchNorm, whose algebra no rule could follow."""
     debug = opened(body)[0].debug_info
-    return debug.func_name == "whole_batch_moments" and debug.func_filename == _batch_norm.__file__
+    return debug.func_name == "whole_batch_moments" and debug.func_filename == batch_norm.__file__
 
 
 def _is_of_example_keys(body: Any) -> bool:
     """Whether a call makes a key that holds those of the examples, or reads the key of the stream in one."""
     debug = opened(body)[0].debug_info
-    return debug.func_name in ("joined", "stream_data") and debug.func_filename == _example_keys.__file__
+    return debug.func_name in ("joined", "stream_data") and debug.func_filename == example_keys.__file__
 
 
 @rule("call_hi_primitive", complete=True)

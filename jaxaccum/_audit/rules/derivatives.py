@@ -41,7 +41,7 @@ from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import body_of, unfollowed
 from jaxaccum._audit.sources import Site, is_jax
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
-from jaxaccum._source import Frame
+from jaxaccum._base.source_lines import Frame
 
 
 @rule("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", complete=True)

@@ -26,7 +26,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import join, numbered
 from jaxaccum._audit.walk import Op, Walk
-from jaxaccum._jaxprs import scan_arity
+from jaxaccum._jaxpr.compat import scan_arity
 
 _ROUNDS = 12
 """More than any value can climb: kinds, terms and flags only grow."""

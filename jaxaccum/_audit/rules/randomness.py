@@ -13,7 +13,7 @@ from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value, fixed, rows
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.elementwise import layout_of, same_layout
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
-from jaxaccum._example_keys import is_joined
+from jaxaccum._program.example_keys import is_joined
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
 _CLOSED_OVER = "the loss closes over the key `{name}`, so every microbatch draws the same numbers"

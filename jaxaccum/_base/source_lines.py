@@ -1,0 +1,57 @@
+"""Where in the user's program an equation comes from."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+_HERE = os.path.dirname(os.path.dirname(__file__))  # the package, in whatever room its code is
+_INNER = (os.path.dirname(jax.__file__) + os.sep, _HERE + os.sep)
+
+
+class Frame(NamedTuple):
+    """One line of a program."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def frame_of(eqn: Any) -> Frame | None:
+    """The innermost line outside of JAX and this package that caused `eqn`; None where JAX kept no trace of it."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_INNER):
+            return Frame(frame.file_name, frame.line_num, frame.function_name)
+    return None
+
+
+def parameters_of(fun: Any) -> list[inspect.Parameter]:
+    """The parameters of a function; none where Python knows no signature."""
+    try:
+        return list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def callers_depth() -> int:
+    """For ``warnings.warn``: how far above the function that asks the innermost line of the user's own is."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised an error, and not the function that it called."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(_INNER[1])

@@ -1,0 +1,370 @@
+"""`MultiSteps`: accumulation in a host loop, one microbatch per call, around any optax optimizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from jaxaccum._base.trees import cast, dtype_of, is_inexact, leaves_with_names, promote
+from jaxaccum._base.types import Array, PyTree
+from jaxaccum._host_loop.step_if import is_float0, step_if
+from jaxaccum._host_loop.traced_check import checked
+from jaxaccum._program import validate
+
+
+class MultiStepsState(NamedTuple):
+    """The state of `MultiSteps`: that of ``optax.MultiSteps``, then our two fields.
+
+    A state of optax, of a running job or an old checkpoint, is taken as it is, and a window that is open goes on.
+    """
+
+    mini_step: ArrayLike
+    """int32: the microbatches of the open window."""
+    gradient_step: ArrayLike
+    """int32: the optimizer steps so far."""
+    inner_opt_state: Any
+    acc_grads: PyTree
+    """The mean of the open window so far, ``Σ w g / Σ w``; with ``use_grad_mean=False`` the sum ``Σ w g``."""
+    skip_state: PyTree = ()
+    total_weight: Any = None
+    """``Σ w`` of the open window; a microbatch without a weight counts 1."""
+    updated: Any = None
+    """bool: whether the call that returned this state ran the optimizer."""
+
+
+class MultiSteps(optax.MultiSteps):
+    """Accumulates a window of k microbatches and then runs `opt`, once, on their mean gradient.
+
+    Of the microbatches i of a window, with weights wᵢ (1 where none is given), `opt` sees ``Σ wᵢ gᵢ / Σ wᵢ``. It
+    equals::
+
+        def window(grads, weights, opt_state, params):
+            mean = sum(w * g for w, g in zip(weights, grads)) / sum(weights)
+            updates, opt_state = opt.update(mean, opt_state, params)
+            return updates, opt_state  # the k - 1 calls before returned zeros
+
+    A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs at the end of a
+    window and at no other time, also under ``jit``, ``scan`` and ``shard_map``; nothing is masked by multiplication,
+    so a window with NaN ends with itself; extra arguments pass through ``optax.chain``. Gradients
+    are summed in float32, and `opt` sees their mean in the dtype that they came in.
+
+    Args:
+        opt: the optimizer.
+        every_k_schedule: k, or a function of the number of optimizer steps so far that returns it as an integer.
+        use_grad_mean: whether `opt` sees the mean; False is the sum ``Σ wᵢ gᵢ``.
+        should_skip_update_fn: as for ``optax.MultiSteps``: ``(updates, gradient_step, params) -> (skip, skip_state)``.
+            A microbatch that it skips is as if it had not been there.
+        accumulator_dtype: of the sums; it widens and never narrows, so float64 and complex gradients stay what they
+            are. None is the parameter's own.
+
+    Guarantees:
+        Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have the dtype that `opt` itself
+        returns for these gradients and parameters; the states of `opt` keep theirs, so that it can be scanned.
+        The sums of gradients are sharded as the parameters that `init` sees.
+
+    Raises:
+        ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where the value is
+            concrete; traced values are checked under ``checkify``.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxaccum
+        >>> opt = jaxaccum.MultiSteps(optax.sgd(1.0), every_k_schedule=3)
+        >>> params = jnp.float32(0.0)
+        >>> state = opt.init(params)
+        >>> for grad, tokens in [(1.0, 6), (5.0, 2)]:
+        ...     updates, state = opt.update(jnp.float32(grad), state, params, weight=tokens)
+        >>> updates, state = opt.flush(state, params)  # the data ended after 2 of 3: (6 · 1 + 2 · 5) / 8
+        >>> float(updates), bool(opt.has_updated(state))
+        (-2.0, True)
+    """
+
+    def __init__(
+        self,
+        opt: optax.GradientTransformation,
+        every_k_schedule: int | Callable[[Any], Any],
+        use_grad_mean: bool = True,
+        should_skip_update_fn: Any = None,
+        accumulator_dtype: Any = jnp.float32,
+    ):
+        if not hasattr(opt, "init") or not hasattr(opt, "update"):
+            raise TypeError(f"opt must be an optax.GradientTransformation; got {opt!r}.")
+        if not callable(every_k_schedule):
+            every_k_schedule = validate.size(every_k_schedule, "every_k_schedule")
+        if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
+            raise TypeError(f"accumulator_dtype must be a floating dtype; got {accumulator_dtype!r}.")
+        dtype: Any = accumulator_dtype  # optax takes None, and its types do not say so
+        super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, dtype)
+
+    # The state has two fields more than optax's, and `weight` is ours: optax's types allow for neither.
+    def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The state before the first microbatch."""
+        state = super().init(params)
+        acc_grads = jax.tree.map(self._zeros, params)
+        zero = jnp.zeros((), _weight_dtype(acc_grads))
+        return MultiStepsState(*state._replace(acc_grads=acc_grads), total_weight=zero, updated=jnp.array(False))
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, updates: PyTree, state: Any, params: PyTree = None, *, weight: ArrayLike | None = None, **extra_args: Any
+    ) -> tuple[PyTree, MultiStepsState]:
+        """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the window's mean, else zeros.
+
+        Args:
+            updates: the *mean* gradient of the microbatch, a pytree like the parameters. That of an
+                integer parameter is float0, as ``jax.grad(…, allow_int=True)`` gives it.
+            state: of `init` or of the call before; a state of ``optax.MultiSteps`` is taken too.
+            params: the parameters, if `opt` reads them.
+            weight: the weight of the microbatch, a non-negative scalar: its number of examples or tokens. A
+                microbatch of weight 0 counts towards k and leaves the mean as it is, whatever its gradient.
+            **extra_args: passed to `opt`.
+
+        Returns:
+            ``(updates, state)``; updates are zeros until the window ends.
+        """
+        state = _extended(state)
+        _check_tree(updates, state.acc_grads)
+        k = _checked_k(self._every_k_schedule(state.gradient_step))
+        step, floating = state.gradient_step, _floating(updates)
+        skip, skip_state = self._should_skip_update_fn(floating, step, params)
+        _check_skip(skip)
+        window = _Window.of(state)
+        added = self._added(window, updates, _checked_weight(weight, window.total_weight))
+        window = jax.tree.map(lambda old, new: jnp.where(skip, old, new), window, added)
+        emit = jnp.logical_and(jnp.logical_not(skip), window.mini_step >= k)
+        state = state._replace(skip_state=skip_state, **window._asdict())
+        return self._step(emit, state, params, like=updates, extra_args=extra_args)
+
+    def flush(self, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MultiStepsState]:
+        """Apply the open window as it is, with its true weight: 3 microbatches of 4 count as 3.
+
+        One line for the state that Flax holds, in a ``TrainState`` or in an ``nnx.Optimizer``::
+
+            updates, opt_state = opt.flush(train_state.opt_state, train_state.params)
+            updates, opt_state = opt.flush(optimizer.opt_state, nnx.state(model, nnx.Param))
+
+        The second gives arrays without variables. They go back by ``nnx.update(optimizer.opt_state,
+        nnx.state(opt_state))``, and the parameters by ``nnx.update(model, optax.apply_updates(
+        nnx.as_pure(nnx.state(model, nnx.Param)), updates))``.
+
+        Args:
+            state: as for `update`.
+            params: the parameters; `opt` sees a gradient of their dtypes, else of the sums' dtypes.
+            **extra_args: passed to `opt`.
+
+        Returns:
+            ``(updates, state)``, as at the end of a full window. Where no window is open, updates
+            are zeros and the state is as it was, but `has_updated` is false for it: no step ran.
+        """
+        state, params = _plain(state, params)
+        state = _extended(state)
+        like = state.acc_grads if params is None else params
+        _check_tree(like, state.acc_grads, "params", integers=True)
+        emit = jnp.greater(state.mini_step, 0)
+        return self._step(emit, state, params, like=like, extra_args=extra_args)
+
+    def has_updated(self, state: Any) -> Array:
+        """Whether the call that returned `state` ran the optimizer.
+
+        It is false for the state of `init`, after a microbatch that was skipped, and after a flush
+        that found no window open.
+        """
+        state, _ = _plain(state)
+        return jnp.asarray(_extended(state).updated)
+
+    def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The pair ``(init, update)`` for ``optax.chain``, which passes extra arguments, `weight` among them."""
+        return optax.GradientTransformationExtraArgs(self.init, self.update)
+
+    def _zeros(self, parameter: Any) -> Array:
+        dtype = dtype_of(parameter) if is_inexact(parameter) else jnp.float32
+        wide = dtype if self._accumulator_dtype is None else promote(dtype, jnp.dtype(self._accumulator_dtype))
+        return jnp.zeros_like(parameter, dtype=wide)  # like it: sharded as the parameter is
+
+    def _added(self, window: _Window, grads: PyTree, weight: Array) -> _Window:
+        """The window with one more microbatch: Welford's running mean, or the sum."""
+        total = window.total_weight + weight
+
+        def added(acc: Array, grad: Any) -> Array:
+            if is_float0(grad):
+                return acc
+            grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
+            if self._use_grad_mean:
+                new = acc + (grad - acc) * w / cast(jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype)
+            else:
+                new = acc + grad * w
+            return jnp.where(w == 0, acc, new)  # a choice: 0 · NaN is NaN
+
+        return _Window(jnp.add(window.mini_step, 1), jax.tree.map(added, window.acc_grads, grads), total)
+
+    def _step(
+        self, emit: Array, state: MultiStepsState, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
+    ) -> tuple[PyTree, MultiStepsState]:
+        """The optimizer's step and an empty window where `emit`, else zeros and the state as it is.
+
+        `like` has the dtypes of the gradient that the optimizer sees.
+        """
+        acc, inner = state.acc_grads, state.inner_opt_state
+
+        def update() -> tuple[PyTree, PyTree]:
+            grads = jax.tree.map(_gradient, acc, like)
+            # Gradients may be wider than parameters and states, and optax mixes dtypes on its own.
+            with jax.numpy_dtype_promotion("standard"):
+                return self._opt.update(grads, inner, params, **extra_args)
+
+        updates, acc, inner = step_if(emit, _taught(update, like), acc, inner)
+        count = state.gradient_step
+        emptied = lambda count: jnp.where(emit, jnp.zeros_like(count), count)
+        return updates, state._replace(
+            mini_step=emptied(state.mini_step),
+            gradient_step=jnp.where(emit, optax.safe_increment(count), count),
+            inner_opt_state=inner,
+            acc_grads=acc,
+            total_weight=emptied(state.total_weight),
+            updated=emit,
+        )
+
+
+class _Window(NamedTuple):
+    """The fields of the state that one window fills and the next finds empty."""
+
+    mini_step: Any
+    acc_grads: PyTree
+    total_weight: Any
+
+    @classmethod
+    def of(cls, state: MultiStepsState) -> _Window:
+        return cls(state.mini_step, state.acc_grads, state.total_weight)
+
+
+def _extended(state: Any) -> MultiStepsState:
+    """The state with our fields, also where it is one of optax: its microbatches have counted 1 each."""
+    if getattr(state, "total_weight", None) is not None:
+        return state
+    weight = cast(state.mini_step, _weight_dtype(state.acc_grads))
+    updated = jnp.logical_and(jnp.equal(state.mini_step, 0), jnp.greater(state.gradient_step, 0))
+    return MultiStepsState(*state[:5], total_weight=weight, updated=updated)
+
+
+def _weight_dtype(acc_grads: PyTree) -> Any:
+    """float32, or float64 where any gradient is summed in it."""
+    return promote(jnp.float32, *(jnp.finfo(acc.dtype).dtype for acc in jax.tree.leaves(acc_grads)))
+
+
+def _gradient(acc: Array, like: Any) -> Any:
+    """The window's gradient, in the dtype of one microbatch's or for a parameter `like` this."""
+    if not is_inexact(like):
+        return np.zeros(jnp.shape(acc), jax.dtypes.float0)
+    return cast(acc, dtype_of(like))
+
+
+def _floating(updates: PyTree) -> PyTree:
+    """The gradients that can be looked at: None in the place of those of integers."""
+    return jax.tree.map(lambda x: None if is_float0(x) else x, updates)
+
+
+def _plain(state: Any, params: PyTree = None) -> tuple[Any, PyTree]:
+    """Both as plain arrays, where `state` is that of an ``nnx.Optimizer``, all of variables."""
+    nnx = sys.modules.get("flax.nnx")  # who holds such a state has imported it
+    if nnx is None or not isinstance(state.mini_step, nnx.Variable):
+        return state, params
+    return nnx.as_pure((state, params))
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _taught(update: Callable[[], Any], like: PyTree) -> Callable[[], Any]:
+    """`update`, with an error that teaches where it computes with the gradient of an integer."""
+
+    def taught() -> Any:
+        try:
+            return update()
+        except TypeError as error:
+            leaves = leaves_with_names(like, "updates")
+            integers = [name for name, x in leaves if not is_inexact(x)]
+            if not integers:
+                raise
+            raise TypeError(
+                f"the optimizer cannot take {integers[0]}, the gradient of an integer, which has "
+                "dtype float0; leave such leaves out of it, as in optax.masked(opt, mask) or "
+                f"optax.partition. It said: {error}"
+            ) from error
+
+    return taught
+
+
+def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
+        raise ValueError(
+            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
+            f"{jax.tree.structure(acc_grads)}; pass gradients of the parameters that init saw, or init again."
+        )
+    for (leaf, x), acc in zip(leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True):
+        if jnp.shape(x) != jnp.shape(acc):
+            raise ValueError(
+                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
+                f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
+            )
+        if is_float0(x) or (integers and not is_inexact(x)):
+            continue
+        if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
+            raise TypeError(
+                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
+                "gradient of the parameter's kind."
+            )
+
+
+def _check_skip(skip: Any) -> None:
+    if jnp.shape(skip) != () or dtype_of(skip) != jnp.bool_:
+        raise ValueError(
+            "should_skip_update_fn must return a boolean scalar and a pytree; the first is "
+            f"{dtype_of(skip)}{list(jnp.shape(skip))}."
+        )
+
+
+def _checked_k(k: Any) -> Any:
+    if jnp.shape(k) != () or not jnp.issubdtype(dtype_of(k), jnp.integer):
+        raise TypeError(
+            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
+            "number of microbatches of the window: cast it, as in .astype(int)."
+        )
+    if isinstance(k, jax.core.Tracer):
+        return checked(k, _is_positive, "every_k_schedule returned {x}; it must be at least 1")
+    if k < 1:
+        raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
+    return k
+
+
+def _checked_weight(weight: Any, total: Any) -> Array:
+    """The weight of a microbatch in the dtype of the `total`; 1 where none is given."""
+    if weight is None:
+        return jnp.ones_like(total)
+    dtype = dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"weight must be a real number; got {weight!r}.")
+    if jnp.shape(weight) != ():
+        raise ValueError(
+            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its number of examples or "
+            "tokens, as jnp.sum(mask)."
+        )
+    if isinstance(weight, jax.core.Tracer):
+        w = cast(weight, dtype_of(total))
+        return checked(w, _is_weight, "weight must be finite and not negative; got {x}")
+    if not 0 <= float(weight) < np.inf:
+        raise ValueError(f"weight must be finite and not negative; got {float(weight)}.")
+    return cast(weight, dtype_of(total))
+
+
+def _is_positive(k: Array) -> Array:
+    return jnp.greater_equal(k, 1)
+
+
+def _is_weight(w: Array) -> Array:
+    return jnp.logical_and(w >= 0, jnp.isfinite(w))

@@ -1,0 +1,111 @@
+"""What is private, experimental or unstable in JAX, and what its versions name differently: all of it, in one file.
+
+Each name says why it is needed, and in which versions it was seen to work; the tests named beside it fail where a new
+version of JAX changes it. The rest of the library uses public names, and of the jaxprs what ``jax.extend.core`` and
+``jax.interpreters`` export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
+"""A jaxpr with its constants; since jax 0.12 another name of `Jaxpr`."""
+
+
+def opened(jaxpr: Any) -> tuple[jex.Jaxpr, list[Any]]:
+    """The jaxpr itself and its constants, whether it came closed or not."""
+    return (jaxpr.jaxpr, list(jaxpr.consts)) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
+
+
+def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants a scan has, and how many values it carries."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since jax 0.12: constants, carry and scanned operands, flat
+    return len(list(consts)), len(list(carry))
+
+
+def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a call of a compiled function, which vanishes where it is traced."""
+    given: Any = params["inline"]
+    early = True if isinstance(given, bool) else type(given).JAX_EARLY  # since jax 0.12 an enumeration
+    return {**params, "inline": early}
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether a variable holds a reference of ``jax.new_ref``: JAX exports no type of them."""
+    return hasattr(aval, "inner_aval")
+
+
+def is_reference_effect(effect: Any) -> bool:
+    """Whether an effect is a read of a reference, or a write to it."""
+    return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
+
+
+# -- private names ----------------------------------------------------------------------------------------------------
+
+
+def without_varying_checks() -> Any:
+    """A context in which JAX does not track which values vary over a mesh.
+
+    ``jax.shard_map(check_vma=False)`` sets this state, and nothing public does without a `shard_map`.
+    Private: ``jax._src.config._check_vma``, jax 0.10.2 to 0.12. Test: test_coupled_on_meshes.
+    """
+    from jax._src import config
+
+    return config._check_vma(False)
+
+
+def mesh_axes_of_vmaps() -> frozenset[str]:
+    """The mesh axes over which an outer ``jax.vmap(…, spmd_axis_name=…)`` divides what it maps.
+
+    Private: ``jax._src.core.get_axis_env``, jax 0.10.2 to 0.12. Test: test_composition.
+    """
+    from jax._src import core
+
+    return frozenset(core.get_axis_env().spmd_axis_names)
+
+
+def checkify_rules() -> tuple[Any, dict[Any, Any]]:
+    """The primitive of `checkify`'s checks, and its table of rules, to which no public function adds one.
+
+    Private: ``jax._src.checkify``, jax 0.10.2 to 0.12. Test: test_multisteps_errors.
+    """
+    from jax._src.checkify import check_p, error_checks
+
+    return check_p, error_checks
+
+
+# -- experimental names -----------------------------------------------------------------------------------------------
+
+
+def checkify() -> Any:
+    """The module ``jax.experimental.checkify``, jax 0.10.2 to 0.12. Test: test_multisteps_errors."""
+    from jax.experimental import checkify
+
+    return checkify
+
+
+def key_implementation(**fields: Any) -> Any:
+    """A generator of random numbers with keys of one's own making.
+
+    Experimental: ``jax.extend.random.define_prng_impl``, jax 0.10.2 to 0.12. Test: test_example_keys.
+    """
+    from jax.extend.random import define_prng_impl
+
+    return define_prng_impl(**fields)
+
+
+def splits_by_index() -> bool:
+    """Whether a key that is split depends on its own index alone, and not on how many there are.
+
+    A flag of JAX, for whose flags it declares no types: ``jax_threefry_partitionable``. Test: test_example_keys.
+    """
+    return jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,250 @@
+"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key, or no array."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names
+from jaxaccum._base.types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
+from jaxaccum._program import assignments, closures, validate
+from jaxaccum._program.axes_by_name import ArgumentAxes, by_name
+
+
+class Role(enum.Enum):
+    """What the loop does with a leaf at each microbatch."""
+
+    WHOLE = "passed as it is"
+    ROWS = "its rows are cut out"
+    CARRY = "threaded"
+    KEY = "folded with the microbatch's index"
+    EXAMPLE_KEY = "folded with each example's index"
+
+
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+"""Flax's collection of variables whose gradients are their next values."""
+_ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One array of the arguments: its name in errors, its role, its argument, and its batch axis if it has one."""
+
+    name: str
+    role: Role
+    argnum: int | str | None = None
+    """Its argument: a position, or a keyword."""
+    axis: int = 0
+    key: Any = None
+    """Of a typed key that is carried, as the integers it is made of: its implementation."""
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the "gradient" is the next value: Flax's float8 layers return their scales and maxima so."""
+        return f"['{OVERWRITE_WITH_GRADIENT}']" in self.name
+
+    def array(self, leaf: Any) -> Any:
+        """What the loop carries of the leaf."""
+        return leaf if self.key is None else jax.random.key_data(leaf)
+
+    def value(self, array: Any) -> Any:
+        """What `fun` sees of the array."""
+        return array if self.key is None else jax.random.wrap_key_data(array, impl=self.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The structure of the arguments; what is no array (a flag, a function, a string) is held here and never traced."""
+
+    treedef: Any
+    slots: tuple[Slot, ...]
+    statics: dict[int, Any]
+    carry: PyTree
+    has_carry: bool
+    """Whether an argument is declared CARRY; its state may be empty."""
+
+    def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments that hold `arrays`, one per slot."""
+        rest = iter([slot.value(x) for slot, x in zip(self.slots, arrays, strict=True)])
+        count = self.treedef.num_leaves
+        return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
+
+
+def every(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, str, Any]]:
+    """All arguments: position or keyword, what errors call it, itself; in the order of leaves."""
+    positional = [(i, f"argument {i}", arg) for i, arg in enumerate(args)]
+    keywords = [(name, f"keyword argument {name}", kwargs[name]) for name in sorted(kwargs)]
+    return [*positional, *keywords]
+
+
+def read(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    in_axes: Any,
+    *,
+    differentiated: Collection[int | str] = (),
+    counted: int | None = None,
+) -> tuple[Layout, list[Any]]:
+    """The layout of the arguments, and their arrays: one per slot, in order.
+
+    A Python scalar is traced where a derivative is asked of it, or where it counts examples (argument `counted`).
+    """
+    given = assigned(in_axes, args, kwargs)
+    leaves, slots, arrays, statics, states = 0, [], [], {}, []
+    for number, called, arg in every(args, kwargs):
+        axes = given.keywords[number] if isinstance(number, str) else given.positional[number]
+        states += [arg] if axes is CARRY else []
+        of_model = number in differentiated and assignments.holds_modules(arg)
+        for name, leaf, axis in _with_axes(arg, axes, called):
+            validate.numeric(leaf, name)
+            if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
+                statics[leaves] = leaf
+            else:
+                if number in differentiated:
+                    validate.differentiable(leaf, name, of_model=of_model)
+                slots.append(_slot(name, leaf, axis, number))
+                arrays.append(slots[-1].array(leaf))
+            leaves += 1
+    carry = states[0] if states else None
+    layout = Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, bool(states))
+    return layout, [jnp.asarray(x) for x in arrays]
+
+
+def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> int:
+    """The number of examples, on which all leaves with a batch axis agree."""
+    pairs = zip(slots, arrays, strict=True)
+    sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
+    if not sizes and (missing := closures.as_arguments(fun)):
+        raise ValueError(f"no argument has a batch axis. {missing}")
+    by_keyword = [x.argnum for x, array in zip(slots, arrays, strict=True) if isinstance(x.argnum, str) and array.ndim]
+    return validate.batch_size(sizes, by_keyword)
+
+
+def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
+    """The slot that counts the examples that are no padding: one whole integer, argument `number`."""
+    if number is None:
+        return None
+    found = [(i, slot, x) for i, (slot, x) in enumerate(zip(slots, arrays, strict=True)) if slot.argnum == number]
+    if len(found) == 1:
+        i, slot, x = found[0]
+        if slot.role is Role.WHOLE and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer):
+            return i
+    shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
+    raise TypeError(
+        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a "
+        "single integer, the number of real examples, with None in in_axes."
+    )
+
+
+def assigned(
+    in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fun: Any = None
+) -> ArgumentAxes:
+    """The entry of `in_axes` for every argument of the call ``fun(*args, **kwargs)``."""
+    if isinstance(in_axes, ArgumentAxes):
+        return in_axes
+    if isinstance(in_axes, Mapping):
+        given = by_name(in_axes, len(args), kwargs, fun)
+    else:
+        _check_keywords(in_axes, args, kwargs)
+        given = ArgumentAxes(per_argument(in_axes, len(args), fun), dict.fromkeys(kwargs))
+    if sum(axes is CARRY for axes in [*given.positional, *given.keywords.values()]) > 1:
+        raise ValueError(
+            "in_axes declares CARRY twice; one argument holds the state: put both states into one pytree."
+        )
+    return given
+
+
+def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A tuple with too many entries was perhaps meant for arguments that are passed by keyword."""
+    names = [name for name, x in kwargs.items() if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))]
+    if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
+        raise ValueError(
+            f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with "
+            f"{validate.counted(len(args), 'positional argument')} and, by keyword, {', '.join(kwargs)}. A tuple has "
+            f"one entry per positional argument. {validate.by_keyword(names)}"
+        )
+
+
+def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
+    """`in_axes`, checked to have one entry for each of the `count` positional arguments of `fun`."""
+    if not isinstance(in_axes, tuple | list):
+        raise TypeError(
+            f"in_axes must be a tuple with one entry per argument; got {in_axes!r}. For one argument write "
+            f"({in_axes!r},)."
+        )
+    if len(in_axes) != count:
+        given = validate.counted(count, "positional argument")
+        missing = closures.as_arguments(fun) if count < len(in_axes) else ""
+        if missing:
+            raise ValueError(
+                f"the function was called with {given}, and in_axes={in_axes!r} has {len(in_axes)} entries. {missing}"
+            )
+        raise ValueError(
+            f"in_axes has {len(in_axes)} entries and the function was called with {given}; pass "
+            "one entry per argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
+            "arguments have no entry, and are passed whole."
+        )
+    return tuple(in_axes)
+
+
+def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
+    if isinstance(axis, Sentinel):
+        if axis is not CARRY:
+            validate.key(leaf, name, axis)
+        elif not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(
+                f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only."
+            )
+        return Slot(name, _ROLE_OF[axis], argnum, key=key_impl(leaf) if axis is CARRY else None)
+    if axis is None:
+        return Slot(name, Role.WHOLE, argnum)
+    if not is_array(leaf):
+        raise TypeError(
+            f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an "
+            "array, or None in in_axes."
+        )
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; pass "
+            "one of them, or None for a leaf that every microbatch sees whole."
+        )
+    return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
+
+
+def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]:
+    """The leaves of one argument, each with its name and its own axis, sentinel or None."""
+    if isinstance(axes, Sentinel):
+        return [(leaf, x, axes) for leaf, x in leaves_with_names(arg, name)]
+    for path, axis in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axis):
+        _check_axis(axis, leaf_name(f"in_axes for {name}", path))
+    try:
+        # Not by jax.tree.map: it would build the user's classes around axes, and some check what they hold.
+        parts = jax.tree.structure(axes, is_leaf=_is_axis).flatten_up_to(arg)
+    except ValueError:
+        raise ValueError(
+            f"in_axes for {name} is no pytree prefix of it: {jax.tree.structure(axes, is_leaf=_is_axis)} for "
+            f"{jax.tree.structure(arg)}; give None or an int for the argument or for each of its parts."
+        ) from None
+    each: list[Any] = []
+    for axis, part in zip(jax.tree.leaves(axes, is_leaf=_is_axis), parts, strict=True):
+        each += [axis] * len(jax.tree.leaves(part))
+    return [(leaf, x, axis) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
+
+
+def _is_axis(x: Any) -> bool:
+    return x is None
+
+
+def _check_axis(axis: Any, name: str) -> None:
+    if isinstance(axis, Sentinel):
+        raise TypeError(
+            f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an "
+            "argument of its own."
+        )
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+        raise TypeError(f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}.")

@@ -1,0 +1,166 @@
+"""Which variables of an nnx model a function assigns to, wherever in its program they went.
+
+A variable that goes through ``nnx.remat``, ``nnx.jit`` or ``nnx.scan`` comes out as another array with
+the same value. So the program is asked, not the array: an output counts as unchanged if it is an
+argument that every equation on the way hands on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+from jaxaccum._base.trees import is_array, leaf_name
+from jaxaccum._base.types import Fun, PyTree, WithStreams
+from jaxaccum._jaxpr.compat import opened, scan_arity
+
+Places = list[int | None]
+"""For each output, the place of the argument that it is, or None."""
+
+
+def unchanged(fn: Callable[..., list[Any]], arrays: Sequence[Any]) -> list[bool]:
+    """Of a function that returns what its arguments became: which of them are what they were."""
+    jaxpr = jax.make_jaxpr(fn)(*arrays).jaxpr
+    return [place == i for i, place in enumerate(_handed_on(jaxpr))]
+
+
+def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Callable[[Exception], None]) -> Any:
+    """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be lost.
+
+    `explain` adds a note to an error of the function itself.
+    """
+    before, treedef = jax.tree.flatten((args, kwargs))
+    try:
+        output = fun(*args, **kwargs)
+    except Exception as error:  # of the user's function
+        explain(error)
+        raise
+    if isinstance(fun, WithStreams) or not _holds((args, kwargs), "Variable"):
+        return output
+    if same_objects(before, jax.tree.leaves((args, kwargs))):
+        return output
+    if (name := _assigned(fun, before, treedef)) is not None:
+        fun_name = getattr(fun, "__name__", "fun")
+        raise ValueError(
+            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and the assignment "
+            f"would be lost. Write jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which updates "
+            "the model. model.eval() stops the assignment too, but it changes what the model computes."
+        )
+    return output
+
+
+def _assigned(fun: Fun, leaves: list[Any], treedef: Any) -> str | None:
+    """The name of a leaf of the arguments of `fun` that is another one after a call."""
+    places = [i for i, x in enumerate(leaves) if is_array(x)]
+    names: list[str] = []
+
+    def run(*arrays: Any) -> list[Any]:
+        given = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            given[i] = x
+        args, kwargs = jax.tree.unflatten(treedef, given)
+        fun(*args, **kwargs)
+        after = _named((args, kwargs))
+        names.extend(after)
+        return list(after.values())
+
+    kept = unchanged(run, [leaves[i] for i in places])
+    before = _named(jax.tree.unflatten(treedef, leaves))
+    appeared = [name for name in names if name not in before]
+    changed = [name for name, same in zip(names, kept, strict=True) if not same]
+    return next(iter([*appeared, *changed]), None)
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """The arrays of ``(args, kwargs)`` by name: ``0.norm.mean`` of the first argument."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): x for path, x in leaves if is_array(x)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return leaf_name("", path[1:2]).strip("[]'") + leaf_name("", path[2:]).removesuffix(".value")
+
+
+def holds_modules(tree: PyTree) -> bool:
+    """Whether any part of the tree is a module of nnx."""
+    return _holds(tree, "Pytree")
+
+
+def _holds(tree: PyTree, kind: str) -> bool:
+    """Whether any part of the tree is of the class of nnx, which need not have been imported."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    found = lambda x: isinstance(x, getattr(nnx, kind))
+    return any(map(found, jax.tree.leaves(tree, is_leaf=found)))
+
+
+def same_objects(old: Sequence[Any], new: Sequence[Any]) -> bool:
+    """Whether two lists hold the same arrays, and not only equal ones."""
+    return len(old) == len(new) and all(x is y for x, y in zip(old, new, strict=True))
+
+
+def _handed_on(jaxpr: jex.Jaxpr) -> Places:
+    """For each output of a jaxpr, the argument that it is."""
+    place_of: dict[Any, int | None] = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for v, i in zip(eqn.outvars, _through(eqn), strict=True):
+            source = None if i is None else eqn.invars[i]
+            place_of[v] = None if isinstance(source, jex.Literal) else place_of.get(source)
+    return [None if isinstance(v, jex.Literal) else place_of.get(v) for v in jaxpr.outvars]
+
+
+def _through(eqn: jex.JaxprEqn) -> Places:
+    """For each result of an equation, the operand that it is."""
+    rule = _RULES.get(eqn.primitive.name)
+    return [None] * len(eqn.outvars) if rule is None else rule(eqn)
+
+
+def _same(eqn: jex.JaxprEqn) -> Places:
+    return list(range(len(eqn.outvars)))
+
+
+def _call(eqn: jex.JaxprEqn) -> Places:
+    jaxpr, _ = opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+    return _handed_on(jaxpr)
+
+
+def _shard_map(eqn: jex.JaxprEqn) -> Places:
+    """Only what comes out divided as it went in is the same array."""
+    ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]
+    pairs = zip(_call(eqn), outs, strict=True)
+    return [i if i is not None and ins[i] == spec else None for i, spec in pairs]
+
+
+def _scan(eqn: jex.JaxprEqn) -> Places:
+    """A carry that each step hands on, and scanned slices that are written as they were read."""
+    consts, carried = scan_arity(eqn.params)
+    places = _handed_on(opened(eqn.params["jaxpr"])[0])
+    carry = [i if i == consts + k else None for k, i in enumerate(places[:carried])]
+    written = [i if i is not None and i >= consts + carried else None for i in places[carried:]]
+    return [*carry, *written]
+
+
+def _while(eqn: jex.JaxprEqn) -> Places:
+    consts, before = eqn.params["body_nconsts"], eqn.params["cond_nconsts"]
+    places = _handed_on(opened(eqn.params["body_jaxpr"])[0])
+    return [before + i if i == consts + k else None for k, i in enumerate(places)]
+
+
+def _cond(eqn: jex.JaxprEqn) -> Places:
+    branches = [_handed_on(opened(branch)[0]) for branch in eqn.params["branches"]]
+    agreed = [places[0] if len(set(places)) == 1 else None for places in zip(*branches, strict=True)]
+    return [None if i is None else i + 1 for i in agreed]
+
+
+_RULES: dict[str, Callable[[jex.JaxprEqn], Places]] = {
+    **dict.fromkeys(["copy", "copy_p", "optimization_barrier", "sharding_constraint"], _same),
+    **dict.fromkeys(["jit", "pjit", "closed_call", "core_call", "eval_jaxpr"], _call),
+    **dict.fromkeys(["checkpoint", "remat", "remat2"], _call),
+    **dict.fromkeys(["custom_jvp_call", "custom_vjp_call"], _call),
+    "shard_map": _shard_map, "scan": _scan, "while": _while, "cond": _cond,
+}  # fmt: skip

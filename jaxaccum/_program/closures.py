@@ -1,0 +1,125 @@
+"""What a function closes over: its arrays that are no arguments, by the names that its source gives them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxaccum._base.source_lines import parameters_of
+from jaxaccum._base.trees import is_array, leaves_with_names
+
+ROWS_ARGUMENT = "make {name} an argument of the loss with 0 in in_axes, or a part of the batch"
+"""What to write where an array of the closure has a row for each example."""
+
+
+def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays that `fun` reads from its closure and from globals, by name: ``batch['x']``.
+
+    Functions that it closes over are followed, and so are those of its own module that it calls.
+    """
+    seen, queue = {id(fun)}, [fun]
+    while queue:
+        for name, value in _variables(queue.pop(0)):
+            for leaf_name, leaf in leaves_with_names(value, name):
+                if is_array(leaf):
+                    yield leaf_name, leaf
+                elif callable(leaf) and id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    queue.append(leaf)
+
+
+def of_length(fun: Any, size: int) -> list[tuple[str, Any]]:
+    """The arrays that `fun` closes over and that have `size` rows, by name."""
+    return [(name, x) for name, x in closed_over(fun) if x.shape[:1] == (size,)]
+
+
+def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
+    """Note on an error of the user's function at which size it came up, and what it closes over that may not fit."""
+    if size == batch_size:
+        return
+    name = getattr(fun, "__name__", "the function")
+    said = f"jaxaccum called {name} with a microbatch of {size} of the batch's {batch_size} examples."
+    named = [f"{name}, {x.dtype}{list(x.shape)}" for name, x in of_length(fun, batch_size)]
+    if named:
+        names = " and ".join(name.split(",")[0] for name in named)
+        said += (
+            f" It closes over {' and '.join(named)}, a row for each example of the whole batch: "
+            f"{ROWS_ARGUMENT.format(name=names)}."
+        )
+    else:
+        said += (
+            " Where examples come in groups, pass a microbatch_size that is a multiple of the group's size and "
+            "that divides the batch."
+        )
+    error.add_note(said)
+
+
+def as_arguments(fun: Any) -> str:
+    """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it is nothing."""
+    arrays = [(name, x) for name, x in closed_over(fun) if x.shape]
+    if not arrays:
+        return ""
+    roots = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in arrays))
+    roots = [root for root in roots if root.isidentifier()]
+    shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
+    more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
+    name, own = getattr(fun, "__name__", "fun"), [p.name for p in parameters_of(fun)]
+    parameters = ", ".join([*own, *roots])
+    called, definition = name, f"def {name}({parameters})"
+    if name == "<lambda>":
+        called, definition = "The function", f"lambda {parameters}: …"
+    return (
+        f"{called} closes over {', '.join(shown)}{more}. What belongs to the batch must be an argument, so that it can "
+        f"be cut into microbatches: write {definition}, pass the same to the call, and give in_axes one entry for each."
+    )
+
+
+_SHOWN = 4
+"""How many arrays an error names."""
+
+
+def name_of(fun: Any, array: Any) -> str | None:
+    """The name of an array that `fun` closes over; None where it is not found."""
+    return next((name for name, x in closed_over(fun) if _is(x, array)), None)
+
+
+def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
+    """What a function reads that is neither an argument nor its own."""
+    if isinstance(fun, functools.partial):
+        yield from ((f"argument {i} of a partial", x) for i, x in enumerate(fun.args))
+        yield from fun.keywords.items()
+        yield "the function of a partial", fun.func
+        return
+    code = getattr(fun, "__code__", None)
+    if code is None:
+        inner = getattr(fun, "__wrapped__", None) or getattr(fun, "__func__", None)
+        yield from [] if inner is None else _variables(inner)
+        return
+    for name, cell in zip(code.co_freevars, fun.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for name in _global_names(code):
+        value = fun.__globals__.get(name)
+        if not callable(value) or getattr(value, "__module__", None) == fun.__module__:
+            yield name, value
+
+
+def _global_names(code: Any) -> Iterator[str]:
+    """The global names that a function's code mentions, and those of the functions defined in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from _global_names(constant)
+
+
+def _is(x: Any, array: Any) -> bool:
+    """Whether `array`, as JAX has traced it, is `x`; of numpy's arrays JAX keeps a copy."""
+    if x is array or not isinstance(x, np.ndarray | np.generic):
+        return x is array
+    return (x.shape, x.dtype) == (array.shape, array.dtype) and np.array_equal(x, array)

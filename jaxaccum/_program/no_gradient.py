@@ -1,0 +1,94 @@
+"""A value that passes no gradient: in reverse mode a cotangent that reaches it is an error, not lost.
+
+JAX asks for the cotangent of an output only where something differentiable reads it. So what is
+returned as auxiliary output, compared, or read under ``stop_gradient`` is not refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad, batching, mlir
+
+from jaxaccum._base.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A value that passes no gradient: what it moves with, by position among sources, and the error."""
+
+    movers: tuple[int, ...]
+    says: Callable[[], str]
+
+
+def refusing(
+    values: Sequence[Array], sources: Sequence[Array], refused: Mapping[int, Refused]
+) -> list[Array]:
+    """The values, of which those at the positions `refused` are constants that move with sources.
+
+    In reverse mode, a cotangent that reaches one of them is an error. In forward mode, its tangent is 0.
+    """
+
+    @jax.custom_jvp
+    def same(constants: list[Array], sources: list[Array]) -> list[Array]:
+        del sources
+        return constants
+
+    def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
+        pairs = zip(primals[0], refused.values(), strict=True)
+        return same(*primals), [_tangent(x, one, tangents[1]) for x, one in pairs]
+
+    same.defjvp(rule, symbolic_zeros=True)
+    results = list(values)
+    if refused:
+        constants = same([values[i] for i in refused], list(sources))
+        for i, x in zip(refused, constants, strict=True):
+            results[i] = x
+    return results
+
+
+def _tangent(x: Array, one: Refused, tangents: Sequence[Any]) -> Any:
+    """The tangent of a constant: 0, with an error as its transpose where it moves."""
+    aval: Any = jax.typeof(x)
+    moving = [tangents[i] for i in one.movers if not isinstance(tangents[i], SymbolicZero)]
+    if not moving:
+        return SymbolicZero(aval.to_tangent_aval())
+    return _zero.bind(moving[0], aval=aval.to_tangent_aval(), says=one.says)
+
+
+def refusal(name: str, tag: str, *, whole: bool) -> str:
+    """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments alone."""
+    entry = {"Max": "take the maximum of it", "Min": "take the minimum of it"}.get(tag, "take its last entry")
+    stacked = f"Return Stack(x) and {entry}, or Mean(x, 1) for the mean over microbatches."
+    untagged = "It depends only on arguments that are not cut into microbatches, so return it without a tag."
+    mend = untagged if whole else stacked
+    return (
+        f"the derivative of {name} is needed, and its tag {tag} passes none: the gradient would miss what "
+        f"goes through it. {mend} Where no derivative is meant, return it as auxiliary output (has_aux), or "
+        "read it under jax.lax.stop_gradient."
+    )
+
+
+def _zeros(tangent: Array, *, aval: Any, says: Any) -> Array:
+    del tangent, says
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _refuse(cotangent: Any, tangent: Any, *, aval: Any, says: Callable[[], str]) -> Any:
+    del cotangent, tangent, aval
+    raise ValueError(says())
+
+
+_zero = jex.Primitive("zero_without_transpose")
+"""The tangent 0 of a value that moves: linear, and without a transpose."""
+_zero.def_impl(_zeros)
+_zero.def_abstract_eval(lambda tangent, *, aval, says: aval)
+mlir.register_lowering(_zero, mlir.lower_fun(_zeros, multiple_results=False))
+batching.primitive_batchers[_zero] = lambda args, dims, **params: (_zero.bind(*args, **params), None)
+ad.deflinear2(_zero, _refuse)

@@ -1,0 +1,203 @@
+"""What one call computes at each microbatch: its arguments, its partition, and `fun` as traced once per size."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxaccum._base.types import Array, Audit, InAxes, Memory, Split
+from jaxaccum._devices import varying
+from jaxaccum._jaxpr import reversible
+from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._program import argument_slots
+from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._program.example_keys import example_keys
+from jaxaccum._program.microbatches import Partition
+from jaxaccum._program.named_outputs import Output
+from jaxaccum._program.output_parts import Outputs, Term
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._program.whole_outputs import Whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that every transformation shares, as the user gave them."""
+
+    in_axes: InAxes | ArgumentAxes = (None, 0)
+    """As the user gave it; in the options of one call, the entry of every argument."""
+    num_microbatches: int | None = None
+    microbatch_size: int | None = None
+    split: Split = "contiguous"
+    num_examples_argnum: int | None = None
+    axis_name: str = "microbatch"
+    mesh_axes: str | Sequence[str] | None = None
+    memory: Memory = None
+    audit: Audit = "warn"
+    device_axes: tuple[str, ...] = ()
+    """The axes of an explicit mesh over which the call runs device by device."""
+    blocks: int = 1
+    """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
+
+    def axes(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentAxes:
+        """The entry of every argument of the call ``fun(*args, **kwargs)``."""
+        return argument_slots.assigned(self.in_axes, args, kwargs, fun)
+
+    def of_call(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Options:
+        """The options of one call, whose arguments have no names from then on."""
+        return dataclasses.replace(self, in_axes=self.axes(fun, args, kwargs))
+
+
+class NeedsGlobalArraysError(Exception):
+    """A loss whose collectives would stop at one device's rows, or an output without a tag that one device divides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """`fun` as it was traced at one size of microbatch, before anything was changed in its program."""
+
+    trace: Trace
+    consts: list[Any]
+    outputs: tuple[Output, ...]
+    """What the program computes, leaf by leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one microbatch computes: the parts of the output, of the arrays of all slots, its rows and its index.
+
+    The slots are those of the arguments and then, for each size of microbatch, what its trace closed over.
+    """
+
+    slots: tuple[Slot, ...]
+    partition: Partition
+    outputs: Outputs
+    terms: tuple[Term, ...]
+    traces: tuple[Trace, ...]
+    axes: frozenset[str]
+    mesh_axes: tuple[str, ...]
+    given_axes: tuple[frozenset[str], ...]
+    """The mesh axes over which each slot varied as the caller gave it, before the loop's cast."""
+    limit: int | None = None
+    """The slot that counts the examples that are no padding, if the call has one."""
+    memory: Memory = None
+    """The budget of a coupled program."""
+    checked: bool = True
+    """Whether JAX could follow which values vary over a mesh; see `_unchecked`."""
+    shard: Array | None = None
+    """The place of this device's shard, where it is known beforehand."""
+    whole: Whole | None = None
+    """The outputs that depend on whole arguments alone, which no loop computes."""
+    observed: Mapping[int, Observed] = dataclasses.field(default_factory=dict)
+    """For the audit: what was traced, by the size of the microbatch."""
+    observe: Callable[[int, int], Observed] | None = None
+    """For the audit: `fun` traced at another size, for another number of microbatches."""
+
+    @property
+    def under_mapped_axes(self) -> bool:
+        """Whether it holds collectives over axes of an outer `vmap`, whose names a custom rule would not see."""
+        named = frozenset().union(*(one.other_axes for one in self.traces))
+        return bool(named - set(jax.sharding.get_abstract_mesh().manual_axes))
+
+    @property
+    def coupled(self) -> bool:
+        """Whether it holds a collective over the axis of the loop, so that no microbatch stands alone."""
+        return any(one.coupling is not None for one in self.traces)
+
+    def positions(self, role: Role) -> list[int]:
+        """The slots that have the role."""
+        return [i for i, slot in enumerate(self.slots) if slot.role is role]
+
+    def parts(
+        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+    ) -> list[Any]:
+        """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays` the whole call's."""
+        return self.traces[g](index, self.inputs(g, arrays, rows=rows, carry=carry, index=index))
+
+    def inputs(
+        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+    ) -> list[Any]:
+        """What the trace of group `g` reads at microbatch `index`, of the arguments of `parts`."""
+        own = list(arrays)
+        for positions, values in ((self.positions(Role.ROWS), rows), (self.positions(Role.CARRY), carry)):
+            for position, value in zip(positions, values, strict=True):
+                own[position] = value
+        for position, slot in enumerate(self.slots):
+            own[position] = self._folded(slot, own[position], g=g, index=index)
+        return [own[i] for i in self.sources(g)]
+
+    def depends(self, parts: Sequence[int], wrt: Collection[int]) -> bool:
+        """Whether any of the parts depends on any of the slots `wrt`."""
+        for g, one in enumerate(self.traces):
+            used = zip(self.sources(g), one.needs(parts), strict=True)
+            if any(needed and i in wrt for i, needed in used):
+                return True
+        return False
+
+    def is_reversible(self, wrt: Collection[int]) -> bool:
+        """Whether JAX has a reverse derivative with respect to the slots `wrt`."""
+        pairs = [(one, [i in wrt for i in self.sources(g)]) for g, one in enumerate(self.traces)]
+        return all(one.is_reversible(moved) for one, moved in pairs)
+
+    @property
+    def has_backward_rule(self) -> bool:
+        """Whether a ``jax.custom_vjp`` in it may treat a cotangent in a way that is not linear."""
+        return any(reversible.has_backward_rule(one.jaxpr) for one in self.traces)
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether it holds checks of ``checkify``."""
+        return any(reversible.has_checks(one.jaxpr) for one in self.traces)
+
+    def pure(self) -> Program:
+        """The program without its prints and callbacks, unless an output depends on one."""
+        return dataclasses.replace(self, traces=tuple(one.pure() for one in self.traces))
+
+    def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
+        """The program that computes the given parts alone, and which parts it returns: these and what they carry."""
+        carried = [i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY]
+        kept = sorted(parts)
+        if carried and self.depends(kept, self.positions(Role.CARRY)):
+            kept = sorted({*kept, *carried})
+        traces = tuple(one.only(kept) for one in self.traces)
+        outputs = dataclasses.replace(self.outputs, parts=tuple(self.outputs.parts[i] for i in kept))
+        return dataclasses.replace(self, traces=traces, outputs=outputs), kept
+
+    @property
+    def num_arguments(self) -> int:
+        """How many slots are those of the arguments."""
+        return len(self.slots) - sum(one.num_consts for one in self.traces)
+
+    def sources(self, g: int) -> list[int]:
+        """The slots that trace `g` reads: its constants, then the arguments."""
+        return sources(self.slots, self.traces, g)
+
+    def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
+        """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
+        if slot.role is Role.KEY:
+            place = index + self._shard() * self.partition.num_microbatches
+            return jax.random.fold_in(slot.value(x), place)
+        if slot.role is Role.EXAMPLE_KEY:
+            examples = self.partition.examples(self.partition.groups[g], index)
+            return self._keys_of(slot.value(x), examples)
+        return x
+
+    def _keys_of(self, key: Array, examples: Array) -> Array:
+        """The keys of these examples of the device's own shard."""
+        own = self.partition.batch_size
+        shards = math.prod(jax.lax.axis_size(name) for name in self.mesh_axes)
+        return example_keys(key, examples + self._shard() * own, batch_size=own * shards)
+
+    def _shard(self) -> Array | int:
+        """The place of this device's shard of the batch."""
+        return varying.shard_index(self.mesh_axes) if self.shard is None else self.shard
+
+
+def sources(slots: Sequence[Slot], traces: Sequence[Trace], g: int) -> list[int]:
+    num_args = len(slots) - sum(one.num_consts for one in traces)
+    first = num_args + sum(one.num_consts for one in traces[:g])
+    return [*range(first, first + traces[g].num_consts), *range(num_args)]

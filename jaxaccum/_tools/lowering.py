@@ -1,0 +1,221 @@
+"""A call compiled for the devices that its arguments name, never run: bytes and operations of one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.core
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxaccum._base.trees import is_array, leaves_with_names
+from jaxaccum._base.types import Fun
+from jaxaccum._jaxpr.flops import flops
+from jaxaccum._program import argument_slots, prepare
+from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._program.program import Options
+from jaxaccum._transforms import explicit_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device needs for one run."""
+
+    temp_bytes: int
+    total_bytes: int
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Arguments as shapes with shardings; what is no array is held in `leaves` and never traced."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+    traced: tuple[int, ...]
+    """Which leaves are arguments of the compiled program."""
+    mesh: Any
+    """The mesh that the arguments are laid out on, if any is."""
+    mesh_axes: tuple[str, ...]
+    """Its manual axes, over which the program is one device's."""
+    batch_axes: frozenset[str] = frozenset()
+    """The mesh axes, manual ones apart, that the rows of the batch are divided over."""
+    batch_size: int = 0
+
+    @property
+    def shapes(self) -> list[Any]:
+        """The arguments of the compiled program."""
+        return [self.leaves[i] for i in self.traced]
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices, manual axes apart, the rows of the batch are divided."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the batch is divided over axes of explicit type, on which microbatches are equal."""
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)) if self.mesh else {}
+        return any(kinds[axis] is AxisType.Explicit for axis in self.batch_axes)
+
+    @property
+    def device_kind(self) -> str:
+        """The name of the device that the program is compiled for."""
+        return self._device().device_kind
+
+    def device_limit(self) -> int | None:
+        """The memory of one device, where it says so."""
+        try:
+            stats = self._device().memory_stats()
+        except jax.errors.JaxRuntimeError:  # a device of a topology that is only described
+            return None
+        return (stats or {}).get("bytes_limit")
+
+    def rows(self, axes: ArgumentAxes) -> tuple[list[Slot], int]:
+        """The leaves with a batch axis, and its size on one device of the manual axes."""
+        found: list[Any] = []
+
+        def note(*arrays: Any) -> None:
+            layout, own = argument_slots.read(*self._build(arrays), axes)
+            found.append((layout.slots, argument_slots.batch_size(layout.slots, own)))
+
+        jax.eval_shape(self._shard_map(note, None) if self.mesh_axes else note, *self.shapes)
+        slots, batch_size = found[-1]
+        return [slot for slot in slots if slot.role is Role.ROWS], batch_size
+
+    def couples(self, fun: Fun, options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
+        """Whether the loss has collectives over microbatches, by one trace of it where the real call would trace it."""
+        found: list[bool] = []
+
+        def note(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            program, _ = prepare.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
+            found.append(program.coupled)
+
+        one = lambda *arrays: explicit_mesh.spread(note, fun, options, *self._build(arrays))
+        jax.eval_shape(self._shard_map(one, None) if self.mesh_axes else one, *self.shapes)
+        return found[-1]
+
+    def compiled(self, step: Callable[..., Any], argnums: Sequence[int]) -> Cost:
+        """Compile ``step(*args)``, a gradient with respect to the arguments `argnums`."""
+        traced = jax.jit(self._over_mesh(step, argnums)).trace(*self.shapes)
+        devices = self.mesh.size if self.mesh is not None else 1
+        operations = flops(traced.jaxpr.jaxpr, devices)
+        try:
+            analysis = traced.lower().compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            used = _used_bytes(str(error))
+            if used is None:
+                raise
+            return Cost(used, used, operations)
+        assert analysis is not None, "this backend does not report its memory"
+        arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return Cost(analysis.temp_size_in_bytes, arguments + analysis.temp_size_in_bytes, operations)
+
+    def _build(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and the keyword arguments that hold `arrays`."""
+        own = list(self.leaves)
+        for i, x in zip(self.traced, arrays, strict=True):
+            own[i] = x
+        return self.treedef.unflatten(own)
+
+    def _over_mesh(self, step: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., Any]:
+        """`step` of flat arrays; inside ``shard_map`` where some axes are manual."""
+
+        def call(*arrays: Any) -> Any:
+            args, kwargs = self._build(arrays)
+            return step(*args, **kwargs)
+
+        if not self.mesh_axes:
+            return call
+
+        def one(*arrays: Any) -> Any:
+            head, grads = call(*arrays)
+            return jax.tree.map(lambda x: x[None], head), jax.tree.leaves(grads)
+
+        specs, _ = self._build([self._manual_spec(x) for x in self.shapes])
+        outs = [spec for number in argnums for spec in jax.tree.leaves(specs[number], is_leaf=_is_spec)]
+        return self._shard_map(one, (P(self.mesh_axes), outs))
+
+    def _shard_map(self, fun: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+        specs = tuple(self._manual_spec(x) for x in self.shapes)
+        return jax.shard_map(fun, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=set(self.mesh_axes))
+
+    def _manual_spec(self, x: Any) -> P:
+        """The sharding over manual axes alone."""
+        kept = [tuple(name for name in _names(_spec(x), i) if name in self.mesh_axes) for i in range(len(_spec(x)))]
+        return P(*(names or None for names in kept))
+
+    def _device(self) -> Any:
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0]
+        return next((next(iter(x.devices())) for x in self.leaves if isinstance(x, jax.Array)), jax.devices()[0])
+
+
+def read(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: ArgumentAxes,
+    *,
+    traced: Collection[Any],
+    mesh_axes: Any,
+) -> Call:
+    """The call; leaves of the arguments `traced` become arguments of the program also where they are Python numbers."""
+    names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+    leaves, positions = {}, []
+    for number, called, arg in argument_slots.every(args, kwargs):
+        for name, x in leaves_with_names(arg, called):
+            if isinstance(x, jax.core.Tracer):
+                raise TypeError(
+                    f"{name} is traced, and a plan compiles programs of its own; call jaxaccum.plan outside of jit and "
+                    "of other transformations, with arrays or jax.ShapeDtypeStruct."
+                )
+            if is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or number in traced:
+                positions.append(len(leaves))
+            leaves[name] = x
+    mesh = _mesh_of(list(leaves.values()), names)
+    structure = jax.tree.structure((args, kwargs))
+    call = Call(structure, tuple(leaves.values()), tuple(positions), mesh, names)
+    rows, batch_size = call.rows(axes)
+    divided = {axis for slot in rows for axis in _names(_spec(leaves[slot.name]), slot.axis)}
+    return dataclasses.replace(call, batch_axes=frozenset(divided) - set(names), batch_size=batch_size)
+
+
+def _mesh_of(leaves: Sequence[Any], mesh_axes: tuple[str, ...]) -> Any:
+    shardings = [getattr(x, "sharding", None) for x in leaves]
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    missing = [name for name in mesh_axes if mesh is None or name not in mesh.axis_names]
+    if missing:
+        raise ValueError(
+            f"mesh_axes names {missing[0]!r}, and no argument is laid out on a mesh with that axis; give the arguments "
+            "the shardings of the real run, jax.sharding.NamedSharding(mesh, spec)."
+        )
+    return mesh
+
+
+def _spec(x: Any) -> P:
+    sharding = getattr(x, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else P()
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _names(spec: P, axis: int) -> tuple[str, ...]:
+    """The mesh axes over which an array's own `axis` is divided."""
+    entry = spec[axis] if axis < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _used_bytes(message: str) -> int | None:
+    """The need that the compiler reports for a program that exceeds the device, "Used 29.35G of 15.75G hbm"."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))

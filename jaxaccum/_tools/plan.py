@@ -1,0 +1,349 @@
+"""`plan`: how large may a microbatch be? Programs compiled for the real devices, never run, against a memory limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxaccum._base.source_lines import is_ours
+from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split
+from jaxaccum._program import argument_slots, validate
+from jaxaccum._program.axes_by_name import check_keywords
+from jaxaccum._program.program import Options
+from jaxaccum._tools import lowering
+from jaxaccum._transforms.value_and_grad import value_and_grad
+from jaxaccum.accumulators._record import Sums
+
+_SCHEDULES: tuple[Memory, ...] = ("min", None, "store")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One candidate: its sizes, and what one device needs for it; bytes are compiled, or predicted where not."""
+
+    microbatch_size: int
+    num_microbatches: int
+    memory: Memory
+    """The schedule of a coupled loss, as `value_and_grad` takes it; None for every other."""
+    temp_bytes: int
+    """Beside arguments and results: activations and sums."""
+    total_bytes: int
+    """Arguments, results and temporary memory, each byte once where a result reuses an argument."""
+    flops: float
+    """Of the whole gradient on one device, every iteration of every loop counted."""
+    compiled: bool
+    """Whether the bytes are those of the compiled program, or predicted from two others."""
+    predicted_temp_bytes: int | None
+    """What the line through the programs compiled before said, kept beside the compiled figure; None for the first."""
+    fits: bool
+    """Whether `total_bytes` are within the limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The candidates, smallest microbatch first, and the limit; of a coupled loss, those of every schedule."""
+
+    rows: tuple[Row, ...]
+    memory_bytes: int
+    coupled: bool = False
+    refused: tuple[int, ...] = ()
+    """Sizes of a microbatch that `fun` does not accept: those that cut its groups of examples."""
+
+    @property
+    def best(self) -> Row:
+        """The largest microbatch within the limit; of several schedules' the one of fewest operations. Compiled."""
+        largest = {row.memory: row for row in self.rows if row.fits and row.compiled}
+        return min(largest.values(), key=lambda row: (row.flops, -row.microbatch_size))
+
+    def __str__(self) -> str:
+        best = self.best
+        head = ("", "microbatch_size", "num_microbatches", *self._schedule("memory"), "temporary", "total", "flops", "")
+        body = [
+            (
+                "best" if row is best else "" if row.fits else "over",
+                str(row.microbatch_size),
+                str(row.num_microbatches),
+                *self._schedule(repr(row.memory)),
+                _bytes(row.temp_bytes),
+                _bytes(row.total_bytes),
+                f"{row.flops:.3g}",
+                "compiled" if row.compiled else "predicted",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
+        foot = [f"limit {_bytes(self.memory_bytes)} a device"]
+        if self.refused:
+            foot.append(f"not accepted by fun: microbatches of {', '.join(map(str, self.refused))}")
+        return "\n".join([*(line.rstrip() for line in lines), *foot])
+
+    def _schedule(self, cell: str) -> list[str]:
+        """The column of schedules, which only a coupled loss has."""
+        return [cell] if self.coupled else []
+
+
+def plan(
+    fun: Fun,
+    *args: Any,
+    in_axes: InAxes = (None, 0),
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    memory_bytes: int | None = None,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Memory = None,
+    accumulator: Sums | None = None,
+    gather: Gather = "each",
+    **kwargs: Any,
+) -> Plan:
+    """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
+
+    Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are compiled, the others
+    predicted, and the choice is compiled to confirm it; where it does not fit, the line is drawn anew. The whole batch
+    as one microbatch needs no sums and may fit where no loop does: it is compiled too. It equals::
+
+        for m in sizes:
+            step = jax.jit(value_and_grad(fun, microbatch_size=m, …))
+            rows.append(step.lower(*args).compile().memory_analysis())
+        best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
+
+    Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and ``"store"``, or the
+    one that `memory` names; among the largest microbatches that fit, the best takes the fewest operations. What a
+    schedule stores may change with the size, so that both ends are compiled too and nothing is extrapolated.
+
+    Args:
+        fun: the loss of one microbatch, as for `value_and_grad`.
+        *args: its arguments on the whole batch, arrays or ``jax.ShapeDtypeStruct``, with the shardings of the real run:
+            the programs are compiled for the mesh that these name.
+        in_axes: one entry per argument, as for `value_and_grad`.
+        argnums: the arguments to differentiate.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        memory_bytes: the limit of one device for arguments, results and temporary memory; None is the device's own,
+            and must be given where it has none, as on CPU. Subtract what else lives there, such as optimizer state.
+        num_microbatches: restricts the candidates to this one.
+        microbatch_size: restricts the candidates to this one.
+        split: as for `value_and_grad`; strided candidates divide the batch, and hold whole rows of every shard.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these axes; the sizes are
+            then those of one device's shard.
+        memory: restricts the schedules of a coupled loss to this one.
+        accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
+        **kwargs: the keyword arguments of `fun`.
+
+    Returns:
+        A `Plan`: `rows`, `best`, and a table as ``str``. Its sizes are those that `fun` accepts; the others are
+        `refused`, as those that cut a group of examples in two.
+
+    Raises:
+        ValueError: if no limit is known, not even the smallest microbatch fits, or `fun` does not accept the size that
+            was asked for.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
+        >>> shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((4096, 64), jnp.float32)
+        >>> plan = jaxaccum.plan(loss, *shapes, memory_bytes=1_800_000)
+        >>> plan.best.fits, plan.best.microbatch_size < 4096
+        (True, True)
+    """
+    check_keywords(kwargs, in_axes, "plan", fun)
+    axes = argument_slots.assigned(in_axes, args, kwargs, fun)
+    numbers = validate.argnums(argnums, axes.positional)
+    counted = num_examples_argnum
+    if counted is not None:
+        counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
+    call = lowering.read(args, kwargs, axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
+    limit = _limit(memory_bytes, call)
+    options: dict[str, Any] = {
+        "in_axes": axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
+        "mesh_axes": mesh_axes,
+    }  # fmt: skip
+    given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
+    asked = any(number is not None for number in given.values())
+
+    def couples(size: int) -> bool:
+        sized = Options(microbatch_size=size, memory=memory, **options)
+        return call.couples(fun, sized, numbers, has_aux=has_aux)
+
+    equal = split == "strided" or call.explicit
+    every = candidates(call.batch_size, shards=call.shards, equal=equal)
+    if asked:
+        wanted = validate.partition(call.batch_size, **given, split=split).groups[0].size
+        sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
+    else:
+        sizes, refused, coupled = _accepted(couples, every)
+    schedules: tuple[Memory, ...] = (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
+    options |= {"accumulator": accumulator, "gather": gather}
+
+    def measure(schedule: Memory, size: int) -> lowering.Cost:
+        step = value_and_grad(
+            fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options
+        )
+        with warnings.catch_warnings():
+            if len(schedules) > 1:  # that one of them is slow stands in the table
+                warnings.filterwarnings("ignore", message="memory=")
+            return call.compiled(step, numbers)
+
+    if coupled and not asked:
+        sizes = [size for size in sizes if call.batch_size % size == 0]
+    rows, needed = [], []
+    for schedule in schedules:
+        search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled)
+        choice = search.run()
+        rows += [search.row(size, schedule) for size in sizes]
+        needed.append((search.total(choice), choice))
+    if min(needed)[0] > limit:
+        raise ValueError(
+            f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, needs {min(needed)[0]} "
+            "bytes on a device; raise the limit, shard the parameters, or divide the batch over more devices."
+        )
+    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
+
+
+def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
+    """The sizes worth a look: the divisors of the batch, and powers of two where microbatches may be unequal."""
+    sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
+    if not equal:
+        sizes |= {2**i for i in range(batch_size.bit_length()) if 2**i < batch_size}
+    return sorted(size for size in sizes if size % shards == 0)
+
+
+def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> tuple[list[int], tuple[int, ...], bool]:
+    """The sizes that `fun` accepts and those that it does not, and whether it has collectives.
+
+    A function of groups of examples does not accept a single one. So where the smallest size is
+    accepted all are, and no other is traced.
+    """
+    found: dict[int, bool] = {}
+    errors: dict[int, Exception] = {}
+    for size in sizes:
+        try:
+            found[size] = couples(size)
+        except Exception as error:  # of the user's function
+            errors[size] = error
+        if found and not errors:
+            return sizes, (), found[size]
+    if not found:
+        raise errors[sizes[-1]]
+    return list(found), tuple(errors), any(found.values())
+
+
+def _accepts(couples: Callable[[int], bool], size: int) -> bool:
+    try:
+        couples(size)
+    except Exception:  # of the user's function
+        return False
+    return True
+
+
+def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> bool:
+    """Whether `fun` has collectives, at the size that was asked for."""
+    try:
+        return couples(size)
+    except Exception as error:  # of the user's function, or one of ours
+        accepted = [other for other in others if _accepts(couples, other)]
+        if is_ours(error) or not accepted:
+            raise
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(
+            f"fun does not accept microbatches of {size} examples ({said}); pass a microbatch_size that "
+            f"it accepts: {', '.join(map(str, accepted))}."
+        ) from error
+
+
+def _limit(memory_bytes: Any, call: lowering.Call) -> int:
+    if memory_bytes is not None:
+        return validate.size(memory_bytes, "memory_bytes")
+    limit = call.device_limit()
+    if limit is None:
+        raise ValueError(
+            f"memory_bytes is None, and the device ({call.device_kind}) reports no limit of its own; pass "
+            "memory_bytes, the bytes of one device that the gradient may use."
+        )
+    return limit
+
+
+class _Search:
+    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed.
+
+    The whole batch as one microbatch is no loop, holds no sums, and lies on no line: it is always compiled.
+    """
+
+    def __init__(
+        self, measure: Callable[[int], lowering.Cost], sizes: list[int], batch_size: int, limit: int, *, ends: bool
+    ) -> None:
+        self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
+        self.ends = [sizes[0], sizes[-1]] if ends else []
+        self.known: dict[int, lowering.Cost] = {}
+        self.guesses: dict[int, int] = {}
+
+    def run(self) -> int:
+        """The largest size that fits, or the smallest of all where none does; either is compiled."""
+        for size in self._anchors():
+            self._compile(size)
+        while True:
+            fitting = [size for size in self.sizes if self.total(size) <= self.limit]
+            choice = max(fitting, default=self.sizes[0])
+            if choice in self.known:
+                return choice
+            self._compile(choice)
+
+    def _anchors(self) -> list[int]:
+        """The whole batch, and about an eighth and a half of it: the smallest microbatches are padded."""
+        whole = {self.batch_size} & set(self.sizes)
+        loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
+        small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
+        return sorted({small, loops[-1], *self.ends, *whole})
+
+    def _compile(self, size: int) -> None:
+        if len(self.known) > 1 and size != self.batch_size:
+            self.guesses[size] = round(self._between(size, "temp_bytes"))
+        self.known[size] = self.measure(size)
+
+    def total(self, size: int) -> int:
+        """The bytes of the program at a size, compiled or predicted."""
+        return self.known[size].total_bytes if size in self.known else round(self._between(size, "total_bytes"))
+
+    def _between(self, size: int, name: str) -> float:
+        """The line through the nearest compiled loops, on both sides where there are any."""
+        loops = [other for other in self.known if other != self.batch_size] or list(self.known)
+        near = sorted(loops, key=lambda other: abs(other - size))
+        below, above = [x for x in near if x < size], [x for x in near if x > size]
+        pair = [below[0], above[0]] if below and above else near[:2]
+        values = [float(getattr(self.known[x], name)) for x in pair]
+        if len(pair) == 1:
+            return values[0]
+        slope = (values[1] - values[0]) / (pair[1] - pair[0])
+        return max(values[0] + slope * (size - pair[0]), 0.0)
+
+    def row(self, size: int, memory: Memory) -> Row:
+        """What is known of a size."""
+        known, total = self.known.get(size), self.total(size)
+        return Row(
+            microbatch_size=size,
+            num_microbatches=-(-self.batch_size // size),
+            memory=memory,
+            temp_bytes=known.temp_bytes if known else round(self._between(size, "temp_bytes")),
+            total_bytes=total,
+            flops=known.flops if known else self._between(size, "flops"),
+            compiled=known is not None,
+            predicted_temp_bytes=self.guesses.get(size),
+            fits=total <= self.limit,
+        )
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.4g} {units[0]}"

@@ -1,0 +1,285 @@
+"""`microbatch`: a function written for one microbatch, run over the whole batch and differentiable by JAX."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from jaxaccum import _loop
+from jaxaccum._audit import at_call
+from jaxaccum._base.trees import cast, is_inexact
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Split
+from jaxaccum._devices import varying
+from jaxaccum._program import prepare, reductions
+from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.finalize import finalized
+from jaxaccum._program.program import Options, Program
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._transforms import engine, explicit_mesh
+from jaxaccum.accumulators._record import Sums
+
+
+def microbatch(
+    fun: Fun,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: InAxes = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    audit: Audit = "warn",
+) -> Fun:
+    """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
+
+    Every output combines by its tag, ``Mean(t, w)`` to ``Σ t / Σ w``, ``Sum(x)`` to ``Σ x``, ``Concat(x)`` to all rows
+    in order, …; an untagged floating scalar declares a mean over the microbatch's examples. What depends on whole
+    arguments alone (a temperature, a regularizer's weights) needs no tag: it passes as it is, whatever its shape and
+    dtype, and its gradient counts once. It equals::
+
+        def microbatched(params, batch):
+            outputs = []
+            for _, rows in partition(params, batch, num_microbatches=n):
+                outputs.append(fun(params, rows))
+            return combine(outputs)  # tag by tag: Σ total / Σ weight, concatenate, …
+
+    Args:
+        fun: function of one microbatch; its outputs are tags, floating scalars, or depend on whole arguments alone.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        microbatch_size: as many microbatches of this size as fit, and one remainder.
+        in_axes: one entry per argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
+            ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes keyword
+            arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all others whole.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding, and
+            microbatches of padding alone are skipped at run time.
+        axis_name: the name that ``lax.axis_index`` and collectives use for the loop.
+        mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are also summed.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
+            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
+            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
+            comparison of the two takes both from the result, or ``"store"``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
+            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
+            It traces `fun` once more, for the whole batch.
+
+    Returns:
+        A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.
+
+    Guarantees:
+        Equal to `full_batch` in exact arithmetic, for value and derivatives, at one microbatch's activation memory.
+        Reverse-mode for any output; one forward pass where one scalar is differentiated, else two. Forward-mode
+        where one scalar is differentiated.
+
+    Raises:
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also where a derivative is
+            asked in reverse mode of a `Max`, `Min`, `Last` or `Carry` that moves with what is differentiated: it would
+            be 0. In forward mode, the tangents of these are 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> loss = jaxaccum.microbatch(lambda w, x: jnp.mean((w * x) ** 2), microbatch_size=2)
+        >>> jax.grad(lambda w: loss(w, jnp.arange(5.0)) + w**2)(1.0).item()  # the regularizer counts once
+        14.0
+    """
+    options = Options(
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        audit=audit,
+    )  # fmt: skip
+
+    @functools.wraps(fun)
+    def microbatched(*args: Any, **kwargs: Any) -> Any:
+        return explicit_mesh.spread(plain, fun, options.of_call(fun, args, kwargs), args, kwargs)
+
+    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        program, arrays = prepare.prepare(fun, options, args, kwargs)
+        summed = [
+            x if slot.role is Role.ROWS else varying.sum_cotangents(x, program.mesh_axes)
+            for slot, x in zip(program.slots, arrays, strict=True)
+        ]
+        parts = _differentiable(program)(summed)
+        at_call.check(fun, options, program, arrays)
+        pairs = zip(program.outputs.parts, parts, strict=True)
+        parts = [reductions.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
+        return finalized(program, arrays, parts)
+
+    return microbatched
+
+
+def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbatch") -> Fun:
+    """The oracle: the same tagged function in one pass over the whole batch, its tags resolved.
+
+    Args:
+        fun: function of one microbatch, as for `microbatch`.
+        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` with every example's index.
+        axis_name: the name of the axis, bound with size 1.
+
+    Returns:
+        A function of the same arguments, differentiable by JAX alone.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> fun = lambda w, x: jaxaccum.Mean(jnp.sum(w * x), x.size)
+        >>> jaxaccum.full_batch(fun)(2.0, jnp.arange(5.0)).item()
+        4.0
+    """
+    options = Options(in_axes=in_axes, axis_name=axis_name)
+
+    @functools.wraps(fun)
+    def oracle(*args: Any, **kwargs: Any) -> Any:
+        return prepare.whole(fun, options, args, kwargs)
+
+    return oracle
+
+
+def _differentiable(program: Program) -> Any:
+    """The loop with the derivative that its use asks for. One rule does not fit all:
+
+    * One scalar depends on what is differentiated: its gradient is computed beside the value, and the tangent is
+      ``Σ g · t``. One forward pass, and forward-mode works.
+    * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is not linear: the
+      cotangents are not known yet, so the backward pass runs the loop again.
+    * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the loop itself.
+    """
+
+    @jax.custom_jvp
+    def forward(arrays: list[Array]) -> list[Array]:
+        return engine.run(program, arrays)
+
+    def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
+        (arrays,), (tangents,) = primals, tangents
+        wrt = tuple(i for i, t in enumerate(tangents) if _moves(program, i, t))
+        if not program.is_reversible(wrt):
+            return _jvp(lambda arrays: engine.run(program, arrays), arrays, tangents, wrt)
+        reached = [i for i in _candidates(program) if program.depends([i], wrt)]
+        if len(reached) == 1 and _is_scalar_sum(program, reached[0]) and not program.has_backward_rule:
+            return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
+        if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
+            # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule that it does not
+            # run here. So it derives both passes from the forward one, now.
+            return _jvp(lambda arrays: engine.run(program, arrays, checkpoint=True), arrays, tangents, wrt)
+        return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
+
+    forward.defjvp(rule, symbolic_zeros=True)
+    if program.has_checks:  # JAX drops the checks of a loop inside a custom_jvp rule
+        return _recomputing(program, tuple(_floating(program)))
+    return forward
+
+
+def _jvp(fun: Any, arrays: list[Array], tangents: list[Any], wrt: tuple[int, ...]) -> tuple[Any, Any]:
+    """JAX's own derivative with respect to the slots `wrt`; to JAX the others are constants."""
+
+    def of_moving(*moving: Array) -> list[Array]:
+        own = list(arrays)
+        for i, x in zip(wrt, moving, strict=True):
+            own[i] = x
+        return fun(own)
+
+    return jax.jvp(of_moving, [arrays[i] for i in wrt], [tangents[i] for i in wrt])
+
+
+def _floating(program: Program) -> list[int]:
+    """The slots that can be differentiated."""
+    floating: list[int] = []
+    for g, one in enumerate(program.traces):
+        pairs = zip(program.sources(g), one.arguments, strict=True)
+        floating += [i for i, v in pairs if is_inexact(v.aval) and program.slots[i].role in (Role.WHOLE, Role.ROWS)]
+    return list(dict.fromkeys(floating))
+
+
+def _moves(program: Program, i: int, tangent: Any) -> bool:
+    role = program.slots[i].role
+    return (
+        not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
+    )
+
+
+def _is_mapped(x: Any) -> bool:
+    """Whether `x` belongs to a `vmap` that stands around this rule, as in ``grad(vmap(f))``."""
+    return hasattr(x, "batch_dim")  # JAX exports no type of what `vmap` traces
+
+
+def _candidates(program: Program) -> list[int]:
+    """The parts that can have a derivative."""
+    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    return [i for i, (part, v) in enumerate(pairs) if part.reduction.differentiable and is_inexact(v.aval)]
+
+
+def _is_scalar_sum(program: Program, part: int) -> bool:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    return (
+        program.outputs.parts[part].reduction is Reduction.SUM
+        and aval.shape == ()
+        and jnp.issubdtype(aval.dtype, jnp.floating)
+    )
+
+
+def _gradient_beside_value(
+    program: Program, arrays: list[Array], tangents: list[Any], *, wrt: tuple[int, ...], part: int
+) -> tuple[list[Array], list[Any]]:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
+    parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)])
+    tangent = _zero_tangent(parts[part])
+    for i, grad in zip(wrt, grads, strict=True):
+        # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
+        share = cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
+        tangent = tangent + varying.sum_over_others(share, varying.varying_axes(tangent))
+    return parts, [tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)]
+
+
+def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
+    """The loop whose backward pass runs it again, with the cotangents that have arrived by then."""
+    wanted = _candidates(program)
+
+    @jax.custom_vjp
+    def forward(arrays: list[Array]) -> list[Array]:
+        return engine.run(program, arrays)
+
+    def save(arrays: list[Any]) -> tuple[list[Array], list[Array]]:
+        values = [x.value for x in arrays]
+        if not program.has_backward_rule:
+            return engine.run(program, values), values
+        # JAX runs the forward rule of a custom_vjp only where it differentiates: an outer derivative needs that form,
+        # not the plain function, which may close over what is differentiated. Nobody reads these gradients.
+        gradient = _loop.Gradient(wrt, tuple(wanted), Sums(in_place=True))
+        return engine.run_with_gradient(program, values, gradient, _ones(program, wanted)).parts, values
+
+    def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
+        given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
+        gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
+        _, summed = engine.run_with_gradient(program, values, gradient, [cotangents[i] for i in given])
+        by_slot = dict(zip(wrt, summed, strict=True))
+        return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
+
+    forward.defvjp(save, pull, symbolic_zeros=True)
+    return forward
+
+
+def _ones(program: Program, parts: list[int]) -> list[Array]:
+    """Cotangents of the given parts over the whole batch, all of them 1."""
+    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    shapes = [_loop.whole_shape(program, part.reduction, v.aval) for part, v in pairs]
+    return [varying.full(shapes[i], 1) for i in parts]
+
+
+def _tangent_type(x: Array) -> Any:
+    aval: Any = jax.typeof(x)
+    return aval.to_tangent_aval()
+
+
+def _zero_tangent(x: Array) -> Any:
+    """The tangent of a value that does not move."""
+    if not is_inexact(x):
+        return np.zeros(x.shape, jax.dtypes.float0)
+    return varying.zeros(x)

@@ -1,0 +1,169 @@
+"""Value and gradient of a loss in one pass: denominators first, then each microbatch back-propagates its share.
+
+The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of
+every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any
+number of terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend
+on parameters, that scan computes the totals too, and costs one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.core
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import lax
+
+from jaxaccum import _loop
+from jaxaccum._base.source_lines import frame_of
+from jaxaccum._base.trees import cast, is_inexact, ratio
+from jaxaccum._base.types import Array
+from jaxaccum._devices import varying
+from jaxaccum._jaxpr.reversible import equations_inside
+from jaxaccum._jaxpr.traces import Trace, with_invars
+from jaxaccum._program import reductions
+from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.output_parts import Term
+from jaxaccum._program.program import Program
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._transforms import engine
+from jaxaccum.accumulators._record import Sums
+
+
+class ValueAndGrad(NamedTuple):
+    """The combined parts over the whole batch, and the gradients of the loss, one per slot of `wrt`."""
+
+    parts: list[Array]
+    grads: list[Array]
+
+
+def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
+    """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all shards."""
+    known = known_first(program, arrays, wrt)
+    parts, seeds = [], []
+    for term in program.terms:
+        parts.append(term.total)
+        seeds.append(total_seed(program, term, known))
+        for weight in _moving_weights(program, term, wrt):
+            parts.append(weight)
+            seeds.append(_weight_seed(known[term.total], known[weight]))
+    result = engine.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds)
+    return over_shards(program, wrt, ValueAndGrad(result.parts, result.grads), known)
+
+
+def known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array]:
+    """The parts that cotangents are made of, over the whole batch. Prints and callbacks wait for the loop itself."""
+    wanted: set[int] = set()
+    for term in program.terms:
+        if term.weight is not None:
+            wanted |= {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
+    restricted, kept = program.pure().only(sorted(wanted))
+    for one in restricted.traces:
+        _check_computed_twice(one)
+    if _is_static(restricted):
+        return dict(zip(kept, _static(restricted), strict=True))
+    totals = _over_mesh(restricted, engine.run(restricted, arrays))
+    return dict(zip(kept, totals, strict=True))
+
+
+def _check_computed_twice(weights: Trace) -> None:
+    """Weights are computed before the loop and again in it, so they must be the same both times."""
+    for eqn in equations_inside(weights.jaxpr):
+        if eqn.primitive.name in _STATEFUL:
+            raise ValueError(
+                f"the weight of a Mean depends on {_STATEFUL[eqn.primitive.name]} (at {frame_of(eqn)}). jaxaccum "
+                "computes the weights of the whole batch before the loss, so the weight must not depend on side "
+                "effects; compute it from the arguments, or pass it as an argument."
+            )
+
+
+_STATEFUL = {
+    "io_callback": "an io_callback",
+    "get": "a reference",
+    "swap": "a reference",
+    "addupdate": "a reference",
+}
+
+
+def _is_static(program: Program) -> bool:
+    """Whether every microbatch of one size adds the same on every device, and none is skipped."""
+    if program.coupled or program.limit is not None:
+        return False
+    return all(_is_constant(trace) for trace in program.traces)
+
+
+def _is_constant(trace: Trace) -> bool:
+    """Whether a trace without dead code reads no argument, no index and no other axis."""
+    read = [*trace.jaxpr.outvars, *(v for eqn in trace.jaxpr.eqns for v in eqn.invars)]
+    variables = {v for v in read if not isinstance(v, jex.Literal)}
+    return not trace.other_axes and variables.isdisjoint(trace.jaxpr.invars)
+
+
+def _static(program: Program) -> list[Array]:
+    """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds the same."""
+    shards = math.prod(lax.axis_size(name) for name in program.mesh_axes)
+    totals = [
+        reductions.initial(part.reduction, v.aval)
+        for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
+    ]
+    for trace, group in zip(program.traces, program.partition.groups, strict=True):
+        values = jax.core.eval_jaxpr(with_invars(trace.jaxpr, []), [])
+        totals = [total + value * (group.count * shards) for total, value in zip(totals, values, strict=True)]
+    return totals
+
+
+def _moving_weights(program: Program, term: Term, wrt: tuple[int, ...]) -> list[int]:
+    """The denominator of a term, if it has a gradient of its own."""
+    if term.weight is None or not is_inexact(_zero(program, term.weight)):
+        return []
+    return [term.weight] if program.depends([term.weight], wrt) else []
+
+
+def _zero(program: Program, part: int) -> Array:
+    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
+    """The cotangent of a total: ``1 / W``, 0 where W is 0, and 1 for a sum."""
+    one = jnp.ones_like(_zero(program, term.total))
+    return one if term.weight is None else ratio(one, known[term.weight])
+
+
+def _weight_seed(total: Array, weight: Array) -> Array:
+    """The cotangent of a weight: ``-T / W²``."""
+    return cast(-ratio(ratio(total, weight), weight), weight.dtype)
+
+
+def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
+    pairs = zip(program.outputs.parts, parts, strict=True)
+    return [reductions.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
+
+
+def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]) -> ValueAndGrad:
+    """Totals and gradients of all shards by one collective, but for the parts whose sums are known already.
+
+    Rows stay with the device that holds them.
+    """
+    sums = [i for i, part in enumerate(program.outputs.parts) if part.reduction is Reduction.SUM and i not in known]
+    axes = [program.mesh_axes] * len(sums)
+    for i, grad in zip(wrt, shares.grads, strict=True):
+        is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].is_overwritten
+        axes.append(varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())
+    grads = [_largest(program, i, grad) for i, grad in zip(wrt, shares.grads, strict=True)]
+    summed = varying.sum_at_once([*(shares.parts[i] for i in sums), *grads], axes)
+    known = known | dict(zip(sums, summed[: len(sums)], strict=True))
+    pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
+    parts = [
+        known[i] if i in known else reductions.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs
+    ]
+    return ValueAndGrad(parts, summed[len(sums) :])
+
+
+def _largest(program: Program, slot: int, grad: Array) -> Array:
+    """The maximum over all shards where a gradient is the next value of its variable; else the gradient as it is."""
+    names = varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)
+    return lax.pmax(grad, names) if program.slots[slot].is_overwritten and names else grad

@@ -1,0 +1,212 @@
+"""`value_and_grad` and `grad`: JAX's own, of the same function on the whole batch, at one microbatch's memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxaccum._audit import at_call
+from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, PyTree, Split
+from jaxaccum._program import output_parts, prepare, validate
+from jaxaccum._program.finalize import finalized
+from jaxaccum._program.program import Options
+from jaxaccum._transforms import custom_accumulator, explicit_mesh, summed_gradients
+from jaxaccum.accumulators._record import Accumulator, Sums, in_place, returned
+
+
+def value_and_grad(
+    fun: Fun,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: InAxes = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | Accumulator | Any = None,
+    gather: Gather = "each",
+    audit: Audit = "warn",
+) -> Fun:
+    """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
+
+    The loss is a sum of terms, each over its own denominator, ``L = Σₜ (Σᵢ totalₜᵢ) / (Σᵢ weightₜᵢ)`` over the
+    microbatches i. It equals::
+
+        def accumulated(params, batch):
+            loss = lambda params: sum(full_batch(fun)(params, batch).values())  # of a dict of terms
+            return jax.value_and_grad(loss)(params)
+
+        # and runs as: W = Σ weight; then for each microbatch: grads += vjp(fun)(1 / W)
+
+    Args:
+        fun: the loss of one microbatch: a floating scalar (a mean over its examples), a `Mean`, a `Sum`, or a dict
+            of them; with `has_aux` the pair ``(loss, aux)`` whose aux is tagged.
+        argnums: the arguments to differentiate, as in JAX; one with a batch axis gives the whole batch's gradient.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        microbatch_size: as many microbatches of this size as fit, and one remainder.
+        in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
+            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple has one entry a positional
+            argument, and passes keyword arguments whole. A dict has entries by name: ``{"batch": 0}``
+            cuts the argument `batch`, by position or by keyword, and passes all others whole.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
+        axis_name: the name of the loop's axis.
+        mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
+            Parameters may be divided over further axes (tensor parallelism), or over these and gathered in `fun`, with
+            ``check_vma=True``: without it nothing tells their gradients from those of parameters that devices share.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
+            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
+            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
+            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
+            comparison of the two takes both from the result, or ``"store"``.
+        accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
+            needs a loss with one denominator; None is ``in_place()``.
+        gather: on an explicit mesh, when parameters divided over the batch's axes are gathered. ``"each"``: at every
+            microbatch, whose gradients are scattered, so that sums are divided as the parameters: n gathers and n
+            scatters. ``"once"``: before the loop, kept, and the sum of whole gradients is scattered after it: one of
+            each, for two whole copies. To hold one layer at a time, gather inside `fun`, in ``shard_map``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
+            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
+            It traces `fun` once more, for the whole batch.
+
+    Returns:
+        A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
+        the dtype of their parameters, as those of ``jax.value_and_grad``; they are summed in float32 where that is
+        lower. An accumulator with an explicit dtype, as ``in_place(jnp.float32)``, returns that dtype. A report of the
+        accumulator comes last: ``((value, report), grads)``, or ``((value, aux, report), grads)``.
+
+    Guarantees:
+        Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
+        once per size, and once for the audit. One forward and one backward pass over each microbatch. Differentiable in
+        reverse mode.
+
+    Raises:
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, batch: jnp.mean((w * batch["x"] - batch["y"]) ** 2)
+        >>> batch = {"x": jnp.array([4.0, 2.0]), "y": jnp.array([8.0, 4.0])}
+        >>> value, grad = jaxaccum.value_and_grad(loss, num_microbatches=2)(1.0, batch)
+        >>> float(value), float(grad)
+        (10.0, -20.0)
+    """
+    options = Options(
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
+        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        audit=audit,
+    )  # fmt: skip
+    sums = in_place() if accumulator is None else accumulator
+
+    @functools.wraps(fun)
+    def accumulated(*args: Any, **kwargs: Any) -> Any:
+        _check_record(sums)
+        own = options.of_call(fun, args, kwargs)
+        numbers = validate.argnums(argnums, own.axes(fun, args, kwargs).positional)
+        head, trees = explicit_mesh.spread(plain, fun, own, args, kwargs, argnums=numbers, gather=gather)
+        return head, trees if isinstance(argnums, tuple | list) else trees[0]
+
+    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        numbers = validate.argnums(argnums, options.axes(fun, args, kwargs).positional)
+        program, arrays = prepare.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
+        slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
+
+        def assemble(arrays: Sequence[Array]) -> PyTree:
+            by_slot = dict(zip(slots, arrays, strict=True))
+            trees = tuple(
+                _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number])
+                for number in numbers
+            )
+            return trees if isinstance(argnums, tuple | list) else trees[0]
+
+        if isinstance(sums, Sums):
+            parts, grads = summed_gradients.value_and_grad(program, arrays, slots, sums)
+            grads = [returned(sums, grad, arrays[i]) for i, grad in zip(slots, grads, strict=True)]
+            grads, report = assemble(grads), None
+        else:
+            parts, grads, report = custom_accumulator.value_and_grad(program, arrays, slots, sums, assemble)
+        at_call.check(fun, options, program, arrays, numbers)
+        loss, aux = finalized(program, arrays, parts)
+        value = (output_parts.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))
+        return (value if len(value) > 1 else value[0]), (grads if isinstance(argnums, tuple | list) else (grads,))
+
+    return accumulated
+
+
+def grad(
+    fun: Fun,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    num_microbatches: int | None = None,
+    microbatch_size: int | None = None,
+    in_axes: InAxes = (None, 0),
+    split: Split = "contiguous",
+    num_examples_argnum: int | None = None,
+    axis_name: str = "microbatch",
+    mesh_axes: str | Sequence[str] | None = None,
+    memory: Any = None,
+    accumulator: Sums | Accumulator | Any = None,
+    gather: Gather = "each",
+    audit: Audit = "warn",
+) -> Fun:
+    """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
+
+    Args:
+        fun: the loss of one microbatch, as for `value_and_grad`.
+        argnums: the arguments to differentiate.
+        has_aux: whether `fun` returns ``(loss, aux)``.
+        num_microbatches: as for `value_and_grad`, like all that follow.
+        microbatch_size: the other way to say the partition.
+        in_axes: one entry per argument, or a dict of entries by name.
+        split: contiguous or strided.
+        num_examples_argnum: the argument that counts the real examples.
+        axis_name: the name of the loop's axis.
+        mesh_axes: the mesh axes to sum over.
+        memory: the budget of coupled programs.
+        accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
+        audit: whether to warn or raise where `fun` does not accumulate exactly.
+
+    Returns:
+        A function of the same arguments that returns ``grads``, or ``(grads, aux)``; a report comes last.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> loss = lambda w, x: jaxaccum.Mean(jnp.sum(w * x), x.size)
+        >>> jaxaccum.grad(loss, microbatch_size=2)(1.0, jnp.arange(5.0)).item()
+        2.0
+    """
+    both = value_and_grad(
+        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
+        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
+        accumulator=accumulator, gather=gather, audit=audit,
+    )  # fmt: skip
+
+    @functools.wraps(fun)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, grads = both(*args, **kwargs)
+        return (grads, *value[1:]) if isinstance(value, tuple) else grads
+
+    return gradient
+
+
+def _check_record(accumulator: Any) -> None:
+    missing = [name for name in ("init", "update", "finalize") if not callable(getattr(accumulator, name, None))]
+    if missing:
+        raise TypeError(
+            "accumulator must be one of jaxaccum.accumulators, as in_place() or tree(), or a record of functions init, "
+            f"update and finalize; got {accumulator!r}, without {missing}."
+        )
+
+
+def _like(arg: PyTree, leaves: list[Array]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(arg), leaves)

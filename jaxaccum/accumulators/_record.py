@@ -1,0 +1,168 @@
+"""How gradients combine over microbatches: the record of an accumulator, and the two that are a plain sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxaccum._base.trees import cast, ratio, widen
+from jaxaccum._base.types import Array, PyTree
+from jaxaccum._devices import varying
+from jaxaccum._program.tags import Stack
+
+
+class Accumulator(NamedTuple):
+    """How gradients combine, as a record of pure functions: of each microbatch, its mean gradient and its weight.
+
+    ``value_and_grad(accumulator=…)`` takes any object with the first three. It equals::
+
+        state = init(params)
+        for index, (mean_grads, weight) in enumerate(microbatches):
+            state = update(state, mean_grads, weight, index)
+        grads, report = finalize(state)  # the mean: Σ w g / Σ w
+
+    Args:
+        init: ``init(params) -> state``, a pytree of arrays.
+        update: ``update(state, mean_grads, weight, index) -> state``, of the same structure, shapes and dtypes.
+            `mean_grads` are like the parameters, float32 where they are of lower precision; `weight` is the
+            denominator of the microbatch's `Mean`, a floating scalar; `index` is int32. A leaf of the state that is
+            tagged ``Stack`` reaches `finalize` with one entry per microbatch.
+        finalize: ``finalize(state) -> (grads, report)``: gradients like the parameters, and None or a pytree that
+            `value_and_grad` returns last.
+        accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted leaves the value,
+            `Mean`, `Sum`, extrema and the carried state as they were; a loss that is not finite shows as a weight of
+            NaN. `update` sees every microbatch, and leaves out the same.
+        dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad`` does. Any other value
+            says that `finalize` returns gradients in the dtype that the caller receives.
+
+    Example:
+        The median over microbatches, entry by entry:
+
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> median = jaxaccum.accumulators.Accumulator(
+        ...     init=lambda params: jax.tree.map(jaxaccum.Stack, params),
+        ...     update=lambda state, mean_grads, weight, index: jax.tree.map(jaxaccum.Stack, mean_grads),
+        ...     finalize=lambda state: (jax.tree.map(lambda g: jnp.median(g, axis=0), state), None),
+        ... )
+        >>> fun = lambda w, x: jnp.mean(w * x)
+        >>> jaxaccum.grad(fun, microbatch_size=1, accumulator=median)(0.0, jnp.array([1.0, 2.0, 9.0])).item()
+        2.0
+    """
+
+    init: Callable[[PyTree], Any]
+    update: Callable[[Any, PyTree, Array, Array], Any]
+    finalize: Callable[[Any], tuple[PyTree, Any]]
+    accepts: Callable[[PyTree, Array], Array] | None = None
+    dtype: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """The sum of weighted gradients, added by the backward pass itself or as a whole tree after it.
+
+    `in_place` and `tree` make it. `dtype` is that of the sums; None is the parameter's, or float32 where that is lower.
+    """
+
+    in_place: bool
+    dtype: Any = None
+
+    def dtype_for(self, parameter: Array) -> Any:
+        """The dtype in which the gradient of `parameter` is summed."""
+        if self.dtype is None or jnp.issubdtype(parameter.dtype, jnp.complexfloating):
+            return widen(parameter.dtype)
+        return jnp.dtype(self.dtype)
+
+    def zeros(self, parameter: Array) -> Array:
+        """The sum before the first microbatch, laid out over the mesh and varying as the parameter."""
+        return varying.vary(jnp.zeros_like(parameter, self.dtype_for(parameter)), varying.varying_axes(parameter))
+
+    # As a record, inside another accumulator, which sees every gradient as a value: both kinds are a plain sum.
+
+    def init(self, params: PyTree) -> Any:
+        """No gradient yet, and no weight."""
+        return jax.tree.map(lambda p: self.zeros(jnp.asarray(p)), params), weightless(params)
+
+    def update(self, state: Any, mean_grads: PyTree, weight: Any, index: Any) -> Any:
+        """Add ``w g`` and ``w``."""
+        del index
+        sums, total = state
+        added = jax.tree.map(lambda x, g: x + cast(g, x.dtype) * cast(weight, x.dtype), sums, mean_grads)
+        return added, total + cast(weight, total.dtype)
+
+    def finalize(self, state: Any) -> tuple[PyTree, None]:
+        """``Σ w g / Σ w``."""
+        sums, total = state
+        return jax.tree.map(lambda x: ratio(x, total), sums), None
+
+
+def returned(accumulator: Any, grad: Array, parameter: Array) -> Array:
+    """A gradient in the dtype that the caller receives: an explicit one of the accumulator's, or the parameter's."""
+    explicit = getattr(accumulator, "dtype", None) is not None
+    return grad if explicit else cast(grad, parameter.dtype)
+
+
+def weightless(params: PyTree) -> Array:
+    """A total weight of 0: float32, or float64 where any parameter is."""
+    dtypes = [jnp.finfo(jnp.asarray(p).dtype).dtype for p in jax.tree.leaves(params)]
+    return jnp.zeros((), jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
+
+
+def unless(accepted: Array, new: Any, old: Any) -> Any:
+    """The new state where the microbatch is accepted, else the old one; what is written down is written in any case."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if isinstance(new, Stack) else jnp.where(accepted, new, old)
+
+    return jax.tree.map(choose, new, old, is_leaf=lambda x: isinstance(x, Stack))
+
+
+def accepted_by(accumulator: Any, mean_grads: PyTree, weight: Array) -> Array:
+    """Whether the accumulator takes in this microbatch."""
+    accepts = getattr(accumulator, "accepts", None)
+    return jnp.array(True) if accepts is None else accepts(mean_grads, weight)
+
+
+def in_place(dtype: DTypeLike | None = None) -> Sums:
+    """Sum gradients in place: the backward pass adds to the one sum that the optimizer then reads.
+
+    A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's gradient is added
+    when the layer is done.
+
+    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either mode.
+
+    Args:
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
+            precision, and returns the parameter's dtype, as ``jax.grad`` does.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxaccum
+        >>> fun = lambda w, x: jnp.mean((w * x) ** 2)
+        >>> sums = jaxaccum.accumulators.in_place()
+        >>> jaxaccum.grad(fun, num_microbatches=2, accumulator=sums)(1.0, jnp.array([1.0, 3.0])).item()
+        10.0
+    """
+    return Sums(in_place=True, dtype=dtype)
+
+
+def tree(dtype: DTypeLike | None = None) -> Sums:
+    """Sum gradients as trees: each microbatch returns a whole tree, which is added to the sum. It needs one more tree.
+
+    It gives what `in_place` gives, by the plainest means: to compare with.
+
+    Args:
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
+            precision, and returns the parameter's dtype, as ``jax.grad`` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxaccum
+        >>> fun = lambda w, x: jnp.mean((w * x) ** 2)
+        >>> grad = jaxaccum.grad(fun, num_microbatches=2, accumulator=jaxaccum.accumulators.tree())
+        >>> jax.jacfwd(grad)(1.0, jnp.array([1.0, 3.0])).item()
+        10.0
+    """
+    return Sums(in_place=False, dtype=dtype)
