@@ -41,7 +41,7 @@ def untyped(tree: PyTree) -> PyTree:
 
 
 def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
-    """`_mesh.shard_index` where JAX does not track which values vary: axis by axis, since their indices still do."""
+    """`varying.shard_index` where JAX does not track which values vary: axis by axis, since their indices still do."""
     place: Any = 0
     for name in mesh_axes:
         place = place * lax.axis_size(name) + untyped(lax.axis_index(name))

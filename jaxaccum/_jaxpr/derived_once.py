@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
-import numpy as np
 
 from jaxaccum._jaxpr.compat import ClosedJaxpr, inlined
+from jaxaccum._jaxpr.structure import literal_key, value_key
 
 
 def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Any]) -> list[Any]:
@@ -88,8 +88,8 @@ def _kind(eqn: jex.JaxprEqn) -> _Kind | None:
     """The kind of an equation; None for one that holds a program, or that cannot be compared."""
     if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
         return None
-    operands = tuple(_literal(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
-    params = tuple((name, type(x), _exact(x)) for name, x in sorted(eqn.params.items()))
+    operands = tuple(literal_key(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
+    params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()))
     key = (eqn.primitive, operands, params, jax.sharding.get_abstract_mesh())
     try:
         hash(key)
@@ -102,12 +102,3 @@ def _holds_program(x: Any) -> bool:
     if isinstance(x, tuple | list):
         return any(map(_holds_program, x))
     return isinstance(x, jex.Jaxpr | ClosedJaxpr)
-
-
-def _literal(v: jex.Literal) -> Hashable:
-    """A literal, told apart by its bits: 0.0 is not -0.0."""
-    return v.aval, np.asarray(v.val).tobytes()
-
-
-def _exact(x: Any) -> Any:
-    return repr(x) if isinstance(x, float) else x

@@ -87,7 +87,7 @@ class Program:
     memory: Memory = None
     """The budget of a coupled program."""
     checked: bool = True
-    """Whether JAX could follow which values vary over a mesh; see `_unchecked`."""
+    """Whether JAX could follow which values vary over a mesh; see `without_checks`."""
     shard: Array | None = None
     """The place of this device's shard, where it is known beforehand."""
     whole: Whole | None = None

@@ -34,7 +34,7 @@ class Accumulated(NamedTuple):
 
 
 def value_and_grad(
-    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], accumulator: Any, assemble: Assemble
+    program: Program, wrt: tuple[int, ...], accumulator: Any, assemble: Assemble, arrays: Sequence[Array]
 ) -> Accumulated:
     """The value's parts over all shards, and what `accumulator` makes of the microbatches' mean gradients.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -13,25 +14,34 @@ from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import typed, unchecked, untyped
 from jaxaccum._loop import Gradient, Result
 from jaxaccum._program.program import Program
+from jaxaccum._transforms.eager import once
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
     """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes every pass."""
+    return once(functools.partial(_run, program, checkpoint), list(arrays))
+
+
+def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
+    """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
+    return once(functools.partial(_run_with_gradient, program, gradient), list(arrays), list(seeds))
+
+
+def _run(program: Program, checkpoint: bool, arrays: list[Array]) -> list[Array]:
     if not program.checked:
         plain = _plain(program)
         with unchecked():
-            parts = run(plain, untyped(list(arrays)), checkpoint=checkpoint)
+            parts = _run(plain, checkpoint, untyped(arrays))
         return typed(parts, program.axes)
     engine = _coupled if program.coupled else _loop
     return engine.run(program, arrays, checkpoint=checkpoint)
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
-    """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
+def _run_with_gradient(program: Program, gradient: Gradient, arrays: list[Array], seeds: list[Array]) -> Result:
     if not program.checked:
         plain = _plain(program)
         with unchecked():
-            result = run_with_gradient(plain, untyped(list(arrays)), gradient, untyped(list(seeds)))
+            result = _run_with_gradient(plain, gradient, untyped(arrays), untyped(seeds))
         return typed(result, program.axes)
     engine = _coupled if program.coupled else _loop
     return engine.run_with_gradient(program, arrays, gradient, seeds)

@@ -14,6 +14,7 @@ from jaxaccum._program import output_parts, prepare, validate
 from jaxaccum._program.finalize import finalized
 from jaxaccum._program.program import Options
 from jaxaccum._transforms import custom_accumulator, explicit_mesh, summed_gradients
+from jaxaccum._transforms.eager import once
 from jaxaccum.accumulators._record import Accumulator, Sums, in_place, returned
 
 
@@ -132,7 +133,8 @@ def value_and_grad(
             grads = [returned(sums, grad, arrays[i]) for i, grad in zip(slots, grads, strict=True)]
             grads, report = assemble(grads), None
         else:
-            parts, grads, report = custom_accumulator.value_and_grad(program, arrays, slots, sums, assemble)
+            run = functools.partial(custom_accumulator.value_and_grad, program, slots, sums, assemble)
+            parts, grads, report = once(run, arrays)
         at_call.check(fun, options, program, arrays, numbers)
         loss, aux = finalized(program, arrays, parts)
         value = (output_parts.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))

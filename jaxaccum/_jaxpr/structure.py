@@ -1,0 +1,69 @@
+"""What a program computes, as a key: two programs with one key compute the same.
+
+A function that is traced twice gives two programs, which JAX compiles twice. Their keys are equal: of each equation the
+primitive, the parameters, the types and the places of its operands, whatever their names, and of each constant inside
+its bytes. What cannot be compared by value, such as a callback, is compared as Python compares it. How a function is
+differentiated is no part of the key: it says what a program computes when it runs.
+
+    f(x) = sin x + 1   ->   (float32[3],), ((sin, (0,), (float32[3],)), (add, (1, 1.0), (float32[3],))), (2,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import jax.extend.core as jex
+import numpy as np
+
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
+
+_SMALL = 1024
+"""Bytes up to which a constant is compared by value; a larger one is itself alone."""
+_RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros")
+"""Parameters of ``custom_jvp`` and ``custom_vjp`` that derive; the function itself is a program."""
+
+
+def key_of(jaxpr: Any) -> Hashable:
+    """The key of a jaxpr, closed or not. It may hold what has no hash."""
+    jaxpr, consts = opened(jaxpr)
+    return _key(jaxpr), tuple(map(_const_key, consts))
+
+
+def _key(jaxpr: jex.Jaxpr) -> Hashable:
+    place = {v: i for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])}
+    given = tuple(v.aval for v in place)
+    eqns = []
+    for eqn in jaxpr.eqns:
+        operands = _operands(eqn.invars, place)
+        params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()) if name not in _RULES)
+        eqns.append((eqn.primitive, operands, params, tuple(v.aval for v in eqn.outvars)))
+        for v in eqn.outvars:
+            place[v] = len(place)
+    return given, tuple(eqns), _operands(jaxpr.outvars, place)
+
+
+def _operands(variables: Iterable[Any], place: dict[Any, int]) -> tuple[Hashable, ...]:
+    return tuple(literal_key(v) if isinstance(v, jex.Literal) else place[v] for v in variables)
+
+
+def literal_key(v: jex.Literal) -> Hashable:
+    """A literal, told apart by its bits: 0.0 is not -0.0."""
+    return v.aval, np.asarray(v.val).tobytes()
+
+
+def value_key(x: Any) -> Hashable:
+    """A parameter of an equation; programs inside it by their keys, numbers by their bits."""
+    if isinstance(x, jex.Jaxpr | ClosedJaxpr):
+        return key_of(x)
+    if isinstance(x, tuple | list):
+        return type(x), tuple(map(value_key, x))
+    if isinstance(x, np.ndarray):
+        return _const_key(x)
+    return type(x), repr(x) if isinstance(x, float) else x
+
+
+def _const_key(x: Any) -> Hashable:
+    if getattr(x, "nbytes", _SMALL + 1) > _SMALL or not isinstance(x, np.ndarray):
+        return id(x)
+    return x.shape, x.dtype, x.tobytes()
