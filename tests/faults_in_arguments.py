@@ -72,7 +72,7 @@ ROWS = [
         "test_whole_outputs.py::test_no_loop_computes_it",
     ),
     (
-        "the index of an example is read in the dtype of their number", "_loop/scan.py",
+        "the index of an example is read in the dtype of their number", "_loop/loop.py",
         "dtype = promote(first, num_examples)", "dtype = num_examples.dtype",
         "test_variable_batches.py::test_the_number_of_examples_has_any_integer_dtype",
     ),

@@ -101,4 +101,41 @@ ROWS = [
         "carry, bool(states))", "carry, any(slot.role is Role.CARRY for slot in slots))",
         "test_arguments_as_they_come.py::test_a_state_without_leaves_is_carried",
     ),
+    (
+        "batch groups of a convolution are its batch", "_jaxpr/convolutions.py",
+        "x = _batch_groups_as_feature_groups(x, groups)",
+        "x = x.reshape(len(x) // groups, *x.shape[1:-1], groups * x.shape[-1])",
+        "test_convolutions.py::test_any_convolution_and_both_of_its_gradients",
+    ),
+    (
+        "a convolution comes back in the fast layout", "_jaxpr/convolutions.py",
+        "return jnp.transpose(y, _places(numbers.out_spec))",
+        "return y.reshape([y.shape[i] for i in _places(numbers.out_spec)])",
+        "test_convolutions.py::test_any_convolution_and_both_of_its_gradients",
+    ),
+    (
+        "every device has the layout of the CPU", "_jaxpr/convolutions.py",
+        "cpu=canonical, default=as_it_is", "cpu=canonical, default=canonical",
+        "test_convolutions.py::test_on_other_devices_the_program_is_what_it_was[tpu]",
+    ),
+    (
+        "convolutions in the loop stay as they are", "_loop/loop.py",
+        "fast_on_cpu(step) if has_convolutions", "step if has_convolutions",
+        "test_convolutions.py::test_on_cpu_every_convolution_in_the_loop_has_the_fast_layout",
+    ),
+    (
+        "a kept program is taken for another of its shapes", "_jaxpr/structure.py",
+        "operands = _operands(eqn.invars, place)", "operands = ()",
+        "test_eager.py::test_what_the_function_reads_may_change_between_calls",
+    ),
+    (
+        "negative zero is zero", "_jaxpr/structure.py",
+        "return v.aval, np.asarray(v.val).tobytes()", "return v.aval, np.asarray(v.val).tolist()",
+        "test_eager.py::test_the_sign_of_zero_is_seen",
+    ),
+    (
+        "every eager call compiles", "_transforms/eager.py",
+        "run = _compiled(_Keyed(key_of(jaxpr), jaxpr))", "run = _compiled(_Keyed(id(jaxpr), jaxpr))",
+        "test_eager.py::test_the_second_call_compiles_nothing",
+    ),
 ]  # fmt: skip

@@ -122,17 +122,17 @@ FAULTS = [
         "test_tags.py::test_concat_and_stack_keep_the_order_of_a_strided_split",
     ),
     Fault(
-        "the state is not threaded", "_loop/scan.py",
+        "the state is not threaded", "_loop/loop.py",
         "return values or [arrays[i]", "return [arrays[i]",
         "test_keys_and_carry.py::test_state_runs_from_microbatch_to_microbatch",
     ),
     Fault(
-        "a real example is taken for padding", "_loop/scan.py",
+        "a real example is taken for padding", "_loop/loop.py",
         "return cast(first, dtype) >= cast(", "return cast(first + 1, dtype) >= cast(",
         "test_value_and_grad.py::test_padding_is_skipped_at_run_time_and_compiles_once",
     ),
     Fault(
-        "padding runs", "_loop/scan.py",
+        "padding runs", "_loop/loop.py",
         "return cast(first, dtype) >= cast(", "return cast(first, dtype) > cast(",
         "test_value_and_grad.py::test_padding_is_skipped_at_run_time_and_compiles_once",
     ),

@@ -9,7 +9,7 @@ from jaxaccum._loop.derivative import Derivative as Derivative
 from jaxaccum._loop.derivative import Gradient as Gradient
 from jaxaccum._loop.derivative import Result as Result
 from jaxaccum._loop.derivative import run_with_gradient as run_with_gradient
-from jaxaccum._loop.scan import Scanned as Scanned
-from jaxaccum._loop.scan import run as run
-from jaxaccum._loop.scan import scan as scan
-from jaxaccum._loop.scan import whole_shape as whole_shape
+from jaxaccum._loop.loop import Scanned as Scanned
+from jaxaccum._loop.loop import run as run
+from jaxaccum._loop.loop import scan as scan
+from jaxaccum._loop.loop import whole_shape as whole_shape

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
-from jaxaccum._loop.scan import Scanned, scan
+from jaxaccum._loop.loop import Scanned, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction

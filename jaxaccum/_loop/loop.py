@@ -18,6 +18,7 @@ from jax import lax
 from jaxaccum._base.trees import cast, promote
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
+from jaxaccum._jaxpr.convolutions import fast_on_cpu, has_convolutions
 from jaxaccum._program import reductions
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.microbatches import Group
@@ -74,7 +75,8 @@ def scan(
         indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
         rows = [partition.split_rows(arrays[i], program.slots[i].axis)[g] for i in program.positions(Role.ROWS)]
         init = varying.vary((state, sums), program.axes)
-        body = jax.checkpoint(step) if checkpoint else step
+        body = fast_on_cpu(step) if has_convolutions(program.traces[g].jaxpr) else step
+        body = jax.checkpoint(body) if checkpoint else body
         (state, sums), (entries, out) = lax.scan(body, init, (indices, rows, extra[g] if extra else None))
         written.append(out)
         stacked.append(entries)
