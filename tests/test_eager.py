@@ -123,6 +123,21 @@ def test_an_nnx_model_and_a_linen_model():
         assert not seen
 
 
+@pytest.mark.parametrize("name", ["value_and_grad", "grad", "microbatch"])
+def test_on_an_explicit_mesh(name):
+    """The whole call is one program, that of all devices."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    put = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    w, x = put(W, jax.sharding.PartitionSpec()), put(X[:8], jax.sharding.PartitionSpec("data"))
+    step = getattr(ja, name)(tokens, num_microbatches=2, audit=None)
+    first = step(w, x)
+    step(w, x)
+    with compilations() as seen:
+        assert same(step(w, x), first)
+    assert not seen
+    assert normwise(first, getattr(ja, name)(tokens, num_microbatches=2, audit=None)(W, X[:8])) < EXACT
+
+
 # -- never stale ------------------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,7 @@ class _Graph:
             if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
                 raise NotImplementedError(
                     f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several axes at once only "
-                    "psum, pmax, pmin, all_gather and psum_scatter are divided between microbatches; name one axis a "
+                    "psum, pmax, pmin, all_gather and psum_scatter are divided between microbatches; name one axis per "
                     "call."
                 )
             same = eqn.primitive.name in _SAME_EVERYWHERE

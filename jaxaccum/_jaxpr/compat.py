@@ -109,3 +109,8 @@ def splits_by_index() -> bool:
     A flag of JAX, for whose flags it declares no types: ``jax_threefry_partitionable``. Test: test_example_keys.
     """
     return jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_jit_disabled() -> bool:
+    """Whether the user runs JAX under ``jax.disable_jit``: the flag ``jax_disable_jit``. Test: test_eager."""
+    return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]

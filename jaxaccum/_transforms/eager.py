@@ -23,7 +23,7 @@ import jax
 import jax.core
 import jax.extend.core as jex
 
-from jaxaccum._jaxpr.compat import is_reference, opened
+from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.structure import key_of
 
 _KEPT = 64
@@ -33,10 +33,10 @@ _KEPT = 64
 def once(fun: Callable[..., Any], *operands: Any) -> Any:
     """``fun(*operands)``; where all operands are arrays, compiled once for all functions that trace to one program."""
     arrays, treedef = jax.tree.flatten(operands)
-    if jax.config.jax_disable_jit or not all(map(_is_array, arrays)):  # pyright: ignore[reportAttributeAccessIssue]
+    if compat.is_jit_disabled() or not all(map(_is_array, arrays)):
         return fun(*operands)
     closed, shapes = jax.make_jaxpr(lambda *arrays: fun(*treedef.unflatten(arrays)), return_shape=True)(*arrays)
-    jaxpr, consts = opened(closed)
+    jaxpr, consts = compat.opened(closed)
     try:
         run = _compiled(_Keyed(key_of(jaxpr), jaxpr))
     except TypeError:  # something in it has no hash
@@ -46,7 +46,7 @@ def once(fun: Callable[..., Any], *operands: Any) -> Any:
 
 def _is_array(x: Any) -> bool:
     """Whether it is an array and no tracer: under a transformation JAX decides what is compiled."""
-    return not isinstance(x, jax.core.Tracer) and not is_reference(jax.typeof(x))
+    return not isinstance(x, jax.core.Tracer) and not compat.is_reference(jax.typeof(x))
 
 
 @dataclasses.dataclass(frozen=True)

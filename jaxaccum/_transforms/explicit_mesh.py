@@ -30,6 +30,7 @@ from jaxaccum._devices.without_checks import mapped_mesh_axes
 from jaxaccum._program import argument_slots, prepare, validate
 from jaxaccum._program.argument_slots import Layout, Role
 from jaxaccum._program.program import NeedsGlobalArraysError, Options
+from jaxaccum._transforms.eager import once
 
 _NEEDS_GLOBAL_ARRAYS = (
     "Closing over inputs to shard_map",
@@ -204,7 +205,7 @@ class _Spread:
 
         outs = (P(self.axes), P(), [specs[i] for i in self._differentiated()])
         over = jax.shard_map(one, mesh=self.mesh, in_specs=tuple(specs), out_specs=outs, axis_names=set(self.axes))
-        rows, same, flat = over(*self.arrays)
+        rows, same, flat = once(over, *self.arrays)
         treedef, grads_def, divided = found[-1]
         rest = (iter(same), iter(rows))
         head = treedef.unflatten([next(rest[row]) for row in divided])
