@@ -60,8 +60,9 @@ def _may_be_fast(eqn: jex.JaxprEqn) -> bool:
     if eqn.primitive is not lax.conv_general_dilated_p:
         return False
     spatial = len(eqn.params["window_strides"])
+    operand: Any = eqn.invars[0].aval
     grouped_twice = eqn.params["feature_group_count"] > 1 and eqn.params["batch_group_count"] > 1
-    return 1 <= spatial <= 3 and eqn.invars[0].aval.dtype.name in _FAST and not grouped_twice
+    return 1 <= spatial <= 3 and operand.dtype.name in _FAST and not grouped_twice
 
 
 def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
