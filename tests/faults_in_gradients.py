@@ -138,4 +138,14 @@ ROWS = [
         "run = _compiled(_Keyed(key_of(jaxpr), jaxpr))", "run = _compiled(_Keyed(id(jaxpr), jaxpr))",
         "test_eager.py::test_the_second_call_compiles_nothing",
     ),
+    (
+        "a kept program is run under settings of an earlier call", "_jaxpr/structure.py",
+        "context = compat.context_key(eqn)", "context = ()",
+        "test_eager.py::test_settings_of_jax_may_change_between_calls",
+    ),
+    (
+        "an array of numpy is what it was", "_jaxpr/structure.py",
+        "return held.shape, held.dtype, held.tobytes()", "return held.shape, held.dtype",
+        "test_eager.py::test_an_array_of_numpy_may_change_in_place",
+    ),
 ]  # fmt: skip

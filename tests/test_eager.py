@@ -6,6 +6,7 @@ import gc
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -158,6 +159,45 @@ def test_what_the_function_reads_may_change_between_calls():
     assert normwise(step(W, X), plain(W, X)) < EXACT
     squared = False
     assert normwise(step(W, X), plain(W, X)) < EXACT
+
+
+@pytest.mark.parametrize("rows", [4, 4000])
+def test_an_array_of_numpy_may_change_in_place(rows):
+    """Of any size, read by the loss or inside a loop of it."""
+    table = np.ones((rows, 3))
+    direct = lambda w, x: jnp.mean(predicted(w, x * jnp.asarray(table)[0, 0]))
+    looped = lambda w, x: lax.fori_loop(0, 2, lambda _, y: y * jnp.sum(jnp.asarray(table)[1]), direct(w, x))
+    inner = lambda w, x: jax.jit(lambda y: y * jnp.asarray(table)[2, 1])(direct(w, x))
+    for loss in (direct, looped, inner):
+        step = ja.microbatch(loss, **OPTIONS)
+        for factor in (1.0, 2.0, -3.0):
+            table[:] = factor
+            assert normwise(step(W, X), loss(W, X)) < EXACT
+
+
+def test_settings_of_jax_may_change_between_calls():
+    """How numbers are drawn, and in which precision products are taken."""
+    draw = lambda x, key: ja.Concat(jax.random.normal(key, (len(x),)))
+    step = ja.microbatch(draw, in_axes=(0, ja.KEY), num_microbatches=2, audit=None)
+    by_hand = lambda key: jnp.concatenate([jax.random.normal(jax.random.fold_in(key, i), (5,)) for i in range(2)])
+    key = jax.random.key(0)
+    for partitionable in (True, False, True):
+        with jax.threefry_partitionable(partitionable):
+            assert same(step(X, key), by_hand(key))
+
+
+def test_an_axis_of_an_outer_map_that_no_argument_is_mapped_over():
+    """The axis is bound outside, in two sizes; what is compiled under one is not run under the other."""
+    loss = lambda w, x: jnp.mean(predicted(w, x)) * lax.axis_index("models").astype(x.dtype)
+    outer = lambda _: ja.value_and_grad(loss, **OPTIONS)(W, X)
+    jax.vmap(outer, axis_name="models")(jnp.arange(2))
+    value, grads = jax.vmap(outer, axis_name="models")(jnp.arange(3))
+    one = jax.value_and_grad(lambda w: jnp.mean(predicted(w, X)))(W)
+    for i in range(3):
+        assert (
+            normwise((value[i], jax.tree.map(lambda g, i=i: g[i], grads)), jax.tree.map(lambda g, i=i: i * g, one))
+            < EXACT
+        )
 
 
 def test_the_sign_of_zero_is_seen():

@@ -49,6 +49,15 @@ def is_reference_effect(effect: Any) -> bool:
     return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
 
 
+def context_key(eqn: Any) -> tuple[str, ...]:
+    """Under which settings an equation was traced, and so is lowered: the fields of its context, jax 0.10.2 to 0.12.
+
+    Test: test_eager.
+    """
+    names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
+    return tuple(repr(getattr(eqn.ctx, name, None)) for name in names)
+
+
 # -- private names ----------------------------------------------------------------------------------------------------
 
 

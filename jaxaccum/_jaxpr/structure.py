@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import numpy as np
 
+from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 
-_SMALL = 1024
-"""Bytes up to which a constant is compared by value; a larger one is itself alone."""
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros")
 """Parameters of ``custom_jvp`` and ``custom_vjp`` that derive; the function itself is a program."""
 
@@ -37,7 +37,8 @@ def _key(jaxpr: jex.Jaxpr) -> Hashable:
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)
         params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()) if name not in _RULES)
-        eqns.append((eqn.primitive, operands, params, tuple(v.aval for v in eqn.outvars)))
+        context = compat.context_key(eqn)
+        eqns.append((eqn.primitive, operands, params, context, tuple(v.aval for v in eqn.outvars)))
         for v in eqn.outvars:
             place[v] = len(place)
     return given, tuple(eqns), _operands(jaxpr.outvars, place)
@@ -64,6 +65,8 @@ def value_key(x: Any) -> Hashable:
 
 
 def _const_key(x: Any) -> Hashable:
-    if getattr(x, "nbytes", _SMALL + 1) > _SMALL or not isinstance(x, np.ndarray):
+    """An array of JAX is itself alone: it never changes. Any other may, and is compared by what it holds now."""
+    if isinstance(x, jax.Array):
         return id(x)
-    return x.shape, x.dtype, x.tobytes()
+    held = np.asarray(x)
+    return held.shape, held.dtype, held.tobytes()
