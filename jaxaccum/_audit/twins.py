@@ -49,6 +49,8 @@ def _kinds(variables: Sequence[Any]) -> list[Any]:
 def _dtype(aval: Any) -> Any:
     """The dtype; of a key that holds those of the examples, at any size, its name."""
     dtype: Any = getattr(aval, "dtype", None)
+    if isinstance(dtype, np.dtype):  # nearly all of them, and they make their names anew each time
+        return dtype
     return dtype.name if is_joined(dtype) else dtype
 
 
