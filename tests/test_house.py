@@ -96,7 +96,7 @@ def test_the_oracle_knows_neither_jax_nor_us(path):
 def test_files_are_short_and_say_what_they_are(path):
     source = path.read_text()
     assert ast.get_docstring(ast.parse(source)), "the first line of a file says its one idea"
-    assert source.count("\n") <= 500
+    assert source.count("\n") <= (400 if path in LIBRARY else 500)
 
 
 def test_one_vocabulary():

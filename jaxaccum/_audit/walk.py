@@ -263,14 +263,10 @@ class Walk:
         entry = RULES.get(op.name) or Rule(RULES["*"].apply)
         outs = entry.apply(self, op, ins)
         outs = outs if isinstance(outs, list) else [outs] * op.num_outs
-        return (
-            outs
-            if entry.complete
-            else [
-                self._checked(op, ins, out, entry=entry, i=i, settled=isinstance(outs, Settled))
-                for i, out in enumerate(outs)
-            ]
-        )
+        if entry.complete:
+            return outs
+        settled = isinstance(outs, Settled)
+        return [self._checked(op, ins, out, entry=entry, i=i, settled=settled) for i, out in enumerate(outs)]
 
     def _folded(self, op: Op, ins: list[Value]) -> Value | None:
         """The result of an equation of constants, where it can be computed at both sizes."""
@@ -314,9 +310,7 @@ class Walk:
         """What is independent of the batch stays uniform along its axes, or depends on an example's place."""
         spent = any(v.index is not None for v in ins) and out.index is None and not any(out.columns)
         uneven = out.kind is not Kind.STATISTIC and not entry.uniform and self._crosses(op, ins, out, i)
-        if not spent and not uneven:
-            return frozenset()
-        return frozenset([self.fault(op, FaultKind.POSITION, _PLACE)])
+        return frozenset([self.fault(op, FaultKind.POSITION, _PLACE)]) if spent or uneven else frozenset()
 
     def _crosses(self, op: Op, ins: list[Value], out: Value, i: int) -> bool:
         """Whether an axis has the batch's size and holds no examples: along it a value is known to be uniform."""
@@ -354,7 +348,8 @@ class Walk:
 
     def _constant(self, a: Any, b: Any) -> Value:
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-            return fixed(Scale() if a is b else IRREGULAR, number=self._number(("traced", id(a))), scalar=_is_one(a))
+            one = getattr(a, "size", 0) == 1
+            return fixed(Scale() if a is b else IRREGULAR, number=self._number(("traced", id(a))), scalar=one)
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
             return self._scalar(a, b)
         if np.shape(a) == np.shape(b):
@@ -366,13 +361,9 @@ class Walk:
             return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
         power = self.sizes.power(a, b)
         known = np.asarray(a).item() if power == 0 else None
-        number = (
-            self._number(("literal", str(a), str(getattr(a, "dtype", type(a)))))
-            if power == 0
-            else self._number(("literals", str(a), str(b)))
-        )
-        at = (np.asarray(a), np.asarray(b))
-        return fixed(Scale(power), known=known, scalar=True, number=number, at=at)
+        dtype = str(getattr(a, "dtype", type(a)))
+        number = self._number(("literal", str(a), dtype) if power == 0 else ("literals", str(a), str(b)))
+        return fixed(Scale(power), known=known, scalar=True, number=number, at=(np.asarray(a), np.asarray(b)))
 
     def _array(self, a: Any, b: Any) -> Value:
         """A constant array of the same shape at both sizes."""
@@ -407,7 +398,3 @@ def _may_be_key(x: Any) -> bool:
     """Whether a constant is a typed key, or has the type of the numbers of one."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key))
-
-
-def _is_one(x: Any) -> bool:
-    return getattr(x, "size", 0) == 1

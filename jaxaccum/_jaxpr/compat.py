@@ -39,6 +39,11 @@ def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
     return {**params, "inline": early}
 
 
+def anonymous(jaxpr: jex.Jaxpr) -> Any:
+    """The debug information of a jaxpr with other arguments: JAX wants a name for each, or none."""
+    return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+
+
 def is_reference(aval: Any) -> bool:
     """Whether a variable holds a reference of ``jax.new_ref``: JAX exports no type of them."""
     return hasattr(aval, "inner_aval")

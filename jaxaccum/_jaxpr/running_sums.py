@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,7 +48,8 @@ from jax import lax
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once
-from jaxaccum._jaxpr.compat import opened, scan_arity
+from jaxaccum._jaxpr.compat import anonymous, opened, scan_arity
+from jaxaccum._jaxpr.segments import segments
 
 Places = Mapping[jex.Var, int]
 """The variables that hold a parameter with a running sum, and the place of that sum."""
@@ -137,7 +138,7 @@ class _Threads:
         """The outputs of the jaxpr, where the variables of `places` hold parameters."""
         parameters: dict[Any, Array] = dict(zip(jaxpr.invars, values, strict=True))
         env: dict[Any, Array] = parameters | self._read_whole(_read_by_value(jaxpr, places), parameters, places)
-        for step in _steps(jaxpr, places):
+        for step in segments(jaxpr, lambda eqn: bool(_threaded(eqn, places))):
             if isinstance(step, jex.Jaxpr):
                 outs = derived_once.evaluate(step, [env[v] for v in step.invars])
             else:
@@ -176,7 +177,7 @@ class _Threads:
     def called(self, jaxpr: Any, values: Sequence[Array], at: Mapping[int, int]) -> list[Array]:
         """An inner jaxpr, in which the operands at the positions of `at` are parameters."""
         inner, consts = opened(jaxpr)
-        program = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=_anonymous(inner))
+        program = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=anonymous(inner))
         places = {inner.invars[i]: place for i, place in at.items()}
         return self.run(program, [*consts, *values], places)
 
@@ -197,11 +198,6 @@ def _holds(v: Any, places: Places) -> bool:
     return not isinstance(v, jex.Literal) and v in places
 
 
-def _anonymous(jaxpr: jex.Jaxpr) -> Any:
-    """The debug information of a jaxpr with other arguments: JAX wants a name for each, or none."""
-    return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-
-
 # -- what is read whole, and what is threaded -------------------------------------------------------------------------
 
 
@@ -220,46 +216,6 @@ def _read_by_value(jaxpr: jex.Jaxpr, places: Places) -> list[jex.Var]:
         whole = [v for i, v in enumerate(eqn.invars) if i not in threaded]
         found |= {v for v in whole if _holds(v, places)}
     return [v for v in places if v in found]
-
-
-def _steps(jaxpr: jex.Jaxpr, places: Places) -> Iterator[jex.Jaxpr | jex.JaxprEqn]:
-    """The program in order: equations that thread a sum, and between them jaxprs of equations that do not."""
-    needed_after = _needed_after(jaxpr)
-    pending: list[int] = []
-    for i, eqn in enumerate(jaxpr.eqns):
-        if _threaded(eqn, places):
-            yield from _segment(jaxpr, pending, needed_after)
-            yield eqn
-            pending = []
-        else:
-            pending.append(i)
-    yield from _segment(jaxpr, pending, needed_after)
-
-
-def _segment(jaxpr: jex.Jaxpr, equations: list[int], needed_after: list[set[jex.Var]]) -> Iterator[jex.Jaxpr]:
-    if not equations:
-        return
-    eqns = [jaxpr.eqns[i] for i in equations]
-    made = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    reads = dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal))
-    made_here = set(made)
-    yield jaxpr.replace(
-        constvars=[],
-        invars=[v for v in reads if v not in made_here],
-        outvars=[v for v in made if v in needed_after[equations[-1]]],
-        eqns=eqns,
-        debug_info=_anonymous(jaxpr),
-    )
-
-
-def _needed_after(jaxpr: jex.Jaxpr) -> list[set[jex.Var]]:
-    """For each equation, the variables that later equations or the outputs read."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-    after = []
-    for eqn in reversed(jaxpr.eqns):
-        after.append(set(needed))
-        needed |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
-    return after[::-1]
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------

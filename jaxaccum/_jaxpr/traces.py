@@ -20,7 +20,7 @@ from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once, reversible, running_sums
-from jaxaccum._jaxpr.compat import ClosedJaxpr, is_reference, is_reference_effect, opened, scan_arity
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_reference, is_reference_effect, opened, scan_arity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trace:
         """The trace with its constants, as a function of the index and the arguments."""
         index, *rest = self.jaxpr.invars
         constvars, invars = rest[: self.num_consts], [index, *rest[self.num_consts :]]
-        jaxpr = self.jaxpr.replace(constvars=constvars, invars=invars, debug_info=_anonymous(self.jaxpr))
+        jaxpr = self.jaxpr.replace(constvars=constvars, invars=invars, debug_info=anonymous(self.jaxpr))
         return ClosedJaxpr(jaxpr, list(consts))
 
     def split(self, count: int) -> tuple[Trace, Trace]:
@@ -167,17 +167,12 @@ def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, i
 
 def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
     """The jaxpr with these arguments, of which there are no constants."""
-    return jaxpr.replace(constvars=[], invars=invars, debug_info=_anonymous(jaxpr))
+    return jaxpr.replace(constvars=[], invars=invars, debug_info=anonymous(jaxpr))
 
 
 def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Any]) -> jex.Jaxpr:
     """The jaxpr with these results."""
-    return jaxpr.replace(outvars=outvars, debug_info=_anonymous(jaxpr))
-
-
-def _anonymous(jaxpr: jex.Jaxpr) -> Any:
-    """The debug information without the names of arguments, of which there is one per variable or none at all."""
-    return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return jaxpr.replace(outvars=outvars, debug_info=anonymous(jaxpr))
 
 
 Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
@@ -273,7 +268,7 @@ def unchanged(eqn: jex.JaxprEqn, values: Sequence[Any], whole: jex.Jaxpr) -> lis
     """Evaluate one equation of `whole` as JAX does, by way of a jaxpr that holds it alone."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
     outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    single = whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=_anonymous(whole))
+    single = whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=anonymous(whole))
     results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
 
