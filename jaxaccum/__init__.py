@@ -10,6 +10,7 @@ from jaxaccum._audit import InexactWarning as InexactWarning
 from jaxaccum._base.types import CARRY as CARRY
 from jaxaccum._base.types import EXAMPLE_KEY as EXAMPLE_KEY
 from jaxaccum._base.types import KEY as KEY
+from jaxaccum._base.types import MAX_GRAD as MAX_GRAD
 from jaxaccum._host_loop.partition import pad_batch as pad_batch
 from jaxaccum._host_loop.partition import partition as partition
 from jaxaccum._program.tags import Carry as Carry

@@ -2,6 +2,59 @@
 
 ROWS = [
     (
+        "a stopped total cancels with itself", "_audit/rules/elementwise.py",
+        "    return dataclasses.replace(x, number=walk.fresh(), root=None)\n\n\n_STOPPED", "    return [x]\n\n\n_STOPPED",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[a stopped sum times a share]",
+    ),
+    (
+        "a stopped ratio cancels", "_audit/rules/elementwise.py",
+        "    if any(term.scale.weights for term in x.terms):\n        return walk.couple(op, [x], note=_STOPPED",
+        "    if False:\n        return walk.couple(op, [x], note=_STOPPED",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[an adaptive weight]",
+    ),
+    (
+        "a place is read along other axes too", "_audit/rules/indexing.py",
+        "return [i for i, is_place in enumerate(indices.columns) if is_place] == [column]",
+        "return indices.columns[column]",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[the diagonal]",
+    ),
+    (
+        "a report is found by its operations alone", "_audit/at_call.py",
+        "structure.key_of(one.trace.jaxpr) for one in seen",
+        "tuple(eqn.primitive for eqn in one.trace.jaxpr.eqns) for one in seen",
+        "test_audit_at_call.py::test_a_setting_inside_an_operation_is_looked_at_again",
+    ),
+    (
+        "a report rests on numbers of an earlier call", "_audit/at_call.py",
+        "report is None or (_assumes_no_nan(report) and any_nan(call.given))", "report is None",
+        "test_audit_at_call.py::test_numbers_that_are_nan_are_looked_at_again",
+    ),
+    (
+        "a size in low precision is its neighbour", "_audit/lattice.py",
+        "        apart = 0.0 if whole else apart\n", "",
+        "test_audit_losses.py::test_a_size_in_low_precision_is_not_taken_for_its_neighbour",
+    ),
+    (
+        "every function of an extremum is one", "_audit/rules/elementwise.py",
+        "return kind if op.name in _INCREASING or op.name == kind else None", "return kind",
+        "test_audit_losses.py::test_a_function_of_an_extremum_is_one_where_it_increases",
+    ),
+    (
+        "an attribute is taken for a global", "_program/closures.py",
+        'if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")', 'if one.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR")',
+        "test_audit_closures.py::test_a_field_is_not_taken_for_the_global_of_its_name",
+    ),
+    (
+        "the line where rows are divided by their number is forgotten", "_audit/rules/arithmetic.py",
+        "        walk.sized = walk.sized or walk.site(op)\n", "        pass\n",
+        "test_audit_advice.py::test_the_fix_of_a_place_names_its_divisor_and_the_shared_key",
+    ),
+    (
+        "a BatchNorm over the microbatches is told its axis all the same", "_program/assignments.py",
+        "and layer.axis_name is None for", "for",
+        "test_nnx_arguments.py::test_a_batch_norm_is_told_both_lines_at_once",
+    ),
+    (
         "the audit takes every backward pass for linear", "_audit/rules/derivatives.py",
         "    scales = {term.scale for term in x.terms if not term.fixed}\n", "    scales = {UNIT}\n",
         "test_audit_corners.py::test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent",

@@ -2,6 +2,27 @@
 
 ROWS = [
     (
+        "a declared maximum is summed", "_program/argument_slots.py",
+        "overwritten=axis is MAX_GRAD or _OVERWRITTEN in name", "overwritten=_OVERWRITTEN in name",
+        "test_float8.py::test_a_declared_maximum_is_the_full_batchs",
+    ),
+    (
+        "maxima of a coupled loss are summed", "_coupled/gradient.py",
+        "return jnp.maximum(old, new) if v in self.overwritten else old + new", "return old + new",
+        "test_float8.py::test_of_a_coupled_loss_too",
+    ),
+    (
+        "a maximum that has seen no example overwrites the value", "_loop/maxima.py",
+        "jnp.where(maximum == _lowest(maximum.dtype), cast(value, maximum.dtype), maximum)", "maximum",
+        "test_float8.py::test_an_argument_of_its_own_and_where_all_examples_are_padding",
+    ),
+    (
+        "a maximum is one device's", "_transforms/summed_gradients.py",
+        "        maximum, value = lax.pmax((maximum, value), names)\n",
+        "        maximum, value = lax.pmin((maximum, value), names)\n",
+        "test_float8.py::test_over_devices_it_is_the_largest_of_all",
+    ),
+    (
         "a parameter read twice counts once", "_jaxpr/running_sums.py",
         "sums[place] = add(sums[place], ", "sums[place] = add(cotangents[1][place], ",
         "test_running_sums.py::test_the_sum_grows_by_the_gradient",
@@ -92,7 +113,7 @@ ROWS = [
         "test_user_rules.py::test_checks_inside_the_loss_are_reported",
     ),
     (
-        "float8 maxima are summed", "_loop/derivative.py",
+        "float8 maxima are summed", "_loop/maxima.py",
         "[jnp.maximum(old, cast(new, old.dtype))", "[old + cast(new, old.dtype)",
         "test_float8.py::test_scales_and_maxima_are_those_of_the_full_batch",
     ),

@@ -92,7 +92,7 @@ FAULTS = [
     ),
     Fault(
         "the sum does not start at zero", "_loop/derivative.py",
-        "return [self.gradient.sums.zeros(x) for x in self.parameters]", "return self.parameters",
+        "summed = [sums.zeros(self.arrays[i]) for", "summed = [self.arrays[i] for",
         "test_value_and_grad.py::test_argnums_name_parameters_and_the_batch",
     ),
     Fault(
@@ -191,18 +191,17 @@ FAULTS = [
     ),
     Fault(
         "the adjoint of a statistic is the last microbatch's", "_coupled/gradient.py",
-        "shared = [old + cast(x, old.dtype) for", "shared = [cast(x, old.dtype) for",
+        "shared = [self.reverse.combined(v, old, new) for", "shared = [cast(new, old.dtype) for",
         "test_coupled_errors.py::test_distinct_names_nest",
     ),
     Fault(
         "of two readers of a statistic one counts", "_coupled/gradient.py",
-        "table[v] = table[v] + x if v in table else x", "table[v] = x",
+        "table[v] = self.combined(v, table[v], x) if v in table else x", "table[v] = x",
         "test_coupled.py::test_a_statistic_that_two_stages_read",
     ),
     Fault(
         "adjoints of low precision", "_coupled/gradient.py",
-        "[jnp.zeros_like(self.sweep.shared[v], widen(v.aval.dtype)) for",
-        "[jnp.zeros_like(self.sweep.shared[v]) for",
+        "dtype, value = widen(v.aval.dtype), self.sweep.shared[v]", "dtype, value = v.aval.dtype, self.sweep.shared[v]",
         "test_coupled.py::test_adjoints_of_low_precision_statistics_are_summed_in_float32",
     ),
     Fault(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import data, refused
+from helpers import EXACT, data, normwise, refused
 
 import jaxaccum
 from jaxaccum import EXAMPLE_KEY, KEY
@@ -176,6 +176,56 @@ def test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own():
     for each in (*report.findings, finding):
         frames = [frame for frame in (each.origin, each.use) if frame is not None]
         assert all(frame.file == __file__ for frame in frames)
+
+
+def stratified(w, x, key, place=None, size=None):
+    """One time per example, spread evenly over the batch where its `place` and `size` are the batch's."""
+    size = len(x) if size is None else size
+    place = jnp.arange(1.0 * size) if place is None else place
+    t = (jax.random.uniform(key, (), x.dtype) + place) / size
+    return jnp.mean((x @ w * t[:, None]) ** 2)
+
+
+def test_the_fix_of_a_place_names_its_divisor_and_the_shared_key():
+    """Each piece of the advice is needed: what follows half of it is told the other half, at the right line."""
+    key, places = jax.random.key(0), jnp.arange(8.0)
+    keyed = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, KEY), audit="raise")
+    says = "position = jnp.arange(n)", "divide by n", "a key with None in in_axes"
+    refused(lambda: keyed(W, X, key), *says, error=jaxaccum.InexactError)
+    halved = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, None, 0), audit="raise")
+    says = "test_audit_advice.py:", "place) / size\n", "where another value needs the size"
+    refused(lambda: halved(W, X, key, places), *says, error=jaxaccum.InexactError)
+    whole = {"place": places, "size": 8}
+    mended = functools.partial(stratified, size=8)
+    assert jaxaccum.audit(mended, W, X, key, places, in_axes=(None, 0, None, 0)).exact
+    step = jaxaccum.grad(mended, num_microbatches=4, in_axes=(None, 0, None, 0))
+    full = jax.grad(stratified)(W, X, key, **whole)
+    assert normwise(step(W, X, key, places), full) < EXACT
+    unmended = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, None), audit=None)
+    assert normwise(unmended(W, X, key), full) > 1e3 * EXACT
+
+
+def clip(w, x):
+    """Two towers, compared within the rows that there are."""
+    a, b = jnp.tanh(x @ w), jnp.tanh(x @ w[::-1])
+    logits = a @ b.T
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits))
+
+
+def gathered_clip(w, x):
+    """The same as the advice has it."""
+    a, b = jnp.tanh(x @ w), jnp.tanh(x @ w[::-1])
+    others = jax.lax.all_gather(b, "microbatch", tiled=True)
+    return jnp.mean(jax.nn.logsumexp(a @ others.T, axis=1) - jnp.sum(a * b, axis=1))
+
+
+def test_the_fix_of_pairs_is_what_makes_them_exact():
+    fix = jaxaccum.audit(clip, W, X).findings[0].fix
+    assert 'others = jax.lax.all_gather(b, "microbatch", tiled=True)' in fix
+    assert "jnp.sum(a * b, axis=1)" in fix
+    full = jax.grad(clip)(W, X)
+    assert normwise(jaxaccum.grad(gathered_clip, num_microbatches=4)(W, X), full) < EXACT
+    assert normwise(jaxaccum.grad(clip, num_microbatches=4, audit=None)(W, X), full) > 1e3 * EXACT
 
 
 def test_two_causes_come_in_the_order_of_the_program():

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import warnings
 
 import flax.linen as nn
 import jax
@@ -70,10 +71,10 @@ def total_mended(w, b):
 
 LOSSES = {
     # the loss: (as it is, mended, its line, what the warning says to write)
-    "root": (root_mean_square, root_mean_square_mended, "# the root", r"jax\.lax\.pmean\(…, .microbatch.\)"),
+    "root": (root_mean_square, root_mean_square_mended, "# the root", r"jax\.lax\.pmean\(mean, .microbatch.\)"),
     "token mean": (token_mean, token_mean_mended, "# the token mean", r"return jaxaccum\.Mean\(total, weight\)"),
     "advantages": (advantages, advantages_mended, "# the advantages", r"compute it once on the full batch"),
-    "sum": (total, total_mended, "# the sum", r"return jaxaccum\.Sum\(loss\)"),
+    "sum": (total, total_mended, "# the sum", r"return jaxaccum\.Sum\(x\)"),
 }
 CALLS = {
     "value_and_grad": lambda f, **o: lambda *args: jaxaccum.value_and_grad(f, **o)(*args)[1],
@@ -100,6 +101,14 @@ def test_an_inexact_loss_is_warned_of_with_its_line(name, call):
     assert f"{__file__}:{line(mark)} in {loss.__name__}" in where
     assert re.search(rf"fix: .*{write}", fix)
     assert normwise(CALLS[call](mended, num_microbatches=4)(W, BATCH), expected) <= EXACT
+
+
+def warnings_of(call):
+    """The warnings of inexact losses that a call gives."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in seen if one.category is InexactWarning]
 
 
 def test_the_warning_points_at_the_call():
@@ -160,6 +169,58 @@ def test_a_loss_that_changes_its_mind_is_looked_at_again():
     rooted = True
     with pytest.warns(InexactWarning, match="loss is not exact"):
         jaxaccum.grad(loss, num_microbatches=4)(W, X)
+
+
+class Softmax:
+    """A loss with a setting that is no argument: its program has the same operations for either axis."""
+
+    axis = -1
+
+    def __call__(self, w, x):
+        return jnp.mean(jax.nn.softmax(x * w[None], axis=self.axis) ** 2)
+
+
+def test_a_setting_inside_an_operation_is_looked_at_again():
+    loss = Softmax()
+    said = lambda: warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4)(W, X))
+    assert not said()
+    loss.axis = 0
+    assert said()
+    loss.axis = -1
+    assert not said()
+
+
+def test_a_number_of_the_closure_is_looked_at_again():
+    size = jnp.asarray(8.0)
+    by_size = lambda w, x: jnp.sum((x @ w) ** 2) / (size if fixed else len(x))
+    fixed = False
+    assert not warnings_of(lambda: jaxaccum.grad(by_size, num_microbatches=4)(W, X))
+    fixed = True
+    assert warnings_of(lambda: jaxaccum.grad(by_size, num_microbatches=4)(W, X))
+
+
+def test_numbers_that_are_nan_are_looked_at_again():
+    """`nanmean` is exact where nothing is NaN, which the report of a first call cannot promise for the next."""
+    loss = lambda w, b: jnp.nanmean((b["x"] @ w) ** 2 + 0 * b["mask"])
+    assert not warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4)(W, BATCH))
+    holed = {"x": X, "mask": jnp.where(jnp.arange(8) == 3, jnp.nan, MASK)}
+    assert warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4)(W, holed))
+
+
+def test_an_effect_without_a_result_is_no_fault_of_the_audit(capfd):
+    def loss(w, x):
+        jax.debug.print("{}", 1.0, ordered=True)
+        return jnp.mean((x @ w) ** 2)
+
+    assert not warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4)(W, X))
+    jax.effects_barrier()
+    assert capfd.readouterr().out.split() == ["1.0"] * 4
+
+
+def test_the_fix_names_the_axis_of_the_call():
+    loss = lambda w, x: jnp.sqrt(jnp.mean((x @ w) ** 2))
+    (said,) = warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4, axis_name="accumulate")(W, X))
+    assert 'jax.lax.pmean(mean, "accumulate")' in said
 
 
 def test_a_loss_written_for_one_size_alone_may_be_inexact():

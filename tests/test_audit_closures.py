@@ -1,6 +1,7 @@
 """What a loss closes over: a key, or an array that belongs to the batch, is named by the audit."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,26 @@ def test_an_array_that_only_happens_to_be_as_long_is_no_finding():
             report = jaxaccum.audit(loss, W, {"x": X, "label": label}, num_microbatches=number)
             assert report.exact
             assert not report.findings
+
+
+labels = np.arange(6.0)
+
+
+class Rows(NamedTuple):
+    """A batch with a field whose name a global array has too."""
+
+    x: Any
+    labels: Any
+
+
+def test_a_field_is_not_taken_for_the_global_of_its_name():
+    """And numpy's arrays are found by what they hold: the program of this loss has none."""
+    shape_of = lambda b: 0.0 if len(b.labels) > 2 else 0.0 * jnp.sum(W)
+    loss = lambda w, b: jnp.mean((b.x @ w - b.labels) ** 2) + shape_of(b)
+    report = jaxaccum.audit(loss, W, Rows(X, jnp.ones(6)), num_microbatches=3)
+    assert not [finding for finding in report.findings if finding.kind == "closure"]
+    reads = lambda w, b: jnp.mean((b.x @ w - labels[: len(b.x)]) ** 2)
+    assert [name for name, _ in closed_over(reads)] == ["labels"]
 
 
 def test_it_is_found_inside_jit_too():

@@ -4,13 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import EXACT, INEXACT, data, normwise
 from jax import lax
 
 import jaxaccum
-from jaxaccum import Mean, Sum
+from jaxaccum import Max, Mean, Sum
 
 N, FEATURES, CLASSES, STEPS = 12, 3, 4, 5
 W = data(FEATURES, CLASSES) / 2
@@ -159,6 +160,22 @@ def nll(w, b):
     return -jnp.sum(jax.nn.one_hot(b["label"], CLASSES) * jax.nn.log_softmax(logits(w, b)))
 
 
+stopped = lax.stop_gradient
+
+
+def adaptive(loss, other):
+    return loss + other * stopped(loss / other)
+
+
+def size_of(b):
+    return len(b["y"])
+
+
+def wide(w, b):
+    """As many columns as the batch has examples: a microbatch reads the first of them."""
+    return jnp.tanh(b["x"] @ jnp.tile(w, (1, N // CLASSES)))
+
+
 EXACT_LOSSES = {
     **{f"optax {name}": lambda w, b, f=f: jnp.mean(f(w, b)) for name, f in OPTAX.items()},
     "keras": lambda w, b: over_batch_size(errors(w, b)),
@@ -199,8 +216,25 @@ EXACT_LOSSES = {
     "Mean of what is no NaN": lambda w, b: (
         lambda e: Mean(jnp.nansum(e), jnp.sum(~jnp.isnan(e)))
     )(jnp.where(b["mask"] > 0, errors(w, b), jnp.nan)),
+    "a stopped total as a weight": lambda w, b: Mean(
+        jnp.sum(errors(w, b) * stopped(errors(w, b))), stopped(jnp.sum(errors(w, b)))
+    ),
+    "straight through": lambda w, b: jnp.mean((logits(w, b) + stopped(jnp.round(logits(w, b)) - logits(w, b))) ** 2),
+    "numpy's places beside labels": lambda w, b: -jnp.mean(logits(w, b)[np.arange(size_of(b)), b["label"]]),
 }  # fmt: skip
 INEXACT_LOSSES = {
+    # two terms of one size, as VQGAN adapts them: the ratio cancels in the value, and not in the gradient
+    "an adaptive weight": lambda w, b: adaptive(jnp.mean(errors(w, b)), jnp.mean(jnp.abs(logits(w, b)))),
+    "a stopped sum times a share": lambda w, b: (
+        lambda e: jnp.sum(e**2 / jnp.sum(e)) * stopped(jnp.sum(e)) / len(e)
+    )(errors(w, b)),
+    "a stopped share times the sum": lambda w, b: (
+        lambda e: jnp.sum(stopped(e / jnp.sum(e)) * e) * jnp.sum(e) / len(e)
+    )(errors(w, b)),
+    "the diagonal": lambda w, b: -jnp.mean(wide(w, b)[jnp.arange(size_of(b)), jnp.arange(size_of(b))]),
+    "the diagonal written": lambda w, b: jnp.mean(
+        wide(w, b).at[jnp.arange(size_of(b)), jnp.arange(size_of(b))].set(-9.0) ** 2
+    ),
     # the same forms where a microbatch has another denominator, or other statistics, than the batch
     "optax ntxent": COUPLED["ntxent"],
     "optax dice of the batch": lambda w, b: optax.losses.binary_dice_loss(logits(w, b), binary(b)).mean() + (
@@ -257,6 +291,41 @@ def test_exact_is_what_the_numbers_say(name):
     actual, expected = jax.jit(lambda w, b: (parts(w, b), whole(w, b)))(W, BATCH)
     assert (normwise(actual, expected) < EXACT) == exact
     assert {finding.kind for finding in report.findings} <= {"assumption"} if exact else report.findings
+
+
+EXTREMA = {
+    "of two maxima": (lambda e, x: Max(jnp.maximum(jnp.max(e), jnp.max(x))), True),
+    "root of a maximum": (lambda e, x: Max(jnp.sqrt(jnp.max(e))), True),
+    "minus a minimum": (lambda e, x: Max(-jnp.min(x)), True),
+    "of two extrema": (lambda e, x: Max(jnp.minimum(jnp.max(e), jnp.max(x))), False),
+    "cosine of a maximum": (lambda e, x: Max(jnp.cos(jnp.max(e))), False),
+    "minus a maximum": (lambda e, x: Max(-jnp.max(x)), False),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMA)
+def test_a_function_of_an_extremum_is_one_where_it_increases(name):
+    largest, exact = EXTREMA[name]
+    loss = lambda w, b: (jnp.mean(errors(w, b)), {"largest": largest(errors(w, b), b["x"])})
+    report = jaxaccum.audit(loss, W, BATCH, num_microbatches=PARTS, has_aux=True)
+    assert report.exact == exact, report
+    step = lambda n: jaxaccum.value_and_grad(loss, has_aux=True, num_microbatches=n, audit=None)(W, BATCH)[0][1]
+    assert (normwise(step(PARTS), step(1)) < EXACT) == exact
+
+
+LOW = {
+    "n - 1": (lambda w, x: jnp.sum((x @ w) ** 2) / (len(x) - 1), 128, False),
+    "1 - 1 / n": (lambda w, x: jnp.mean((x @ w) ** 2) * (1 - 1 / len(x)), 64, False),
+    "n": (lambda w, x: jnp.sum((x @ w) ** 2) / len(x), 128, True),
+    "1 / n": (lambda w, x: jnp.sum((x @ w) ** 2) * (1 / len(x)), 96, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", LOW)
+def test_a_size_in_low_precision_is_not_taken_for_its_neighbour(name, dtype):
+    loss, size, exact = LOW[name]
+    assert jaxaccum.audit(loss, jnp.ones(3, dtype), jnp.ones((size, 3), dtype), num_microbatches=4).exact == exact
 
 
 @INEXACT

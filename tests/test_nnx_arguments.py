@@ -254,6 +254,30 @@ def test_an_assignment_that_would_be_lost_is_refused(name, dtype):
     refused(lambda: LOSING[name](behind)(Counting(dtype), X), *says)
 
 
+def normalized(axis_name):
+    """A model with a BatchNorm, and its loss."""
+    layer = nnx.BatchNorm(3, axis_name=axis_name, **WIDE, rngs=nnx.Rngs(0))
+    nnx.update(layer, jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), nnx.state(layer)))
+    return nnx.Sequential(layer, linear())
+
+
+@jax.numpy_dtype_promotion("standard")  # BatchNorm's momentum is a Python float
+def test_a_batch_norm_is_told_both_lines_at_once():
+    """And both of them are what is needed."""
+    bent = lambda model, x: jnp.mean(jnp.tanh(model(x)) ** 2)
+    step = ja.value_and_grad(bent, num_microbatches=2)
+    both = "jaxaccum.nnx.value_and_grad(", 'BatchNorm axis_name="microbatch"'
+    refused(lambda: step(normalized(None), X), *both)
+    with pytest.raises(ValueError, match=r"nnx.value_and_grad") as told:
+        step(normalized("microbatch"), X)
+    assert "BatchNorm" not in str(told.value)
+    mended = ja.nnx.value_and_grad(bent, num_microbatches=2)(normalized("microbatch"), X)
+    full = nnx.value_and_grad(bent)(normalized(None), X)
+    assert normwise(mended, full) < EXACT
+    half = ja.nnx.value_and_grad(bent, num_microbatches=2, audit=None)(normalized(None), X)
+    assert normwise(half, full) > 1e3 * EXACT  # the first line alone is not enough
+
+
 def test_a_variable_that_appears_would_be_lost_too():
     def loss(model, x):
         model.seen = nnx.Variable(x)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.judge import Judged, judge
@@ -22,7 +21,7 @@ from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._base.types import Fun
 from jaxaccum._program.argument_slots import Role, Slot
-from jaxaccum._program.closures import ROWS_ARGUMENT, name_of, of_length
+from jaxaccum._program.closures import ROWS_ARGUMENT, is_array_of, name_of, of_length
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.validate import counted
@@ -216,7 +215,7 @@ def _walked(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[V
                 value = fixed(faults=frozenset([fault]), number=number, scalar=scalar)
             case _:
                 params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-                value = fixed(number=number, scalar=scalar, params=params, overwritten=slot.is_overwritten)
+                value = fixed(number=number, scalar=scalar, params=params, overwritten=slot.overwritten)
         ins.append(value)
     return walk.run(first.jaxpr, second.jaxpr, consts, ins)
 
@@ -247,10 +246,10 @@ def _undecided(output: Output, reason: str, site: Site | None = None, *, closure
 
 def _closures(fun: Fun, whole: Traced, sizes: Sizes) -> list[Finding]:
     """The arrays that the loss closes over and that have a row for each example of the batch."""
-    used = {id(x) for x in constants(whole.closed)}
+    used = list(constants(whole.closed))
     found = []
     for name, x in of_length(fun, sizes.first):
-        if id(x) in used or isinstance(x, np.ndarray):  # of numpy's arrays JAX keeps a copy
+        if any(is_array_of(x, constant) for constant in used):
             microbatch = f"a microbatch of {counted(sizes.second, 'example')}"
             shown = f"{name}, {x.dtype}{list(x.shape)}"
             note = f"the loss closes over {shown}: {microbatch} uses all {sizes.first} rows of it"

@@ -15,13 +15,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
+import numpy as np
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
+from jaxaccum._audit.folding import LARGEST, is_numeric
+from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun, WithStreams
+from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.traces import mentions
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.program import Options, Program
@@ -103,14 +108,25 @@ _REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakK
 
 def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it traced to."""
-    try:
-        known = _REPORTS.setdefault(call.fun, {})
-    except TypeError:  # a callable that nothing can refer to weakly
-        return _made(call, axis_name)
     key = (axis_name, call.program.mesh_axes, call.program.partition, call.argnums, _signature(call))
-    if key not in known:
-        known[key] = _made(call, axis_name)
-    return known[key]
+    try:
+        reports = _REPORTS.setdefault(call.fun, {})
+        report = reports.get(key)
+    except TypeError:  # a callable without a hash or weak references, or a program that holds something without a hash
+        return _made(call, axis_name)
+    if report is None or (_assumes_no_nan(report) and any_nan(call.given)):
+        if len(reports) >= _KEPT:
+            reports.clear()
+        report = reports[key] = _made(call, axis_name)
+    return report
+
+
+_KEPT = 64
+"""How many reports are kept for one function."""
+
+
+def _assumes_no_nan(report: AuditReport) -> bool:
+    return any(finding.kind == "assumption" for finding in report.findings)
 
 
 def _made(call: _Call, axis_name: str) -> AuditReport:
@@ -125,12 +141,21 @@ def _made(call: _Call, axis_name: str) -> AuditReport:
 
 
 def _signature(call: _Call) -> Any:
-    """What tells two traces of one function apart: its arguments, and the operations that it came to."""
+    """What tells two traces of one function apart: its arguments, and its program with all that it holds."""
     seen = tuple(call.program.observed.values())
     types = tuple(map(jax.typeof, call.arrays))
     roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
-    operations = tuple(eqn.primitive for one in seen for eqn in one.trace.jaxpr.eqns)
-    return types, roles, operations, tuple(one.outputs for one in seen)
+    programs = tuple(structure.key_of(one.trace.jaxpr) for one in seen)
+    numbers = tuple(_content(x) for one in seen for x in one.consts)
+    return types, roles, programs, numbers, tuple(one.outputs for one in seen)
+
+
+def _content(constant: Any) -> Any:
+    """The numbers of a small constant, which the audit may look at; of any other its type."""
+    aval = jax.typeof(constant)
+    if isinstance(constant, jax.core.Tracer) or not is_numeric(constant) or aval.size > LARGEST:
+        return aval
+    return aval, np.asarray(constant).tobytes()
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -156,7 +181,8 @@ def _others(report: AuditReport) -> str:
     """The other outputs that are not exact."""
     first, *rest = dict.fromkeys(cause.output for cause in report.causes)
     names = [name for name in rest if name != first]
-    return f" (nor is {', '.join(names)}; see jaxaccum.audit)" if names else ""
+    verb = "is" if len(names) == 1 else "are"
+    return f" ({', '.join(names)} {verb} not exact either; jaxaccum.audit says why)" if names else ""
 
 
 def _name(fun: Fun) -> str:

@@ -102,8 +102,11 @@ FOLDS: dict[str, Fold] = {
 
 def folded(eqn: Any, operands: Sequence[np.ndarray]) -> np.ndarray | None:
     """The result of an equation of constants; None where it has no rule here or is large."""
-    fold, out = FOLDS.get(eqn.primitive.name), eqn.outvars[0].aval
-    if fold is None or out.size > LARGEST or not isinstance(out.dtype, np.dtype):
+    fold = FOLDS.get(eqn.primitive.name)
+    if fold is None or not eqn.outvars:
+        return None
+    out = eqn.outvars[0].aval
+    if out.size > LARGEST or not isinstance(out.dtype, np.dtype):
         return None
     given = [v.aval for v in eqn.invars]
     if any(x.shape != aval.shape for x, aval in zip(operands, given, strict=True)):
@@ -129,3 +132,15 @@ def same(a: Any, b: Any) -> bool:
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     inexact = jnp.issubdtype(a.dtype, jnp.inexact)
     return is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=inexact)
+
+
+def is_arange(x: np.ndarray, size: int) -> bool:
+    """Whether it counts the examples: 0, 1, 2, …, as ``np.arange(len(x))`` does."""
+    counts = x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer)
+    return counts and np.array_equal(x, np.arange(size))
+
+
+def may_be_key(x: Any) -> bool:
+    """Whether a constant is a typed key, or has the type of the numbers of one."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key))

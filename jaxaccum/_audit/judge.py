@@ -194,7 +194,7 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
     if value.rows:
         return _Claim(Verdict.PER_EXAMPLE, False, "rows without a tag", fixes.TAG["PER_EXAMPLE"])
     if value.kind is Kind.STATISTIC:
-        return _claim_statistic(value)
+        return _claim_statistic(walk, value)
     if _is_mean(value):
         return _Claim(Verdict.MEAN, True)
     if _is_sum(value):
@@ -207,9 +207,13 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
     return _mis_scaled(walk, value)
 
 
-def _claim_statistic(value: Value) -> _Claim:
-    fix = fixes.fix_of(Fault(FaultKind.COUPLING, value.origin, value.origin, ""), "microbatch")
-    return _Claim(Verdict.COUPLED, False, "the output is no sum over examples", fix, (value.origin,))
+def _claim_statistic(walk: Walk, value: Value) -> _Claim:
+    if value.extremum is not None:
+        tag = value.extremum.capitalize()
+        note, fix = f"a {value.extremum}imum over examples, which needs the tag {tag}", fixes.EXTREMUM.format(tag=tag)
+        return _Claim(Verdict.COUPLED, False, note, fix, (value.origin,))
+    fix = fixes.fix_of(Fault(FaultKind.COUPLING, value.origin, value.origin, ""), walk.axis_name, walk.devices)
+    return _Claim(Verdict.COUPLED, False, "the output is not a sum over examples", fix, (value.origin,))
 
 
 def _mis_scaled(walk: Walk, value: Value) -> _Claim:
@@ -217,9 +221,13 @@ def _mis_scaled(walk: Walk, value: Value) -> _Claim:
     lines = tuple(walk.sites.get(term) for term in sorted(value.terms, key=str))
     if own == {Scale()} and fixed:
         once = tuple(walk.sites.get(Term(scale, fixed=True)) for scale in fixed)
-        return _Claim(Verdict.MIS_SCALED, False, "a sum over examples plus a term that is no sum", fixes.OUTSIDE, once)
+        note = "a sum over examples plus a term that does not depend on the batch"
+        return _Claim(Verdict.MIS_SCALED, False, note, fixes.OUTSIDE, once)
     if len(own) > 1:
         return _Claim(Verdict.MIS_SCALED, False, "terms with different denominators are added", fixes.TERMS, lines)
+    if walk.sized is not None and not any(scale.weights for scale in own):
+        note, fix = "the number of examples enters the loss other than as its denominator", fixes.BATCH_SIZE
+        return _Claim(Verdict.MIS_SCALED, False, note, fix, (walk.sized,))
     note = "the denominator is neither the number of examples nor a sum of weights"
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.TAG["RATIO"], lines)
 
@@ -227,14 +235,14 @@ def _mis_scaled(walk: Walk, value: Value) -> _Claim:
 def _claim_mean(walk: Walk, total: Value, weight: Value) -> _Claim:
     lines = (total.origin, weight.origin)
     if total.kind is Kind.STATISTIC:
-        return _claim_statistic(total)
+        return _claim_statistic(walk, total)
     constant = all(v.fixed and v.scale.trivial for v in (total, weight))
     if (_is_sum(total) and _is_sum(weight)) or constant:
         return _Claim(Verdict.RATIO, True)
     if _is_sum(total) and _is_guarded(weight):
         return _Claim(Verdict.RATIO, False, "the weight of a Mean is guarded against 0", fixes.NO_GUARD, lines)
     if weight.kind is Kind.STATISTIC:
-        return _claim_statistic(weight)
+        return _claim_statistic(walk, weight)
     if total.rows or weight.rows:
         return _Claim(
             Verdict.MIS_SCALED, False, "a Mean of rows adds examples of different microbatches", fixes.NO_DIVISION
@@ -256,7 +264,7 @@ def _is_guarded(weight: Value) -> bool:
 
 def _claim_sum(walk: Walk, value: Value) -> _Claim:
     if value.kind is Kind.STATISTIC:
-        return _claim_statistic(value)
+        return _claim_statistic(walk, value)
     if _is_sum(value):
         return _Claim(Verdict.SUM, True)
     if value.fixed and value.scale.trivial:
@@ -280,9 +288,9 @@ def _claim_rows(walk: Walk, value: Value) -> _Claim:
     if (plain or value.fixed) and value.scale.trivial:
         return _Claim(Verdict.PER_EXAMPLE, True)
     if value.kind is Kind.STATISTIC:
-        return _claim_statistic(value)
+        return _claim_statistic(walk, value)
     if plain:
-        note = "the rows of Concat are divided by a sum over one microbatch: its examples, or its weights"
+        note = "the rows of Concat are divided by one microbatch's weights, or by its number of examples"
         return _Claim(Verdict.MIS_SCALED, False, note, fixes.UNDIVIDED_ROWS, (value.origin,))
     note = "Concat of what is not one row per example along axis 0"
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.ROWS, (value.origin,))
@@ -293,5 +301,5 @@ def _claim_extremum(value: Value, op: str) -> _Claim:
         return _Claim(Verdict.PER_EXAMPLE, True)
     if value.fixed and value.scale.trivial:
         return _Claim(Verdict.UNBATCHED, True)
-    note = f"what is tagged {op.capitalize()} is no {op}imum over the examples"
+    note = f"what is tagged {op.capitalize()} is not the {op}imum over the examples"
     return _Claim(Verdict.COUPLED, False, note, f"return the {op}imum over the examples itself", (value.origin,))

@@ -271,6 +271,16 @@ def _spacing(x: Any) -> float:
     return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else float(np.finfo(float).eps)
 
 
+def _tolerance(spacing: float) -> float:
+    """How much a ratio of constants may be off: by some roundings, or by one where numbers are 1 % apart."""
+    return spacing if spacing > 1e-4 else 8 * spacing
+
+
+def _is_small_integer(x: complex) -> bool:
+    """Whether every floating dtype with 8 bits of mantissa, as bfloat16, holds the number exactly."""
+    return x.imag == 0 and x.real == round(x.real) and abs(x.real) <= 256
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The two batch sizes at which the program was traced."""
@@ -280,7 +290,7 @@ class Sizes:
 
     def power(self, a: Any, b: Any) -> Power:
         """The power of the batch size by which `a` at the first size becomes `b` at the second."""
-        apart = 8 * max(_spacing(a), _spacing(b))
+        apart = _tolerance(max(_spacing(a), _spacing(b)))
         try:
             a, b = complex(a), complex(b)
         except (TypeError, ValueError):
@@ -294,7 +304,9 @@ class Sizes:
             return None
         base = self.second / self.first
         power = Fraction(round(2 * math.log(ratio.real) / math.log(base)), 2)
-        close = abs(ratio.real / base ** float(power) - 1) < apart
+        whole = power.denominator == 1 and _is_small_integer(a) and _is_small_integer(b)
+        apart = 0.0 if whole else apart
+        close = abs(ratio.real / base ** float(power) - 1) <= apart
         return power if close and abs(power) <= 4 else None
 
     def divided(self, by: int) -> Sizes | None:

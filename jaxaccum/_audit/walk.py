@@ -18,7 +18,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._audit.folding import LARGEST, folded, is_numeric, same
+from jaxaccum._audit.folding import LARGEST, folded, is_arange, is_numeric, may_be_key, same
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
     HARMLESS,
@@ -26,6 +26,7 @@ from jaxaccum._audit.lattice import (
     PLAIN,
     Fault,
     FaultKind,
+    Index,
     Kind,
     Layout,
     Scale,
@@ -44,7 +45,7 @@ from jaxaccum._base.source_lines import Frame
 Shape = tuple[int, ...]
 
 
-_PLACE = "the result depends on the place of an example in its microbatch"
+_PLACE = "the result depends on the position of an example in its microbatch"
 _OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the whole batch"
 _REPEATED = "the row of one example is repeated to the length of another array"
 _CAUSES = (FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN)
@@ -127,6 +128,8 @@ class Walk:
         self.counts: Counter[str] = Counter()
         self.sites: dict[Term, Site] = {}
         """Where each addend of a total was first seen."""
+        self.sized: Site | None = None
+        """Where rows were first divided or multiplied by the number of examples."""
         self.weights: dict[int, Site] = {}
         """Where each total that divides was taken."""
         self.devices: dict[Frame, tuple[str, ...]] = {}
@@ -343,7 +346,7 @@ class Walk:
     def constant(self, a: Any, b: Any) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
         value = self._constant(a, b)
-        name = self.name_of(a) if _may_be_key(a) else None
+        name = self.name_of(a) if may_be_key(a) else None
         return value if name is None else dataclasses.replace(value, closure=name)
 
     def _constant(self, a: Any, b: Any) -> Value:
@@ -380,6 +383,8 @@ class Walk:
         a, b = np.asarray(a), np.asarray(b)
         if a.size and b.size and is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
             return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
+        if is_arange(a, self.sizes.first) and is_arange(b, self.sizes.second):
+            return Value(index=Index.ROW, layout=Layout((0,)))
         note = "a constant array has a row for each place in the batch"
         fault = Fault(FaultKind.POSITION, None, None, note)
         return fixed(faults=frozenset([self._faults.setdefault((note, a.shape), fault)]), number=self.fresh())
@@ -392,9 +397,3 @@ class Walk:
 
 def _closure_of(ins: Sequence[Value]) -> str:
     return next((v.closure for v in ins if v.closure), "")
-
-
-def _may_be_key(x: Any) -> bool:
-    """Whether a constant is a typed key, or has the type of the numbers of one."""
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key))

@@ -30,11 +30,13 @@ class Sentinel(enum.Enum):
 
     CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of the microbatch, and
     EXAMPLE_KEY one that reaches `fun` as an array of keys, ``jax.random.split(key, batch_size)[i]`` for example i.
+    MAX_GRAD is also for a part of an argument: it is passed whole, and its gradients combine by maximum.
     """
 
     CARRY = "CARRY"
     KEY = "KEY"
     EXAMPLE_KEY = "EXAMPLE_KEY"
+    MAX_GRAD = "MAX_GRAD"
 
     def __repr__(self) -> str:
         return f"jaxaccum.{self.name}"
@@ -55,6 +57,15 @@ So a loss that split its key over the examples itself keeps its masks, under eve
 and setting of ``jax_threefry_partitionable``. Under ``mesh_axes`` `batch_size` counts the examples of all
 devices. With keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on how many keys are drawn
 from at once, and so on the partition: use `jax.lax.map`.
+"""
+MAX_GRAD = Sentinel.MAX_GRAD
+"""A whole argument, or a part of one, whose "gradient" is a maximum over examples: its own next value.
+
+Quantized layers return their scales and histories of maxima so. Over microbatches and devices such gradients
+combine by maximum, and where every example is padding the value stays what it is. Flax's collection
+``_overwrite_with_gradient`` is recognised without it::
+
+    in_axes = ({"params": None, "fp8": jaxaccum.MAX_GRAD}, 0)
 """
 
 

@@ -21,6 +21,7 @@ from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Env, Stage
 from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._devices import varying
+from jaxaccum._loop.maxima import lowest
 from jaxaccum._program.reductions import Reduction
 
 
@@ -34,6 +35,8 @@ class Reverse:
     """The differentiated arguments that every microbatch reads whole: variable, and place in `sums`."""
     sums: list[Array]
     """The gradients of `parameters`."""
+    overwritten: frozenset[Any]
+    """The differentiated arguments whose gradients combine by maximum. They arrive in `shared`."""
     in_place: bool
     """Whether the backward pass adds to the sums itself (`_running_sums`)."""
     seeds: dict[int, Array]
@@ -68,6 +71,10 @@ class Reverse:
             self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else jnp.zeros_like(x)
         )
 
+    def maximum(self, slot: int, v: Any) -> Array:
+        """The maximum that is the gradient of a differentiated argument; 0 where nothing reads it."""
+        return self.shared[v] if v in self.shared else jnp.zeros_like(self.call.arrays[slot])
+
     def _pulled(self, kind: str, level: int) -> Env:
         pull = self.sweep.pulls.get((kind, level))
         return pull(self.shared | self.stacked) if pull else {}
@@ -80,7 +87,17 @@ class Reverse:
         else:
             table = self.stacked if v in self.call.cuts.own else self.shared
             x = x if v in self.call.cuts.own else cast(x, widen(x.dtype))
-            table[v] = table[v] + x if v in table else x
+            table[v] = self.combined(v, table[v], x) if v in table else x
+
+    def combined(self, v: Any, old: Array, new: Array) -> Array:
+        """Two shares of the cotangent of a variable."""
+        new = cast(new, old.dtype)
+        return jnp.maximum(old, new) if v in self.overwritten else old + new
+
+    def _before(self, v: Any) -> Array:
+        """The share of no microbatch."""
+        dtype, value = widen(v.aval.dtype), self.sweep.shared[v]
+        return lowest(value, dtype) if v in self.overwritten else jnp.zeros_like(value, dtype)
 
     def _microbatches(self, level: int) -> None:
         """The pass over microbatches that completes the cotangents of what stage `level` reads."""
@@ -91,7 +108,7 @@ class Reverse:
             return
         buffers = [self.sweep.boundaries[level][v] for v in step.live]
         added = [self.sums[self.parameters[v]] for v in step.parameters]
-        sums = (added, [jnp.zeros_like(self.sweep.shared[v], widen(v.aval.dtype)) for v in step.shared], buffers)
+        sums = (added, [self._before(v) for v in step.shared], buffers)
         boundary = {v: x for v, x in self.sweep.boundaries[step.start].items() if v not in step.live}
         (added, shared, buffers), written = self.sweep.over_microbatches(
             step.visit,
@@ -192,7 +209,8 @@ class _Step:
             outs, pull, parts = jax.vjp(self._forward(base), parameters, *inputs, has_aux=True)
             grads, of_shared, of_own, of_live = pull(self._cotangents(outs, own))
             added = [old + cast(x, old.dtype) for old, x in zip(added, grads, strict=True)]
-        shared = [old + cast(x, old.dtype) for old, x in zip(shared, of_shared, strict=True)]
+        triples = zip(self.shared, shared, of_shared, strict=True)
+        shared = [self.reverse.combined(v, old, new) for v, old, new in triples]
         buffers = [lax.dynamic_update_index_in_dim(x, new, index, 0) for x, new in zip(buffers, of_live, strict=False)]
         if self.level < self.reverse.call.cuts.last:
             parts = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from jaxaccum._base.trees import is_inexact
+from jaxaccum._base.trees import cast, is_inexact
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Cuts, cut, moved_by
 from jaxaccum._coupled.execute import Call, Sweep
@@ -33,11 +33,6 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
 
 def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
     """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
-    if overwritten := [program.slots[i].name for i in gradient.wrt if program.slots[i].is_overwritten]:
-        raise NotImplementedError(
-            f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, which a loss with "
-            "collectives over the axis of the loop does not support; leave the collectives out, or the float8 layers."
-        )
     cuts = _cuts(program)
     plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
     return _reversed(plan, list(arrays), list(seeds))
@@ -63,12 +58,24 @@ class _Plan:
     @property
     def whole(self) -> list[int]:
         """The differentiated slots whose gradients are summed over microbatches."""
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.WHOLE]
+        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].overwritten]
+
+    @property
+    def overwritten(self) -> list[int]:
+        """The differentiated slots whose gradients combine by maximum."""
+        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].overwritten]
 
     @property
     def rows(self) -> list[int]:
         """The differentiated slots whose gradients are rows."""
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is Role.ROWS]
+        return self._wrt(Role.ROWS)
+
+    def _wrt(self, role: Role) -> list[int]:
+        return [i for i in self.gradient.wrt if self.program.slots[i].role is role]
+
+    def dtype(self, parameter: Array) -> Any:
+        """The dtype in which a gradient is combined."""
+        return self.gradient.sums.dtype_for(parameter)
 
     def zeros(self, arrays: list[Array]) -> list[Array]:
         """The sums of `whole` before the first microbatch."""
@@ -112,9 +119,11 @@ def _reversed(plan: _Plan, arrays: list[Array], seeds: list[Array]) -> Result:
     sweep.enter(plan.cuts.last)
     parameters = {variables[i]: place for place, i in enumerate(plan.whole)}
     given = dict(zip(plan.gradient.parts, seeds, strict=True))
-    reverse = Reverse(call, sweep, parameters, plan.zeros(arrays), plan.gradient.sums.in_place, given)
+    overwritten = frozenset(variables[i] for i in plan.overwritten)
+    reverse = Reverse(call, sweep, parameters, plan.zeros(arrays), overwritten, plan.gradient.sums.in_place, given)
     reverse.run()
     grads = dict(zip(plan.whole, reverse.sums, strict=True))
+    grads |= {i: cast(reverse.maximum(i, variables[i]), plan.dtype(arrays[i])) for i in plan.overwritten}
     grads |= {i: reverse.rows(i, variables[i]) for i in plan.rows}
     return Result(_in_order(sweep), [grads[i] for i in plan.gradient.wrt])
 

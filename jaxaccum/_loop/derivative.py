@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
+from jaxaccum._loop import maxima
 from jaxaccum._loop.loop import Scanned, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
@@ -84,12 +85,12 @@ class Derivative:
     @property
     def summed(self) -> list[int]:
         """Those whose gradients are summed over microbatches."""
-        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].is_overwritten]
+        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].overwritten]
 
     @property
     def overwritten(self) -> list[int]:
-        """Those whose "gradients" are maxima over the examples, and so combine by maximum. They are never negative."""
-        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].is_overwritten]
+        """Those whose "gradients" are maxima over the examples, and so combine by maximum."""
+        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].overwritten]
 
     def _wrt(self, role: Role) -> list[int]:
         return [i for i in self.gradient.wrt if self.program.slots[i].role is role]
@@ -105,8 +106,11 @@ class Derivative:
         return [self.arrays[i] for i in self.whole]
 
     def zeros(self) -> list[Array]:
-        """The sums before the first microbatch."""
-        return [self.gradient.sums.zeros(x) for x in self.parameters]
+        """The sums, and the maxima, before the first microbatch."""
+        sums = self.gradient.sums
+        summed = [sums.zeros(self.arrays[i]) for i in self.summed]
+        overwritten = [self.arrays[i] for i in self.overwritten]
+        return [*summed, *(maxima.lowest(x, sums.dtype_for(x)) for x in overwritten)]
 
     # -- one microbatch
 
@@ -128,7 +132,7 @@ class Derivative:
         overwritten = [self.arrays[i] for i in self.overwritten]
         (outs, _), pull, parts = jax.vjp(forward, unread, overwritten, self._differentiated(rows), has_aux=True)
         added, news, written = pull((self.cotangents(outs, extra), sums[:count]))
-        return parts, [*added, *self._maxima(sums[count:], news)], written
+        return parts, [*added, *maxima.combine(sums[count:], news)], written
 
     def add_tree(
         self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
@@ -138,10 +142,7 @@ class Derivative:
         grads, written = pull(self.cotangents(outs, extra))
         count = len(self.summed)
         added = [total + cast(grad, total.dtype) for total, grad in zip(sums[:count], grads[:count], strict=True)]
-        return parts, [*added, *self._maxima(sums[count:], grads[count:])], written
-
-    def _maxima(self, olds: list[Array], news: list[Array]) -> list[Array]:
-        return [jnp.maximum(old, cast(new, old.dtype)) for old, new in zip(olds, news, strict=True)]
+        return parts, [*added, *maxima.combine(sums[count:], grads[count:])], written
 
     def at(
         self, g: int, *, rows: list[Array], carry: Any, index: Array

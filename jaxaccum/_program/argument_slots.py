@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names
-from jaxaccum._base.types import CARRY, EXAMPLE_KEY, KEY, Axes, PyTree, Sentinel
+from jaxaccum._base.types import CARRY, EXAMPLE_KEY, KEY, MAX_GRAD, Axes, PyTree, Sentinel
 from jaxaccum._program import assignments, closures, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes, by_name
 
@@ -26,8 +26,9 @@ class Role(enum.Enum):
     EXAMPLE_KEY = "folded with each example's index"
 
 
-OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
-"""Flax's collection of variables whose gradients are their next values."""
+_OVERWRITTEN = "['_overwrite_with_gradient']"
+"""In the name of a leaf: it is of Flax's collection of variables whose gradients are their next values."""
+_DEFAULT = (None, 0)  # of every public function: parameters, and a batch
 _ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
 
 
@@ -42,11 +43,8 @@ class Slot:
     axis: int = 0
     key: Any = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
-
-    @property
-    def is_overwritten(self) -> bool:
-        """Whether the "gradient" is the next value: Flax's float8 layers return their scales and maxima so."""
-        return f"['{OVERWRITE_WITH_GRADIENT}']" in self.name
+    overwritten: bool = False
+    """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers return their state so."""
 
     def array(self, leaf: Any) -> Any:
         """What the loop carries of the leaf."""
@@ -102,7 +100,7 @@ def read(
         of_model = number in differentiated and assignments.holds_modules(arg)
         for name, leaf, axis in _with_axes(arg, axes, called):
             validate.numeric(leaf, name)
-            if axis is None and not is_array(leaf) and number not in differentiated and number != counted:
+            if axis in (None, MAX_GRAD) and not is_array(leaf) and number not in differentiated and number != counted:
                 statics[leaves] = leaf
             else:
                 if number in differentiated:
@@ -184,15 +182,23 @@ def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
             raise ValueError(
                 f"the function was called with {given}, and in_axes={in_axes!r} has {len(in_axes)} entries. {missing}"
             )
+        by_default = ", the default," if tuple(in_axes) == _DEFAULT else ""
         raise ValueError(
-            f"in_axes has {len(in_axes)} entries and the function was called with {given}; pass "
-            "one entry per argument: None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
-            "arguments have no entry, and are passed whole."
+            f"in_axes={in_axes!r}{by_default} has {len(in_axes)} entries and the function was called with {given}; "
+            f"pass one entry per argument, as in_axes=({_as_written(count)}): None (whole), an int (its batch axis), "
+            "or CARRY, KEY or EXAMPLE_KEY. Keyword arguments have no entry, and are passed whole."
         )
     return tuple(in_axes)
 
 
+def _as_written(count: int) -> str:
+    """The entries of `count` arguments, the first of them parameters and the others batches."""
+    return ", ".join(["None", *["0"] * (count - 1)]) if count > 1 else "0,"
+
+
 def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
+    if axis is None or axis is MAX_GRAD:
+        return Slot(name, Role.WHOLE, argnum, overwritten=axis is MAX_GRAD or _OVERWRITTEN in name)
     if isinstance(axis, Sentinel):
         if axis is not CARRY:
             validate.key(leaf, name, axis)
@@ -201,8 +207,6 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
                 f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only."
             )
         return Slot(name, _ROLE_OF[axis], argnum, key=key_impl(leaf) if axis is CARRY else None)
-    if axis is None:
-        return Slot(name, Role.WHOLE, argnum)
     if not is_array(leaf):
         raise TypeError(
             f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an "
@@ -241,10 +245,10 @@ def _is_axis(x: Any) -> bool:
 
 
 def _check_axis(axis: Any, name: str) -> None:
-    if isinstance(axis, Sentinel):
+    if isinstance(axis, Sentinel) and axis is not MAX_GRAD:
         raise TypeError(
             f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an "
             "argument of its own."
         )
-    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+    if axis not in (None, MAX_GRAD) and (isinstance(axis, bool) or not isinstance(axis, int)):
         raise TypeError(f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}.")

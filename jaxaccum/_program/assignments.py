@@ -46,11 +46,20 @@ def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Calla
     if (name := _assigned(fun, before, treedef)) is not None:
         fun_name = getattr(fun, "__name__", "fun")
         raise ValueError(
-            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and the assignment "
-            f"would be lost. Write jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which updates "
-            "the model. model.eval() stops the assignment too, but it changes what the model computes."
+            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and here the model is a copy, so "
+            f"the assignment would be lost. Write jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which "
+            f"updates the model.{_statistics(args)} model.eval() stops the assignment too, but it changes what the "
+            "model computes."
         )
     return output
+
+
+def _statistics(args: tuple[Any, ...]) -> str:
+    """What else a model with a BatchNorm of its own microbatch needs."""
+    nnx = sys.modules["flax.nnx"]
+    layers = [part for model in _parts(args, "Pytree") for _, part in nnx.iter_graph(model)]
+    alone = any(isinstance(layer, nnx.BatchNorm) and layer.axis_name is None for layer in layers)
+    return ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.' if alone else ""
 
 
 def _assigned(fun: Fun, leaves: list[Any], treedef: Any) -> str | None:
@@ -91,12 +100,17 @@ def holds_modules(tree: PyTree) -> bool:
 
 
 def _holds(tree: PyTree, kind: str) -> bool:
-    """Whether any part of the tree is of the class of nnx, which need not have been imported."""
+    """Whether any part of the tree is of the class of nnx."""
+    return bool(_parts(tree, kind))
+
+
+def _parts(tree: PyTree, kind: str) -> list[Any]:
+    """The parts of the tree that are of the class of nnx, which need not have been imported."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
-        return False
+        return []
     found = lambda x: isinstance(x, getattr(nnx, kind))
-    return any(map(found, jax.tree.leaves(tree, is_leaf=found)))
+    return list(filter(found, jax.tree.leaves(tree, is_leaf=found)))
 
 
 def same_objects(old: Sequence[Any], new: Sequence[Any]) -> bool:

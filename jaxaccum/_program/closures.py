@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import re
 from collections.abc import Iterator
@@ -43,11 +44,11 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
         return
     name = getattr(fun, "__name__", "the function")
     said = f"jaxaccum called {name} with a microbatch of {size} of the batch's {batch_size} examples."
-    named = [f"{name}, {x.dtype}{list(x.shape)}" for name, x in of_length(fun, batch_size)]
-    if named:
-        names = " and ".join(name.split(",")[0] for name in named)
+    if long := of_length(fun, batch_size):
+        names = " and ".join(name for name, _ in long)
+        shown = " and ".join(f"{name}, {x.dtype}{list(x.shape)}" for name, x in long)
         said += (
-            f" It closes over {' and '.join(named)}, a row for each example of the whole batch: "
+            f" It closes over {shown}, a row for each example of the whole batch: "
             f"{ROWS_ARGUMENT.format(name=names)}."
         )
     else:
@@ -84,7 +85,7 @@ _SHOWN = 4
 
 def name_of(fun: Any, array: Any) -> str | None:
     """The name of an array that `fun` closes over; None where it is not found."""
-    return next((name for name, x in closed_over(fun) if _is(x, array)), None)
+    return next((name for name, x in closed_over(fun) if is_array_of(x, array)), None)
 
 
 def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
@@ -111,14 +112,15 @@ def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _global_names(code: Any) -> Iterator[str]:
-    """The global names that a function's code mentions, and those of the functions defined in it."""
-    yield from code.co_names
+    """The global names that a function's code reads, and those of the functions defined in it."""
+    reads = (one for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    yield from dict.fromkeys(one.argval for one in reads)
     for constant in code.co_consts:
         if hasattr(constant, "co_names"):
             yield from _global_names(constant)
 
 
-def _is(x: Any, array: Any) -> bool:
+def is_array_of(x: Any, array: Any) -> bool:
     """Whether `array`, as JAX has traced it, is `x`; of numpy's arrays JAX keeps a copy."""
     if x is array or not isinstance(x, np.ndarray | np.generic):
         return x is array

@@ -338,11 +338,12 @@ def _padded(name: str) -> str:
 
 def _untagged(name: str, x: Any, size: int) -> str:
     shape = jnp.shape(x)
-    likely = "Concat(x) for one row per example" if shape[:1] == (size,) else "Sum(x) for a sum over examples"
+    rows = shape[:1] == (size,)
+    likely = "jaxaccum.Concat(x) for one row per example" if rows else "jaxaccum.Sum(x) for a sum over examples"
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over microbatches. Wrap "
-        f"it in {likely}, or another of {_TAGS}. Only a floating scalar, a mean over examples, and what is computed "
-        "from arguments that are not cut need no tag; a constant may depend on the microbatch's size."
+        f"it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a floating scalar, which "
+        "is taken for a mean over examples, and what is computed only from arguments that are not cut."
     )
 
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import dtype_of, is_array, is_inexact
-from jaxaccum._base.types import Audit, Gather, Memory, Sentinel, Split
+from jaxaccum._base.types import MAX_GRAD, Audit, Gather, Memory, Sentinel, Split
 from jaxaccum._devices import varying
 from jaxaccum._program import microbatches
 
@@ -97,7 +97,7 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
     numbers = []
     for number in given:
         number = argnum(number, count, f"argnums={value!r}")
-        if isinstance(in_axes[number], Sentinel):
+        if isinstance(in_axes[number], Sentinel) and in_axes[number] is not MAX_GRAD:
             raise ValueError(
                 f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried "
                 "state and keys pass no gradient. Differentiate another argument, or declare this one None or an int."

@@ -101,7 +101,7 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
             "a custom accumulator sees each microbatch's own gradient, and a loss with a collective over the axis of "
             "the loop has none; use in_place() or tree(), or a loss without the collective."
         )
-    if overwritten := [program.slots[i].name for i in wrt if program.slots[i].is_overwritten]:
+    if overwritten := [program.slots[i].name for i in wrt if program.slots[i].overwritten]:
         raise ValueError(
             f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, and a custom accumulator "
             "would average it; use in_place() or tree()."

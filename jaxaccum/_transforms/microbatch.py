@@ -230,6 +230,7 @@ def _gradient_beside_value(
     aval: Any = program.traces[0].jaxpr.outvars[part].aval
     gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
     parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)])
+    grads = _loop.next_values(program.slots, arrays, wrt, grads)
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
@@ -259,7 +260,8 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
         gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
         _, summed = engine.run_with_gradient(program, values, gradient, [cotangents[i] for i in given])
-        by_slot = dict(zip(wrt, summed, strict=True))
+        grads = _loop.next_values(program.slots, values, wrt, summed)
+        by_slot = dict(zip(wrt, grads, strict=True))
         return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
 
     forward.defvjp(save, pull, symbolic_zeros=True)

@@ -51,7 +51,8 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
             parts.append(weight)
             seeds.append(_weight_seed(known[term.total], known[weight]))
     result = engine.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds)
-    return over_shards(program, wrt, ValueAndGrad(result.parts, result.grads), known)
+    grads = _maxima_over_shards(program, arrays, wrt, result.grads)
+    return over_shards(program, wrt, ValueAndGrad(result.parts, grads), known)
 
 
 def known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array]:
@@ -151,10 +152,9 @@ def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, kn
     sums = [i for i, part in enumerate(program.outputs.parts) if part.reduction is Reduction.SUM and i not in known]
     axes = [program.mesh_axes] * len(sums)
     for i, grad in zip(wrt, shares.grads, strict=True):
-        is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].is_overwritten
+        is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].overwritten
         axes.append(varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())
-    grads = [_largest(program, i, grad) for i, grad in zip(wrt, shares.grads, strict=True)]
-    summed = varying.sum_at_once([*(shares.parts[i] for i in sums), *grads], axes)
+    summed = varying.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
     known = known | dict(zip(sums, summed[: len(sums)], strict=True))
     pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
     parts = [
@@ -163,7 +163,18 @@ def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, kn
     return ValueAndGrad(parts, summed[len(sums) :])
 
 
-def _largest(program: Program, slot: int, grad: Array) -> Array:
-    """The maximum over all shards where a gradient is the next value of its variable; else the gradient as it is."""
-    names = varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)
-    return lax.pmax(grad, names) if program.slots[slot].is_overwritten and names else grad
+def _maxima_over_shards(
+    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], grads: list[Array]
+) -> list[Array]:
+    """The gradients, with those that are maxima over examples combined over all shards."""
+    return [
+        _largest(program, i, grad, arrays[i]) if program.slots[i].overwritten else grad
+        for i, grad in zip(wrt, grads, strict=True)
+    ]
+
+
+def _largest(program: Program, slot: int, maximum: Array, value: Array) -> Array:
+    names = varying.gradient_axes(maximum, program.given_axes[slot], program.mesh_axes)
+    if names:
+        maximum, value = lax.pmax((maximum, value), names)
+    return _loop.or_kept(maximum, value)

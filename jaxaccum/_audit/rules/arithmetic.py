@@ -142,7 +142,7 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             return dataclasses.replace(x.but(scalar=True), index=Index.START)
     for x, y in (ins, ins[::-1]):
         if y.fixed:
-            return _scaled(x, y, scalar=x.scalar and y.scalar)
+            return _scaled(walk, op, x, y)
         if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
             return dataclasses.replace(x.scaled(_noted(walk, y, scale)), origin=x.origin or y.origin)
         if (undone := _undivided(x, y)) is not None:
@@ -181,8 +181,11 @@ def _is_batch_size(walk: Walk, op: Op, x: Value) -> bool:
     return x.fixed and equal and given == [first, second]
 
 
-def _scaled(x: Value, factor: Value, *, scalar: bool) -> Value:
+def _scaled(walk: Walk, op: Op, x: Value, factor: Value) -> Value:
     """A value times a factor that is independent of the batch."""
+    if x.rows and not factor.scale.trivial:
+        walk.sized = walk.sized or walk.site(op)
+    scalar = x.scalar and factor.scalar
     known = x.known * factor.known if x.known is not None and factor.known is not None else None
     value = dataclasses.replace(x.scaled(factor.scale), scalar=scalar, known=known)
     weight = as_weight(x) if factor.scalar else None
@@ -197,8 +200,7 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if not jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.inexact):
         return combine(walk, op, ins)
     if y.fixed:
-        inverse = fixed(y.scale.inverse(), scalar=y.scalar)
-        return _scaled(x, inverse, scalar=x.scalar and y.scalar)
+        return _scaled(walk, op, x, fixed(y.scale.inverse(), scalar=y.scalar))
     if y.summary and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
         inverse = _noted(walk, y, scale).inverse()
         if x.fixed:

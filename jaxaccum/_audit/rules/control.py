@@ -122,7 +122,7 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
         if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
             common.update(index=x.index, layout=x.layout, columns=x.columns)
         elif x.index or y.index:
-            common["faults"] = faults | {walk.fault(op, FaultKind.POSITION, "a place of an example enters")}
+            common["faults"] = faults | {walk.fault(op, FaultKind.POSITION, "a position of an example enters")}
         return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, **common)
     kinds = {v.kind for v in (x, y)}
     layouts = {v.layout for v in (x, y) if v.rows}
@@ -155,7 +155,7 @@ def cond(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         kind = FaultKind.UNKNOWN if which.rows else FaultKind.COUPLING
         faults |= walk.couple(op, [which], kind=kind, note="a branch is chosen by the data of the batch").faults
     if which.index is not None:
-        faults |= {walk.fault(op, FaultKind.POSITION, "a branch is chosen by the place of an example")}
+        faults |= {walk.fault(op, FaultKind.POSITION, "a branch is chosen by the position of an example")}
     if not which.scale.trivial and which.fixed:
         faults |= {walk.fault(op, FaultKind.BATCH_SIZE, "a branch is chosen by the batch size")}
     changed = [dataclasses.replace(v, faults=v.faults | faults, params=v.params or which.params) for v in outs]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import IRREGULAR, UNIT, Fault, FaultKind, Layout, Value, fixed, rows
+from jaxaccum._audit.lattice import IRREGULAR, UNIT, Fault, FaultKind, Layout, Value, fixed, rows, statistic
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, Walk
@@ -21,7 +21,7 @@ _NONLINEAR = """
     lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
-_IDENTITY = "copy copy_p stop_gradient device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
+_IDENTITY = "copy copy_p device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
 
 
 def same_layout(values: Sequence[Value]) -> bool:
@@ -43,6 +43,8 @@ def origin_of(values: Sequence[Value]) -> Site | None:
 def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A function of its operands that is linear in none of them."""
     parts, layout = [v for v in ins if v.rows], layout_of(ins)
+    if (extremum := _extremum_of(op, ins)) is not None:
+        return statistic(ins[0].origin, extremum=extremum)
     if summaries := [v for v in ins if v.summary]:
         return walk.couple(op, summaries, layout=layout)
     if layout is None:
@@ -55,6 +57,21 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if not _constant(op, ins):
         faults = frozenset([walk.fault(op, FaultKind.BATCH_SIZE, "a value that changes with the batch size enters")])
     return rows(layout, faults=faults, origin=origin_of(parts))
+
+
+_INCREASING = frozenset(
+    ("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sqrt", "cbrt", "erf", "asinh", "sinh", "atan",
+     "sign", "floor", "ceil")
+)  # fmt: skip
+
+
+def _extremum_of(op: Op, ins: list[Value]) -> str | None:
+    """Whether it is an extremum over the examples too: an increasing function of one, or the larger of two maxima."""
+    kinds = {v.extremum for v in ins}
+    if len(kinds) != 1 or any(v.faults for v in ins):
+        return None
+    (kind,) = kinds
+    return kind if op.name in _INCREASING or op.name == kind else None
 
 
 def _constant(op: Op, ins: list[Value]) -> bool:
@@ -78,14 +95,30 @@ def text_of(body: Any) -> Any:
 
 @rule(_LINEAR, uniform=True)
 def linear(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """A linear function of one operand."""
-    return ins[0].but(scalar=ins[0].scalar)
+    """A linear function of one operand; that turns its sign makes a minimum of a maximum."""
+    (x,) = ins
+    opposite = {"max": "min", "min": "max", None: None}[x.extremum]
+    return x.but(scalar=x.scalar, extremum=opposite if op.name == "neg" else None)
 
 
 @rule(_IDENTITY, uniform=True)
 def identity(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The operands themselves."""
     return list(ins)
+
+
+@rule("stop_gradient", uniform=True)
+def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """The same number without a gradient: it cancels with nothing that has one."""
+    (x,) = ins
+    if not x.params:
+        return [x]
+    if any(term.scale.weights for term in x.terms):
+        return walk.couple(op, [x], note=_STOPPED, layout=x.layout)
+    return dataclasses.replace(x, number=walk.fresh(), root=None)
+
+
+_STOPPED = "a ratio over one microbatch is taken without its gradient"
 
 
 @rule("convert_element_type", uniform=True)

@@ -58,7 +58,7 @@ class _Gather:
         column = dims.index(axis) if axis in dims else len(indices.columns)
         return (
             column < len(indices.columns)
-            and indices.columns[column]
+            and _only_place(indices, column)
             and bool(indices.layout and indices.layout.plain)
             and self.op.params["slice_sizes"][axis] == self.op.other.params["slice_sizes"][axis] == 1
         )
@@ -326,9 +326,14 @@ def _by_place(op: Op, axis: int, indices: Value) -> bool:
         axis in dims
         and _wide(op, axis) == 1
         and dims.index(axis) < len(indices.columns)
-        and indices.columns[dims.index(axis)]
+        and _only_place(indices, dims.index(axis))
         and bool(indices.layout and indices.layout.plain)
     )
+
+
+def _only_place(indices: Value, column: int) -> bool:
+    """Whether a column of the indices is the example's place, which no other column reads along another axis."""
+    return [i for i, is_place in enumerate(indices.columns) if is_place] == [column]
 
 
 def _wide(op: Op, axis: int) -> int:

@@ -265,7 +265,7 @@ class _Loop:
         site, faults = self.walk.site(self.op), start.faults | each.faults
         params = start.params or each.params
         if each.index is not None:
-            faults |= {self.walk.fault(self.op, FaultKind.POSITION, "places of examples are summed")}
+            faults |= {self.walk.fault(self.op, FaultKind.POSITION, "positions of examples are summed")}
         times = Scale(self.repeats)
         if start.fixed and each.rows and each.layout == ONE_EXAMPLE and self.over_examples:
             value = total(site, each.terms | _once(start))
@@ -296,7 +296,7 @@ class _Loop:
         faults: frozenset[Fault] = frozenset()
         if self.repeats != 0 and (changes or y.index is not None):
             faults = frozenset(
-                [self.walk.fault(self.op, FaultKind.POSITION, "the result depends on the place of an example")]
+                [self.walk.fault(self.op, FaultKind.POSITION, "the result depends on the position of an example")]
             )
         if y.summary and self.repeats != 0:
             coupled = self.walk.couple(self.op, [y], note="a statistic for each example")

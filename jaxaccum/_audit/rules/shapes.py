@@ -382,5 +382,5 @@ def iota(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return fixed()
     if (first[axis], second[axis]) == (walk.sizes.first, walk.sizes.second):
         return Value(index=Index.ROW, layout=Layout((axis,)))
-    note = "the result depends on the place of an example in its microbatch"
+    note = "the result depends on the position of an example in its microbatch"
     return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))
