@@ -98,6 +98,7 @@ def test_a_field_is_not_taken_for_the_global_of_its_name():
     loss = lambda w, b: jnp.mean((b.x @ w - b.labels) ** 2) + shape_of(b)
     report = jaxaccum.audit(loss, W, Rows(X, jnp.ones(6)), num_microbatches=3)
     assert not [finding for finding in report.findings if finding.kind == "closure"]
+    assert "labels" not in [name for name, _ in closed_over(loss)]
     reads = lambda w, b: jnp.mean((b.x @ w - labels[: len(b.x)]) ** 2)
     assert [name for name, _ in closed_over(reads)] == ["labels"]
 

@@ -314,7 +314,7 @@ def test_a_function_of_an_extremum_is_one_where_it_increases(name):
 
 
 LOW = {
-    "n - 1": (lambda w, x: jnp.sum((x @ w) ** 2) / (len(x) - 1), 128, False),
+    "n - 1": (lambda w, x: jnp.sum((x @ w) ** 2) / (len(x) - 1), 256, False),
     "1 - 1 / n": (lambda w, x: jnp.mean((x @ w) ** 2) * (1 - 1 / len(x)), 64, False),
     "n": (lambda w, x: jnp.sum((x @ w) ** 2) / len(x), 128, True),
     "1 / n": (lambda w, x: jnp.sum((x @ w) ** 2) * (1 / len(x)), 96, True),
@@ -325,7 +325,7 @@ LOW = {
 @pytest.mark.parametrize("name", LOW)
 def test_a_size_in_low_precision_is_not_taken_for_its_neighbour(name, dtype):
     loss, size, exact = LOW[name]
-    assert jaxaccum.audit(loss, jnp.ones(3, dtype), jnp.ones((size, 3), dtype), num_microbatches=4).exact == exact
+    assert jaxaccum.audit(loss, jnp.ones(3, dtype), jnp.ones((size, 3), dtype), num_microbatches=2).exact == exact
 
 
 @INEXACT
