@@ -3,19 +3,17 @@
 import pathlib
 import re
 
-import jax
+import pages
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = pages.blocks(README)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.strip().splitlines()[0][:60] for block in BLOCKS])
+@pytest.mark.parametrize("block", BLOCKS, ids=map(pages.title, BLOCKS))
 def test_block_runs(block):
-    """As a reader runs it: under JAX's own numerics, and not under the strict ones of these tests."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    pages.run(block)
 
 
 def test_code_comes_before_line_35():
@@ -29,6 +27,6 @@ def test_ci_runs_the_test_command():
     assert "README.md" in (ROOT / ".ci/run").read_text()
 
 
-def test_pictures_exist():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+def test_links_and_pictures_exist():
+    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
         assert (ROOT / path).is_file(), path
