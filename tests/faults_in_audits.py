@@ -204,4 +204,9 @@ ROWS = [
         "import importlib\n", "import importlib\n\nimport optax\n",
         "test_package.py::test_importing_it_brings_jax_and_nothing_more_and_a_name_what_it_needs",
     ),
+    (
+        "assert_exact needs hypothesis", "testing/__init__.py",
+        "import importlib\n", "import importlib\n\nimport hypothesis\n",
+        "test_package.py::test_the_core_runs_where_flax_and_optax_are_absent",
+    ),
 ]  # fmt: skip

@@ -18,16 +18,19 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import jaxaccum
+import jaxaccum.testing
+
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = pathlib.Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = ["flax", "optax", "orbax", "torch", "sklearn", "matplotlib", "rich", "hypothesis"]
 
 
-def run(*command, cwd, check=True):
-    """A process without the variables by which this one finds its modules."""
+def run(*command, cwd, check=True, **variables):
+    """A process without the variables by which this one finds its modules, and with those that are given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
-    clean["XLA_FLAGS"] = ""
+    clean.update(variables, XLA_FLAGS="")
     done = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -151,6 +154,11 @@ def test_a_program_is_exact_with_the_base_dependencies_alone(user):
     assert "No module named 'torch'" in absent.stderr
 
 
+def test_without_hypothesis_a_strategy_says_what_to_install(user):
+    said = user.runs("-c", "from jaxaccum.testing import batches", check=False).stderr
+    assert "pip install 'jaxaccum[testing]'" in said
+
+
 def test_its_types_are_those_that_a_user_sees(user):
     """Pyright reads the installed wheel; each marked mistake is an error, and nothing else is."""
     settings = {"typeCheckingMode": "basic", "include": ["user_program.py", "user_mistakes.py"]}
@@ -166,6 +174,21 @@ def test_its_types_are_those_that_a_user_sees(user):
     marked = [(i, line.partition("# error: ")[2]) for i, line in enumerate(lines)]
     assert found == {("user_mistakes.py", i, rule) for i, rule in marked if rule}
     assert report["summary"]["filesAnalyzed"] == 2
+
+
+WITHOUT_TYPE = {"jaxaccum.MultiSteps", "jaxaccum.checkpoints.error"}
+"""optax, which has the first one's base, has no types; an ``except`` clause binds the second."""
+
+
+def test_every_public_name_has_a_type(user):
+    """But for those of the strategies, which a user without hypothesis cannot import."""
+    command = [sys.executable, "-m", "pyright", "--verifytypes", "jaxaccum", "--ignoreexternal", "--outputjson"]
+    path = f"{user.python.parent}{os.pathsep}{os.environ['PATH']}"  # here pyright asks the first Python on it
+    found = json.loads(run(*command, cwd=user.folder, check=False, PATH=path).stdout)["typeCompleteness"]
+    unknown = {symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]}
+    assert {name for name in unknown if not name.startswith("jaxaccum.testing.strategies")} <= WITHOUT_TYPE
+    assert found["packageRootDirectory"] == str(user.packages.resolve() / "jaxaccum")
+    assert found["exportedSymbolCounts"]["withKnownType"] > 150
 
 
 # -- what an import brings --------------------------------------------------------------------------------------------
@@ -197,36 +220,36 @@ def test_importing_it_brings_jax_and_nothing_more_and_a_name_what_it_needs():
 
 
 CORE = """
-import jax, jax.numpy as jnp, jaxaccum
+import jax, jax.numpy as jnp, jaxaccum, jaxaccum.testing
 loss = lambda w, x: jaxaccum.Mean(jnp.sum((x @ w) ** 2), x.shape[0])
 w, x = jnp.ones(2), jnp.arange(12.0).reshape(6, 2)
 value, grads = jaxaccum.value_and_grad(loss, microbatch_size=4)(w, x)
 assert jnp.array_equal(grads, jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w))
 assert jaxaccum.audit(loss, w, x).exact
+jaxaccum.testing.assert_exact(loss, w, x)
 assert jaxaccum.plan(loss, w, x, memory_bytes=10**6, microbatch_size=4).best.fits
 assert len(jaxaccum.partition(w, x, num_microbatches=3)) == 3
 """
 
 
 def test_the_core_runs_where_flax_and_optax_are_absent():
-    without = ["flax", "optax", "orbax"]
+    without = ["flax", "optax", "orbax", "hypothesis"]
     (held,) = imported(CORE, without=without)
     assert not held & set(without)
 
 
-def exported():
-    """The public names that `jaxaccum/__init__.py` imports, for users and for type checkers."""
-    nodes = ast.walk(ast.parse((ROOT / "jaxaccum/__init__.py").read_text()))
+def exported(module):
+    """The public names that its ``__init__.py`` imports, for users and for type checkers."""
+    nodes = ast.walk(ast.parse(pathlib.Path(module.__file__).read_text()))
     aliases = [alias for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
     return sorted(alias.asname for alias in aliases if alias.asname)
 
 
-def test_every_name_that_a_type_checker_sees_is_there():
-    import jaxaccum
-
-    names = exported()
-    assert len(names) > 25
-    assert set(names) <= set(dir(jaxaccum))
-    assert [name for name in names if getattr(jaxaccum, name, None) is None] == []
+@pytest.mark.parametrize("module", [jaxaccum, jaxaccum.testing])
+def test_every_name_that_a_type_checker_sees_is_there(module):
+    names = exported(module)
+    assert len(names) > 15
+    assert set(names) <= set(dir(module))
+    assert [name for name in names if getattr(module, name, None) is None] == []
     with pytest.raises(AttributeError, match="no attribute 'mean'"):
-        getattr(jaxaccum, "mean")  # noqa: B009
+        getattr(module, "mean")  # noqa: B009

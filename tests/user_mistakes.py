@@ -5,6 +5,7 @@ from typing import assert_type
 import optax
 
 import jaxaccum
+import jaxaccum.testing
 
 
 def mistakes(loss, w, batch) -> None:
@@ -19,3 +20,4 @@ def mistakes(loss, w, batch) -> None:
     print(jaxaccum.plan(loss, w, batch).best.size)  # error: reportAttributeAccessIssue
     jaxaccum.plan(loss, w, batch, progress=True)  # error: reportArgumentType
     assert_type(jaxaccum.audit(loss, w, batch).exact, str)  # error: reportAssertTypeFailure
+    jaxaccum.testing.assert_equal(loss, w, batch)  # error: reportAttributeAccessIssue

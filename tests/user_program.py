@@ -10,6 +10,7 @@ import optax
 
 import jaxaccum
 from jaxaccum import AuditReport, Mean, MultiSteps, MultiStepsState, Plan
+from jaxaccum.testing import assert_exact
 
 Batch = dict[str, jax.Array]
 
@@ -89,6 +90,7 @@ def main() -> None:
     assert apart(masked_mean(w, batch), expected) < exact
     assert apart(-window(w, batch), expected) < exact
     assert apart(-window(w, batch, weighted=False), expected) > 1e9 * exact
+    assert_exact(loss, w, batch)
     tools(w, batch)
     print(f"jaxaccum {jaxaccum.__version__} is exact, from {jaxaccum.__file__}")
 

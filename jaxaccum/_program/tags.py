@@ -42,7 +42,10 @@ class _Scalable(Tag):
             "a bare scalar there."
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __add__ = _refuse
+    __radd__ = _refuse
+    __sub__ = _refuse
+    __rsub__ = _refuse
 
     def __mul__(self, scale: Any) -> Self:
         if not _is_number(scale):
