@@ -1,4 +1,4 @@
-"""What a notebook and a waiting user see: tables in HTML with all text escaped, and lines of progress."""
+"""What a notebook and a waiting user see: tables of HTML with all text escaped, and progress."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ SHAPES = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((64, 
 
 
 class Reader(html.parser.HTMLParser):
-    """Reads HTML with the standard library's parser: the rows of tables, marked text, and every element's name."""
+    """HTML, read by the standard library's parser: rows of tables, marked text, elements' names."""
 
     def __init__(self, text):
         super().__init__()
@@ -119,7 +119,10 @@ def test_an_exact_report_and_one_without_lines():
     assert Reader(exact._repr_html_()).text == str(exact)
     finding = reports.Finding("unknown", None, None, "", note="a < b")
     report = reports.AuditReport(reports.Verdict.UNKNOWN, False, False, (finding,))
-    assert Reader(report._repr_html_()).rows == [["finding", "where", "fix"], ["unknown: a < b", "", ""]]
+    assert Reader(report._repr_html_()).rows == [
+        ["finding", "where", "fix"],
+        ["unknown: a < b", "", ""],
+    ]
 
 
 def network(w, x):
@@ -146,8 +149,16 @@ def test_a_plan_in_a_notebook_is_the_table_of_its_text(coupled):
     lines = [line.split() for line in str(plan).splitlines()]
     assert [" ".join(row).split() for row in shown.rows] == lines[:4]
     assert shown.text.endswith("\n".join(str(plan).splitlines()[4:]))
-    assert Reader(re.findall(r'<tr style="font-weight:bold">.*</tr>', page)[0]).rows[0][:3] == ["best", "2", "4"]
-    assert Reader(re.findall(r'<tr style="opacity:0.5">.*</tr>', page)[0]).rows[0][:3] == ["over", "4", "2"]
+    assert Reader(re.findall(r'<tr style="font-weight:bold">.*</tr>', page)[0]).rows[0][:3] == [
+        "best",
+        "2",
+        "4",
+    ]
+    assert Reader(re.findall(r'<tr style="opacity:0.5">.*</tr>', page)[0]).rows[0][:3] == [
+        "over",
+        "4",
+        "2",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -163,7 +174,9 @@ class Terminal(io.StringIO):
     def flush(self):
         screen = ""
         for part in self.getvalue().split("\r"):
-            screen = part + screen[len(part) :]  # the cursor goes back, and what follows is overwritten
+            screen = (
+                part + screen[len(part) :]
+            )  # the cursor goes back, and what follows is overwritten
         self.seen.append(screen.rstrip())
 
 
@@ -171,7 +184,11 @@ ONE = {"memory_bytes": 14_000, "microbatch_size": 16}
 
 
 def compiled(plan):
-    return {f"plan: compiling microbatch_size={row.microbatch_size}" for row in plan.rows if row.compiled}
+    return {
+        f"plan: compiling microbatch_size={row.microbatch_size}"
+        for row in plan.rows
+        if row.compiled
+    }
 
 
 @pytest.mark.usefixtures("compiling_fast")
@@ -194,7 +211,9 @@ def test_on_a_terminal_the_line_is_shown_and_removed(monkeypatch):
     plan = jaxaccum.plan(network, *SHAPES, **ONE)
     assert set(terminal.seen) == {"plan: tracing the loss", "", *compiled(plan)}
     assert terminal.seen[-1] == ""
-    refused(lambda: jaxaccum.plan(lambda w, x: 1 / 0, *SHAPES, memory_bytes=1), error=ZeroDivisionError)
+    refused(
+        lambda: jaxaccum.plan(lambda w, x: 1 / 0, *SHAPES, memory_bytes=1), error=ZeroDivisionError
+    )
     assert terminal.seen[-1] == ""
 
 

@@ -1,4 +1,4 @@
-"""The package: what wheel and sdist hold, and a user's program and types with the wheel and its dependencies alone."""
+"""The package: what wheel and sdist hold, and a user's program with its dependencies alone."""
 
 import ast
 import email
@@ -28,20 +28,32 @@ OPTIONAL = ["flax", "optax", "orbax", "torch", "sklearn", "matplotlib", "rich", 
 
 
 def run(*command, cwd, check=True, **variables):
-    """A process without the variables by which this one finds its modules, and with those that are given."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
+    """A process without the variables by which this one finds its modules."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV_"))
+    }
     clean.update(variables, XLA_FLAGS="")
     done = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-# -- wheel and sdist --------------------------------------------------------------------------------------------------
+# -- wheel and sdist -------------------------------------------------------------------------------
 
 
 def built(folder, *options):
     """What `python -m build` makes, offline."""
-    run(sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", folder, ROOT, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        *options,
+        "--outdir",
+        folder,
+        ROOT,
+        cwd=folder,
+    )
     return {path.suffix: path for path in folder.iterdir()}
 
 
@@ -79,27 +91,46 @@ def test_one_version_and_one_licence_everywhere(distributions):
     with zipfile.ZipFile(distributions[".whl"]) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
         metadata = email.message_from_bytes(wheel.read(name))
-    citation = dict(re.findall(r"^(\w+): (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE))
+    citation = dict(
+        re.findall(r"^(\w+): (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    )
     changelog = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    code = re.search(r'^__version__ = "(.*)"$', (ROOT / "jaxaccum/__init__.py").read_text(), flags=re.MULTILINE)
-    assert {PROJECT["version"], metadata["Version"], citation["version"], changelog[0], code[1]} == {"0.1.0"}
-    assert {PROJECT["license"], metadata["License-Expression"], citation["license"]} == {"Apache-2.0"}
+    code = re.search(
+        r'^__version__ = "(.*)"$', (ROOT / "jaxaccum/__init__.py").read_text(), flags=re.MULTILINE
+    )
+    assert {
+        PROJECT["version"],
+        metadata["Version"],
+        citation["version"],
+        changelog[0],
+        code[1],
+    } == {"0.1.0"}
+    assert {PROJECT["license"], metadata["License-Expression"], citation["license"]} == {
+        "Apache-2.0"
+    }
 
 
-# -- a user's environment ---------------------------------------------------------------------------------------------
+# -- a user's environment --------------------------------------------------------------------------
 
 
 def needed(requirements):
-    """The distributions that these requirements bring, without anybody's extras."""
+    """The distributions that these requirements bring, with the extras that they name."""
     found, todo = {}, [Requirement(text) for text in requirements]
     while todo:
         requirement = todo.pop()
-        name = canonicalize_name(requirement.name)
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if wanted and name not in found:
-            found[name] = importlib.metadata.distribution(name)
-            todo += [Requirement(text) for text in found[name].requires or []]
+        key = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if key in found:
+            continue
+        found[key] = importlib.metadata.distribution(requirement.name)
+        for text in found[key].requires or []:
+            other = Requirement(text)
+            if applies(other.marker, {"", *requirement.extras}):
+                todo.append(other)
     return found.values()
+
+
+def applies(marker, extras):
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def link(distribution, folder):
@@ -112,7 +143,7 @@ def link(distribution, folder):
 
 
 class User:
-    """A virtual environment with the wheel, and links to the dependencies that its metadata names."""
+    """A virtual environment with the wheel, and links to the dependencies that it names."""
 
     def __init__(self, folder, wheel, requirements):
         run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
@@ -125,7 +156,16 @@ class User:
             shutil.copy(TESTS / name, folder)
 
     def pip(self, *command, check=True):
-        return run(sys.executable, "-m", "pip", "--python", self.python, *command, cwd=self.folder, check=check)
+        return run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            *command,
+            cwd=self.folder,
+            check=check,
+        )
 
     def runs(self, *command, check=True):
         return run(self.python, *command, cwd=self.folder, check=check)
@@ -182,20 +222,37 @@ WITHOUT_TYPE = {"jaxaccum.MultiSteps", "jaxaccum.checkpoints.error"}
 
 def test_every_public_name_has_a_type(user):
     """But for those of the strategies, which a user without hypothesis cannot import."""
-    command = [sys.executable, "-m", "pyright", "--verifytypes", "jaxaccum", "--ignoreexternal", "--outputjson"]
-    path = f"{user.python.parent}{os.pathsep}{os.environ['PATH']}"  # here pyright asks the first Python on it
-    found = json.loads(run(*command, cwd=user.folder, check=False, PATH=path).stdout)["typeCompleteness"]
-    unknown = {symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]}
-    assert {name for name in unknown if not name.startswith("jaxaccum.testing.strategies")} <= WITHOUT_TYPE
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--verifytypes",
+        "jaxaccum",
+        "--ignoreexternal",
+        "--outputjson",
+    ]
+    # With this option pyright asks the first Python on the PATH.
+    path = f"{user.python.parent}{os.pathsep}{os.environ['PATH']}"
+    found = json.loads(run(*command, cwd=user.folder, check=False, PATH=path).stdout)[
+        "typeCompleteness"
+    ]
+    unknown = {
+        symbol["name"]
+        for symbol in found["symbols"]
+        if symbol["isExported"] and not symbol["isTypeKnown"]
+    }
+    assert {
+        name for name in unknown if not name.startswith("jaxaccum.testing.strategies")
+    } <= WITHOUT_TYPE
     assert found["packageRootDirectory"] == str(user.packages.resolve() / "jaxaccum")
     assert found["exportedSymbolCounts"]["withKnownType"] > 150
 
 
-# -- what an import brings --------------------------------------------------------------------------------------------
+# -- what an import brings -------------------------------------------------------------------------
 
 
 def imported(*steps, without=()):
-    """The top-level packages that a fresh interpreter, with everything installed, holds after each step."""
+    """The top-level packages that a fresh interpreter holds after each step; all are installed."""
     show = "print(*{name.split('.')[0] for name, module in sys.modules.items() if module})"
     absent = [f"sys.modules[{name!r}] = None" for name in without]
     lines = ["import sys", *absent]

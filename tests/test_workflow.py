@@ -23,7 +23,9 @@ def rows(workflow):
 
 def supported():
     """The versions of Python that the classifiers name."""
-    named = re.findall(r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), flags=re.MULTILINE)
+    named = re.findall(
+        r"Python :: (3\.\d+)$", "\n".join(PROJECT["classifiers"]), flags=re.MULTILINE
+    )
     assert named == sorted(named, key=Version)
     return named
 
@@ -42,7 +44,9 @@ def disagreements(workflow):
     pythons = [row["python"] for row in rows(workflow)]
     if list(dict.fromkeys(pythons)) != supported():
         found.append(f"Python: {pythons}, and the metadata {supported()}")
-    if workflow["env"]["OLDEST"].split() != [f"{name}=={bound}" for name, bound in oldest().items()]:
+    if workflow["env"]["OLDEST"].split() != [
+        f"{name}=={bound}" for name, bound in oldest().items()
+    ]:
         found.append(f"oldest: {workflow['env']['OLDEST']}, and the metadata {oldest()}")
     tested = {(row["python"], row["jax"]) for row in rows(workflow)}
     wanted = {(python, jax) for python in supported() for jax in ("oldest", "latest")}
@@ -75,7 +79,7 @@ def test_a_matrix_that_lacks_something_disagrees(change):
 
 
 def test_the_first_jax_beyond_the_matrix_of_python_3_11():
-    """Why one pair of the matrix is left out: this interpreter's jax says which Pythons it takes."""
+    """Why one pair of the matrix is left out: jax itself says which Pythons it takes."""
     from importlib.metadata import metadata
 
     jax = metadata("jax")
@@ -84,12 +88,14 @@ def test_the_first_jax_beyond_the_matrix_of_python_3_11():
 
 
 def plain(command):
-    """A command without the name of its environment, the version of Python, and spaces of no meaning."""
-    return " ".join(re.sub(r"\.venv[-\w]*", ".venv", re.sub(r"python3\.\d+", "python3", command)).split())
+    """A command without its environment's name, the version of Python, and line breaks."""
+    return " ".join(
+        re.sub(r"\.venv[-\w]*", ".venv", re.sub(r"python3\.\d+", "python3", command)).split()
+    )
 
 
 def commands(workflow):
-    """Every command by which the workflow installs and runs, with the values of the matrix filled in."""
+    """Every command by which the workflow installs and runs, for each row of the matrix."""
     for job in workflow["jobs"].values():
         for step in job["steps"]:
             if "-m venv" in (run := step.get("run", "")):
@@ -104,10 +110,16 @@ def test_it_runs_the_commands_of_the_readme():
     of = {re.search(r"\[(.*)\]", command)[1]: plain(command) for command in found}
     ran = set(commands(WORKFLOW))
     assert {command for _, _, command in ran} == set(of.values())
-    assert {("3.11", "oldest", of["test"]), ("3.13", "latest", of["test-core"]), (None, None, of["experiments"])} <= ran
+    assert {
+        ("3.11", "oldest", of["test"]),
+        ("3.13", "latest", of["test-core"]),
+        (None, None, of["experiments"]),
+    } <= ran
 
 
 def test_it_cannot_write_and_its_actions_are_fixed():
     text = (ROOT / ".github/workflows/tests.yml").read_text()
     assert WORKFLOW["permissions"] == {"contents": "read"}
-    assert all(re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", use) for use in re.findall(r"uses: (.*)", text))
+    assert all(
+        re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", use) for use in re.findall(r"uses: (.*)", text)
+    )

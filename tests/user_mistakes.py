@@ -1,4 +1,4 @@
-"""Wrong calls: a type checker must report each marked line, by the rule that the comment names, and no other."""
+"""Wrong calls: a type checker reports each marked line, by the rule that the comment names."""
 
 from typing import assert_type
 

@@ -1,4 +1,4 @@
-"""A user's program: it runs with the base dependencies alone, and a type checker agrees with every type it names."""
+"""A user's program: it runs with the base dependencies, and a type checker agrees with it."""
 
 from collections.abc import Callable
 from typing import Any, assert_type
@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import jaxaccum
+import jaxaccum.nnx
 from jaxaccum import AuditReport, Mean, MultiSteps, MultiStepsState, Plan
 from jaxaccum.testing import assert_exact
 
 Batch = dict[str, jax.Array]
+EXACT = 1e-12  # in float64; thousands of roundings
 
 
 def total(w: jax.Array, batch: Batch) -> jax.Array:
@@ -21,7 +24,7 @@ def total(w: jax.Array, batch: Batch) -> jax.Array:
 
 
 def loss(w: jax.Array, batch: Batch) -> Mean:
-    """A masked mean: the weight is that of the microbatch, and the library divides by the batch's."""
+    """A masked mean: the library divides by the weight of the whole batch."""
     return jaxaccum.Mean(total=total(w, batch), weight=jnp.sum(batch["mask"]))
 
 
@@ -73,25 +76,37 @@ def tools(w: jax.Array, batch: Batch) -> None:
     assert len(parts) == 3
 
 
+def normalized(batch: Batch) -> None:
+    """A BatchNorm under a mask, against the statistics of the rows that count."""
+    model = jaxaccum.nnx.BatchNorm(3, rngs=nnx.Rngs(0), epsilon=0.0)
+    mask = batch["mask"] > 0
+    found = model(batch["x"], mask=mask[:, None])
+    assert_type(found, jax.Array)
+    rows = batch["x"][mask]
+    expected = (rows - jnp.mean(rows, axis=0)) / jnp.std(rows, axis=0)
+    assert apart(found[mask], expected) < EXACT
+    assert apart(model(batch["x"])[mask], expected) > 1e9 * EXACT
+
+
 def apart(a: jax.Array, b: jax.Array) -> float:
     """The largest difference over the largest entry."""
     return float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
 
 
 def main() -> None:
-    """Compare with the full batch in float64; the loop that forgets the weights is the negative control."""
+    """Compare with the full batch in float64; a window without weights is the negative control."""
     jax.config.update("jax_enable_x64", True)
     draw = np.random.default_rng(0)
     x, y, mask = draw.normal(size=(10, 3)), draw.normal(size=10), np.arange(10) % 3
     batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "mask": jnp.asarray(mask, jnp.float64)}
     w = jnp.ones(3)
     expected = jax.grad(full_batch)(w, batch)
-    exact = 1e-12
-    assert apart(masked_mean(w, batch), expected) < exact
-    assert apart(-window(w, batch), expected) < exact
-    assert apart(-window(w, batch, weighted=False), expected) > 1e9 * exact
+    assert apart(masked_mean(w, batch), expected) < EXACT
+    assert apart(-window(w, batch), expected) < EXACT
+    assert apart(-window(w, batch, weighted=False), expected) > 1e9 * EXACT
     assert_exact(loss, w, batch)
     tools(w, batch)
+    normalized(batch)
     print(f"jaxaccum {jaxaccum.__version__} is exact, from {jaxaccum.__file__}")
 
 

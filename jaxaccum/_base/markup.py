@@ -29,7 +29,11 @@ def joined(parts: Iterable[str], between: str = "") -> Markup:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Sequence[str] = (), cells: str = ""
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    styles: Sequence[str] = (),
+    cells: str = "",
 ) -> Markup:
     """A table; `styles` has the style of each row, `cells` that of every cell."""
     lines = [_row("th", head, "", cells)]

@@ -1,4 +1,4 @@
-"""What a tool is doing while its user waits: told to a function, or shown on the terminal and then removed."""
+"""What a tool does while its user waits: told to a function, or shown on the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def during(message: str, progress: Progress | None) -> Iterator[None]:
     """
     if progress is not None:
         if not callable(progress):
-            raise TypeError(f"progress={progress!r}: pass a function that takes one line of text, such as print.")
+            raise TypeError(f"progress={progress!r}: pass a function of one text, such as print.")
         progress(message)
         yield
     elif sys.stderr is not None and sys.stderr.isatty():
