@@ -274,8 +274,8 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(num_features, axis_name=axis_name, rngs=rngs, **options)  # pyright: ignore[reportArgumentType]
         self.statistics: batch_norm.Statistics = batch_norm.rule(statistics)
         dtype = batch_norm.at_least_float32(self.param_dtype)
-        self.mean = nnx.BatchStat(jnp.zeros((num_features,), dtype))
-        self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.finfo(dtype).dtype))
+        self.mean: nnx.BatchStat[Array] = nnx.BatchStat(jnp.zeros((num_features,), dtype))
+        self.var: nnx.BatchStat[Array] = nnx.BatchStat(jnp.ones((num_features,), jnp.finfo(dtype).dtype))
 
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
         """Normalize `x`.

@@ -1,4 +1,4 @@
-"""Deliberate faults in the audit, on explicit meshes and in plans. See `mutations`."""
+"""Deliberate faults in the audit, on explicit meshes, in plans, and in what users see. See `mutations`."""
 
 ROWS = [
     (
@@ -225,5 +225,40 @@ ROWS = [
         "equal types make equal equations", "_jaxpr/derived_once.py",
         "(name, value_key(x)) for name, x in sorted", "(name, type(x)) for name, x in sorted",
         "test_derived_once.py::test_what_differs_in_a_number_is_another_kind",
+    ),
+    (
+        "a notebook takes a user's text for HTML", "_base/markup.py",
+        "Markup(html.escape(text))", "Markup(text)",
+        "test_notebook_views.py::test_a_report_in_a_notebook_says_what_its_text_says",
+    ),
+    (
+        "a plan is silent while it compiles", "_tools/progress.py",
+        "        progress(message)\n        yield\n", "        yield\n        progress(message)\n",
+        "test_notebook_views.py::test_a_plan_says_what_it_compiles_before_it_does",
+    ),
+    (
+        "the line of a plan stays on the terminal", "_tools/progress.py",
+        "\\r{' ' * len(message)}\\r", "\\n",
+        "test_notebook_views.py::test_on_a_terminal_the_line_is_shown_and_removed",
+    ),
+    (
+        "a type checker takes a misspelt name", "__init__.py",
+        "if not TYPE_CHECKING:", "if True:",
+        "test_package.py::test_its_types_are_those_that_a_user_sees",
+    ),
+    (
+        "a type checker takes any argument of a tag", "_program/tags.py",
+        "@dataclass_transform(frozen_default=True)\n", "",
+        "test_package.py::test_its_types_are_those_that_a_user_sees",
+    ),
+    (
+        "importing the package imports optax", "__init__.py",
+        "import importlib\n", "import importlib\n\nimport optax\n",
+        "test_package.py::test_importing_it_brings_jax_and_nothing_more_and_a_name_what_it_needs",
+    ),
+    (
+        "assert_exact needs hypothesis", "testing/__init__.py",
+        "import importlib\n", "import importlib\n\nimport hypothesis\n",
+        "test_package.py::test_the_core_runs_where_flax_and_optax_are_absent",
     ),
 ]  # fmt: skip

@@ -28,7 +28,8 @@ import faults_in_keys
 import faults_in_outputs
 
 ROOT = pathlib.Path(__file__).parent.parent
-COPIED = ["jaxaccum", "torch_ref", "tests", "pyproject.toml"]
+PAPERS = ["README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"]
+COPIED = ["jaxaccum", "torch_ref", "tests", "pyproject.toml", *PAPERS]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,11 @@ import dataclasses
 import enum
 import importlib.util
 import linecache
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jaxaccum._base.markup import Markup, element, joined, source, table
 from jaxaccum._base.source_lines import Frame
 
 
@@ -150,6 +152,20 @@ class AuditReport:
         text.highlight_regex(r"(?m)^\s+fix: .*$", "cyan")
         return text
 
+    def _repr_html_(self) -> str:
+        """The same in a notebook: one row per finding, with its lines of source."""
+        left = "text-align:left; vertical-align:top"
+        parts = [element("p", element("b", self._answer()))]
+        if len(self.terms) > 1:
+            rows = [(name, verdict, "" if exact else "not exact") for name, verdict, exact in self.terms]
+            parts.append(table(("output", "verdict", ""), rows, cells=left))
+        if self.findings:
+            rows = [_finding_cells(finding) for finding in self.findings]
+            parts.append(table(("finding", "where", "fix"), rows, cells=left))
+        if self.probe is not None:
+            parts.append(element("p", str(self.probe)))
+        return joined(parts, "\n")
+
     def show(self) -> None:
         """Print it, in color where rich is installed."""
         if importlib.util.find_spec("rich"):
@@ -159,11 +175,14 @@ class AuditReport:
         else:
             print(self)
 
-    def _lines(self) -> Iterator[str]:
+    def _answer(self) -> str:
         answer = "accumulates exactly" if self.exact else "does not accumulate exactly, as it stands"
         answer = "may not accumulate exactly" if self.verdict is Verdict.UNKNOWN else answer
         random = " (random draws depend on the split)" if self.random else ""
-        yield f"{self.verdict}: {MEANING[self.verdict]}; it {answer}{random}"
+        return f"{self.verdict}: {MEANING[self.verdict]}; it {answer}{random}"
+
+    def _lines(self) -> Iterator[str]:
+        yield self._answer()
         if len(self.terms) > 1:
             yield from (f"  {name}: {verdict}{'' if exact else ', not exact'}" for name, verdict, exact in self.terms)
         for finding in self.findings:
@@ -173,14 +192,37 @@ class AuditReport:
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:
+    yield f"  {_said(finding)}"
+    yield from _places(finding)
+    if finding.fix:
+        yield f"    fix: {finding.fix}"
+    yield from _fix_places(finding)
+
+
+def _finding_cells(finding: Finding) -> tuple[str, str, str]:
+    """The same as cells of a table: what was found, where, and the fix with its lines."""
+    fix = joined([finding.fix, _source(_fix_places(finding))])
+    return _said(finding), _source(_places(finding)), fix
+
+
+def _source(lines: Iterable[str]) -> Markup:
+    return source(textwrap.dedent("\n".join(lines)).splitlines())
+
+
+def _said(finding: Finding) -> str:
     where = "" if finding.output == "the loss" else f" [{finding.output}]"
-    yield f"  {finding.kind}: {finding.note}{where}"
+    return f"{finding.kind}: {finding.note}{where}"
+
+
+def _places(finding: Finding) -> Iterator[str]:
+    """The line where examples first meet, and the line that makes it matter."""
     if finding.origin is not None:
         yield from _marked(finding.origin, "from" if finding.use not in (None, finding.origin) else "at")
     if finding.use is not None and finding.use != finding.origin:
         yield from _marked(finding.use, "used at" if finding.origin is not None else "at")
-    if finding.fix:
-        yield f"    fix: {finding.fix}"
+
+
+def _fix_places(finding: Finding) -> Iterator[str]:
     for frame in finding.fix_lines:
         yield from _marked(frame, "    line", around=0)
 
@@ -189,6 +231,6 @@ def _marked(frame: Frame, word: str, around: int = 1) -> Iterator[str]:
     """A line of the source with its neighbours."""
     yield f"    {word} {frame}"
     for number in range(frame.line - around, frame.line + around + 1):
-        source = linecache.getline(frame.file, number).rstrip()
-        if source:
-            yield f"      {'>' if number == frame.line else ' '} {number:4d} | {source}"
+        code = linecache.getline(frame.file, number).rstrip()
+        if code:
+            yield f"      {'>' if number == frame.line else ' '} {number:4d} | {code}"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.types import PyTree
+
+T = TypeVar("T")
 
 
 class Tag:
@@ -40,7 +42,10 @@ class _Scalable(Tag):
             "a bare scalar there."
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __add__ = _refuse
+    __radd__ = _refuse
+    __sub__ = _refuse
+    __rsub__ = _refuse
 
     def __mul__(self, scale: Any) -> Self:
         if not _is_number(scale):
@@ -58,7 +63,8 @@ class _Scalable(Tag):
         return self._scaled(lambda x: -x)
 
 
-def _tag(cls: type) -> type:
+@dataclass_transform(frozen_default=True)
+def _tag(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are the children of a pytree node."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 

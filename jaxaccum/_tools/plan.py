@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxaccum._base import markup
 from jaxaccum._base.source_lines import is_ours
 from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.program import Options
 from jaxaccum._tools import lowering
+from jaxaccum._tools.progress import Progress, during
 from jaxaccum._transforms.value_and_grad import value_and_grad
 from jaxaccum.accumulators._record import Sums
 
@@ -59,27 +61,44 @@ class Plan:
         return min(largest.values(), key=lambda row: (row.flops, -row.microbatch_size))
 
     def __str__(self) -> str:
-        best = self.best
-        head = ("", "microbatch_size", "num_microbatches", *self._schedule("memory"), "temporary", "total", "flops", "")
-        body = [
-            (
-                "best" if row is best else "" if row.fits else "over",
-                str(row.microbatch_size),
-                str(row.num_microbatches),
-                *self._schedule(repr(row.memory)),
-                _bytes(row.temp_bytes),
-                _bytes(row.total_bytes),
-                f"{row.flops:.3g}",
-                "compiled" if row.compiled else "predicted",
-            )
-            for row in self.rows
+        table = [self._head(), *map(self._cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for row in table:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([*lines, *self._foot()])
+
+    def _repr_html_(self) -> str:
+        """The same table in a notebook: the best row in bold, rows over the limit pale."""
+        styles = {"best": "font-weight:bold", "over": "opacity:0.5", "": ""}
+        rows = [self._cells(row) for row in self.rows]
+        body = markup.table(self._head(), rows, styles=[styles[cells[0]] for cells in rows])
+        return markup.joined([body, *(markup.element("p", line) for line in self._foot())], "\n")
+
+    def _head(self) -> list[str]:
+        sizes = ["", "microbatch_size", "num_microbatches"]
+        return [*sizes, *self._schedule("memory"), "temporary", "total", "flops", ""]
+
+    def _cells(self, row: Row) -> list[str]:
+        """A row of the table; its first cell says whether it is the best, or over the limit."""
+        within = "best" if row is self.best else ""
+        return [
+            within if row.fits else "over",
+            str(row.microbatch_size),
+            str(row.num_microbatches),
+            *self._schedule(repr(row.memory)),
+            _bytes(row.temp_bytes),
+            _bytes(row.total_bytes),
+            f"{row.flops:.3g}",
+            "compiled" if row.compiled else "predicted",
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)]
+
+    def _foot(self) -> list[str]:
         foot = [f"limit {_bytes(self.memory_bytes)} a device"]
         if self.refused:
             foot.append(f"not accepted by fun: microbatches of {', '.join(map(str, self.refused))}")
-        return "\n".join([*(line.rstrip() for line in lines), *foot])
+        return foot
 
     def _schedule(self, cell: str) -> list[str]:
         """The column of schedules, which only a coupled loss has."""
@@ -102,6 +121,7 @@ def plan(
     memory: Memory = None,
     accumulator: Sums | None = None,
     gather: Gather = "each",
+    progress: Progress | None = None,
     **kwargs: Any,
 ) -> Plan:
     """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
@@ -138,6 +158,8 @@ def plan(
         memory: restricts the schedules of a coupled loss to this one.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
+        progress: a function that is told of each program before it is compiled, such as ``print``. None shows this on
+            a terminal, and nowhere else; in a notebook pass ``print``.
         **kwargs: the keyword arguments of `fun`.
 
     Returns:
@@ -177,11 +199,12 @@ def plan(
 
     equal = split == "strided" or call.explicit
     every = candidates(call.batch_size, shards=call.shards, equal=equal)
-    if asked:
-        wanted = validate.partition(call.batch_size, **given, split=split).groups[0].size
-        sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
-    else:
-        sizes, refused, coupled = _accepted(couples, every)
+    with during("plan: tracing the loss", progress):
+        if asked:
+            wanted = validate.partition(call.batch_size, **given, split=split).groups[0].size
+            sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
+        else:
+            sizes, refused, coupled = _accepted(couples, every)
     schedules: tuple[Memory, ...] = (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
     options |= {"accumulator": accumulator, "gather": gather}
 
@@ -189,7 +212,8 @@ def plan(
         step = value_and_grad(
             fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options
         )
-        with warnings.catch_warnings():
+        among = f", memory={schedule!r}" if coupled else ""
+        with during(f"plan: compiling microbatch_size={size}{among}", progress), warnings.catch_warnings():
             if len(schedules) > 1:  # that one of them is slow stands in the table
                 warnings.filterwarnings("ignore", message="memory=")
             return call.compiled(step, numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxaccum.testing.language import CLASSES, Layer
 __all__ = ["ACTIVATIONS", "STANDARD_PROMOTION", "Apply", "dropout", "linen_model", "may_attend", "pool"]
 
 # Flax's normalizations combine float32 with the dtype of the input, which strict promotion refuses.
-STANDARD_PROMOTION = functools.partial(jax.numpy_dtype_promotion, "standard")
+STANDARD_PROMOTION: Callable[[], AbstractContextManager[Any]] = functools.partial(jax.numpy_dtype_promotion, "standard")
 
 Apply = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 

@@ -11,10 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 
 from jaxaccum.testing.language import BLOCKS, CLASSES, LENGTH, MASKS, Layer, Model, block, build_model
 from jaxaccum.testing.tagged_losses import Loss
+
+try:
+    from hypothesis import strategies as st
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the strategies of jaxaccum.testing draw with hypothesis, which is not installed: "
+        "pip install 'jaxaccum[testing]', or pip install hypothesis."
+    ) from error
 
 __all__ = ["LOSSES", "batches", "compose", "losses", "masks", "model_batches", "models", "partitions", "weights"]
 
