@@ -21,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.names) - set(names()))
     if unknown:
         parser().error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(names())}")
-    passed = [run(name, options) for name in options.names or DEFAULT]
+    chosen = options.names or DEFAULT
+    for name in chosen:  # before any runs: `public` asks for several host devices, and JAX must not have begun
+        importlib.import_module(f"experiments.{name}")
+    passed = [run(name, options) for name in chosen]
     return 0 if all(passed) else 1
 
 

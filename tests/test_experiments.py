@@ -1,5 +1,6 @@
 """Every experiment runs at a tiny size, its checks can fail, and the command line says what it does not know."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,10 +18,13 @@ from experiments import (
     noise_scale,
     norms,
     precision,
+    public,
     small_batch,
     speed,
     toy,
 )
+from experiments.models.bert import BertForMaskedLM
+from experiments.public_losses import devices, masked_lm, masked_mean, moe, packed, ppo, resnet
 
 RECORD = {"name", "question", "settings", "rows", "checks", "passed", "data", "versions"}
 TINY_BERT = {"steps": 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -73,6 +77,33 @@ def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     assert [check.passed for check in record.checks[:5]] == [True, False, True, True, True]
     right = contrastive.exact(4)(contrastive.towers(16, 1, "float64"), contrastive.halves(32))
     assert right["scale"] * 4 == pytest.approx(record.data["logit scale"]["open_clip"], rel=1e-9)
+
+
+@pytest.fixture
+def _one_block(monkeypatch):
+    """The models of `public` with one block: nearly all of their time is compilation."""
+    for module in (moe, packed, devices, ppo):
+        monkeypatch.setattr(module, "MODEL", module.MODEL.clone(layers=1))
+    config = dataclasses.replace(masked_lm.MODEL.config, num_hidden_layers=1)
+    monkeypatch.setattr(masked_lm, "MODEL", BertForMaskedLM(config))
+    monkeypatch.setattr(resnet, "MODEL", resnet.MODEL.clone(widths=(8,)))
+
+
+@pytest.mark.usefixtures("compiling_fast", "_one_block")
+def test_public_tells_the_usual_accumulation_from_ours_for_every_loss():
+    record = public.run(steps=2)
+    assert [check.claim for check in record.checks if not check.passed] == []
+    differences = [public.column(record.rows, way, "Δ parameters") for way in (public.USUAL, public.OURS)]
+    assert len(differences[0]) == len(public.LOSSES)
+    assert (differences[0] > 1e6 * differences[1]).all()
+
+
+@INEXACT
+@pytest.mark.usefixtures("compiling_fast", "_one_block")
+def test_public_fails_for_a_loss_that_divides_by_its_own_tokens(monkeypatch):
+    monkeypatch.setattr(public, "LOSSES", {"packed": "packed texts"})
+    monkeypatch.setattr(packed, "mean_of_batch", masked_mean)
+    assert [check.passed for check in public.run(steps=2).checks] == [False, False, False, True, False]
 
 
 @pytest.fixture
