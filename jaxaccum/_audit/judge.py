@@ -203,7 +203,7 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
         )
     if (weight := _ratio_of(value)) is not None:
         note = "a ratio without a tag: each microbatch divides by its own denominator"
-        return _Claim(Verdict.RATIO, False, note, fixes.TAG["RATIO"], (value.origin, walk.weights.get(weight)))
+        return _Claim(Verdict.RATIO, False, note, fixes.TAG["RATIO"], (walk.weights.get(weight), value.origin))
     return _mis_scaled(walk, value)
 
 

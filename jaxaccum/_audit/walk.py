@@ -131,7 +131,7 @@ class Walk:
         self.sized: Site | None = None
         """Where rows were first divided or multiplied by the number of examples."""
         self.weights: dict[int, Site] = {}
-        """Where each total that divides was taken."""
+        """Where each total first divides."""
         self.devices: dict[Frame, tuple[str, ...]] = {}
         """The axes, other than the loop's, that are summed over at a line."""
         self.derivatives: dict[int, Any] = {}

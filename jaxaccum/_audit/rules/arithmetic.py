@@ -43,11 +43,10 @@ def normalizer(x: Value) -> Scale | None:
     return as_weight(x) if x.summary and x.scalar else None
 
 
-def _noted(walk: Walk, y: Value, scale: Scale) -> Scale:
-    """The scale, with its weights' lines noted for the report."""
+def _noted(walk: Walk, op: Op, scale: Scale) -> Scale:
+    """The scale, with the line that divides by its weights noted for the report."""
     for weight in scale.weights:
-        if y.origin is not None:
-            walk.weights.setdefault(weight.number, y.origin)
+        walk.weights.setdefault(weight.number, walk.site(op))
     return scale
 
 
@@ -144,7 +143,7 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         if y.fixed:
             return _scaled(walk, op, x, y)
         if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
-            return dataclasses.replace(x.scaled(_noted(walk, y, scale)), origin=x.origin or y.origin)
+            return dataclasses.replace(x.scaled(_noted(walk, op, scale)), origin=x.origin or y.origin)
         if (undone := _undivided(x, y)) is not None:
             return undone
     return times(walk, op, ins)
@@ -202,7 +201,7 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if y.fixed:
         return _scaled(walk, op, x, fixed(y.scale.inverse(), scalar=y.scalar))
     if y.summary and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
-        inverse = _noted(walk, y, scale).inverse()
+        inverse = _noted(walk, op, scale).inverse()
         if x.fixed:
             return statistic(y.origin, weight=inverse * x.scale, scalar=x.scalar)
         return dataclasses.replace(x.scaled(inverse), origin=x.origin or y.origin)
@@ -238,7 +237,7 @@ def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         terms = frozenset([Term(Scale(scale.power * exponent))])
         return dataclasses.replace(x.but(scalar=x.scalar), terms=terms)
     if same and exponent == -1 and (weight := normalizer(x)) is not None:
-        return statistic(x.origin, weight=_noted(walk, x, weight).inverse(), scalar=True)
+        return statistic(x.origin, weight=_noted(walk, op, weight).inverse(), scalar=True)
     return combine(walk, op, ins)
 
 
