@@ -1,0 +1,88 @@
+"""What the recipes share: errors against the full batch, how many lines differ, and the command line of one recipe."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum.testing.bounds import normwise
+
+EXACT = 1e-12
+"""Normwise, in float64: room for thousands of roundings, and for nothing else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """How far a step is from the full batch's: `ours` has to be below `bound`, and the `usual` loop is above it."""
+
+    ours: float
+    usual: float
+    bound: float = EXACT
+
+
+def errors(*, full: Any, ours: Any, usual: Any, start: Any = None, bound: float = EXACT) -> Errors:
+    """The errors of two results; with `start`, of how far they have moved from it, as parameters do in a step."""
+    if start is not None:
+        full, ours, usual = moved(full, start), moved(ours, start), moved(usual, start)
+    return Errors(normwise(ours, full), normwise(usual, full), bound)
+
+
+def moved(new: Any, old: Any) -> Any:
+    """What a step added to every leaf."""
+    return jax.tree.map(lambda a, b: a - b, new, old)
+
+
+def parts(batch: Any, count: int) -> list[Any]:
+    """The batch in `count` microbatches of equal size."""
+
+    def part(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i * len(x) // count : (i + 1) * len(x) // count], batch)
+
+    return [part(i) for i in range(count)]
+
+
+def mean(trees: Sequence[Any]) -> Any:
+    """What the usual loop makes of its gradients."""
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+
+
+def wide(tree: Any) -> Any:
+    """In float64, so that only a wrong rule is seen; integers and keys as they are."""
+
+    def widened(x: Any) -> Any:
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widened, tree)
+
+
+def changed_lines(before: Callable[..., Any], after: Callable[..., Any]) -> int:
+    """How many lines of `before` one edits, adds or takes away to have `after`; names and indentation do not count."""
+    old, new = _lines(before), _lines(after)
+    steps = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in steps if kind != "equal")
+
+
+def _lines(fun: Callable[..., Any]) -> list[str]:
+    """The lines of code, without comments and docstrings, as one writes them by default."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(fun)))
+    top = tree.body[0]
+    assert isinstance(top, ast.FunctionDef)
+    top.name = "step"
+    if ast.get_docstring(top):
+        top.body = top.body[1:]
+    return [line.strip() for line in ast.unparse(tree).splitlines() if line.strip()]
+
+
+def main(check: Callable[[], Errors]) -> None:
+    """Run one recipe by itself, in float64 and on eight devices of the CPU."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", 8)
+    found = check()
+    print(f"error against the full batch: ours {found.ours:.1e}, the usual loop {found.usual:.1e}")
+    assert found.ours < found.bound < found.usual
