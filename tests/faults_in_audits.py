@@ -2,6 +2,11 @@
 
 ROWS = [
     (
+        "the audit takes a collective under vmap for one over the loop alone", "_audit/rules/collectives.py",
+        "    if any(isinstance(axis, int) for axis in op.params[\"axes\"]):\n", "    if False:\n",
+        "test_audit_under_vmap.py::test_statistics_over_both_axes_are_exact_and_no_warning_says_otherwise",
+    ),
+    (
         "the audit takes every backward pass for linear", "_audit/rules/derivatives.py",
         "    scales = {term.scale for term in x.terms if not term.fixed}\n", "    scales = {UNIT}\n",
         "test_audit_corners.py::test_a_backward_pass_is_exact_where_it_is_linear_or_sees_the_full_batchs_cotangent",

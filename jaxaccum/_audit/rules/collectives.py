@@ -6,6 +6,9 @@ import dataclasses
 from fractions import Fraction
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
@@ -64,6 +67,8 @@ def _with(x: Value, out: Value) -> Value:
 @rule("psum psum_invariant psum2", scales=True)
 def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A sum over microbatches: of totals, that of the batch."""
+    if any(isinstance(axis, int) for axis in op.params["axes"]):
+        return Settled(walk.body(op, (_summed_first(op.eqn), _summed_first(op.other)), ins))
 
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
@@ -76,6 +81,20 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         return _declared(walk, op, scales.pop() if len(scales) == 1 else IRREGULAR, scalar=x.scalar)
 
     return _each(op, ins, one)
+
+
+def _summed_first(eqn: Any) -> Any:
+    """The program of a collective under `vmap`, where an axis with a name has become one of the array's own."""
+    axes = eqn.params["axes"]
+    own = tuple(axis for axis in axes if isinstance(axis, int))
+    names = tuple(axis for axis in axes if not isinstance(axis, int))
+    env = [(name, 1) for name in names]
+
+    def summed(*operands: Any) -> Any:
+        sums = [jnp.sum(x, axis=own) for x in operands]
+        return eqn.primitive.bind(*sums, **{**eqn.params, "axes": names}) if names else sums
+
+    return jax.make_jaxpr(summed, axis_env=env)(*(v.aval for v in eqn.invars))
 
 
 @rule("pmax pmin")
