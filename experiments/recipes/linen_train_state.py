@@ -6,7 +6,6 @@ Each example has a dropout key of its own, so the model is applied to one exampl
 its statistics over the axis that `jax.vmap` names. In microbatches it takes them over the microbatches too.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,20 +15,19 @@ import optax
 from flax.training import train_state
 
 import jaxaccum
-import jaxaccum.linen
 from experiments.recipes import _check, _data
 
 
 class Net(nn.Module):
     """A hidden layer with BatchNorm and dropout."""
 
-    norm: Any
+    axes: Any
 
     @nn.compact
     def __call__(self, x):
         """The logits of one example."""
         x = nn.Dense(32)(x)
-        x = nn.relu(self.norm(use_running_average=False)(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=False, axis_name=self.axes)(x))
         return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(x))
 
 
@@ -41,7 +39,7 @@ class TrainState(train_state.TrainState):
 
 def plain(state, batch, key):
     """The training step as anybody would write it."""
-    model = Net(functools.partial(nn.BatchNorm, axis_name="example"))
+    model = Net(axes="example")
 
     def loss_fn(params, batch, keys):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -58,7 +56,7 @@ def plain(state, batch, key):
 
 def accumulated(state, batch, key):
     """The same step in 4 microbatches."""
-    model = Net(functools.partial(jaxaccum.linen.BatchNorm, axis_name=("example", "microbatch")))
+    model = Net(axes=("example", "microbatch"))
 
     def loss_fn(params, batch, keys):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -84,7 +82,7 @@ def usual(state, batch, key):
 
 def check() -> _check.Errors:
     """One step on 16 digits: parameters and running statistics."""
-    model, batch, key = Net(nn.BatchNorm), _data.digits(16), jax.random.key(0)
+    model, batch, key = Net(axes=None), _data.digits(16), jax.random.key(0)
     variables = _check.wide(model.init({"params": key, "dropout": key}, batch["x"]))
     state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
     steps = [jax.jit(step)(state, batch, key)[0] for step in (plain, accumulated, usual)]
