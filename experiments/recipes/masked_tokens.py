@@ -9,16 +9,9 @@ import optax
 
 import jaxaccum
 from experiments.recipes import _check, _data
+from experiments.recipes._language import cross_entropy, parameters
 
 OPT = optax.sgd(0.1, momentum=0.9)
-
-
-def cross_entropy(params, batch):
-    """One number for each character: how badly the two before it tell it. And its mask."""
-    before, after = params["embed"][batch["ids"][:, :-2]], params["embed"][batch["ids"][:, 1:-1]]
-    logits = jnp.tanh(before @ params["first"] + after @ params["second"]) @ params["out"]
-    labels, mask = batch["ids"][:, 2:], batch["mask"][:, 2:]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask
 
 
 def plain(params, opt_state, batch):
@@ -59,9 +52,7 @@ def usual(params, opt_state, batch):
 
 def check() -> _check.Errors:
     """One step from the same parameters, 24 texts."""
-    shapes = {"embed": (128, 16), "first": (16, 32), "second": (16, 32), "out": (32, 128)}
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), len(shapes)), strict=True))
-    params = {name: jax.random.normal(keys[name], shape) / 4 for name, shape in shapes.items()}
+    params = parameters()
     args = params, OPT.init(params), _data.tokens(24, 64)
     steps = [jax.jit(step)(*args)[0] for step in (plain, accumulated, usual)]
     return _check.errors(start=params, full=steps[0], ours=steps[1], usual=steps[2])

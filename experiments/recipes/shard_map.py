@@ -1,0 +1,62 @@
+"""jax.shard_map: data parallel, with one all-reduce per step.
+
+    python -m experiments.recipes.shard_map
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum
+from experiments.recipes import _check, _data
+from experiments.recipes._language import cross_entropy, loss, parameters
+
+OPT = optax.sgd(0.1)
+
+
+def plain(params, batch):
+    """The training step of one device as anybody would write it."""
+
+    def loss_fn(params, batch):
+        ce, mask = cross_entropy(params, batch)
+        return jax.lax.psum(jnp.sum(ce * mask), "data") / jax.lax.psum(jnp.sum(mask), "data")
+
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    updates, _ = OPT.update(grads, OPT.init(params))
+    return optax.apply_updates(params, updates)
+
+
+def accumulated(params, batch):
+    """The same step in 2 microbatches per device."""
+
+    def loss_fn(params, batch):
+        ce, mask = cross_entropy(params, batch)
+        return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
+
+    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=2, mesh_axes="data")(params, batch)
+    updates, _ = OPT.update(grads, OPT.init(params))
+    return optax.apply_updates(params, updates)
+
+
+def usual(params, batch):
+    """The loop that is usually written: the mean over devices of the mean over microbatches of their means."""
+    local = jax.lax.pcast(params, "data", to="varying")
+    grads = _check.mean([jax.grad(loss)(local, part) for part in _check.parts(batch, 2)])
+    updates, _ = OPT.update(jax.lax.pmean(grads, "data"), OPT.init(params))
+    return optax.apply_updates(params, updates)
+
+
+def check() -> _check.Errors:
+    """One step on 32 texts, 8 per device; the full batch is computed on one device."""
+    params, batch = parameters(), _data.tokens(32, 48)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    divided = lambda step: jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    ours, other = (divided(step)(params, batch) for step in (accumulated, usual))
+    full = optax.apply_updates(params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0])
+    return _check.errors(start=params, full=full, ours=ours, usual=other)
+
+
+if __name__ == "__main__":
+    _check.main(check)
