@@ -12,11 +12,16 @@ def parameters():
     return {name: jax.random.normal(key, shapes[name]) / 4 for name, key in zip(shapes, keys, strict=True)}
 
 
-def cross_entropy(params, batch):
-    """One number for each character, how badly the two before it tell it; and 1.0 where it is no padding."""
+def logits_and_labels(params, batch):
+    """The logits of each character from the third on, what it is, and 1.0 where it is no padding."""
     before, after = params["embed"][batch["ids"][:, :-2]], params["embed"][batch["ids"][:, 1:-1]]
     logits = jnp.tanh(before @ params["first"] + after @ params["second"]) @ params["out"]
-    labels, mask = batch["ids"][:, 2:], batch["mask"][:, 2:]
+    return logits, batch["ids"][:, 2:], batch["mask"][:, 2:]
+
+
+def cross_entropy(params, batch):
+    """One number for each character, and 1.0 where it is no padding."""
+    logits, labels, mask = logits_and_labels(params, batch)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask
 
 

@@ -1,0 +1,77 @@
+"""bfloat16 with master weights: the gradients are bfloat16, and their sum over 128 microbatches is float32.
+
+    python -m experiments.recipes.bfloat16_masters
+
+The oracle takes the same 128 gradients, one by one, and adds them in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxaccum
+from experiments.recipes import _check, _data
+
+RATE = 0.125
+
+
+def half(params):
+    """The parameters that the model computes with."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+
+def loss_fn(params, batch):
+    """The cross entropy of the digits, a mean."""
+    logits = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ params["hidden"]) @ params["out"]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), batch["label"][:, None], axis=1)
+    return -jnp.mean(chosen)
+
+
+def plain(masters, batch):
+    """The training step as anybody would write it."""
+    loss, grads = jax.value_and_grad(loss_fn)(half(masters), batch)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return jax.tree.map(lambda w, g: w - RATE * g, masters, grads)
+
+
+def accumulated(masters, batch):
+    """The same step, one example at a time; the gradient is not rounded to bfloat16 at the end."""
+    exact = jaxaccum.accumulators.in_place(jnp.float32)
+    loss, grads = jaxaccum.value_and_grad(loss_fn, microbatch_size=1, accumulator=exact)(half(masters), batch)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return jax.tree.map(lambda w, g: w - RATE * g, masters, grads)
+
+
+def usual(masters, batch):
+    """The loop that is usually written: gradients are added in their own dtype, which stalls."""
+    rows = jax.tree.map(lambda x: x[:, None], batch)
+    add = lambda sums, row: (jax.tree.map(jnp.add, sums, jax.grad(loss_fn)(half(masters), row)), None)
+    sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, half(masters)), rows)
+    return jax.tree.map(lambda w, g: w - RATE * (g.astype(jnp.float32) / len(batch["x"])), masters, sums)
+
+
+def check() -> _check.Errors:
+    """The first step from 0 on, on 128 digits, whose sums are bounded by the roundings of float32."""
+    hidden, out = jax.random.split(jax.random.key(0))
+    w = {"hidden": jax.random.normal(hidden, (64, 16)) / 8, "out": jax.random.normal(out, (16, 10)) / 4}
+    masters, batch = jax.tree.map(lambda x: x.astype(jnp.float32), w), _data.digits(128)
+    rows = jax.tree.map(lambda x: x[:, None], batch)
+    each = jax.jit(jax.lax.map, static_argnums=0)(lambda row: jax.grad(loss_fn)(half(masters), row), rows)
+    wide = jax.tree.map(lambda g: np.asarray(g, np.float64), each)
+    full = jax.tree.map(lambda w, g: np.asarray(w, np.float64) - RATE * g.mean(0), masters, wide)
+    ours, other = (jax.jit(step)(masters, batch) for step in (accumulated, usual))
+    start = jax.tree.map(lambda x: np.asarray(x, np.float64), masters)
+    return _check.errors(start=start, full=full, ours=ours, usual=other, bound=bound(wide, start))
+
+
+def bound(each, masters):
+    """128 additions in float32, and the rounding of the new masters, over the largest change."""
+    eps = float(jnp.finfo(jnp.float32).eps)
+    largest = lambda tree: max(float(np.max(x)) for x in jax.tree.leaves(tree))
+    sums = largest(jax.tree.map(lambda g: np.abs(g).mean(0), each))
+    change = largest(jax.tree.map(lambda g: np.abs(g.mean(0)), each))
+    return eps * (128 * sums + largest(jax.tree.map(np.abs, masters)) / RATE) / change
+
+
+if __name__ == "__main__":
+    _check.main(check)
