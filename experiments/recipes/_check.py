@@ -1,4 +1,4 @@
-"""What the recipes share: errors against the full batch, how many lines differ, and the command line of one recipe."""
+"""What the recipes share: errors against the full batch, and how many lines differ."""
 
 import ast
 import dataclasses
@@ -19,7 +19,7 @@ EXACT = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """How far a step is from the full batch's: `ours` has to be below `bound`, and the `usual` loop is above it."""
+    """How far a step is from the full batch's: `ours` is below `bound`, `usual` above it."""
 
     ours: float
     usual: float
@@ -27,7 +27,7 @@ class Errors:
 
 
 def errors(*, full: Any, ours: Any, usual: Any, start: Any = None, bound: float = EXACT) -> Errors:
-    """The errors of two results; with `start`, of how far they have moved from it, as parameters do in a step."""
+    """The errors of two results; with `start`, of how far they have moved from it."""
     if start is not None:
         full, ours, usual = moved(full, start), moved(ours, start), moved(usual, start)
     return Errors(normwise(ours, full), normwise(usual, full), bound)
@@ -62,21 +62,24 @@ def wide(tree: Any) -> Any:
 
 
 def changed_lines(before: Callable[..., Any], after: Callable[..., Any]) -> int:
-    """How many lines of `before` one edits, adds or takes away to have `after`; names and indentation do not count."""
+    """How many lines of `before` one edits, adds or removes to have `after`.
+
+    Names of the functions, indentation, comments and docstrings do not count.
+    """
     old, new = _lines(before), _lines(after)
     steps = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes()
     return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in steps if kind != "equal")
 
 
 def _lines(fun: Callable[..., Any]) -> list[str]:
-    """The lines of code, without comments and docstrings, as one writes them by default."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(fun)))
-    top = tree.body[0]
+    """The lines of code as they are written."""
+    source = textwrap.dedent(inspect.getsource(fun)).replace(f"def {fun.__name__}(", "def step(", 1)
+    top = ast.parse(source).body[0]
     assert isinstance(top, ast.FunctionDef)
-    top.name = "step"
-    if ast.get_docstring(top):
-        top.body = top.body[1:]
-    return [line.strip() for line in ast.unparse(tree).splitlines() if line.strip()]
+    first = top.body[0]
+    said = range(first.lineno - 1, first.end_lineno or 0) if ast.get_docstring(top) else range(0)
+    code = [line.strip() for i, line in enumerate(source.splitlines()) if i not in said]
+    return [line for line in code if line and not line.startswith("#")]
 
 
 def main(check: Callable[[], Errors]) -> None:

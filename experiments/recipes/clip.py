@@ -1,6 +1,6 @@
-"""CLIP: every image of the batch meets every caption of the batch, and the towers run in microbatches.
+"""CLIP: every image meets every caption of the batch; the towers run in microbatches.
 
-    python -m experiments.recipes.clip
+python -m experiments.recipes.clip
 """
 
 import functools
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _digits
 
 OPT = optax.sgd(0.1)
-NAMES = "zero one two three four five six seven eight nine".split()
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def captioned(rows):
     """Digits, and how often each letter is in their names."""
-    batch = _data.digits(rows)
+    batch = _digits.digits(rows)
     letters = jnp.array([[float(name.count(chr(97 + i))) for i in range(26)] for name in NAMES])
     return {"image": batch["x"], "caption": letters[batch["label"]]}
 
@@ -31,7 +31,10 @@ def unit(z):
 def parameters():
     """Both towers, and the scale of the logits."""
     image, text = jax.random.split(jax.random.key(0))
-    towers = {"image": jax.random.normal(image, (64, 16)), "text": jax.random.normal(text, (26, 16))}
+    towers = {
+        "image": jax.random.normal(image, (64, 16)),
+        "text": jax.random.normal(text, (26, 16)),
+    }
     return towers | {"scale": jnp.asarray(2.0)}
 
 
@@ -39,7 +42,8 @@ def plain(params, batch):
     """The training step as anybody would write it."""
 
     def towers(params, batch):
-        return unit(jnp.tanh(batch["image"] @ params["image"])), unit(jnp.tanh(batch["caption"] @ params["text"]))
+        images, captions = batch["image"] @ params["image"], batch["caption"] @ params["text"]
+        return unit(jnp.tanh(images)), unit(jnp.tanh(captions))
 
     def loss_fn(params, batch):
         images, captions = towers(params, batch)
@@ -47,7 +51,7 @@ def plain(params, batch):
         ce = optax.softmax_cross_entropy_with_integer_labels
         return (ce(logits, labels).mean() + ce(logits.T, labels).mean()) / 2
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -57,9 +61,8 @@ def accumulated(params, batch):
 
     @functools.partial(jaxaccum.microbatch, num_microbatches=4)
     def towers(params, batch):
-        return jaxaccum.Concat(
-            (unit(jnp.tanh(batch["image"] @ params["image"])), unit(jnp.tanh(batch["caption"] @ params["text"])))
-        )
+        images, captions = batch["image"] @ params["image"], batch["caption"] @ params["text"]
+        return jaxaccum.Concat((unit(jnp.tanh(images)), unit(jnp.tanh(captions))))
 
     def loss_fn(params, batch):
         images, captions = towers(params, batch)
@@ -67,13 +70,13 @@ def accumulated(params, batch):
         ce = optax.softmax_cross_entropy_with_integer_labels
         return (ce(logits, labels).mean() + ce(logits.T, labels).mean()) / 2
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, batch):
-    """The loop that is usually written: an image meets the captions of its own microbatch alone."""
+    """The usual loop: an image meets the captions of its own microbatch alone."""
     return _check.mean([plain(params, part) for part in _check.parts(batch, 4)])
 
 

@@ -1,6 +1,6 @@
-"""Metrics of clu: one `Sum` adds all of them, and a masked accuracy is that of the whole batch.
+"""Metrics of clu: one `Sum` adds them, and a masked accuracy is the whole batch's.
 
-    python -m experiments.recipes.clu_metrics
+python -m experiments.recipes.clu_metrics
 """
 
 import jax
@@ -9,12 +9,12 @@ import optax
 from clu import metrics
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import logits_and_labels, parameters
 
 
 def metrics_of(logits, labels, ce, mask):
-    """What is reported of a batch; a `clu.metrics.Collection` would also count how often it was merged."""
+    """What is reported. (A `Collection` would also count how often it was merged.)"""
     return {
         "accuracy": metrics.Accuracy.from_model_output(logits=logits, labels=labels, mask=mask > 0),
         "loss": metrics.Average.from_model_output(ce, mask=mask > 0),
@@ -30,7 +30,7 @@ def plain(params, batch):
         seen = metrics_of(logits, labels, ce, mask)
         return jnp.sum(ce * mask) / jnp.sum(mask), seen
 
-    (loss, seen), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    grads, seen = jax.grad(loss_fn, has_aux=True)(params, batch)
     return grads, {name: metric.compute() for name, metric in seen.items()}
 
 
@@ -43,18 +43,18 @@ def accumulated(params, batch):
         seen = metrics_of(logits, labels, ce, mask)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask)), jaxaccum.Sum(seen)
 
-    (loss, seen), grads = jaxaccum.value_and_grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)
+    grads, seen = jaxaccum.grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)
     return grads, {name: metric.compute() for name, metric in seen.items()}
 
 
 def usual(params, batch):
-    """The loop that is usually written: gradients and metrics of the microbatches are averaged."""
+    """The usual loop: gradients and metrics of the microbatches are averaged."""
     return _check.mean([plain(params, part) for part in _check.parts(batch, 4)])
 
 
 def check() -> _check.Errors:
     """One step on 16 texts: the metrics."""
-    args = parameters(), _data.tokens(16, 48)
+    args = parameters(), _texts.tokens(16, 48)
     full, ours, other = (step(*args)[1] for step in (plain, accumulated, usual))
     return _check.errors(full=full, ours=ours, usual=other)
 

@@ -1,9 +1,10 @@
-"""DP-SGD: gradients of examples are clipped, a `Sum` adds them, and the noise is drawn once per batch.
+"""DP-SGD: a `Sum` of clipped gradients of examples, and noise once per batch.
 
     python -m experiments.recipes.dp_sgd
 
-A sum over microbatches is exact in the usual loop too. What goes wrong there is the clipping, of a microbatch in the
-place of an example, which ends the guarantee; the error is that of the gradient with the same noise.
+A sum over microbatches is exact in the usual loop too. What goes wrong there is the clipping, of
+a microbatch in the place of an example, which ends the guarantee of privacy. The noise is the same
+in both.
 """
 
 import functools
@@ -13,21 +14,21 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
 CLIP, NOISE = 0.5, 1.0
 
 
 def loss(params, example):
-    """Of one digit."""
+    """Of one text."""
     logits = jnp.tanh(example["x"] @ params["hidden"]) @ params["out"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
 
 def clipped(grads):
     """A gradient of norm at most `CLIP`."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     return jax.tree.map(lambda g: g * jnp.minimum(1.0, CLIP / norm), grads)
 
 
@@ -35,8 +36,13 @@ def noisy(total, count, key):
     """The mean of `count` gradients with the noise that hides any one of them."""
     leaves, treedef = jax.tree.flatten(total)
     keys = jax.random.split(key, len(leaves))
-    noise = [NOISE * CLIP * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
-    return treedef.unflatten([(leaf + own) / count for leaf, own in zip(leaves, noise, strict=True)])
+    noise = [
+        NOISE * CLIP * jax.random.normal(k, leaf.shape)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return treedef.unflatten(
+        [(leaf + own) / count for leaf, own in zip(leaves, noise, strict=True)]
+    )
 
 
 def plain(params, batch, key):
@@ -74,10 +80,15 @@ def usual(params, batch, key):
 
 
 def check() -> _check.Errors:
-    """One step on 16 digits."""
+    """One step on 16 texts."""
     hidden, out, key = jax.random.split(jax.random.key(0), 3)
-    params = {"hidden": jax.random.normal(hidden, (64, 16)) / 8, "out": jax.random.normal(out, (16, 10)) / 4}
-    full, ours, other = (jax.jit(step)(params, _data.digits(16), key) for step in (plain, accumulated, usual))
+    params = {
+        "hidden": jax.random.normal(hidden, (26, 16)) / 4,
+        "out": jax.random.normal(out, (16, 10)) / 4,
+    }
+    full, ours, other = (
+        jax.jit(step)(params, _texts.letters(16), key) for step in (plain, accumulated, usual)
+    )
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 
 

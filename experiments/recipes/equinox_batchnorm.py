@@ -1,6 +1,6 @@
 """Equinox: BatchNorm, whose running statistics are a state beside the model.
 
-    python -m experiments.recipes.equinox_batchnorm
+python -m experiments.recipes.equinox_batchnorm
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
 
@@ -24,7 +24,7 @@ class Net(eqx.Module):
 
     def __init__(self, axis, key):
         first, second = jax.random.split(key)
-        self.hidden, self.head = eqx.nn.Linear(64, 32, key=first), eqx.nn.Linear(32, 10, key=second)
+        self.hidden, self.head = eqx.nn.Linear(26, 32, key=first), eqx.nn.Linear(32, 10, key=second)
         self.norm = eqx.nn.BatchNorm(32, axis_name=axis, mode="batch")
 
     def __call__(self, x, state):
@@ -44,8 +44,8 @@ def plain(batch, key):
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return ce.mean(), state
 
-    grad_fn = eqx.filter_value_and_grad(loss_fn, has_aux=True)
-    (loss, state), grads = grad_fn(model, state, batch)
+    grad_fn = eqx.filter_grad(loss_fn, has_aux=True)
+    grads, state = grad_fn(model, state, batch)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), state
 
@@ -55,33 +55,33 @@ def accumulated(batch, key):
     model, state = eqx.nn.make_with_state(Net)(("example", "microbatch"), key)
     opt_state = OPT.init(eqx.filter(model, eqx.is_inexact_array))
 
+    @functools.partial(jaxaccum.microbatch, num_microbatches=4, in_axes={"batch": 0})
     def loss_fn(model, state, batch):
         batched = jax.vmap(model, axis_name="example", in_axes=(0, None), out_axes=(0, None))
         logits, state = batched(batch["x"], state)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return ce.mean(), jaxaccum.Last(state)
 
-    accumulate = functools.partial(jaxaccum.microbatch, num_microbatches=4, in_axes={"batch": 0})
-    grad_fn = eqx.filter_value_and_grad(accumulate(loss_fn), has_aux=True)
-    (loss, state), grads = grad_fn(model, state, batch)
+    grad_fn = eqx.filter_grad(loss_fn, has_aux=True)
+    grads, state = grad_fn(model, state, batch)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), state
 
 
 def usual(batch, key):
-    """The loop that is usually written: each microbatch has statistics of its own, and the gradients are averaged."""
+    """The usual loop: each microbatch has statistics of its own, and gradients are averaged."""
     ends = [plain(part, key) for part in _check.parts(batch, 4)]
     models = [eqx.filter(model, eqx.is_inexact_array) for model, _ in ends]
     return _check.mean(models), ends[-1][1]
 
 
 def check() -> _check.Errors:
-    """One step on 16 digits: parameters and running statistics."""
-    batch, key = _data.digits(16), jax.random.key(0)
+    """One step on 16 texts: parameters and running statistics."""
+    batch, key = _texts.letters(16), jax.random.key(0)
     start, _ = eqx.nn.make_with_state(Net)("example", key)
     models = []
     for step in (plain, accumulated, usual):
-        model, state = eqx.filter_jit(step)(batch, key)
+        model, _ = eqx.filter_jit(step)(batch, key)
         models.append(jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     start = jax.tree.leaves(eqx.filter(start, eqx.is_inexact_array))
     return _check.errors(start=start, full=models[0], ours=models[1], usual=models[2])

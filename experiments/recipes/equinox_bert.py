@@ -1,7 +1,9 @@
-"""Equinox: a transformer block with dropout, on masked texts; every example has a key of its own.
+"""Equinox: a BERT with dropout, on masked texts.
 
-    python -m experiments.recipes.equinox_bert
+python -m experiments.recipes.equinox_bert
 """
+
+import functools
 
 import equinox as eqx
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
 HIDDEN = 127  # the character that stands for one to be guessed
@@ -51,7 +53,7 @@ def plain(model, opt_state, batch, key):
         return jnp.sum(ce * hidden) / jnp.sum(hidden)
 
     keys = jax.random.split(key, len(batch["ids"]))
-    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch, keys)
+    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state
 
@@ -59,21 +61,23 @@ def plain(model, opt_state, batch, key):
 def accumulated(model, opt_state, batch, key):
     """The same step in 4 microbatches."""
 
+    @functools.partial(jaxaccum.microbatch, num_microbatches=4, in_axes=(None, 0, 0))
     def loss_fn(model, batch, keys):
         ce, hidden = cross_entropy(model, batch, keys)
         return jaxaccum.Mean(jnp.sum(ce * hidden), jnp.sum(hidden))
 
     keys = jax.random.split(key, len(batch["ids"]))
-    step = jaxaccum.microbatch(loss_fn, num_microbatches=4, in_axes=(None, 0, 0))
-    loss, grads = eqx.filter_value_and_grad(step)(model, batch, keys)
+    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state
 
 
 def usual(model, opt_state, batch, key):
-    """The loop that is usually written: each microbatch folds the key, and divides by its own characters."""
+    """The usual loop: each microbatch folds the key, and divides by its own characters."""
     parts = _check.parts(batch, 4)
-    ends = [plain(model, opt_state, part, jax.random.fold_in(key, i))[0] for i, part in enumerate(parts)]
+    ends = [
+        plain(model, opt_state, part, jax.random.fold_in(key, i))[0] for i, part in enumerate(parts)
+    ]
     return _check.mean([eqx.filter(model, eqx.is_inexact_array) for model in ends]), opt_state
 
 
@@ -81,7 +85,7 @@ def check() -> _check.Errors:
     """One step on 16 texts."""
     model = Bert(jax.random.key(0))
     arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
-    args = model, OPT.init(arrays(model)), _data.tokens(16, 48), jax.random.key(1)
+    args = model, OPT.init(arrays(model)), _texts.tokens(16, 48), jax.random.key(1)
     ends = [arrays(eqx.filter_jit(step)(*args)[0]) for step in (plain, accumulated, usual)]
     return _check.errors(start=arrays(model), full=ends[0], ours=ends[1], usual=ends[2])
 

@@ -1,6 +1,6 @@
-"""An explicit mesh with FSDP: parameters and gradients are divided over the devices that the batch is divided over.
+"""FSDP on an explicit mesh: parameters, gradients and batch are divided over the devices.
 
-    python -m experiments.recipes.explicit_fsdp
+python -m experiments.recipes.explicit_fsdp
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import loss, parameters
 
 OPT = optax.sgd(0.1)
@@ -34,7 +34,7 @@ def plain(params, batch):
         ce, mask = cross_entropy(params, batch)
         return jnp.sum(ce * mask) / jnp.sum(mask)
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -46,26 +46,30 @@ def accumulated(params, batch):
         ce, mask = cross_entropy(params, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=4)(params, batch)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=4)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, batch):
-    """The loop that is usually written, on one device: the mean of the microbatches' means."""
+    """The usual loop, on one device: the mean of the microbatches' means."""
     grads = _check.mean([jax.grad(loss)(params, part) for part in _check.parts(batch, 4)])
     return optax.apply_updates(params, OPT.update(grads, OPT.init(params))[0])
 
 
 def check() -> _check.Errors:
     """One step on 32 texts, 8 per device; the full batch is computed on one device."""
-    params, batch = parameters(), _data.tokens(32, 48)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    params, batch = parameters(), _texts.tokens(32, 48)
+    mesh = jax.make_mesh(
+        (4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
+    )
     rows = NamedSharding(mesh, P("data"))
     with jax.set_mesh(mesh):
         ours = jax.jit(accumulated)(jax.device_put(params, rows), jax.device_put(batch, rows))
     assert ours["out"].sharding.spec == P("data", None)
-    full = optax.apply_updates(params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0])
+    full = optax.apply_updates(
+        params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0]
+    )
     ours = jax.device_get(ours)
     return _check.errors(start=params, full=full, ours=ours, usual=jax.jit(usual)(params, batch))
 

@@ -1,6 +1,6 @@
-"""float8 layers of Flax: their scales and maxima come through the gradient, and are not averaged.
+"""float8 layers of Flax: their scales come through the gradient, and are not averaged.
 
-    python -m experiments.recipes.float8
+python -m experiments.recipes.float8
 """
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ import optax
 from flax.training.train_state import TrainState
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 MODEL = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp, dtype=jnp.float32)
 
@@ -22,25 +22,25 @@ def loss_fn(variables, x):
 
 def plain(state, x):
     """The training step as anybody would write it."""
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, x)
+    grads = jax.grad(loss_fn)(state.params, x)
     return state.apply_gradients(grads=grads)
 
 
 def accumulated(state, x):
     """The same step in 4 microbatches."""
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=4)(state.params, x)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=4)(state.params, x)
     return state.apply_gradients(grads=grads)
 
 
 def usual(state, x):
-    """The loop that is usually written: whatever the gradient holds is averaged."""
+    """The usual loop: whatever the gradient holds is averaged."""
     grads = _check.mean([jax.grad(loss_fn)(state.params, part) for part in _check.parts(x, 4)])
     return state.apply_gradients(grads=grads)
 
 
 def check() -> _check.Errors:
-    """Three steps on 8 digits: the scales and maxima that the layer keeps, in float32."""
-    x = _data.digits(8)["x"].astype(jnp.float32)
+    """Three steps on 8 texts: the scales and maxima that the layer keeps, in float32."""
+    x = _texts.letters(8)["x"].astype(jnp.float32)
     variables, ends = MODEL.init(jax.random.key(1), x), []
     for step in map(jax.jit, (plain, accumulated, usual)):
         state = TrainState.create(apply_fn=MODEL.apply, params=variables, tx=optax.sgd(1e-2))

@@ -1,6 +1,6 @@
-"""Padded graphs: a microbatch is one padded graph; they are stacked, and the loss takes `x[0]`.
+"""Padded graphs: each microbatch is one; they are stacked, and the loss takes `x[0]`.
 
-    python -m experiments.recipes.graphs
+python -m experiments.recipes.graphs
 """
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
 GRAPHS, NODES, EDGES = 6, 90, 90  # what a microbatch has room for
@@ -23,22 +23,26 @@ def graph_of(clause):
 
 
 def packed(clauses, graphs, nodes, edges):
-    """Graphs side by side as one, padded: rows of padding belong to a last graph that does not count."""
+    """Graphs side by side as one; rows of padding belong to a graph that does not count."""
     made = [graph_of(clause) for clause in clauses]
     sizes = [len(letters) for letters, _ in made]
     starts = np.cumsum([0, *sizes[:-1]])
-    senders = np.concatenate([first + start for (_, first), start in zip(made, starts, strict=True)])
+    senders = np.concatenate(
+        [first + start for (_, first), start in zip(made, starts, strict=True)]
+    )
     word, owner = np.zeros((nodes, 26)), np.full(nodes, graphs)
     word[: sum(sizes)] = np.concatenate([letters for letters, _ in made])
     owner[: sum(sizes)] = np.repeat(np.arange(len(made)), sizes)
     sender, receiver = np.full(edges, nodes - 1), np.full(edges, nodes - 1)
     sender[: len(senders)], receiver[: len(senders)] = senders, senders + 1
     real = np.arange(graphs) < len(made)
-    return jax.tree.map(jnp.asarray, {"word": word, "owner": owner, "from": sender, "to": receiver, "real": real})
+    return jax.tree.map(
+        jnp.asarray, {"word": word, "owner": owner, "from": sender, "to": receiver, "real": real}
+    )
 
 
 def errors(params, graph):
-    """For each graph: how far its guess is from the share of its words that have more than 5 letters."""
+    """How far each graph's guess is from its share of words with more than 5 letters."""
     hidden = jnp.tanh(graph["word"] @ params["first"])
     heard = jax.ops.segment_sum(hidden[graph["from"]], graph["to"], len(hidden))
     hidden, count = jnp.tanh((hidden + heard) @ params["second"]), len(graph["real"])
@@ -55,7 +59,7 @@ def plain(params, graph):
         error = jnp.where(graph["real"], errors(params, graph), 0.0)
         return jnp.sum(error) / jnp.sum(graph["real"])
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, graph)
+    grads = jax.grad(loss_fn)(params, graph)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -68,22 +72,28 @@ def accumulated(params, graph):
         error = jnp.where(graph["real"], errors(params, graph), 0.0)
         return jaxaccum.Mean(jnp.sum(error), jnp.sum(graph["real"]))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, microbatch_size=1)(params, graph)
+    grads = jaxaccum.grad(loss_fn, microbatch_size=1)(params, graph)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, graph):
-    """The loop that is usually written: the mean of the means, whatever the number of graphs in a microbatch."""
+    """The usual loop: a mean of means, whatever the number of graphs in each."""
     parts = [jax.tree.map(lambda x: x[0], part) for part in _check.parts(graph, 4)]
     return _check.mean([plain(params, part) for part in parts])
 
 
 def check() -> _check.Errors:
-    """One step on 20 graphs, in microbatches of 6, 6, 6 and 2; the full batch is one graph without padding."""
-    keys, shapes = jax.random.split(jax.random.key(0), 3), {"first": (26, 16), "second": (16, 16), "out": (16,)}
-    params = {name: jax.random.normal(key, shapes[name]) / 4 for name, key in zip(shapes, keys, strict=True)}
-    clauses = _data.clauses()[:20]
+    """One step on 20 graphs: 6, 6, 6 and 2; the full batch is one graph without padding."""
+    keys, shapes = (
+        jax.random.split(jax.random.key(0), 3),
+        {"first": (26, 16), "second": (16, 16), "out": (16,)},
+    )
+    params = {
+        name: jax.random.normal(key, shapes[name]) / 4
+        for name, key in zip(shapes, keys, strict=True)
+    }
+    clauses = _texts.clauses()[:20]
     words = sum(len(clause.split()) for clause in clauses)
     groups = [packed(clauses[i : i + GRAPHS], GRAPHS, NODES, EDGES) for i in range(0, 20, GRAPHS)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *groups)

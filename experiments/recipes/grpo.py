@@ -1,4 +1,4 @@
-"""GRPO: a microbatch holds whole groups of answers, and every token of the batch has the same weight.
+"""GRPO: a microbatch holds whole groups of answers, and all tokens weigh the same.
 
     python -m experiments.recipes.grpo
 
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import cross_entropy, parameters
 
 OPT = optax.sgd(0.1)
 
 
 def objective(params, groups):
-    """The clipped objective of every token, and the mask; the reward of an answer is its share of the letter e."""
+    """The clipped objective of each token, and the mask; an answer is rewarded for its e's."""
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), groups)
     ce, mask = cross_entropy(params, flat)
     ratio = jnp.exp(-ce - flat["logp"])
@@ -34,7 +34,7 @@ def plain(params, groups):
         tokens, mask = objective(params, groups)
         return jnp.sum(tokens * mask) / jnp.sum(mask)
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, groups)
+    grads = jax.grad(loss_fn)(params, groups)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -46,19 +46,19 @@ def accumulated(params, groups):
         tokens, mask = objective(params, groups)
         return jaxaccum.Mean(jnp.sum(tokens * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, microbatch_size=2)(params, groups)
+    grads = jaxaccum.grad(loss_fn, microbatch_size=2)(params, groups)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, groups):
-    """The loop that is usually written: each microbatch divides by its own tokens."""
+    """The usual loop: each microbatch divides by its own tokens."""
     return _check.mean([plain(params, part) for part in _check.parts(groups, 3)])
 
 
 def check() -> _check.Errors:
     """One step on 6 groups of 4 answers, which an older policy gave."""
-    params, flat = parameters(), _data.tokens(24, 48)
+    params, flat = parameters(), _texts.tokens(24, 48)
     older = jax.tree.map(lambda x: 0.9 * x, params)
     flat["logp"] = -cross_entropy(older, flat)[0]
     groups = jax.tree.map(lambda x: x.reshape(6, 4, -1), flat)

@@ -2,8 +2,8 @@
 
     python -m experiments.recipes.haiku_jmp
 
-The policy here computes in float64, so that only a wrong rule is seen; `"params=float32,compute=bfloat16"` changes no
-line of either step.
+The policy here computes in float64, so that only a wrong rule is seen;
+`"params=float32,compute=bfloat16"` changes no line of either step.
 """
 
 import haiku as hk
@@ -12,10 +12,12 @@ import jmp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
-hk.mixed_precision.set_policy(hk.nets.MLP, POLICY := jmp.get_policy("params=float64,compute=float64,output=float64"))
+hk.mixed_precision.set_policy(
+    hk.nets.MLP, POLICY := jmp.get_policy("params=float64,compute=float64,output=float64")
+)
 
 
 def net(axis):
@@ -38,7 +40,7 @@ def plain(params, state, opt_state, batch):
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return ce.mean(), new
 
-    (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    grads, state = jax.grad(loss_fn, has_aux=True)(params, batch)
     updates, opt_state = OPT.update(grads, opt_state)
     return optax.apply_updates(params, updates), state, opt_state
 
@@ -52,20 +54,20 @@ def accumulated(params, state, opt_state, batch):
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return ce.mean(), jaxaccum.Last(new)
 
-    (loss, state), grads = jaxaccum.value_and_grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)
+    grads, state = jaxaccum.grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)
     updates, opt_state = OPT.update(grads, opt_state)
     return optax.apply_updates(params, updates), state, opt_state
 
 
 def usual(params, state, opt_state, batch):
-    """The loop that is usually written: each microbatch has statistics of its own, and the gradients are averaged."""
+    """The usual loop: each microbatch has statistics of its own, and gradients are averaged."""
     ends = [plain(params, state, opt_state, part) for part in _check.parts(batch, 4)]
     return _check.mean([end[0] for end in ends]), ends[-1][1], opt_state
 
 
 def check() -> _check.Errors:
-    """One step on 16 digits."""
-    batch = _data.digits(16)
+    """One step on 16 texts."""
+    batch = _texts.letters(16)
     params, state = net(None).init(jax.random.key(0), batch["x"])
     args = params, state, OPT.init(params), batch
     ends = [jax.jit(step)(*args)[:2] for step in (plain, accumulated, usual)]

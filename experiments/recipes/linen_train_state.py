@@ -2,8 +2,9 @@
 
     python -m experiments.recipes.linen_train_state
 
-Each example has a dropout key of its own, so the model is applied to one example, under `jax.vmap`, and BatchNorm takes
-its statistics over the axis that `jax.vmap` names. In microbatches it takes them over the microbatches too.
+Each example has a dropout key of its own, so the model is applied to one example, under
+`jax.vmap`, and BatchNorm takes its statistics over the axis that `jax.vmap` names. In microbatches
+it takes them over the microbatches too.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ import optax
 from flax.training import train_state
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 
 class Net(nn.Module):
@@ -43,7 +44,9 @@ def plain(state, batch, key):
 
     def loss_fn(params, batch, keys):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        one = lambda x, key: model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+        one = lambda x, key: model.apply(
+            variables, x, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
         logits, new = jax.vmap(one, out_axes=(0, None), axis_name="example")(batch["x"], keys)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), new["batch_stats"]
@@ -60,19 +63,23 @@ def accumulated(state, batch, key):
 
     def loss_fn(params, batch, keys):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        one = lambda x, key: model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+        one = lambda x, key: model.apply(
+            variables, x, rngs={"dropout": key}, mutable=["batch_stats"]
+        )
         logits, new = jax.vmap(one, out_axes=(0, None), axis_name="example")(batch["x"], keys)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), jaxaccum.Last(new["batch_stats"])
 
     keys = jax.random.split(key, len(batch["x"]))
-    grad_fn = jaxaccum.value_and_grad(loss_fn, has_aux=True, num_microbatches=4, in_axes=(None, 0, 0))
+    grad_fn = jaxaccum.value_and_grad(
+        loss_fn, has_aux=True, num_microbatches=4, in_axes=(None, 0, 0)
+    )
     (loss, batch_stats), grads = grad_fn(state.params, batch, keys)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 
 def usual(state, batch, key):
-    """The loop that is usually written: each microbatch has statistics and a key of its own."""
+    """The usual loop: each microbatch has statistics and a key of its own."""
     states = []
     for i, part in enumerate(_check.parts(batch, 4)):
         states.append(plain(state, part, jax.random.fold_in(key, i))[0])
@@ -81,8 +88,8 @@ def usual(state, batch, key):
 
 
 def check() -> _check.Errors:
-    """One step on 16 digits: parameters and running statistics."""
-    model, batch, key = Net(axes=None), _data.digits(16), jax.random.key(0)
+    """One step on 16 texts: parameters and running statistics."""
+    model, batch, key = Net(axes=None), _texts.letters(16), jax.random.key(0)
     variables = _check.wide(model.init({"params": key, "dropout": key}, batch["x"]))
     state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
     steps = [jax.jit(step)(state, batch, key)[0] for step in (plain, accumulated, usual)]

@@ -1,6 +1,6 @@
-"""Plain JAX: the next character of texts of unequal length, a mean over the characters that are not padding.
+"""Plain JAX: a mean over the characters of texts of unequal length.
 
-    python -m experiments.recipes.masked_tokens
+python -m experiments.recipes.masked_tokens
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import cross_entropy, parameters
 
 OPT = optax.sgd(0.1, momentum=0.9)
@@ -39,7 +39,7 @@ def accumulated(params, opt_state, batch):
 
 
 def usual(params, opt_state, batch):
-    """The loop that is usually written: each microbatch divides by its own tokens, and the gradients are averaged."""
+    """The usual loop: each microbatch divides by its own tokens, and gradients are averaged."""
 
     def loss_fn(params, batch):
         ce, mask = cross_entropy(params, batch)
@@ -53,7 +53,7 @@ def usual(params, opt_state, batch):
 def check() -> _check.Errors:
     """One step from the same parameters, 24 texts."""
     params = parameters()
-    args = params, OPT.init(params), _data.tokens(24, 64)
+    args = params, OPT.init(params), _texts.tokens(24, 64)
     steps = [jax.jit(step)(*args)[0] for step in (plain, accumulated, usual)]
     return _check.errors(start=params, full=steps[0], ours=steps[1], usual=steps[2])
 

@@ -2,9 +2,9 @@
 
     python -m experiments.recipes.nnx_dropout
 
-One call of an nnx model draws one mask for all its examples, so the masks of a batch cannot be those of its parts. With
-`example_streams`, each example draws from a key of its own. The check draws the masks of one example at a time, in
-Python.
+One call of an nnx model draws one mask for all its examples, so the masks of a batch cannot be
+those of its parts. With `example_streams`, each example draws from a key of its own. The check
+draws the masks of one example at a time, in Python.
 """
 
 import jax
@@ -13,14 +13,14 @@ from flax import nnx
 
 import jaxaccum
 import jaxaccum.nnx
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 
 class Net(nnx.Module):
     """A hidden layer with dropout."""
 
     def __init__(self, rngs):
-        self.hidden, self.head = nnx.Linear(64, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
+        self.hidden, self.head = nnx.Linear(26, 32, rngs=rngs), nnx.Linear(32, 10, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
     def __call__(self, x):
@@ -56,7 +56,7 @@ def accumulated(model, optimizer, batch):
 
 
 def usual(model, optimizer, batch):
-    """The loop that is usually written: each microbatch takes the next key of the model."""
+    """The usual loop: each microbatch takes the next key of the model."""
     grads = [nnx.grad(cross_entropy)(model, part) for part in _check.parts(batch, 4)]
     optimizer.update(model, _check.mean(grads))
 
@@ -73,8 +73,8 @@ def one_by_one(model, optimizer, batch):
 
 
 def check() -> _check.Errors:
-    """One step on 8 digits."""
-    batch, ends = _data.digits(8), []
+    """One step on 8 texts."""
+    batch, ends = _texts.letters(8), []
     for step in (one_by_one, accumulated, usual):
         model, optimizer = made()
         nnx.jit(step)(model, optimizer, batch)

@@ -1,6 +1,6 @@
 """Flax nnx: only the LoRA parameters are trained, on tokens of unequal number.
 
-    python -m experiments.recipes.nnx_lora
+python -m experiments.recipes.nnx_lora
 """
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxaccum
 import jaxaccum.nnx
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 LORA = nnx.DiffState(0, nnx.LoRAParam)
 
@@ -60,13 +60,15 @@ def accumulated(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.nnx.value_and_grad(loss_fn, argnums=LORA, num_microbatches=4)(model, batch)
+    loss, grads = jaxaccum.nnx.value_and_grad(loss_fn, argnums=LORA, num_microbatches=4)(
+        model, batch
+    )
     optimizer.update(model, grads)
     return loss
 
 
 def usual(model, optimizer, batch):
-    """The loop that is usually written: each microbatch divides by its own tokens."""
+    """The usual loop: each microbatch divides by its own tokens."""
 
     def loss_fn(model, batch):
         ce, mask = cross_entropy(model, batch)
@@ -78,7 +80,7 @@ def usual(model, optimizer, batch):
 
 def check() -> _check.Errors:
     """One step on 16 texts: all parameters, also those that are not trained."""
-    batch, ends = _data.tokens(16, 48), []
+    batch, ends = _texts.tokens(16, 48), []
     for step in (plain, accumulated, usual):
         model, optimizer = made()
         nnx.jit(step)(model, optimizer, batch)

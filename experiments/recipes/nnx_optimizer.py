@@ -1,6 +1,6 @@
 """Flax nnx: an Optimizer, BatchNorm and a rematerialized block.
 
-    python -m experiments.recipes.nnx_optimizer
+python -m experiments.recipes.nnx_optimizer
 """
 
 import jax
@@ -9,7 +9,7 @@ from flax import nnx
 
 import jaxaccum
 import jaxaccum.nnx
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 
 
 class Block(nnx.Module):
@@ -28,7 +28,7 @@ class Net(nnx.Module):
     """Two blocks, the second computed again in the backward pass."""
 
     def __init__(self, axis, rngs):
-        self.first, self.second = Block(64, 32, axis, rngs), Block(32, 32, axis, rngs)
+        self.first, self.second = Block(26, 32, axis, rngs), Block(32, 32, axis, rngs)
         self.head = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -77,7 +77,7 @@ def accumulated(batch):
 
 
 def usual(batch):
-    """The loop that is usually written: each microbatch has statistics of its own, and the gradients are averaged."""
+    """The usual loop: each microbatch has statistics of its own, and gradients are averaged."""
     model, optimizer = made(None)
     grads = [nnx.grad(cross_entropy)(model, part) for part in _check.parts(batch, 4)]
     optimizer.update(model, _check.mean(grads))
@@ -85,9 +85,11 @@ def usual(batch):
 
 
 def check() -> _check.Errors:
-    """One step on 16 digits: parameters and running statistics."""
-    batch, start = _data.digits(16), nnx.as_pure(nnx.state(made(None)[0]))
-    return _check.errors(start=start, full=plain(batch), ours=accumulated(batch), usual=jax.jit(usual)(batch))
+    """One step on 16 texts: parameters and running statistics."""
+    batch, start = _texts.letters(16), nnx.as_pure(nnx.state(made(None)[0]))
+    return _check.errors(
+        start=start, full=plain(batch), ours=accumulated(batch), usual=jax.jit(usual)(batch)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """jax.pmap: every device has texts of its own, and of other lengths.
 
-    python -m experiments.recipes.pmap
+python -m experiments.recipes.pmap
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import cross_entropy, loss, parameters
 
 OPT = optax.sgd(0.1)
@@ -22,7 +22,7 @@ def plain(params, opt_state, batch):
         ce, mask = cross_entropy(params, batch)
         return jnp.sum(ce * mask) / (jax.lax.psum(jnp.sum(mask), "device") / DEVICES)
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     grads = jax.lax.pmean(grads, "device")
     updates, opt_state = OPT.update(grads, opt_state)
     return optax.apply_updates(params, updates), opt_state
@@ -35,13 +35,13 @@ def accumulated(params, opt_state, batch):
         ce, mask = cross_entropy(params, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=2, mesh_axes="device")(params, batch)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=2, mesh_axes="device")(params, batch)
     updates, opt_state = OPT.update(grads, opt_state)
     return optax.apply_updates(params, updates), opt_state
 
 
 def usual(params, opt_state, batch):
-    """The loop that is usually written: the mean over devices of the mean over microbatches of their means."""
+    """The usual loop: a mean over devices of means over microbatches of their means."""
     grads = _check.mean([jax.grad(loss)(params, part) for part in _check.parts(batch, 2)])
     updates, opt_state = OPT.update(jax.lax.pmean(grads, "device"), opt_state)
     return optax.apply_updates(params, updates), opt_state
@@ -49,12 +49,16 @@ def usual(params, opt_state, batch):
 
 def check() -> _check.Errors:
     """One step on 32 texts, 8 per device; the full batch is computed on one device."""
-    params, batch = parameters(), _data.tokens(32, 48)
+    params, batch = parameters(), _texts.tokens(32, 48)
     divided = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
-    on_devices = lambda step: jax.pmap(step, "device", in_axes=(None, None, 0), devices=jax.devices()[:DEVICES])
+    on_devices = lambda step: jax.pmap(
+        step, "device", in_axes=(None, None, 0), devices=jax.devices()[:DEVICES]
+    )
     ends = [on_devices(step)(params, OPT.init(params), divided)[0] for step in (accumulated, usual)]
     ours, other = (jax.tree.map(lambda x: x[0], end) for end in ends)
-    full = optax.apply_updates(params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0])
+    full = optax.apply_updates(
+        params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0]
+    )
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 
 

@@ -1,6 +1,6 @@
 """PPO: advantages are normalized over the batch, not over a microbatch.
 
-    python -m experiments.recipes.ppo
+python -m experiments.recipes.ppo
 """
 
 import jax
@@ -15,13 +15,19 @@ OPT = optax.sgd(0.1)
 
 
 def rollouts(poles, steps):
-    """Random pushes against an inverted pendulum: observations, actions and discounted rewards, one row per step."""
+    """Random pushes against an inverted pendulum, one row per step."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(poles):
         angle, speed, pole = rng.normal(0, 0.5), 0.0, []
         for _ in range(steps):
             action = rng.normal()
-            pole.append({"obs": np.array([np.sin(angle), np.cos(angle), speed]), "action": action, "return": np.cos(angle)})
+            pole.append(
+                {
+                    "obs": np.array([np.sin(angle), np.cos(angle), speed]),
+                    "action": action,
+                    "return": np.cos(angle),
+                }
+            )
             speed += 0.05 * (15 * np.sin(angle) + 3 * action)
             angle += 0.05 * speed
         for now, later in zip(pole[-2::-1], pole[:0:-1], strict=True):
@@ -37,11 +43,13 @@ def outputs(params, obs):
 
 
 def terms(params, batch, advantage):
-    """The clipped objective of every step, whose actions were drawn around 0, and the squared error of the value."""
+    """The clipped objective of each step, and the value's error; actions were drawn around 0."""
     mean, value = outputs(params, batch["obs"])
     ratio = jnp.exp((batch["action"] ** 2 - (batch["action"] - mean) ** 2) / 2)
     clipped = jnp.clip(ratio, 0.8, 1.2)
-    return -jnp.minimum(ratio * advantage, clipped * advantage) + 0.5 * (value - batch["return"]) ** 2
+    return (
+        -jnp.minimum(ratio * advantage, clipped * advantage) + 0.5 * (value - batch["return"]) ** 2
+    )
 
 
 def plain(params, batch):
@@ -53,7 +61,7 @@ def plain(params, batch):
         advantage /= jnp.sqrt(jnp.mean(advantage**2) + 1e-8)
         return jnp.mean(terms(params, batch, advantage))
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -67,21 +75,29 @@ def accumulated(params, batch):
         advantage /= jnp.sqrt(jax.lax.pmean(jnp.mean(advantage**2), "microbatch") + 1e-8)
         return jnp.mean(terms(params, batch, advantage))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=4)(params, batch)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=4)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, batch):
-    """The loop that is usually written: each microbatch normalizes its own advantages."""
+    """The usual loop: each microbatch normalizes its own advantages."""
     return _check.mean([plain(params, part) for part in _check.parts(batch, 4)])
 
 
 def check() -> _check.Errors:
     """One step on 4 poles, 32 steps of each."""
-    keys, shapes = jax.random.split(jax.random.key(0), 3), {"hidden": (3, 16), "action": (16,), "value": (16,)}
-    params = {name: jax.random.normal(key, shapes[name]) / 4 for name, key in zip(shapes, keys, strict=True)}
-    full, ours, other = (jax.jit(step)(params, rollouts(4, 32)) for step in (plain, accumulated, usual))
+    keys, shapes = (
+        jax.random.split(jax.random.key(0), 3),
+        {"hidden": (3, 16), "action": (16,), "value": (16,)},
+    )
+    params = {
+        name: jax.random.normal(key, shapes[name]) / 4
+        for name, key in zip(shapes, keys, strict=True)
+    }
+    full, ours, other = (
+        jax.jit(step)(params, rollouts(4, 32)) for step in (plain, accumulated, usual)
+    )
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 
 

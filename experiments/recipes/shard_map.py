@@ -1,6 +1,6 @@
 """jax.shard_map: data parallel, with one all-reduce per step.
 
-    python -m experiments.recipes.shard_map
+python -m experiments.recipes.shard_map
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import cross_entropy, loss, parameters
 
 OPT = optax.sgd(0.1)
@@ -23,7 +23,7 @@ def plain(params, batch):
         ce, mask = cross_entropy(params, batch)
         return jax.lax.psum(jnp.sum(ce * mask), "data") / jax.lax.psum(jnp.sum(mask), "data")
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -35,13 +35,13 @@ def accumulated(params, batch):
         ce, mask = cross_entropy(params, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=2, mesh_axes="data")(params, batch)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=2, mesh_axes="data")(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, batch):
-    """The loop that is usually written: the mean over devices of the mean over microbatches of their means."""
+    """The usual loop: a mean over devices of means over microbatches of their means."""
     local = jax.lax.pcast(params, "data", to="varying")
     grads = _check.mean([jax.grad(loss)(local, part) for part in _check.parts(batch, 2)])
     updates, _ = OPT.update(jax.lax.pmean(grads, "data"), OPT.init(params))
@@ -50,11 +50,15 @@ def usual(params, batch):
 
 def check() -> _check.Errors:
     """One step on 32 texts, 8 per device; the full batch is computed on one device."""
-    params, batch = parameters(), _data.tokens(32, 48)
+    params, batch = parameters(), _texts.tokens(32, 48)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    divided = lambda step: jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    divided = lambda step: jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    )
     ours, other = (divided(step)(params, batch) for step in (accumulated, usual))
-    full = optax.apply_updates(params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0])
+    full = optax.apply_updates(
+        params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0]
+    )
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 
 

@@ -1,6 +1,6 @@
-"""SigLIP: each image is told apart from every caption of the batch, which a collective gathers.
+"""SigLIP: a collective gathers the captions of the whole batch for each image.
 
-    python -m experiments.recipes.siglip
+python -m experiments.recipes.siglip
 """
 
 import jax
@@ -16,7 +16,8 @@ OPT = optax.sgd(0.1)
 
 def embedded(params, batch):
     """Images and captions as rows of length 1."""
-    return unit(jnp.tanh(batch["image"] @ params["image"])), unit(jnp.tanh(batch["caption"] @ params["text"]))
+    images, captions = batch["image"] @ params["image"], batch["caption"] @ params["text"]
+    return unit(jnp.tanh(images)), unit(jnp.tanh(captions))
 
 
 def plain(params, batch):
@@ -29,7 +30,7 @@ def plain(params, batch):
         logits = jnp.exp(params["scale"]) * images @ captions.T + params["bias"]
         return -jax.nn.log_sigmoid(sign * logits).sum(axis=1).mean()
 
-    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    grads = jax.grad(loss_fn)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
@@ -44,19 +45,22 @@ def accumulated(params, batch):
         logits = jnp.exp(params["scale"]) * images @ captions.T + params["bias"]
         return -jax.nn.log_sigmoid(sign * logits).sum(axis=1).mean()
 
-    loss, grads = jaxaccum.value_and_grad(loss_fn, num_microbatches=4)(params, batch)
+    grads = jaxaccum.grad(loss_fn, num_microbatches=4)(params, batch)
     updates, _ = OPT.update(grads, OPT.init(params))
     return optax.apply_updates(params, updates)
 
 
 def usual(params, batch):
-    """The loop that is usually written: an image meets the captions of its own microbatch alone."""
+    """The usual loop: an image meets the captions of its own microbatch alone."""
     return _check.mean([plain(params, part) for part in _check.parts(batch, 4)])
 
 
 def check() -> _check.Errors:
     """One step on 16 digits and their names."""
-    params, batch = parameters() | {"bias": jnp.asarray(-10.0)}, captioned(16) | {"number": jnp.arange(16)}
+    params, batch = (
+        parameters() | {"bias": jnp.asarray(-10.0)},
+        captioned(16) | {"number": jnp.arange(16)},
+    )
     full, ours, other = (jax.jit(step)(params, batch) for step in (plain, accumulated, usual))
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 

@@ -1,6 +1,6 @@
-"""A DataLoader of torch: the loader yields microbatches, and the optimizer runs once per batch.
+"""torch's DataLoader: it yields microbatches, and the optimizer runs once per batch.
 
-    python -m experiments.recipes.torch_dataloader
+python -m experiments.recipes.torch_dataloader
 """
 
 import jax
@@ -9,8 +9,9 @@ import optax
 from torch.utils.data import DataLoader
 
 import jaxaccum
-from experiments.recipes import _check, _data
+from experiments.recipes import _check, _texts
 from experiments.recipes._language import loss, parameters
+
 
 def rows_of(tree):
     """One text after the other, on the host."""
@@ -26,9 +27,9 @@ def stacked(rows):
 def plain(params, texts):
     """The training loop as anybody would write it."""
     opt = optax.sgd(0.1, momentum=0.9)
-    opt_state, grad_fn = opt.init(params), jax.jit(jax.value_and_grad(loss))
+    opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for batch in DataLoader(texts, batch_size=32, collate_fn=stacked):
-        value, grads = grad_fn(params, batch)
+        grads = grad_fn(params, batch)
         updates, opt_state = opt.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     return params
@@ -37,20 +38,20 @@ def plain(params, texts):
 def accumulated(params, texts):
     """The same loop in microbatches of 8: 4 of them are one step."""
     opt = jaxaccum.MultiSteps(optax.sgd(0.1, momentum=0.9), 4)
-    opt_state, grad_fn = opt.init(params), jax.jit(jax.value_and_grad(loss))
+    opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for batch in DataLoader(texts, batch_size=8, collate_fn=stacked):
-        value, grads = grad_fn(params, batch)
+        grads = grad_fn(params, batch)
         updates, opt_state = opt.update(grads, opt_state, params, weight=batch["mask"][:, 2:].sum())
         params = optax.apply_updates(params, updates)
     return params
 
 
 def usual(params, texts):
-    """The loop that is usually written: `optax.MultiSteps`, which takes every microbatch for as heavy as the others."""
+    """The usual loop: `optax.MultiSteps`, for which all microbatches are equally heavy."""
     opt = optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 4)
-    opt_state, grad_fn = opt.init(params), jax.jit(jax.value_and_grad(loss))
+    opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for batch in DataLoader(texts, batch_size=8, collate_fn=stacked):
-        value, grads = grad_fn(params, batch)
+        grads = grad_fn(params, batch)
         updates, opt_state = opt.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     return params
@@ -58,7 +59,7 @@ def usual(params, texts):
 
 def check() -> _check.Errors:
     """Two steps on 64 texts."""
-    params, texts = parameters(), rows_of(_data.tokens(64, 48))
+    params, texts = parameters(), rows_of(_texts.tokens(64, 48))
     full, ours, other = (step(params, texts) for step in (plain, accumulated, usual))
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 

@@ -1,0 +1,65 @@
+"""The command line, `python -m experiments.recipes [NAME …]`: prints the documentation's table."""
+
+import ast
+import importlib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from experiments.recipes import _check
+
+FOLDER = pathlib.Path(__file__).parent
+HEAD = "| recipe | what it shows | lines that differ | error of the usual loop | error of ours |\n|---|---|---|---|---|"
+
+
+def names() -> list[str]:
+    """Every recipe: a module of this package without a leading underscore."""
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+
+
+def installed(name: str) -> bool:
+    """Whether all that a recipe imports is there; else it is left out, by this rule alone."""
+    tops = {imported.split(".")[0] for imported in _imports(name)}
+    return all(importlib.util.find_spec(top) for top in tops)
+
+
+def _imports(name: str) -> Iterator[str]:
+    """What a recipe imports, with what the modules of this package import that it uses."""
+    for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            beside = [
+                f"{node.module}.{alias.name}".removeprefix("experiments.recipes.")
+                for alias in node.names
+            ]
+            for other in [*beside, (node.module or "").removeprefix("experiments.recipes.")]:
+                if (FOLDER / f"{other}.py").exists():
+                    yield from _imports(other)
+
+
+def row(name: str) -> str:
+    """A recipe's line of the table, measured."""
+    recipe: Any = importlib.import_module(f"experiments.recipes.{name}")
+    found, lines = recipe.check(), _check.changed_lines(recipe.plain, recipe.accumulated)
+    head = recipe.__doc__.splitlines()[0]
+    link = f"[`{name}`](../../experiments/recipes/{name}.py)"
+    return f"| {link} | {head} | {lines} | {found.usual:.1e} | {found.ours:.1e} |"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table of the named recipes, or of all."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", 8)
+    print(HEAD)
+    for name in argv or filter(installed, names()):
+        print(row(name), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

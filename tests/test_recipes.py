@@ -1,0 +1,111 @@
+"""Every recipe is exact, its usual loop is not, and at most three lines differ from the plain step."""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import re
+
+import jax
+import pytest
+
+# By name: this file is collected where torch is not installed, and so are the recipes that need no more than is there.
+recipes = importlib.import_module("experiments.recipes.__main__")
+_check = importlib.import_module("experiments.recipes._check")
+PAGE = pathlib.Path(__file__).parent.parent / "docs/pages/recipes.md"
+NAMES = [name for name in recipes.names() if recipes.installed(name)]
+pytestmark = pytest.mark.usefixtures("compiling_fast", "numerics_of_jax")
+
+
+@pytest.fixture
+def numerics_of_jax():
+    """As a reader runs them, and not under the strict rules of these tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@functools.cache
+def recipe(name):
+    return importlib.import_module(f"experiments.recipes.{name}")
+
+
+def rows_of_page():
+    """The line of each recipe in the table: sentence, lines, both errors."""
+    lines = re.findall(
+        r"^\| \[`(\w+)`\]\(([^)]+)\) \| (.*) \| (\d) \| (\S+) \| (\S+) \|$", PAGE.read_text(), re.M
+    )
+    return {name: rest for name, *rest in lines}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ours_is_the_full_batch_and_the_usual_loop_is_not(name):
+    found = recipe(name).check()
+    assert found.ours < found.bound < 1e-4, "a bound of rounding"
+    assert found.usual > found.bound, "the usual loop passes too: it is no control"
+    _, _, _, usual, ours = rows_of_page()[name]
+    assert float(usual) == pytest.approx(found.usual, rel=0.06), "two digits"
+    assert float(ours) < found.bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_most_three_lines_differ(name):
+    lines = _check.changed_lines(recipe(name).plain, recipe(name).accumulated)
+    assert 1 <= lines <= 3
+    assert str(lines) == rows_of_page()[name][2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_else_of_the_file_differs(name):
+    """Both steps use the same functions of it: no line is moved to where it does not count."""
+    used = [names_in(getattr(recipe(name), step)) for step in ("plain", "accumulated")]
+    own = {key for key, value in vars(recipe(name)).items() if not inspect.ismodule(value)}
+    assert used[0] & own == used[1] & own
+
+
+def names_in(fun):
+    return {
+        node.id
+        for node in ast.walk(ast.parse(inspect.getsource(fun)))
+        if isinstance(node, ast.Name)
+    }
+
+
+def test_lines_are_counted():
+    def one(x):
+        """Before."""
+        y = x + 1
+        return y
+
+    def other(x):
+        """After."""
+        # A comment.
+        y = x + 2
+        z = y
+        return z
+
+    assert _check.changed_lines(one, one) == 0
+    assert _check.changed_lines(one, other) == 3
+
+
+def test_the_page_has_every_recipe_and_its_first_line():
+    heads = {
+        name: ast.get_docstring(ast.parse((recipes.FOLDER / f"{name}.py").read_text()))
+        for name in recipes.names()
+    }
+    page = rows_of_page()
+    assert list(page) == recipes.names()
+    for name, (link, sentence, *_) in page.items():
+        assert (PAGE.parent / link).resolve() == recipes.FOLDER / f"{name}.py"
+        assert sentence == heads[name].splitlines()[0]
+        assert f"python -m experiments.recipes.{name}\n" in heads[name] + "\n"
+
+
+def test_a_recipe_is_left_out_only_where_a_package_is_missing(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name)
+    )
+    assert not recipes.installed("siglip")  # through the module that reads the digits
+    assert recipes.installed("masked_tokens")
