@@ -1,4 +1,4 @@
-"""Every recipe is exact, its usual loop is not, and at most three lines differ from the plain step."""
+"""Every recipe is exact, its usual loop is not, and at most three lines differ."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ import re
 import jax
 import pytest
 
-# By name: this file is collected where torch is not installed, and so are the recipes that need no more than is there.
+# By name, since this file is collected without torch too, with the recipes that do not need it.
 recipes = importlib.import_module("experiments.recipes.__main__")
 _check = importlib.import_module("experiments.recipes._check")
 PAGE = pathlib.Path(__file__).parent.parent / "docs/pages/recipes.md"
@@ -89,17 +89,18 @@ def test_lines_are_counted():
     assert _check.changed_lines(one, other) == 3
 
 
+def head_of(name):
+    return ast.get_docstring(ast.parse((recipes.FOLDER / f"{name}.py").read_text()))
+
+
 def test_the_page_has_every_recipe_and_its_first_line():
-    heads = {
-        name: ast.get_docstring(ast.parse((recipes.FOLDER / f"{name}.py").read_text()))
-        for name in recipes.names()
-    }
+    heads = {name: head_of(name) for name in recipes.names()}
     page = rows_of_page()
     assert list(page) == recipes.names()
     for name, (link, sentence, *_) in page.items():
         assert (PAGE.parent / link).resolve() == recipes.FOLDER / f"{name}.py"
         assert sentence == heads[name].splitlines()[0]
-        assert f"python -m experiments.recipes.{name}\n" in heads[name] + "\n"
+        assert f"\nCommand   python -m experiments.recipes.{name}" in heads[name]
 
 
 def test_a_recipe_is_left_out_only_where_a_package_is_missing(monkeypatch):

@@ -13,7 +13,8 @@ import jax
 from experiments.recipes import _check
 
 FOLDER = pathlib.Path(__file__).parent
-HEAD = "| recipe | what it shows | lines that differ | error of the usual loop | error of ours |\n|---|---|---|---|---|"
+HEAD = """| recipe | what it shows | lines that differ | error of the usual loop | error of ours |
+|---|---|---|---|---|"""
 
 
 def names() -> list[str]:

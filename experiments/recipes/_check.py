@@ -38,6 +38,13 @@ def moved(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: a - b, new, old)
 
 
+def normal(**shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Parameters of these shapes, of the default dtype."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    pairs = zip(shapes, keys, strict=True)
+    return {name: jax.random.normal(key, shapes[name]) / 4 for name, key in pairs}
+
+
 def parts(batch: Any, count: int) -> list[Any]:
     """The batch in `count` microbatches of equal size."""
 

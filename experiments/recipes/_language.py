@@ -1,18 +1,14 @@
 """A small language model for the recipes that are not about a model: the next character."""
 
-import jax
 import jax.numpy as jnp
 import optax
+
+from experiments.recipes import _check
 
 
 def parameters():
     """The weights, of the default dtype."""
-    shapes = {"embed": (128, 16), "first": (16, 32), "second": (16, 32), "out": (32, 128)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {
-        name: jax.random.normal(key, shapes[name]) / 4
-        for name, key in zip(shapes, keys, strict=True)
-    }
+    return _check.normal(embed=(128, 16), first=(16, 32), second=(16, 32), out=(32, 128))
 
 
 def logits_and_labels(params, batch):

@@ -1,6 +1,6 @@
 """bfloat16 with master weights: gradients are bfloat16, and their sum is float32.
 
-    python -m experiments.recipes.bfloat16_masters
+Command   python -m experiments.recipes.bfloat16_masters
 
 The oracle takes the same 128 gradients, one by one, and adds them in float64.
 """
@@ -8,6 +8,7 @@ The oracle takes the same 128 gradients, one by one, and adds them in float64.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxaccum
 from experiments.recipes import _check, _texts
@@ -23,10 +24,8 @@ def half(params):
 def loss_fn(params, batch):
     """The cross entropy of the texts, a mean."""
     logits = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ params["hidden"]) @ params["out"]
-    chosen = jnp.take_along_axis(
-        jax.nn.log_softmax(logits.astype(jnp.float32)), batch["label"][:, None], axis=1
-    )
-    return -jnp.mean(chosen)
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
 def plain(masters, batch):
@@ -47,28 +46,21 @@ def accumulated(masters, batch):
 def usual(masters, batch):
     """The usual loop: gradients are added in their own dtype, which stalls."""
     rows = jax.tree.map(lambda x: x[:, None], batch)
-    add = lambda sums, row: (
-        jax.tree.map(jnp.add, sums, jax.grad(loss_fn)(half(masters), row)),
-        None,
-    )
+
+    def add(sums, row):
+        return jax.tree.map(jnp.add, sums, jax.grad(loss_fn)(half(masters), row)), None
+
     sums, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, half(masters)), rows)
-    return jax.tree.map(
-        lambda w, g: w - RATE * (g.astype(jnp.float32) / len(batch["x"])), masters, sums
-    )
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / len(batch["x"]), sums)
+    return jax.tree.map(lambda w, g: w - RATE * g, masters, grads)
 
 
 def check() -> _check.Errors:
     """One step on 128 texts."""
-    hidden, out = jax.random.split(jax.random.key(0))
-    w = {
-        "hidden": jax.random.normal(hidden, (26, 16)) / 4,
-        "out": jax.random.normal(out, (16, 10)) / 4,
-    }
-    masters, batch = jax.tree.map(lambda x: x.astype(jnp.float32), w), _texts.letters(128)
+    params, batch = _check.normal(hidden=(26, 16), out=(16, 10)), _texts.letters(128)
+    masters = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     rows = jax.tree.map(lambda x: x[:, None], batch)
-    each = jax.jit(jax.lax.map, static_argnums=0)(
-        lambda row: jax.grad(loss_fn)(half(masters), row), rows
-    )
+    each = jax.lax.map(lambda row: jax.grad(loss_fn)(half(masters), row), rows)
     wide = jax.tree.map(lambda g: np.asarray(g, np.float64), each)
     full = jax.tree.map(lambda w, g: np.asarray(w, np.float64) - RATE * g.mean(0), masters, wide)
     ours, other = (jax.jit(step)(masters, batch) for step in (accumulated, usual))

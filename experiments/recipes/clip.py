@@ -1,6 +1,6 @@
 """CLIP: every image meets every caption of the batch; the towers run in microbatches.
 
-python -m experiments.recipes.clip
+Command   python -m experiments.recipes.clip
 """
 
 import functools
@@ -30,12 +30,7 @@ def unit(z):
 
 def parameters():
     """Both towers, and the scale of the logits."""
-    image, text = jax.random.split(jax.random.key(0))
-    towers = {
-        "image": jax.random.normal(image, (64, 16)),
-        "text": jax.random.normal(text, (26, 16)),
-    }
-    return towers | {"scale": jnp.asarray(2.0)}
+    return _check.normal(image=(64, 16), text=(26, 16)) | {"scale": jnp.asarray(2.0)}
 
 
 def plain(params, batch):

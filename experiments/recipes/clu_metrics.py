@@ -1,6 +1,6 @@
 """Metrics of clu: one `Sum` adds them, and a masked accuracy is the whole batch's.
 
-python -m experiments.recipes.clu_metrics
+Command   python -m experiments.recipes.clu_metrics
 """
 
 import jax

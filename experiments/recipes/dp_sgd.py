@@ -1,6 +1,6 @@
 """DP-SGD: a `Sum` of clipped gradients of examples, and noise once per batch.
 
-    python -m experiments.recipes.dp_sgd
+Command   python -m experiments.recipes.dp_sgd
 
 A sum over microbatches is exact in the usual loop too. What goes wrong there is the clipping, of
 a microbatch in the place of an example, which ends the guarantee of privacy. The noise is the same
@@ -81,11 +81,7 @@ def usual(params, batch, key):
 
 def check() -> _check.Errors:
     """One step on 16 texts."""
-    hidden, out, key = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "hidden": jax.random.normal(hidden, (26, 16)) / 4,
-        "out": jax.random.normal(out, (16, 10)) / 4,
-    }
+    params, key = _check.normal(hidden=(26, 16), out=(16, 10)), jax.random.key(1)
     full, ours, other = (
         jax.jit(step)(params, _texts.letters(16), key) for step in (plain, accumulated, usual)
     )

@@ -1,6 +1,6 @@
 """Equinox: BatchNorm, whose running statistics are a state beside the model.
 
-python -m experiments.recipes.equinox_batchnorm
+Command   python -m experiments.recipes.equinox_batchnorm
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Equinox: a BERT with dropout, on masked texts.
 
-python -m experiments.recipes.equinox_bert
+Command   python -m experiments.recipes.equinox_bert
 """
 
 import functools

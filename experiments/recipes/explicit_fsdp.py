@@ -1,6 +1,6 @@
 """FSDP on an explicit mesh: parameters, gradients and batch are divided over the devices.
 
-python -m experiments.recipes.explicit_fsdp
+Command   python -m experiments.recipes.explicit_fsdp
 """
 
 import jax

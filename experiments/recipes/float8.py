@@ -1,6 +1,6 @@
 """float8 layers of Flax: their scales come through the gradient, and are not averaged.
 
-python -m experiments.recipes.float8
+Command   python -m experiments.recipes.float8
 """
 
 import flax.linen as nn

@@ -1,6 +1,6 @@
 """Grain: the pipeline yields microbatches, and the optimizer runs once per batch.
 
-python -m experiments.recipes.grain_loader
+Command   python -m experiments.recipes.grain_loader
 """
 
 import grain

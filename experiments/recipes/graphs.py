@@ -1,6 +1,6 @@
 """Padded graphs: each microbatch is one; they are stacked, and the loss takes `x[0]`.
 
-python -m experiments.recipes.graphs
+Command   python -m experiments.recipes.graphs
 """
 
 import jax
@@ -85,14 +85,7 @@ def usual(params, graph):
 
 def check() -> _check.Errors:
     """One step on 20 graphs: 6, 6, 6 and 2; the full batch is one graph without padding."""
-    keys, shapes = (
-        jax.random.split(jax.random.key(0), 3),
-        {"first": (26, 16), "second": (16, 16), "out": (16,)},
-    )
-    params = {
-        name: jax.random.normal(key, shapes[name]) / 4
-        for name, key in zip(shapes, keys, strict=True)
-    }
+    params = _check.normal(first=(26, 16), second=(16, 16), out=(16,))
     clauses = _texts.clauses()[:20]
     words = sum(len(clause.split()) for clause in clauses)
     groups = [packed(clauses[i : i + GRAPHS], GRAPHS, NODES, EDGES) for i in range(0, 20, GRAPHS)]

@@ -1,8 +1,8 @@
 """GRPO: a microbatch holds whole groups of answers, and all tokens weigh the same.
 
-    python -m experiments.recipes.grpo
+Command   python -m experiments.recipes.grpo
 
-The axis of the batch is that of the prompts: each row is a group, whose rewards are compared with one another.
+A row of the batch is a group: the answers to one prompt, whose rewards are compared.
 """
 
 import jax

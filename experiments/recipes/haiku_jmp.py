@@ -1,6 +1,6 @@
 """Haiku: transform_with_state with BatchNorm, under a policy of jmp.
 
-    python -m experiments.recipes.haiku_jmp
+Command   python -m experiments.recipes.haiku_jmp
 
 The policy here computes in float64, so that only a wrong rule is seen;
 `"params=float32,compute=bfloat16"` changes no line of either step.
@@ -15,9 +15,7 @@ import jaxaccum
 from experiments.recipes import _check, _texts
 
 OPT = optax.sgd(0.1)
-hk.mixed_precision.set_policy(
-    hk.nets.MLP, POLICY := jmp.get_policy("params=float64,compute=float64,output=float64")
-)
+POLICY = jmp.get_policy("params=float64,compute=float64,output=float64")
 
 
 def net(axis):
@@ -36,8 +34,11 @@ def plain(params, state, opt_state, batch):
     model = net(None)
 
     def loss_fn(params, batch):
-        logits, new = model.apply(POLICY.cast_to_compute(params), state, None, batch["x"])
-        ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        params, x = POLICY.cast_to_compute((params, batch["x"]))
+        logits, new = model.apply(params, state, None, x)
+        ce = optax.softmax_cross_entropy_with_integer_labels(
+            POLICY.cast_to_output(logits), batch["label"]
+        )
         return ce.mean(), new
 
     grads, state = jax.grad(loss_fn, has_aux=True)(params, batch)
@@ -50,8 +51,11 @@ def accumulated(params, state, opt_state, batch):
     model = net("microbatch")
 
     def loss_fn(params, batch):
-        logits, new = model.apply(POLICY.cast_to_compute(params), state, None, batch["x"])
-        ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        params, x = POLICY.cast_to_compute((params, batch["x"]))
+        logits, new = model.apply(params, state, None, x)
+        ce = optax.softmax_cross_entropy_with_integer_labels(
+            POLICY.cast_to_output(logits), batch["label"]
+        )
         return ce.mean(), jaxaccum.Last(new)
 
     grads, state = jaxaccum.grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)

@@ -1,6 +1,6 @@
 """Flax linen: a TrainState with dropout and BatchNorm.
 
-    python -m experiments.recipes.linen_train_state
+Command   python -m experiments.recipes.linen_train_state
 
 Each example has a dropout key of its own, so the model is applied to one example, under
 `jax.vmap`, and BatchNorm takes its statistics over the axis that `jax.vmap` names. In microbatches
@@ -42,18 +42,20 @@ def plain(state, batch, key):
     """The training step as anybody would write it."""
     model = Net(axes="example")
 
-    def loss_fn(params, batch, keys):
+    def loss_fn(params, batch):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        one = lambda x, key: model.apply(
-            variables, x, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
-        logits, new = jax.vmap(one, out_axes=(0, None), axis_name="example")(batch["x"], keys)
+
+        def one(x, key):
+            return model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+
+        batched = jax.vmap(one, out_axes=(0, None), axis_name="example")
+        logits, new = batched(batch["x"], batch["key"])
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), new["batch_stats"]
 
-    keys = jax.random.split(key, len(batch["x"]))
+    batch = batch | {"key": jax.random.split(key, len(batch["x"]))}
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, batch_stats), grads = grad_fn(state.params, batch, keys)
+    (loss, batch_stats), grads = grad_fn(state.params, batch)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 
@@ -61,20 +63,20 @@ def accumulated(state, batch, key):
     """The same step in 4 microbatches."""
     model = Net(axes=("example", "microbatch"))
 
-    def loss_fn(params, batch, keys):
+    def loss_fn(params, batch):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        one = lambda x, key: model.apply(
-            variables, x, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
-        logits, new = jax.vmap(one, out_axes=(0, None), axis_name="example")(batch["x"], keys)
+
+        def one(x, key):
+            return model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+
+        batched = jax.vmap(one, out_axes=(0, None), axis_name="example")
+        logits, new = batched(batch["x"], batch["key"])
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), jaxaccum.Last(new["batch_stats"])
 
-    keys = jax.random.split(key, len(batch["x"]))
-    grad_fn = jaxaccum.value_and_grad(
-        loss_fn, has_aux=True, num_microbatches=4, in_axes=(None, 0, 0)
-    )
-    (loss, batch_stats), grads = grad_fn(state.params, batch, keys)
+    batch = batch | {"key": jax.random.split(key, len(batch["x"]))}
+    grad_fn = jaxaccum.value_and_grad(loss_fn, has_aux=True, num_microbatches=4)
+    (loss, batch_stats), grads = grad_fn(state.params, batch)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 

@@ -1,6 +1,6 @@
 """Plain JAX: a mean over the characters of texts of unequal length.
 
-python -m experiments.recipes.masked_tokens
+Command   python -m experiments.recipes.masked_tokens
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Flax nnx: dropout that does not depend on the microbatches.
 
-    python -m experiments.recipes.nnx_dropout
+Command   python -m experiments.recipes.nnx_dropout
 
 One call of an nnx model draws one mask for all its examples, so the masks of a batch cannot be
 those of its parts. With `example_streams`, each example draws from a key of its own. The check

@@ -1,6 +1,6 @@
 """Flax nnx: only the LoRA parameters are trained, on tokens of unequal number.
 
-python -m experiments.recipes.nnx_lora
+Command   python -m experiments.recipes.nnx_lora
 """
 
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def plain(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jnp.sum(ce * mask) / jnp.sum(mask)
 
-    loss, grads = nnx.value_and_grad(loss_fn, argnums=LORA)(model, batch)
+    loss, grads = nnx.value_and_grad(loss_fn, LORA)(model, batch)
     optimizer.update(model, grads)
     return loss
 
@@ -60,9 +60,7 @@ def accumulated(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.nnx.value_and_grad(loss_fn, argnums=LORA, num_microbatches=4)(
-        model, batch
-    )
+    loss, grads = jaxaccum.nnx.value_and_grad(loss_fn, LORA, num_microbatches=4)(model, batch)
     optimizer.update(model, grads)
     return loss
 
@@ -74,7 +72,7 @@ def usual(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jnp.sum(ce * mask) / jnp.sum(mask)
 
-    grads = [nnx.grad(loss_fn, argnums=LORA)(model, part) for part in _check.parts(batch, 4)]
+    grads = [nnx.grad(loss_fn, LORA)(model, part) for part in _check.parts(batch, 4)]
     optimizer.update(model, _check.mean(grads))
 
 

@@ -1,6 +1,6 @@
 """Flax nnx: an Optimizer, BatchNorm and a rematerialized block.
 
-python -m experiments.recipes.nnx_optimizer
+Command   python -m experiments.recipes.nnx_optimizer
 """
 
 import jax

@@ -1,12 +1,13 @@
 """Orbax: a run is saved and resumed in the middle of a window.
 
-python -m experiments.recipes.orbax_resume
+Command   python -m experiments.recipes.orbax_resume
 """
 
 import pathlib
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
@@ -19,50 +20,49 @@ OPT = optax.sgd(0.1, momentum=0.9)
 
 def resumed(state):
     """Saved, and read again by a run that knows what such a state looks like."""
+    like = jax.tree.map(jnp.zeros_like, state)
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(folder) / "state", state)
+        path = pathlib.Path(folder) / "state"
+        checkpointer.save(path, state)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(
-            pathlib.Path(folder) / "state", jax.tree.map(jax.numpy.zeros_like, state)
-        )
+        return checkpointer.restore(path, like)
 
 
-def plain(params, texts):
-    """The training loop as anybody would write it; it is killed after half of its batches."""
-    opt, batches = OPT, _check.parts(texts, 2)
+def plain(params, batches, killed):
+    """The training loop as anybody would write it; it is killed once, and resumed."""
+    opt = OPT
     opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for i, batch in enumerate(batches):
-        updates, opt_state = opt.update(grad_fn(params, batch), opt_state, params)
+        grads = grad_fn(params, batch)
+        updates, opt_state = opt.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        if i == len(batches) // 2 - 1:
+        if i == killed:
             params, opt_state = resumed((params, opt_state))
     return params
 
 
-def accumulated(params, texts):
-    """The same loop in windows of 4 microbatches; it is killed after 2 of the second window."""
-    opt, batches = jaxaccum.MultiSteps(OPT, 4), _check.parts(texts, 8)
+def accumulated(params, batches, killed):
+    """The same loop in windows of 4 microbatches; it is killed in the middle of the second."""
+    opt = jaxaccum.MultiSteps(OPT, 4)
     opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for i, batch in enumerate(batches):
-        updates, opt_state = opt.update(
-            grad_fn(params, batch), opt_state, params, weight=batch["mask"][:, 2:].sum()
-        )
+        grads = grad_fn(params, batch)
+        updates, opt_state = opt.update(grads, opt_state, params, weight=batch["mask"][:, 2:].sum())
         params = optax.apply_updates(params, updates)
-        if i == len(batches) // 2 + 1:
+        if i == killed:
             params, opt_state = resumed((params, opt_state))
     return params
 
 
-def usual(params, texts):
+def usual(params, batches, killed):
     """What is usually saved: parameters and optimizer, without the open window."""
-    opt, batches = jaxaccum.MultiSteps(OPT, 4), _check.parts(texts, 8)
+    opt = jaxaccum.MultiSteps(OPT, 4)
     opt_state, grad_fn = opt.init(params), jax.jit(jax.grad(loss))
     for i, batch in enumerate(batches):
-        updates, opt_state = opt.update(
-            grad_fn(params, batch), opt_state, params, weight=batch["mask"][:, 2:].sum()
-        )
+        grads = grad_fn(params, batch)
+        updates, opt_state = opt.update(grads, opt_state, params, weight=batch["mask"][:, 2:].sum())
         params = optax.apply_updates(params, updates)
-        if i == len(batches) // 2 + 1:
+        if i == killed:
             params, optimizer = resumed((params, opt_state.inner_opt_state))
             opt_state = opt.init(params)._replace(inner_opt_state=optimizer)
     return params
@@ -71,7 +71,8 @@ def usual(params, texts):
 def check() -> _check.Errors:
     """Two steps on 64 texts."""
     params, texts = parameters(), _texts.tokens(64, 48)
-    full, ours, other = (step(params, texts) for step in (plain, accumulated, usual))
+    full = plain(params, _check.parts(texts, 2), killed=0)
+    ours, other = (step(params, _check.parts(texts, 8), killed=5) for step in (accumulated, usual))
     return _check.errors(start=params, full=full, ours=ours, usual=other)
 
 

@@ -1,6 +1,6 @@
 """jax.pmap: every device has texts of its own, and of other lengths.
 
-python -m experiments.recipes.pmap
+Command   python -m experiments.recipes.pmap
 """
 
 import jax
@@ -20,7 +20,7 @@ def plain(params, opt_state, batch):
 
     def loss_fn(params, batch):
         ce, mask = cross_entropy(params, batch)
-        return jnp.sum(ce * mask) / (jax.lax.psum(jnp.sum(mask), "device") / DEVICES)
+        return jnp.sum(ce * mask) / jax.lax.pmean(jnp.sum(mask), "device")
 
     grads = jax.grad(loss_fn)(params, batch)
     grads = jax.lax.pmean(grads, "device")

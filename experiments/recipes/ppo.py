@@ -1,6 +1,6 @@
 """PPO: advantages are normalized over the batch, not over a microbatch.
 
-python -m experiments.recipes.ppo
+Command   python -m experiments.recipes.ppo
 """
 
 import jax
@@ -21,13 +21,8 @@ def rollouts(poles, steps):
         angle, speed, pole = rng.normal(0, 0.5), 0.0, []
         for _ in range(steps):
             action = rng.normal()
-            pole.append(
-                {
-                    "obs": np.array([np.sin(angle), np.cos(angle), speed]),
-                    "action": action,
-                    "return": np.cos(angle),
-                }
-            )
+            obs = np.array([np.sin(angle), np.cos(angle), speed])
+            pole.append({"obs": obs, "action": action, "return": np.cos(angle)})
             speed += 0.05 * (15 * np.sin(angle) + 3 * action)
             angle += 0.05 * speed
         for now, later in zip(pole[-2::-1], pole[:0:-1], strict=True):
@@ -87,14 +82,7 @@ def usual(params, batch):
 
 def check() -> _check.Errors:
     """One step on 4 poles, 32 steps of each."""
-    keys, shapes = (
-        jax.random.split(jax.random.key(0), 3),
-        {"hidden": (3, 16), "action": (16,), "value": (16,)},
-    )
-    params = {
-        name: jax.random.normal(key, shapes[name]) / 4
-        for name, key in zip(shapes, keys, strict=True)
-    }
+    params = _check.normal(hidden=(3, 16), action=(16,), value=(16,))
     full, ours, other = (
         jax.jit(step)(params, rollouts(4, 32)) for step in (plain, accumulated, usual)
     )

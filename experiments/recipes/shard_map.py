@@ -1,6 +1,6 @@
 """jax.shard_map: data parallel, with one all-reduce per step.
 
-python -m experiments.recipes.shard_map
+Command   python -m experiments.recipes.shard_map
 """
 
 import jax

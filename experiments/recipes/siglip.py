@@ -1,6 +1,6 @@
 """SigLIP: a collective gathers the captions of the whole batch for each image.
 
-python -m experiments.recipes.siglip
+Command   python -m experiments.recipes.siglip
 """
 
 import jax

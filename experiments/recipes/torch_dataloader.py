@@ -1,6 +1,6 @@
 """torch's DataLoader: it yields microbatches, and the optimizer runs once per batch.
 
-python -m experiments.recipes.torch_dataloader
+Command   python -m experiments.recipes.torch_dataloader
 """
 
 import jax
