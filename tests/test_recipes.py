@@ -5,8 +5,11 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -44,7 +47,8 @@ def test_ours_is_the_full_batch_and_the_usual_loop_is_not(name):
     found = recipe(name).check()
     assert found.ours < found.bound < 1e-4, "a bound of rounding"
     assert found.usual > found.bound, "the usual loop passes too: it is no control"
-    _, _, _, usual, ours = rows_of_page()[name]
+    link, sentence, lines, usual, ours = rows_of_page()[name]
+    assert recipes.row(name, found).startswith(f"| [`{name}`]({link}) | {sentence} | {lines} | ")
     assert float(usual) == pytest.approx(found.usual, rel=0.06), "two digits"
     assert float(ours) < found.bound
 
@@ -70,6 +74,17 @@ def names_in(fun):
         for node in ast.walk(ast.parse(inspect.getsource(fun)))
         if isinstance(node, ast.Name)
     }
+
+
+def test_the_command_line_sets_float64_and_devices():
+    options = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "experiments.recipes.pmap"]
+    result = subprocess.run(
+        command, cwd=PAGE.parents[2], env=options, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"error against the full batch: ours \S+e-1\d, .*\n", result.stdout), (
+        result.stderr
+    )
 
 
 def test_lines_are_counted():

@@ -6,7 +6,6 @@ import importlib.util
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 
@@ -29,26 +28,30 @@ def installed(name: str) -> bool:
 
 
 def _imports(name: str) -> Iterator[str]:
-    """What a recipe imports, with what the modules of this package import that it uses."""
+    """What a recipe imports, with the imports of those modules of this package that it uses."""
     for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            beside = [
-                f"{node.module}.{alias.name}".removeprefix("experiments.recipes.")
-                for alias in node.names
-            ]
-            for other in [*beside, (node.module or "").removeprefix("experiments.recipes.")]:
-                if (FOLDER / f"{other}.py").exists():
-                    yield from _imports(other)
+        for imported in _imported(node):
+            yield imported
+            package, _, other = imported.rpartition(".")
+            if package == "experiments.recipes":
+                yield from _imports(other)
 
 
-def row(name: str) -> str:
-    """A recipe's line of the table, measured."""
-    recipe: Any = importlib.import_module(f"experiments.recipes.{name}")
-    found, lines = recipe.check(), _check.changed_lines(recipe.plain, recipe.accumulated)
-    head = recipe.__doc__.splitlines()[0]
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if node.module == "experiments.recipes":
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [node.module or ""]
+
+
+def row(name: str, found: _check.Errors) -> str:
+    """A recipe's line of the table."""
+    recipe = importlib.import_module(f"experiments.recipes.{name}")
+    lines = _check.changed_lines(recipe.plain, recipe.accumulated)
+    head = (recipe.__doc__ or "").splitlines()[0]
     link = f"[`{name}`](../../experiments/recipes/{name}.py)"
     return f"| {link} | {head} | {lines} | {found.usual:.1e} | {found.ours:.1e} |"
 
@@ -59,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     print(HEAD)
     for name in argv or filter(installed, names()):
-        print(row(name), flush=True)
+        recipe = importlib.import_module(f"experiments.recipes.{name}")
+        print(row(name, recipe.check()), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Command   python -m experiments.recipes.float8
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from flax.training.train_state import TrainState
 import jaxaccum
 from experiments.recipes import _check, _texts
 
-MODEL = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp, dtype=jnp.float32)
+MODEL: Any = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp, dtype=jnp.float32)
 
 
 def loss_fn(variables, x):

@@ -48,7 +48,8 @@ def plain(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jnp.sum(ce * mask) / jnp.sum(mask)
 
-    loss, grads = nnx.value_and_grad(loss_fn, LORA)(model, batch)
+    grad_fn = nnx.value_and_grad(loss_fn, argnums=LORA)
+    loss, grads = grad_fn(model, batch)
     optimizer.update(model, grads)
     return loss
 
@@ -60,7 +61,8 @@ def accumulated(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jaxaccum.Mean(jnp.sum(ce * mask), jnp.sum(mask))
 
-    loss, grads = jaxaccum.nnx.value_and_grad(loss_fn, LORA, num_microbatches=4)(model, batch)
+    grad_fn = jaxaccum.nnx.value_and_grad(loss_fn, argnums=LORA, num_microbatches=4)
+    loss, grads = grad_fn(model, batch)
     optimizer.update(model, grads)
     return loss
 
@@ -72,7 +74,8 @@ def usual(model, optimizer, batch):
         ce, mask = cross_entropy(model, batch)
         return jnp.sum(ce * mask) / jnp.sum(mask)
 
-    grads = [nnx.grad(loss_fn, LORA)(model, part) for part in _check.parts(batch, 4)]
+    grad_fn = nnx.grad(loss_fn, argnums=LORA)
+    grads = [grad_fn(model, part) for part in _check.parts(batch, 4)]
     optimizer.update(model, _check.mean(grads))
 
 
