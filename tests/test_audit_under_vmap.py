@@ -16,6 +16,7 @@ BOTH = ("example", "microbatch")
 WAYS = {
     "mean": lambda h, axes: lax.pmean(h, axes),
     "sum": lambda h, axes: lax.psum(h, axes),
+    "maximum": lambda h, axes: lax.pmax(lax.stop_gradient(h), axes),
     "two at once": lambda h, axes: lax.psum((h, h * h), axes)[1],
 }
 
