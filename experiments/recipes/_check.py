@@ -26,11 +26,19 @@ class Errors:
     bound: float = EXACT
 
 
-def errors(*, full: Any, ours: Any, usual: Any, start: Any = None, bound: float = EXACT) -> Errors:
-    """The errors of two results; with `start`, of how far they have moved from it."""
-    if start is not None:
-        full, ours, usual = moved(full, start), moved(ours, start), moved(usual, start)
-    return Errors(normwise(ours, full), normwise(usual, full), bound)
+def errors(
+    *, full: Any, ours: Any, usual: Any, start: Any, plain: Any = None, bound: float = EXACT
+) -> Errors:
+    """How far two results are from the full batch's, each as its change from `start`.
+
+    Where `full` is not the plain step's result, `plain` is, and has to be as exact as ours.
+    """
+    change = moved(full, start)
+    if plain is not None:
+        assert normwise(moved(plain, start), change) < bound, "the plain step is wrong"
+    return Errors(
+        normwise(moved(ours, start), change), normwise(moved(usual, start), change), bound
+    )
 
 
 def moved(new: Any, old: Any) -> Any:
@@ -52,6 +60,11 @@ def parts(batch: Any, count: int) -> list[Any]:
         return jax.tree.map(lambda x: x[i * len(x) // count : (i + 1) * len(x) // count], batch)
 
     return [part(i) for i in range(count)]
+
+
+def zeros(tree: Any) -> Any:
+    """Where a result starts that is not a change of something."""
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def mean(trees: Sequence[Any]) -> Any:

@@ -6,7 +6,7 @@ Command   python -m experiments.recipes.explicit_fsdp
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
@@ -60,18 +60,17 @@ def usual(params, batch):
 def check() -> _check.Errors:
     """One step on 32 texts, 8 per device; the full batch is computed on one device."""
     params, batch = parameters(), _texts.tokens(32, 48)
-    mesh = jax.make_mesh(
-        (4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
-    )
-    rows = NamedSharding(mesh, P("data"))
+    kinds = (AxisType.Explicit,)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        ours = jax.jit(accumulated)(jax.device_put(params, rows), jax.device_put(batch, rows))
-    assert ours["out"].sharding.spec == P("data", None)
-    full = optax.apply_updates(
-        params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0]
-    )
-    ours = jax.device_get(ours)
-    return _check.errors(start=params, full=full, ours=ours, usual=jax.jit(usual)(params, batch))
+        placed = jax.device_put((params, batch), P("data"))
+        ends = [jax.jit(step)(*placed) for step in (plain, accumulated)]
+    assert ends[1]["out"].sharding.spec == P("data", None)
+    grads = jax.grad(loss)(params, batch)
+    full = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+    first, ours = jax.device_get(ends)
+    other = jax.jit(usual)(params, batch)
+    return _check.errors(start=params, full=full, plain=first, ours=ours, usual=other)
 
 
 if __name__ == "__main__":

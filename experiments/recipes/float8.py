@@ -50,7 +50,9 @@ def check() -> _check.Errors:
             state = step(state, x)
         ends.append(state.params["_overwrite_with_gradient"])
     bound = 64 * float(jnp.finfo(jnp.float32).eps)
-    return _check.errors(full=ends[0], ours=ends[1], usual=ends[2], bound=bound)
+    return _check.errors(
+        start=_check.zeros(ends[0]), full=ends[0], ours=ends[1], usual=ends[2], bound=bound
+    )
 
 
 if __name__ == "__main__":

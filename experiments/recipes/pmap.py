@@ -51,15 +51,14 @@ def check() -> _check.Errors:
     """One step on 32 texts, 8 per device; the full batch is computed on one device."""
     params, batch = parameters(), _texts.tokens(32, 48)
     divided = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
-    on_devices = lambda step: jax.pmap(
-        step, "device", in_axes=(None, None, 0), devices=jax.devices()[:DEVICES]
-    )
-    ends = [on_devices(step)(params, OPT.init(params), divided)[0] for step in (accumulated, usual)]
-    ours, other = (jax.tree.map(lambda x: x[0], end) for end in ends)
-    full = optax.apply_updates(
-        params, OPT.update(jax.grad(loss)(params, batch), OPT.init(params))[0]
-    )
-    return _check.errors(start=params, full=full, ours=ours, usual=other)
+    args, rows = (params, OPT.init(params), divided), (None, None, 0)
+    ends = []
+    for step in (plain, accumulated, usual):
+        on_devices = jax.pmap(step, "device", in_axes=rows, devices=jax.devices()[:DEVICES])
+        ends.append(jax.tree.map(lambda x: x[0], on_devices(*args)[0]))
+    grads = jax.grad(loss)(params, batch)
+    full = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+    return _check.errors(start=params, full=full, plain=ends[0], ours=ends[1], usual=ends[2])
 
 
 if __name__ == "__main__":
