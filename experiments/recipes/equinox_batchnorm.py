@@ -78,13 +78,10 @@ def usual(batch, key):
 def check() -> _check.Errors:
     """One step on 16 texts: parameters and running statistics."""
     batch, key = _texts.letters(16), jax.random.key(0)
-    start, _ = eqx.nn.make_with_state(Net)("example", key)
-    models = []
-    for step in (plain, accumulated, usual):
-        model, _ = eqx.filter_jit(step)(batch, key)
-        models.append(jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
-    start = jax.tree.leaves(eqx.filter(start, eqx.is_inexact_array))
-    return _check.errors(start=start, full=models[0], ours=models[1], usual=models[2])
+    results = [eqx.nn.make_with_state(Net)("example", key)]
+    results += [eqx.filter_jit(step)(batch, key) for step in (plain, accumulated, usual)]
+    start, *ends = (jax.tree.leaves(eqx.filter(result, eqx.is_inexact_array)) for result in results)
+    return _check.errors(start=start, full=ends[0], ours=ends[1], usual=ends[2])
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ def terms(params, batch, advantage):
     mean, value = outputs(params, batch["obs"])
     ratio = jnp.exp((batch["action"] ** 2 - (batch["action"] - mean) ** 2) / 2)
     clipped = jnp.clip(ratio, 0.8, 1.2)
-    return (
-        -jnp.minimum(ratio * advantage, clipped * advantage) + 0.5 * (value - batch["return"]) ** 2
-    )
+    objective = jnp.minimum(ratio * advantage, clipped * advantage)
+    return 0.5 * (value - batch["return"]) ** 2 - objective
 
 
 def plain(params, batch):
