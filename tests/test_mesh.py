@@ -8,6 +8,7 @@ import pytest
 from helpers import EXACT, data, normwise, refused, same
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import jaxaccum as ja
 from jaxaccum._devices import varying
@@ -244,3 +245,19 @@ def test_divided_parameters_where_they_are_not_supported():
         refused(
             lambda over=over, w=w: jax.eval_shape(over, w, BATCH), "'model'", error=(ValueError, NotImplementedError)
         )
+
+
+def test_a_lookup_that_says_where_its_rows_are():
+    """JAX computes it under a mesh of its own, whose axes are automatic."""
+
+    def loss(table, ids):
+        rows = table.at[ids].get(out_sharding=P("data"))
+        return ja.Mean(jnp.sum(jnp.tanh(rows) ** 2), len(ids))
+
+    table, ids = data(8, 3), jnp.arange(16) % 7
+    mesh = mesh_of((4, 2), "explicit")
+    expected = jax.grad(lambda table: jnp.sum(jnp.tanh(table[ids]) ** 2) / 16)(table)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, P()), jax.device_put(ids, P("data"))
+        actual = jax.jit(ja.grad(loss, num_microbatches=2))(*placed)
+    assert normwise(actual, expected) < EXACT

@@ -63,6 +63,14 @@ def context_key(eqn: Any) -> tuple[str, ...]:
     return tuple(repr(getattr(eqn.ctx, name, None)) for name in names)
 
 
+def traced_mesh(eqn: Any) -> Any:
+    """The abstract mesh under which an equation was traced: a field of its context.
+
+    Test: test_mesh.
+    """
+    return eqn.ctx.cur_abstract_mesh
+
+
 # -- private names ----------------------------------------------------------------------------------------------------
 
 

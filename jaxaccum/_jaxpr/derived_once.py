@@ -23,7 +23,7 @@ import jax
 import jax.core
 import jax.extend.core as jex
 
-from jaxaccum._jaxpr.compat import ClosedJaxpr, inlined
+from jaxaccum._jaxpr.compat import ClosedJaxpr, inlined, traced_mesh
 from jaxaccum._jaxpr.structure import literal_key, value_key
 
 
@@ -87,6 +87,8 @@ def _call(kind: _Kind) -> jex.JaxprEqn:
 def _kind(eqn: jex.JaxprEqn) -> _Kind | None:
     """The kind of an equation; None for one that holds a program, or that cannot be compared."""
     if not eqn.invars or not eqn.outvars or any(map(_holds_program, eqn.params.values())):
+        return None
+    if traced_mesh(eqn) != jax.sharding.get_abstract_mesh():  # as inside of jax.sharding.auto_axes
         return None
     operands = tuple(literal_key(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
     params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()))

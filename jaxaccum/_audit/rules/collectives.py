@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
 from jaxaccum._audit.registry import Settled, rule
@@ -61,9 +65,32 @@ def _with(x: Value, out: Value) -> Value:
     return dataclasses.replace(out, faults=out.faults | x.faults, params=x.params)
 
 
+def _under_vmap(op: Op) -> bool:
+    """Whether an axis with a name has become one of the array's own, as under `vmap`."""
+    return any(isinstance(axis, int) for axis in op.params["axes"])
+
+
+def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Callable[..., Any]) -> list[Value]:
+    """A collective over axes of the array and over axes with names: first the one, then the other."""
+    own = tuple(axis for axis in op.params["axes"] if isinstance(axis, int))
+    names = tuple(axis for axis in op.params["axes"] if not isinstance(axis, int))
+
+    def program(eqn: Any) -> Any:
+        def reduced(*operands: Any) -> Any:
+            parts = [reduce(x, axis=own) for x in operands]
+            return eqn.primitive.bind(*parts, **{**eqn.params, "axes": names}) if names else parts
+
+        env = [(name, 1) for name in names]
+        return jax.make_jaxpr(reduced, axis_env=env)(*(v.aval for v in eqn.invars))
+
+    return Settled(walk.body(op, (program(op.eqn), program(op.other)), ins))
+
+
 @rule("psum psum_invariant psum2", scales=True)
 def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A sum over microbatches: of totals, that of the batch."""
+    if _under_vmap(op):
+        return _in_two_steps(walk, op, ins, jnp.sum)
 
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
@@ -81,6 +108,8 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 @rule("pmax pmin")
 def extremum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The extremum over microbatches: of extrema, that of the batch."""
+    if _under_vmap(op):
+        return _in_two_steps(walk, op, ins, jnp.max if op.name == "pmax" else jnp.min)
 
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:

@@ -1,0 +1,94 @@
+"""Equinox: a BERT with dropout, on masked texts.
+
+Command   python -m experiments.recipes.equinox_bert
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxaccum
+from experiments.recipes import _check, _texts
+
+OPT = optax.sgd(0.1)
+HIDDEN = 127  # the character that stands for one to be guessed
+
+
+class Bert(eqx.Module):
+    """Attention over all characters of one text, with dropout."""
+
+    embed: eqx.nn.Embedding
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.embed, self.norm = eqx.nn.Embedding(128, 16, key=keys[0]), eqx.nn.LayerNorm(16)
+        self.attention = eqx.nn.MultiheadAttention(2, 16, dropout_p=0.1, key=keys[1])
+        self.head = eqx.nn.Linear(16, 128, key=keys[2])
+
+    def __call__(self, ids, key):
+        """The logits of one text."""
+        x = jax.vmap(self.embed)(ids)
+        x = jax.vmap(self.norm)(x + self.attention(x, x, x, key=key))
+        return jax.vmap(self.head)(x)
+
+
+def cross_entropy(model, batch, keys):
+    """One number for each character, and 1.0 where it was hidden."""
+    hidden = batch["mask"] * (batch["ids"] % 7 == 3)
+    logits = jax.vmap(model)(jnp.where(hidden > 0, HIDDEN, batch["ids"]), keys)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["ids"]), hidden
+
+
+def plain(model, opt_state, batch, key):
+    """The training step as anybody would write it."""
+
+    def loss_fn(model, batch, keys):
+        ce, hidden = cross_entropy(model, batch, keys)
+        return jnp.sum(ce * hidden) / jnp.sum(hidden)
+
+    keys = jax.random.split(key, len(batch["ids"]))
+    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
+    updates, opt_state = OPT.update(grads, opt_state)
+    return eqx.apply_updates(model, updates), opt_state
+
+
+def accumulated(model, opt_state, batch, key):
+    """The same step in 4 microbatches."""
+
+    @functools.partial(jaxaccum.microbatch, num_microbatches=4, in_axes=(None, 0, 0))
+    def loss_fn(model, batch, keys):
+        ce, hidden = cross_entropy(model, batch, keys)
+        return jaxaccum.Mean(jnp.sum(ce * hidden), jnp.sum(hidden))
+
+    keys = jax.random.split(key, len(batch["ids"]))
+    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
+    updates, opt_state = OPT.update(grads, opt_state)
+    return eqx.apply_updates(model, updates), opt_state
+
+
+def usual(model, opt_state, batch, key):
+    """The usual loop: each microbatch folds the key, and divides by its own characters."""
+    parts = _check.parts(batch, 4)
+    ends = [
+        plain(model, opt_state, part, jax.random.fold_in(key, i))[0] for i, part in enumerate(parts)
+    ]
+    return _check.mean([eqx.filter(model, eqx.is_inexact_array) for model in ends]), opt_state
+
+
+def check() -> _check.Errors:
+    """One step on 16 texts."""
+    model = Bert(jax.random.key(0))
+    arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
+    args = model, OPT.init(arrays(model)), _texts.tokens(16, 48), jax.random.key(1)
+    ends = [arrays(eqx.filter_jit(step)(*args)[0]) for step in (plain, accumulated, usual)]
+    return _check.errors(start=arrays(model), full=ends[0], ours=ends[1], usual=ends[2])
+
+
+if __name__ == "__main__":
+    _check.main(check)
