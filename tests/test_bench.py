@@ -1,0 +1,130 @@
+"""`experiments bench` at a small size: a wrong gradient is seen, memory and who wins are read off right.
+
+No time is asserted. The oracle of every gradient is JAX's own of the full batch in float64.
+"""
+
+import jax
+import numpy as np
+import pytest
+from helpers import INEXACT, normwise
+
+from experiments import _bench_rivals, _bench_timing, _bench_torch, bench
+from experiments._bench_cases import CASES
+
+SMALL = {
+    "transformer": {"layers": 1, "width": 32, "length": 8, "batch_size": 8},
+    "BERT": {"layers": 1, "width": 16, "length": 16, "vocabulary": 200, "batch_size": 8},
+    "scanned MLP": {"layers": 12, "width": 32, "batch_size": 8},
+    "untied layers": {"layers": 2, "width": 32, "batch_size": 8},
+    "CNN": {"channels": (4, 8), "batch_size": 8, "size": 16},
+    "embedding": {"rows": 500, "width": 8, "batch_size": 8},
+    "tied LM": {"layers": 1, "width": 16, "length": 8, "tokens": 64, "batch_size": 8},
+    "contrastive": {"width": 16, "layers": 1, "batch_size": 32},
+    "tiny": {"batch_size": 8},
+}
+AVERAGED = {"usual scan", "optax.MultiSteps", "jaxaccum.MultiSteps"}
+"""The ways that average the means of microbatches, whatever these weigh."""
+
+
+def small(name):
+    return CASES[name](**SMALL[name])
+
+
+@pytest.fixture
+def _as_in_a_script(compiling_fast):
+    """The experiments run under JAX's own defaults."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_a_wrong_gradient_is_flagged_and_competes_with_nobody():
+    options = {"sizes": SMALL, "numbers": (8,), "rounds": 3, "seconds": 0.0, "torch": False}
+    record = bench.run(cases=("BERT", "contrastive"), **options)
+    wrong = {(row["case"], row["way"]) for row in record.data["rows"] if row["verdict"] == bench.WRONG}
+    assert wrong == {("BERT", way) for way in AVERAGED} | {("contrastive", "usual scan")}
+    error, _, _, control = record.checks
+    assert error.passed
+    assert control.passed
+    assert {row["pairs"] for row in record.data["rows"] if row["way"] != "jaxaccum"} == {3}
+    assert record.settings["cores"] >= 1
+
+
+@INEXACT
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_the_check_fails_where_ours_is_the_wrong_one(monkeypatch):
+    monkeypatch.setitem(_bench_rivals.GRADIENTS, "jaxaccum", _bench_rivals.with_usual_scan)
+    monkeypatch.setattr(_bench_rivals, "names", lambda case: ["jaxaccum", "full batch"])
+    options = {"sizes": SMALL, "numbers": (8,), "rounds": 3, "seconds": 0.0, "torch": False}
+    assert not bench.run(cases=("contrastive",), **options).checks[0].passed
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_memory_is_that_of_the_whole_step():
+    """A scan over layers, where ours adds in place and the usual way makes a second tree of gradients."""
+    case = small("scanned MLP")
+    size = lambda name: _bench_rivals.made(name, case, 8).memory / case.parameter_bytes
+    assert size("jaxaccum") < size("lax.scan") - 0.5
+    assert size("optax.MultiSteps") > 2  # its sums live in the optimizer's state, between the calls
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+@pytest.mark.parametrize("name", _bench_torch.LOSSES)
+def test_torch_computes_the_same_gradient(name):
+    case = small(name)
+    run, gradient = _bench_torch.loop("torch eager", case, 4)
+    run()
+    wanted = bench.oracle(case)
+    assert normwise(gradient(), wanted) < bench.ROUNDING
+    undivided = jax.tree.map(lambda leaf: 4 * leaf, gradient())
+    assert normwise(undivided, wanted) > 1  # the usual mistake
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+def test_accelerate_accumulates_over_all_microbatches():
+    case = small("tiny")
+    run, gradient = _bench_torch.loop("Accelerate", case, 4)
+    run()
+    assert normwise(gradient(), bench.oracle(case)) < bench.ROUNDING
+
+
+def test_ours_runs_beside_each_rival_and_the_order_alternates(monkeypatch):
+    monkeypatch.setattr(_bench_timing, "SHORTEST", 0.0)
+    seen = []
+    note = lambda name: lambda: seen.append(name)
+    pairs = _bench_timing.in_pairs(note("ours"), {"a": note("a"), "b": note("b")}, rounds=2, seconds=0.0)
+    assert {name: len(pair.ours) for name, pair in pairs.items()} == {"a": 3, "b": 3}
+    assert " ".join(seen[3:]) == "ours a ours b b ours a ours ours a ours b"  # the first three tell how long a run is
+
+
+def test_a_ratio_below_one_is_ours_being_faster():
+    seconds = lambda *walls: [_bench_timing.Seconds(wall, wall) for wall in walls]
+    pairs = _bench_timing.Pairs(seconds(1.0, 2.0, 3.0), seconds(2.0, 4.0, 1.0))
+    assert np.allclose(pairs.ratios, [0.5, 0.5, 3.0])
+    assert pairs.quartiles[1] == 0.5 == pairs.cpu_ratio
+
+
+OURS = {"way": "jaxaccum", "bytes": 100, "error": 0.0, "quartiles": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("low", "size", "error", "says"),
+    [
+        (1.2, 100, 0.0, bench.BOTH),
+        (1.2, 150, 0.0, bench.FASTER),
+        (1.0, 90, 0.0, bench.SMALLER),
+        (1.02, 100, 0.0, bench.EVEN),
+        (9.0, 10, 1e-2, bench.WRONG),
+    ],
+)
+def test_who_wins(low, size, error, says):
+    row = {"way": "lax.scan", "bytes": size, "error": error, "quartiles": [low, 2.0]}
+    assert bench.verdict(row, OURS) == says
+
+
+def test_a_win_fails_the_check():
+    row = {**OURS, "verdict": bench.REFERENCE, "bytes / limit": 1.0}
+    rival = {**row, "way": "lax.scan", "quartiles": [1.2, 1.3], "verdict": bench.BOTH}
+    assert [check.passed for check in bench.checks([row])] == [True, True, True]
+    assert [check.passed for check in bench.checks([row, rival])] == [True, False, True]
+    assert not bench.checks([{**row, "bytes / limit": 1.2}])[2].passed
