@@ -19,7 +19,7 @@ import numpy as np
 
 Run = Callable[[], None]
 SHORTEST = 0.02  # seconds: a shorter run is repeated, so that the clock and the scheduler do not count
-FEWEST = 3  # pairs per rival
+FEWEST, OF_SLOW = 7, 3  # pairs per rival; of one that takes ten times as long as ours
 
 
 class Seconds(NamedTuple):
@@ -60,21 +60,17 @@ def walls(times: Sequence[Seconds]) -> np.ndarray:
 
 
 def in_pairs(ours: Run, rivals: Mapping[str, Run], *, rounds: int, seconds: float) -> dict[str, Pairs]:
-    """Pairs of every rival: at most `rounds`, in about `seconds` for each rival, and never fewer than three."""
+    """Pairs of every rival: at most `rounds`, in about `seconds` for each rival, and never fewer than seven."""
     lengths = {name: clocked(run).wall for name, run in rivals.items()}
     own = clocked(ours).wall
     repeats = max(1, math.ceil(SHORTEST / own))
-    counts = {name: planned(repeats * (own + length), rounds, seconds) for name, length in lengths.items()}
+    count = lambda length: max(OF_SLOW if length > 10 * own else FEWEST, int(seconds / (repeats * (own + length))))
+    counts = {name: min(rounds, count(length)) for name, length in lengths.items()}
     found: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in rivals}
     for i in range(max(counts.values(), default=0)):
         for name in in_turn([name for name in rivals if i < counts[name]], i):
             found[name].append(pair(ours, rivals[name], repeats, first=i % 2 == 0))
     return {name: Pairs(*zip(*pairs, strict=True)) for name, pairs in found.items()}
-
-
-def planned(length: float, rounds: int, seconds: float) -> int:
-    """How many pairs of this length there are time for."""
-    return max(FEWEST, min(rounds, int(seconds / length)))
 
 
 def in_turn(names: Sequence[str], i: int) -> Iterator[str]:
