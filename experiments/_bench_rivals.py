@@ -80,7 +80,7 @@ def with_refs(case: Case, n: int) -> Gradient:
 
         def add(value: jax.Array, rows: Batch) -> tuple[jax.Array, None]:
             own, pull = jax.vjp(lambda params: share(params, rows), params)
-            pull.with_refs(refs)(jnp.ones_like(own))
+            pull.with_refs(refs)(jnp.ones_like(own))  # pyright: ignore[reportFunctionMemberAccess]
             return value + own, None
 
         value, _ = lax.scan(add, zeros(params)[0], cut(batch, n))
@@ -226,9 +226,11 @@ def host_loop(multi_steps: Callable[..., Any], case: Case, n: int) -> Way:
     held = [state]
 
     def run() -> None:
+        values = []
         for rows in parts:
             held[0], value = program(held[0], rows)
-        jax.block_until_ready((held[0], value))
+            values.append(value)
+        jax.block_until_ready((held[0], values))
 
     sums = bytes_of(state[1]) - bytes_of(jax.eval_shape(OPTIMIZER.init, case.params))
     return Way(run, lambda: gradient_in(held[0][1].inner_opt_state), temporary(program) + sums, trace, compile_)

@@ -22,8 +22,11 @@ SMALL = {
     "contrastive": {"width": 16, "layers": 1, "batch_size": 32},
     "tiny": {"batch_size": 8},
 }
-AVERAGED = {"usual scan", "optax.MultiSteps", "jaxaccum.MultiSteps"}
-"""The ways that average the means of microbatches, whatever these weigh."""
+OPTIONS = {"sizes": SMALL, "numbers": (8,), "rounds": 3, "seconds": 0.0, "torch": False}
+WAYS = {
+    "BERT": ["jaxaccum", "full batch", "lax.scan", "usual scan", "optax.MultiSteps"],
+    "contrastive": ["jaxaccum", "full batch", "GradCache", "usual scan"],
+}
 
 
 def small(name):
@@ -37,12 +40,18 @@ def _as_in_a_script(compiling_fast):
         yield
 
 
-@pytest.mark.usefixtures("_as_in_a_script")
+@pytest.fixture
+def _few_ways(monkeypatch):
+    monkeypatch.setattr(_bench_rivals, "names", lambda case: WAYS[case.name])
+    monkeypatch.setattr(_bench_timing, "peak", lambda: _bench_timing.Peak(1e9, 1e9))
+
+
+@pytest.mark.usefixtures("_as_in_a_script", "_few_ways")
 def test_a_wrong_gradient_is_flagged_and_competes_with_nobody():
-    options = {"sizes": SMALL, "numbers": (8,), "rounds": 3, "seconds": 0.0, "torch": False}
-    record = bench.run(cases=("BERT", "contrastive"), **options)
+    """Averages of means, where microbatches weigh unequally; and any loop, where examples interact."""
+    record = bench.run(cases=tuple(WAYS), **OPTIONS)
     wrong = {(row["case"], row["way"]) for row in record.data["rows"] if row["verdict"] == bench.WRONG}
-    assert wrong == {("BERT", way) for way in AVERAGED} | {("contrastive", "usual scan")}
+    assert wrong == {("BERT", "usual scan"), ("BERT", "optax.MultiSteps"), ("contrastive", "usual scan")}
     error, _, _, control = record.checks
     assert error.passed
     assert control.passed
@@ -51,12 +60,22 @@ def test_a_wrong_gradient_is_flagged_and_competes_with_nobody():
 
 
 @INEXACT
-@pytest.mark.usefixtures("_as_in_a_script")
+@pytest.mark.usefixtures("_as_in_a_script", "_few_ways")
 def test_the_check_fails_where_ours_is_the_wrong_one(monkeypatch):
     monkeypatch.setitem(_bench_rivals.GRADIENTS, "jaxaccum", _bench_rivals.with_usual_scan)
-    monkeypatch.setattr(_bench_rivals, "names", lambda case: ["jaxaccum", "full batch"])
-    options = {"sizes": SMALL, "numbers": (8,), "rounds": 3, "seconds": 0.0, "torch": False}
-    assert not bench.run(cases=("contrastive",), **options).checks[0].passed
+    monkeypatch.setitem(WAYS, "contrastive", ["jaxaccum", "full batch"])
+    assert not bench.run(cases=("contrastive",), **OPTIONS).checks[0].passed
+
+
+@pytest.mark.usefixtures("_as_in_a_script")
+@pytest.mark.parametrize("way", sorted(set(_bench_rivals.GRADIENTS) - {"GradCache"}))
+def test_every_way_computes_the_gradient_where_all_examples_weigh_the_same(way):
+    case = small("tiny")
+    wanted = bench.oracle(case)
+    _, grads = jax.jit(_bench_rivals.GRADIENTS[way](case, 4))(case.params, case.batch)
+    assert normwise(grads, wanted) < bench.ROUNDING
+    half = jax.tree.map(lambda leaf: leaf[:4], case.batch)
+    assert normwise(jax.grad(case.mean)(case.params, half), wanted) > 10 * bench.ROUNDING  # some rows are forgotten
 
 
 @pytest.mark.usefixtures("_as_in_a_script")
@@ -69,7 +88,7 @@ def test_memory_is_that_of_the_whole_step():
 
 
 @pytest.mark.usefixtures("_as_in_a_script")
-@pytest.mark.parametrize("name", _bench_torch.LOSSES)
+@pytest.mark.parametrize("name", ["scanned MLP", "untied layers", "CNN", "embedding", "tied LM"])  # every layer, once
 def test_torch_computes_the_same_gradient(name):
     case = small(name)
     run, gradient = _bench_torch.loop("torch eager", case, 4)
