@@ -292,8 +292,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         draw(sizes, ours, "limit bytes", "limit", LIMIT, 1 / MIB)
         finish(times, ours, f"{case}: ms a step")
         finish(sizes, ours, f"{case}: MiB beyond the state")
-    lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6, frameon=False)
+    lines = {str(line.get_label()): line for panel in axes for line in panel.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
