@@ -63,7 +63,7 @@ def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradi
     The seed of a summed part is the cotangent in every microbatch; that of rows or of a stack is cut as the rows are.
     """
     step = Derivative(program, gradient, list(arrays), list(seeds))
-    visit = step.add_in_place if gradient.sums.in_place else step.add_tree
+    visit = step.add_in_place if step.is_in_place else step.add_tree
     scanned = scan(program, arrays, visit, sums=step.zeros(), idle=step.idle, extra=step.extra())
     return step.result(scanned)
 
@@ -104,6 +104,16 @@ class Derivative:
     def parameters(self) -> list[Array]:
         """The arrays of `whole`."""
         return [self.arrays[i] for i in self.whole]
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the backward pass adds to the sums. A lone microbatch adds to nothing: its gradients are the sums.
+
+        Where these are wider than the parameters, the backward pass widens each share before it adds it.
+        """
+        lone = self.program.partition.num_microbatches == 1
+        widened = any(self.gradient.sums.dtype_for(x) != x.dtype for x in self.parameters)
+        return self.gradient.sums.in_place and (widened or not lone)
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""
