@@ -53,6 +53,8 @@ ROWS = [
         "a BatchNorm over the microbatches is told its axis all the same", "_program/assignments.py",
         "and layer.axis_name is None for", "for",
         "test_nnx_arguments.py::test_a_batch_norm_is_told_both_lines_at_once",
+    ),
+    (
         "an equation is derived under another mesh than it was traced under", "_jaxpr/derived_once.py",
         "    if traced_mesh(eqn) != jax.sharding.get_abstract_mesh():  # as inside of jax.sharding.auto_axes\n",
         "    if False:\n", "test_mesh.py::test_a_lookup_that_says_where_its_rows_are",
