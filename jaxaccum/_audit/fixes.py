@@ -112,14 +112,14 @@ TAG = {
     "RATIO": "give it one denominator, that of the batch: return jaxaccum.Mean(total, weight)",
     "PER_EXAMPLE": "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss",
 }
-EXTREMUM = "say so: return jaxaccum.{tag}(x) in its place"
+EXTREMUM = "return jaxaccum.{tag}(x) in its place"
 OUTSIDE = (
     "a term that does not depend on the batch would count once per microbatch: return a dict, whose values "
-    'value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}'
+    'value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add it outside of the function'
 )
 TERMS = (
     "give each term its own denominator: return a dict, whose values value_and_grad adds: "
-    '{"one": jaxaccum.Mean(total, weight), "other": jaxaccum.Mean(0.1 * total, weight)}'
+    '{"mean": jaxaccum.Mean(jnp.sum(x), len(x)), "masked": 0.1 * jaxaccum.Mean(jnp.sum(y * mask), jnp.sum(mask))}'
 )
 NO_DIVISION = "return the sum, undivided, as total: jaxaccum.Mean(jnp.sum(x * weight), jnp.sum(weight))"
 NO_GUARD = (

@@ -342,8 +342,8 @@ def _untagged(name: str, x: Any, size: int) -> str:
     likely = "jaxaccum.Concat(x) for one row per example" if rows else "jaxaccum.Sum(x) for a sum over examples"
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over microbatches. Wrap "
-        f"it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a floating scalar, which "
-        "is taken for a mean over examples, and what is computed only from arguments that are not cut."
+        f"it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a mean over examples, a "
+        "floating scalar, and what is computed only from arguments that are not cut. Sums and extrema do need one."
     )
 
 
