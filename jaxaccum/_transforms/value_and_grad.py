@@ -54,7 +54,8 @@ def value_and_grad(
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
-            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple has one entry a positional
+            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument; ``MAX_GRAD``, also in a prefix, for what is whole and has
+            a maximum for its gradient. A tuple has one entry per positional
             argument, and passes keyword arguments whole. A dict has entries by name: ``{"batch": 0}``
             cuts the argument `batch`, by position or by keyword, and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
