@@ -2,6 +2,11 @@
 
 ROWS = [
     (
+        "a state that becomes rows is a constant at first", "_audit/rules/loops.py",
+        "        if list(out.layout.axes) != list(varying(self.op.shapes(where))):\n", "        if True:\n",
+        "test_audit_losses.py::test_exact_is_what_the_numbers_say[recurrent, sort]",
+    ),
+    (
         "a stopped total cancels with itself", "_audit/rules/elementwise.py",
         "return dataclasses.replace(x, number=walk.fresh(), root=None)\n\n\n_STOPPED", "return [x]\n\n\n_STOPPED",
         "test_audit_losses.py::test_exact_is_what_the_numbers_say[a stopped sum times a share]",

@@ -176,7 +176,34 @@ def wide(w, b):
     return jnp.tanh(b["x"] @ jnp.tile(w, (1, N // CLASSES)))
 
 
+def recurrent(w, b, part):
+    """The errors of a network over time, whose state starts the same for all examples."""
+
+    def cell(state, x):
+        gate = jnp.sum(part(state @ w), axis=-1, keepdims=True)
+        state = jnp.tanh(x + state + gate)
+        return state, state
+
+    start = jnp.zeros((size_of(b), FEATURES))
+    return jnp.mean(lax.scan(cell, start, b["states"].swapaxes(0, 1))[1] ** 2, axis=(0, 2))
+
+
+PARTS_OF_A_STATE = {
+    "split": lambda x: jnp.split(x, 2, axis=-1)[0],
+    "sort": lambda x: jnp.sort(x, axis=-1)[:, :2],
+    "rev": lambda x: x[:, ::-1] * jnp.arange(1.0, 5.0)[None],
+    "cumsum": lambda x: jnp.cumsum(x, axis=-1),
+    "pad": lambda x: jnp.pad(x, ((0, 0), (1, 1))),
+    "dynamic_slice": lambda x: lax.dynamic_slice_in_dim(x, 1, 2, axis=1),
+    "fft": lambda x: jnp.fft.rfft(x).real,
+}
+
+
 EXACT_LOSSES = {
+    **{
+        f"recurrent, {name}": lambda w, b, part=part: jnp.mean(recurrent(w, b, part))
+        for name, part in PARTS_OF_A_STATE.items()
+    },
     **{f"optax {name}": lambda w, b, f=f: jnp.mean(f(w, b)) for name, f in OPTAX.items()},
     "keras": lambda w, b: over_batch_size(errors(w, b)),
     "keras, divide_no_nan": lambda w, b: divide_no_nan(jnp.sum(errors(w, b)), len(b["y"])),
@@ -223,6 +250,10 @@ EXACT_LOSSES = {
     "numpy's places beside labels": lambda w, b: -jnp.mean(logits(w, b)[np.arange(size_of(b)), b["label"]]),
 }  # fmt: skip
 INEXACT_LOSSES = {
+    "recurrent, sorted over the examples": lambda w, b: jnp.mean(recurrent(w, b, lambda x: jnp.sort(x, axis=0))),
+    "recurrent, the first examples' state": lambda w, b: jnp.mean(
+        recurrent(w, b, lambda x: jnp.cumsum(x, axis=0))
+    ),
     # two terms of one size, as VQGAN adapts them: the ratio cancels in the value, and not in the gradient
     "an adaptive weight": lambda w, b: adaptive(jnp.mean(errors(w, b)), jnp.mean(jnp.abs(logits(w, b)))),
     "a stopped sum times a share": lambda w, b: (
@@ -291,6 +322,18 @@ def test_exact_is_what_the_numbers_say(name):
     actual, expected = jax.jit(lambda w, b: (parts(w, b), whole(w, b)))(W, BATCH)
     assert (normwise(actual, expected) < EXACT) == exact
     assert {finding.kind for finding in report.findings} <= {"assumption"} if exact else report.findings
+
+
+def test_a_ratio_behind_a_recurrent_state_is_called_a_ratio():
+    """No alarm about the state hides it."""
+
+    def loss(w, b):
+        each = recurrent(w, b, PARTS_OF_A_STATE["split"])
+        return jnp.sum(each * b["mask"]) / jnp.sum(b["mask"])
+
+    report = jaxaccum.audit(loss, W, BATCH, num_microbatches=PARTS)
+    assert report.verdict == "RATIO"
+    assert [finding.kind for finding in report.findings] == ["tag"]
 
 
 EXTREMA = {

@@ -58,13 +58,14 @@ class Sources(HTMLParser):
 
 
 def astray(sources, directory):
-    """The addresses that lead nowhere in the site, or away from it."""
-    found = []
-    for address in [*sources.loaded, *sources.links]:
-        path = address.partition("#")[0]
-        if re.match(r"\w+:|//", address) or (path and not (directory / path).exists()):
-            found.append(address)
-    return found
+    """What is loaded from outside of the site, and the addresses that lead nowhere in it. A reader may follow a paper."""
+    own = [address for address in sources.links if not address.startswith("https://")]
+    return [address for address in [*sources.loaded, *own] if not _is_in(directory, address)]
+
+
+def _is_in(directory, address):
+    path = address.partition("#")[0]
+    return not re.match(r"\w+:|//", address) and (not path or (directory / path).exists())
 
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
@@ -79,7 +80,8 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
 
 def test_what_leads_astray_is_found(tmp_path):
     page = tmp_path / "page.html"
-    page.write_text('<a href="page.html#top"></a><a href="gone.html"></a><script src="https://cdn.net/x.js"></script>')
+    links = '<a href="page.html#top"></a><a href="gone.html"></a><a href="https://arxiv.org/abs/1706.02677"></a>'
+    page.write_text(links + '<script src="https://cdn.net/x.js"></script>')
     assert astray(Sources(page), tmp_path) == ["https://cdn.net/x.js", "gone.html"]
 
 

@@ -20,12 +20,13 @@ from jaxaccum._audit.lattice import (
     Term,
     Value,
     fixed,
+    rows,
     statistic,
     total,
 )  # fmt: skip
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import join, numbered
-from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._audit.walk import Op, Walk, varying
 from jaxaccum._jaxpr.compat import scan_arity
 
 _ROUNDS = 12
@@ -192,22 +193,34 @@ class _Loop:
         for i, role in self.roles.items():
             if role.name == "count":
                 state[i] = self.carry(i, self.initial[i])
-        outs: list[Value] = []
+        scanned = [x for x in xs if x is not None]
+        outs = self.step(state, scanned)
+        by_rows = [self.as_rows(i, x, outs[i]) for i, x in enumerate(state)]
+        if any(x is not y for x, y in zip(by_rows, state, strict=True)):
+            state, outs = by_rows, self.step(by_rows, scanned)
         for _ in range(_ROUNDS):
-            outs = self.step(state, [x for x in xs if x is not None])
             new = [
                 x if i in self.roles and self.roles[i].name != "write" else self.next(x, outs[i], i)
                 for i, x in enumerate(state)
             ]
             if [_signature(x) for x in new] == [_signature(x) for x in state]:
                 break
-            state = new
+            state, outs = new, self.step(new, scanned)
         else:
             fault = self.walk.fault(self.op, FaultKind.UNKNOWN, "a loop whose state does not settle")
             state = [dataclasses.replace(x, faults=x.faults | {fault}) for x in state]
         carry = [numbered(self.walk, self.final(i, x, outs[i])) for i, x in enumerate(state)]
         changes = any(i not in self.roles and x.fixed and outs[i].number != x.number for i, x in enumerate(state))
         return [*carry, *(numbered(self.walk, self.stacked(y, changes=changes)) for y in outs[self.carried :])]
+
+    def as_rows(self, i: int, x: Value, out: Value) -> Value:
+        """A state that is the same for all examples and becomes rows is rows from the start."""
+        where = self.consts + i
+        if i in self.roles or not x.fixed or not out.rows or out.layout is None or not out.layout.plain:
+            return x
+        if list(out.layout.axes) != list(varying(self.op.shapes(where))):
+            return x
+        return numbered(self.walk, rows(out.layout, terms=x.terms, faults=x.faults, params=x.params))
 
     def given_up(self, note: str) -> list[Value]:
         return [numbered(self.walk, self.walk.unknown(self.op, note)) for _ in self.op.eqn.outvars]

@@ -245,7 +245,7 @@ def _kept(op: Op, axis: int, layout: Layout, sizes: Sizes) -> int | None:
     return found[0][1] if found[0] == found[1] else None
 
 
-@rule("split")
+@rule("split", uniform=True)
 def split(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
     """An array in parts, along one axis."""
     (x,), axis, count = ins, op.params["axis"], op.num_outs
