@@ -65,7 +65,7 @@ def run(
 ) -> _report.Record:
     """Train every loss three ways, and compare both accumulations with the full batch."""
     steps = steps or (1000 if full else 100)
-    found = all_measured(list(LOSSES), steps, track)
+    found = all_measured(list(LOSSES), steps, track=track)
     rows = [row(LOSSES[name], runs, way) for name, (_, runs) in found.items() for way in runs]
     losses = {LOSSES[name]: loss for name, (loss, _) in found.items()}
     return _report.Record(
@@ -80,7 +80,7 @@ def run(
     )
 
 
-def all_measured(names: list[str], steps: int, track: _report.Track) -> dict[str, Any]:
+def all_measured(names: list[str], steps: int, *, track: _report.Track) -> dict[str, Any]:
     """Two losses at a time, since the programs are too small to keep two cores busy alone.
 
     The last one, `devices`, has them to itself: a program over several host devices must not wait

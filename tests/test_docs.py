@@ -58,7 +58,7 @@ class Sources(HTMLParser):
 
 
 def astray(sources, directory):
-    """What is loaded from outside of the site, and the addresses that lead nowhere in it. A reader may follow a paper."""
+    """What is loaded from outside of the site, and what leads nowhere in it. A reader may follow a link to a paper."""
     own = [address for address in sources.links if not address.startswith("https://")]
     return [address for address in [*sources.loaded, *own] if not _is_in(directory, address)]
 

@@ -121,7 +121,7 @@ class _Backward:
         # Under differentiation the forward rule runs instead of the function.
         found = frozenset().union(*(y.faults for y in results[count:]))
         for v, x, result in zip(_variables(op.eqn), self.primals, results[:count], strict=True):
-            if _is_inexact(v) and not x.overwritten:
+            if _is_inexact(v) and x.params and not x.overwritten:  # any other cotangent is dropped
                 found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
         return found
 
