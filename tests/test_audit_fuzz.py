@@ -23,7 +23,7 @@ import jaxaccum
 from jaxaccum._audit.rules import RULES
 
 PROFILE = hypothesis.settings.default.max_examples
-PROGRAMS = {100: 200, 1000: 5000}.get(PROFILE, PROFILE)
+PROGRAMS = {1000: 5000}.get(PROFILE, PROFILE)
 PARAMS = {"w": data(3, seed=1) / 2, "m": data(3, 3, seed=2) / 2}
 BATCH = {
     "x": data(6, 3, seed=3), "y": jnp.asarray([0, 2, 1, 1, 0, 2]), "mask": jnp.asarray([1.0, 0, 2, 1, 1, 0.5]),

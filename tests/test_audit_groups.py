@@ -137,7 +137,7 @@ def test_batch_norm_of_one_device_is_no_batch_norm_of_all():
             return jnp.mean(jnp.sin(y))
 
         own = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="devices", audit=audit)
-        return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
+        return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P()))
 
     with pytest.warns(InexactWarning, match="the statistics are those of one device along devices"):
         grad("microbatch", "warn")(W, BATCH["x"])
