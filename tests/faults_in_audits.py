@@ -222,7 +222,7 @@ ROWS = [
         "test_audit_groups.py::test_what_the_audit_says_is_what_the_numbers_say",
     ),
     (
-        "any slice with a step takes one row of each group", "_audit/rules/shapes.py",
+        "any slice with a step takes one row of each group", "_audit/rules/parts.py",
         "        if layout.inner % step == 0:  # one", "        if True:  # one",
         "test_audit_groups.py::test_what_the_audit_says_is_what_the_numbers_say",
     ),

@@ -98,7 +98,7 @@ ROWS = [
         "test_accumulators.py::test_gradients_have_the_dtype_of_their_parameters",
     ),
     (
-        "named tuples of programs become tuples", "_jaxpr/traces.py",
+        "named tuples of programs become tuples", "_jaxpr/equations.py",
         "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)", "tuple(new)",
         "test_user_rules.py::test_a_check_and_a_solve",
     ),

@@ -292,7 +292,7 @@ FAULTS = [
         "test_audit.py::test_keys",
     ),
     Fault(
-        "the audit lets a constant of the size pass", "_audit/walk.py",
+        "the audit lets a constant of the size pass", "_audit/constants.py",
         "fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), at=at)", "fixed(number=self.fresh())",
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[a constant of the size]",
     ),

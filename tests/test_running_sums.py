@@ -14,7 +14,7 @@ from helpers import EXACT, data, normwise
 from jax import lax
 
 from jaxaccum._jaxpr import running_sums
-from jaxaccum._jaxpr.traces import with_invars
+from jaxaccum._jaxpr.equations import with_invars
 
 X, A, B, STACK = data(4, 3), data(3, 3, seed=1) / 2, data(3, 3, seed=2) / 2, data(2, 3, 3, seed=3) / 2
 IDS = jnp.array([2, 0, 2, 1])

@@ -27,7 +27,7 @@ from jaxaccum._audit.traces import Traced
 from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun, WithStreams
 from jaxaccum._jaxpr import structure
-from jaxaccum._jaxpr.traces import mentions
+from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.program import Options, Program
 

@@ -12,28 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.core
 import jax.extend.core as jex
-import jax.numpy as jnp
-import numpy as np
 
-from jaxaccum._audit.folding import LARGEST, folded, is_arange, is_numeric, may_be_key, same
+from jaxaccum._audit.constants import Constants
+from jaxaccum._audit.folding import folded
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
     HARMLESS,
-    IRREGULAR,
     PLAIN,
     Fault,
     FaultKind,
-    Index,
     Kind,
     Layout,
     Scale,
     Sizes,
     Term,
     Value,
-    fixed,
     rows,
     statistic,
 )  # fmt: skip
@@ -106,11 +100,11 @@ def _shapes(v: Any, w: Any) -> tuple[Shape, Shape]:
     return getattr(v.aval, "shape", ()), getattr(w.aval, "shape", ())
 
 
-class Walk:
+class Walk(Constants):
     """The state of one analysis: the sizes, the calls around the current equation, and what was found so far."""
 
     def __init__(self, sizes: Sizes, axis_name: str, axis_sizes: tuple[int, int]):
-        self.sizes = sizes
+        super().__init__(sizes)
         self.axis_name = axis_name
         self.axis_sizes = axis_sizes
         """How many microbatches there are, at each size."""
@@ -139,21 +133,8 @@ class Walk:
         self.checks_derivatives = True
         self.may_be_nan: Callable[[], bool] = lambda: True
         """Whether a number of the program or of its arguments is NaN."""
-        self.name_of: Callable[[Any], str | None] = lambda constant: None
-        """The name of an array that the loss closes over."""
-        self._numbers: dict[Any, int] = {}
-        self._faults: dict[Any, Fault] = {}
-        self._fresh = 0
 
     # -- identities ---------------------------------------------------------------------------------------------------
-
-    def fresh(self) -> int:
-        """The number of a value like no other."""
-        self._fresh += 1
-        return self._number(("fresh", self._fresh))
-
-    def _number(self, key: Any) -> int:
-        return self._numbers.setdefault(key, len(self._numbers))
 
     def site(self, op: Op) -> Site:
         """Where the equation stands."""
@@ -169,19 +150,19 @@ class Walk:
     ) -> Fault:
         """The fault of this kind at this equation: one, however often the equation is walked."""
         key = (id(op.eqn), tuple(id(call.eqn) for call in self.calls), kind)
-        if key not in self._faults:
+        if key not in self.faults:
             site = self.site(op)
-            order = len(self._faults) + 1
-            self._faults[key] = Fault(kind, origin or site, site, note, hoistable, fix, order=order)
-        return self._faults[key]
+            order = len(self.faults) + 1
+            self.faults[key] = Fault(kind, origin or site, site, note, hoistable, fix, order=order)
+        return self.faults[key]
 
     def declared(self, op: Op, kind: FaultKind, note: str) -> Fault:
         """A fault that the call announces itself."""
         key = ("declared", kind, note)
-        if key not in self._faults:
+        if key not in self.faults:
             site = self.site(op)
-            self._faults[key] = Fault(kind, site, site, note, declared=True, order=len(self._faults) + 1)
-        return self._faults[key]
+            self.faults[key] = Fault(kind, site, site, note, declared=True, order=len(self.faults) + 1)
+        return self.faults[key]
 
     def couple(
         self, op: Op, ins: Sequence[Value], *, kind: FaultKind = FaultKind.COUPLING, note: str = "",
@@ -337,57 +318,9 @@ class Walk:
             return self.fresh()
         try:
             params = (tuple(sorted(eqn.params.items())) for eqn in (op.eqn, op.other))
-            return self._number((op.name, i, *params, numbers))
+            return self.number_of((op.name, i, *params, numbers))
         except TypeError:
             return self.fresh()
-
-    # -- constants ----------------------------------------------------------------------------------------------------
-
-    def constant(self, a: Any, b: Any) -> Value:
-        """A constant of the program, `a` at the first size and `b` at the second."""
-        value = self._constant(a, b)
-        name = self.name_of(a) if may_be_key(a) else None
-        return value if name is None else dataclasses.replace(value, closure=name)
-
-    def _constant(self, a: Any, b: Any) -> Value:
-        if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-            one = getattr(a, "size", 0) == 1
-            return fixed(Scale() if a is b else IRREGULAR, number=self._number(("traced", id(a))), scalar=one)
-        if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
-            return self._scalar(a, b)
-        if np.shape(a) == np.shape(b):
-            return self._array(a, b)
-        return self._table(a, b)
-
-    def _scalar(self, a: Any, b: Any) -> Value:
-        if not is_numeric(a):
-            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
-        power = self.sizes.power(a, b)
-        known = np.asarray(a).item() if power == 0 else None
-        dtype = str(getattr(a, "dtype", type(a)))
-        number = self._number(("literal", str(a), dtype) if power == 0 else ("literals", str(a), str(b)))
-        return fixed(Scale(power), known=known, scalar=True, number=number, at=(np.asarray(a), np.asarray(b)))
-
-    def _array(self, a: Any, b: Any) -> Value:
-        """A constant array of the same shape at both sizes."""
-        if not is_numeric(a) or a.size > LARGEST or a.size == 0:
-            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh())
-        at = (np.asarray(a), np.asarray(b))
-        if all(np.all(x == x.flat[0]) for x in at):
-            uniform = self._scalar(at[0].flat[0], at[1].flat[0])
-            return dataclasses.replace(uniform, number=self.fresh(), at=at)
-        return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), at=at)
-
-    def _table(self, a: Any, b: Any) -> Value:
-        """A constant array of the batch's size: uniform, or a row for each place."""
-        a, b = np.asarray(a), np.asarray(b)
-        if a.size and b.size and is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
-            return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
-        if is_arange(a, self.sizes.first) and is_arange(b, self.sizes.second):
-            return Value(index=Index.ROW, layout=Layout((0,)))
-        note = "a constant array has a row for each place in the batch"
-        fault = Fault(FaultKind.POSITION, None, None, note)
-        return fixed(faults=frozenset([self._faults.setdefault((note, a.shape), fault)]), number=self.fresh())
 
     def growth(self, shapes: tuple[Shape, Shape], axes: Sequence[int]) -> Scale:
         """The factor that a sum of equal entries over `axes` brings."""

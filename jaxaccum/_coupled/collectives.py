@@ -18,7 +18,7 @@ from jax import lax
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Fragment
 from jaxaccum._devices.without_checks import exchanged
-from jaxaccum._jaxpr.traces import axes_of, unchanged
+from jaxaccum._jaxpr.equations import axes_of, unchanged
 
 
 def resolve(

@@ -27,7 +27,7 @@ from jaxaccum._base.trees import dtype_of
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._jaxpr import running_sums
-from jaxaccum._jaxpr.traces import axes_of, with_invars
+from jaxaccum._jaxpr.equations import axes_of, with_invars
 
 Env = dict[Any, Any]
 """Values by variable."""

@@ -20,7 +20,8 @@ from jaxaccum._base.source_lines import frame_of
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.compat import opened as open_jaxpr
 from jaxaccum._jaxpr.compat import scan_arity
-from jaxaccum._jaxpr.traces import Trace, axes_of, mentioned, unchanged, with_invars
+from jaxaccum._jaxpr.equations import axes_of, mentioned, unchanged, with_invars
+from jaxaccum._jaxpr.traces import Trace
 
 
 def is_collective(eqn: jex.JaxprEqn, axis_name: str) -> bool:

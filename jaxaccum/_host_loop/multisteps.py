@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxaccum._base.trees import cast, dtype_of, is_inexact, leaves_with_names, promote
+from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._host_loop.step_if import is_float0, step_if
-from jaxaccum._host_loop.traced_check import checked
+from jaxaccum._host_loop.window_checks import check_skip, check_tree, checked_k, checked_weight, taught
 from jaxaccum._program import validate
 
 
@@ -129,13 +129,13 @@ class MultiSteps(optax.MultiSteps):
             ``(updates, state)``; updates are zeros until the window ends.
         """
         state = _extended(state)
-        _check_tree(updates, state.acc_grads)
-        k = _checked_k(self._every_k_schedule(state.gradient_step))
+        check_tree(updates, state.acc_grads)
+        k = checked_k(self._every_k_schedule(state.gradient_step))
         step, floating = state.gradient_step, _floating(updates)
         skip, skip_state = self._should_skip_update_fn(floating, step, params)
-        _check_skip(skip)
+        check_skip(skip)
         window = _Window.of(state)
-        added = self._added(window, updates, _checked_weight(weight, window.total_weight))
+        added = self._added(window, updates, checked_weight(weight, window.total_weight))
         window = jax.tree.map(lambda old, new: jnp.where(skip, old, new), window, added)
         emit = jnp.logical_and(jnp.logical_not(skip), window.mini_step >= k)
         state = state._replace(skip_state=skip_state, **window._asdict())
@@ -165,7 +165,7 @@ class MultiSteps(optax.MultiSteps):
         state, params = _plain(state, params)
         state = _extended(state)
         like = state.acc_grads if params is None else params
-        _check_tree(like, state.acc_grads, "params", integers=True)
+        check_tree(like, state.acc_grads, "params", integers=True)
         emit = jnp.greater(state.mini_step, 0)
         return self._step(emit, state, params, like=like, extra_args=extra_args)
 
@@ -218,7 +218,7 @@ class MultiSteps(optax.MultiSteps):
             with jax.numpy_dtype_promotion("standard"):
                 return self._opt.update(grads, inner, params, **extra_args)
 
-        updates, acc, inner = step_if(emit, _taught(update, like), acc, inner)
+        updates, acc, inner = step_if(emit, taught(update, like), acc, inner)
         count = state.gradient_step
         emptied = lambda count: jnp.where(emit, jnp.zeros_like(count), count)
         return updates, state._replace(
@@ -275,96 +275,3 @@ def _plain(state: Any, params: PyTree = None) -> tuple[Any, PyTree]:
     if nnx is None or not isinstance(state.mini_step, nnx.Variable):
         return state, params
     return nnx.as_pure((state, params))
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _taught(update: Callable[[], Any], like: PyTree) -> Callable[[], Any]:
-    """`update`, with an error that teaches where it computes with the gradient of an integer."""
-
-    def taught() -> Any:
-        try:
-            return update()
-        except TypeError as error:
-            leaves = leaves_with_names(like, "updates")
-            integers = [name for name, x in leaves if not is_inexact(x)]
-            if not integers:
-                raise
-            raise TypeError(
-                f"the optimizer cannot take {integers[0]}, the gradient of an integer, which has "
-                "dtype float0; leave such leaves out of it, as in optax.masked(opt, mask) or "
-                f"optax.partition. It said: {error}"
-            ) from error
-
-    return taught
-
-
-def _check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False) -> None:
-    if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
-        raise ValueError(
-            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
-            f"{jax.tree.structure(acc_grads)}; pass gradients of the parameters that init saw, or init again."
-        )
-    for (leaf, x), acc in zip(leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True):
-        if jnp.shape(x) != jnp.shape(acc):
-            raise ValueError(
-                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
-                f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
-            )
-        if is_float0(x) or (integers and not is_inexact(x)):
-            continue
-        if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
-            raise TypeError(
-                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
-                "gradient of the parameter's kind."
-            )
-
-
-def _check_skip(skip: Any) -> None:
-    if jnp.shape(skip) != () or dtype_of(skip) != jnp.bool_:
-        raise ValueError(
-            "should_skip_update_fn must return a boolean scalar and a pytree; the first is "
-            f"{dtype_of(skip)}{list(jnp.shape(skip))}."
-        )
-
-
-def _checked_k(k: Any) -> Any:
-    if jnp.shape(k) != () or not jnp.issubdtype(dtype_of(k), jnp.integer):
-        raise TypeError(
-            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
-            "number of microbatches of the window: cast it, as in .astype(int)."
-        )
-    if isinstance(k, jax.core.Tracer):
-        return checked(k, _is_positive, "every_k_schedule returned {x}; it must be at least 1")
-    if k < 1:
-        raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
-    return k
-
-
-def _checked_weight(weight: Any, total: Any) -> Array:
-    """The weight of a microbatch in the dtype of the `total`; 1 where none is given."""
-    if weight is None:
-        return jnp.ones_like(total)
-    dtype = dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
-    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"weight must be a real number; got {weight!r}.")
-    if jnp.shape(weight) != ():
-        raise ValueError(
-            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its number of examples or "
-            "tokens, as jnp.sum(mask)."
-        )
-    if isinstance(weight, jax.core.Tracer):
-        w = cast(weight, dtype_of(total))
-        return checked(w, _is_weight, "weight must be finite and not negative; got {x}")
-    if not 0 <= float(weight) < np.inf:
-        raise ValueError(f"weight must be finite and not negative; got {float(weight)}.")
-    return cast(weight, dtype_of(total))
-
-
-def _is_positive(k: Array) -> Array:
-    return jnp.greater_equal(k, 1)
-
-
-def _is_weight(w: Array) -> Array:
-    return jnp.logical_and(w >= 0, jnp.isfinite(w))

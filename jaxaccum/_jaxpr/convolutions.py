@@ -28,9 +28,9 @@ from jax import lax
 
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import inlined, opened
+from jaxaccum._jaxpr.equations import changed
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.structure import value_key
-from jaxaccum._jaxpr.traces import changed
 
 _FAST = ("float32", "float16", "bfloat16")
 """The dtypes of the fast kernel; others have none in any layout."""

@@ -7,20 +7,26 @@ derivative, the derivative of the derivative, evaluates the jaxpr.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
-from jax import lax
 from jax.interpreters import partial_eval
 
-from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import is_inexact
-from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once, reversible, running_sums
-from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_reference, is_reference_effect, opened, scan_arity
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_reference, is_reference_effect
+from jaxaccum._jaxpr.equations import (
+    axes_in,
+    changed,
+    changed_param,
+    mentions,
+    with_invars,
+    with_outvars,
+)
+from jaxaccum._jaxpr.microbatch_index import index_as_argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,48 +168,7 @@ def trace(fun: Callable[..., list[Any]], args: Sequence[Any], axis: tuple[str, i
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace and its constants."""
     closed = jax.make_jaxpr(fun, axis_env=[axis])(*args)
     jaxpr = with_invars(closed.jaxpr, [*closed.jaxpr.constvars, *closed.jaxpr.invars])
-    return Trace(_index_as_argument(jaxpr, axis), len(closed.consts), axis), list(closed.consts)
-
-
-def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
-    """The jaxpr with these arguments, of which there are no constants."""
-    return jaxpr.replace(constvars=[], invars=invars, debug_info=anonymous(jaxpr))
-
-
-def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Any]) -> jex.Jaxpr:
-    """The jaxpr with these results."""
-    return jaxpr.replace(outvars=outvars, debug_info=anonymous(jaxpr))
-
-
-Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
-
-
-def changed(jaxpr: jex.Jaxpr, change: Change) -> jex.Jaxpr:
-    """The jaxpr with every equation changed, at any depth; itself where none is."""
-    eqns = [_changed_eqn(eqn, change) for eqn in jaxpr.eqns]
-    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
-    return jaxpr if same else jaxpr.replace(eqns=eqns)
-
-
-def _changed_eqn(eqn: jex.JaxprEqn, change: Change) -> jex.JaxprEqn:
-    if (new := change(eqn)) is not eqn:
-        return new
-    params = {name: _changed_param(value, change) for name, value in eqn.params.items()}
-    same = all(params[name] is value for name, value in eqn.params.items())
-    return eqn if same else eqn.replace(params=params)
-
-
-def _changed_param(value: Any, change: Change) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        jaxpr = changed(value.jaxpr, change)
-        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
-    if isinstance(value, jex.Jaxpr):
-        return changed(value, change)
-    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = [_changed_param(x, change) for x in value]
-        same = all(x is y for x, y in zip(new, value, strict=True))
-        return value if same else jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)
-    return value
+    return Trace(index_as_argument(jaxpr, axis), len(closed.consts), axis), list(closed.consts)
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:
@@ -220,146 +185,8 @@ def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:
     return kept[::-1]
 
 
-def _is_part(x: Any) -> bool:
-    """Whether `x` is an entry of a parameter that is a tuple, or a named tuple, of jaxprs."""
-    return not isinstance(x, tuple)
-
-
 def _pure(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if not eqn.effects:
         return eqn
-    params = {name: _changed_param(value, _pure) for name, value in eqn.params.items()}
+    params = {name: changed_param(value, _pure) for name, value in eqn.params.items()}
     return eqn.replace(params=params, effects={one for one in eqn.effects if is_reference_effect(one)})
-
-
-# -- what stands inside of an equation -------------------------------------------------------------------------------
-
-
-def axes_of(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
-    """The named axes that the equation itself mentions."""
-    names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-    return tuple(names) if isinstance(names, tuple | list) else (names,)
-
-
-def mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
-    """The equations, at any depth, that name the axis."""
-    for eqn in jaxpr.eqns:
-        if axis_name in axes_of(eqn):
-            yield eqn
-        for sub in jex.jaxprs_in_params(eqn.params):
-            yield from mentions(sub, axis_name)
-
-
-def axes_in(jaxpr: jex.Jaxpr) -> Iterator[str]:
-    """Every axis that is mentioned, at any depth."""
-    for eqn in jaxpr.eqns:
-        yield from (name for name in axes_of(eqn) if isinstance(name, str))
-        for sub in jex.jaxprs_in_params(eqn.params):
-            yield from axes_in(sub)
-
-
-def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:
-    """Whether the jaxprs inside of the equation mention the axis in an equation of one of the names."""
-    subs = jex.jaxprs_in_params(eqn.params)
-    return any(names(inner.primitive.name) for sub in subs for inner in mentions(sub, axis_name))
-
-
-def unchanged(eqn: jex.JaxprEqn, values: Sequence[Any], whole: jex.Jaxpr) -> list[Any]:
-    """Evaluate one equation of `whole` as JAX does, by way of a jaxpr that holds it alone."""
-    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
-    outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    single = whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=anonymous(whole))
-    results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
-    return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
-
-
-# -- the index of the microbatch --------------------------------------------------------------------------------------
-
-
-def _is_index(name: str) -> bool:
-    return name == "axis_index"
-
-
-def _index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
-    """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any depth."""
-    avals = [v.aval for v in jaxpr.invars]
-    index = jax.ShapeDtypeStruct((), "int32")
-    if not any(_is_index(eqn.primitive.name) for eqn in mentions(jaxpr, axis[0])):
-        aval = jax.make_jaxpr(lambda i: i)(index).jaxpr
-        return with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
-    evaluate = _Indexed(axis[0], jaxpr).evaluate
-    return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(index, *avals).jaxpr
-
-
-@dataclasses.dataclass(frozen=True)
-class _Indexed:
-    """Evaluates a jaxpr in which ``axis_index`` of one axis is a given value; opens only what contains it."""
-
-    axis_name: str
-    whole: jex.Jaxpr
-
-    def evaluate(self, jaxpr: jex.Jaxpr, index: Array, args: list[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._equation(eqn, index, values), strict=True))
-        return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
-
-    def _equation(self, eqn: jex.JaxprEqn, index: Array, values: list[Any]) -> list[Any]:
-        if _is_index(eqn.primitive.name) and self.axis_name in axes_of(eqn):
-            return [index]
-        if not mentioned(eqn, self.axis_name, _is_index):
-            return unchanged(eqn, values, self.whole)
-        rule = _OPEN.get(eqn.primitive.name)
-        if rule is None:
-            raise NotImplementedError(
-                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at {frame_of(eqn)}); compute it "
-                "outside and pass it in as an argument."
-            )
-        return rule(self, eqn.params, index, values)
-
-    def closed(self, closed: Any, index: Array) -> Callable[..., list[Any]]:
-        """A closed jaxpr as a function of its arguments, the index closed over."""
-        jaxpr, consts = opened(closed)
-        jaxpr = with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
-        return lambda *args: self.evaluate(jaxpr, index, [*consts, *args])
-
-
-def _open_jit(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    return self.closed(params["jaxpr"], index)(*values)
-
-
-def _open_checkpoint(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    fun = self.closed(params["jaxpr"], index)
-    return jax.checkpoint(fun, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
-
-
-def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    fun, (n, k) = self.closed(params["jaxpr"], index), scan_arity(params)
-
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = fun(*values[:n], *carry, *xs)
-        return outs[:k], outs[k:]
-
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(body, values[n : n + k], values[n + k :], **options)
-    return [*carry, *ys]
-
-
-def _open_while(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    n, k = params["cond_nconsts"], params["body_nconsts"]
-    test, body = self.closed(params["cond_jaxpr"], index), self.closed(params["body_jaxpr"], index)
-    step = lambda carry: body(*values[n : n + k], *carry)
-    return lax.while_loop(lambda carry: test(*values[:n], *carry)[0], step, values[n + k :])
-
-
-def _open_cond(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    branches = [self.closed(branch, index) for branch in params["branches"]]
-    return lax.switch(values[0], branches, *values[1:])
-
-
-_OPEN = {
-    "jit": _open_jit, "pjit": _open_jit,
-    "checkpoint": _open_checkpoint, "remat": _open_checkpoint, "remat2": _open_checkpoint,
-    "scan": _open_scan, "while": _open_while, "cond": _open_cond,
-}  # fmt: skip

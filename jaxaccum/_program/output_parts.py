@@ -28,10 +28,18 @@ from jaxaccum._base.trees import (
     widen,
 )
 from jaxaccum._base.types import Array, PyTree
+from jaxaccum._program.output_checks import (
+    check_array,
+    check_carries,
+    check_combines_keys,
+    check_rows,
+    described,
+    padding_refused,
+    untagged_refused,
+)
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._program.tags import Carry, Concat, Last, Max, Mean, Min, Stack, Sum, Tag, is_tag
 
-_TAGS = "Mean(total, weight), Sum(x), Max(x), Min(x), Concat(x), Stack(x), Last(x) or Carry(state)"
 _REDUCTION_OF = {
     Sum: Reduction.SUM, Max: Reduction.MAX, Min: Reduction.MIN, Last: Reduction.LAST,
     Carry: Reduction.CARRY, Concat: Reduction.CONCAT, Stack: Reduction.STACK,
@@ -150,7 +158,7 @@ def read(
     """
     reader, finalized = _Reader(size, constant or _stopped), []
     named = leaves_with_names(output, "output", is_leaf=is_tag)
-    _check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
+    check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
     for name, x in named:
         finalized.append(_read_tag(reader, name, x, padded=padded))
     outer = jax.tree.structure(output, is_leaf=is_tag)
@@ -167,10 +175,12 @@ def _stopped(part: Part, x: Array) -> Array:
 def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
     """Read one tag or untagged leaf; returns the structure that stands in its place once finalized."""
     if not isinstance(x, Tag):
-        _check_array(name, x)
+        check_array(name, x)
         is_mean = jnp.shape(x) == () and jnp.issubdtype(dtype_of(x), jnp.floating)
         if padded or not is_mean:
-            reader.without_tag(name, x, _padded(name) if padded and is_mean else _untagged(name, x, reader.size))
+            reader.without_tag(
+                name, x, padding_refused(name) if padded and is_mean else untagged_refused(name, x, reader.size)
+            )
             return x
         # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
@@ -181,11 +191,11 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
         return _read_mean(reader, name, x)
     content: PyTree = getattr(x, "state" if isinstance(x, Carry) else "x")
     for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}", is_leaf=is_tag):
-        _check_array(leaf_name, leaf)
+        check_array(leaf_name, leaf)
         if isinstance(x, Concat):
-            _check_rows(leaf_name, leaf, reader.size)
+            check_rows(leaf_name, leaf, reader.size)
         if (key := key_impl(leaf)) is not None:
-            _check_combines_keys(leaf_name, x)
+            check_combines_keys(leaf_name, x)
             leaf = jax.random.key_data(leaf)
         part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
         # A sum of integers has the dtype of `jnp.sum`: its own would overflow.
@@ -198,9 +208,9 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
     totals = leaves_with_names(mean.total, f"{name}.Mean.total", is_leaf=is_tag)
     weights = leaves_with_names(mean.weight, f"{name}.Mean.weight", is_leaf=is_tag)
     for leaf_name, leaf in [*totals, *weights]:
-        _check_array(leaf_name, leaf)
+        check_array(leaf_name, leaf)
         if key_impl(leaf) is not None:
-            _check_combines_keys(leaf_name, mean)
+            check_combines_keys(leaf_name, mean)
     shared = jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight)) and jnp.shape(mean.weight) == ()
     if not shared and jax.tree.structure(mean.total) != jax.tree.structure(mean.weight):
         raise ValueError(
@@ -260,11 +270,11 @@ def loss_and_aux(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
     """The two parts of what a loss function returned, or the error that says which it lacks."""
     if has_aux:
         if not isinstance(output, tuple) or len(output) != 2:
-            raise TypeError(f"has_aux=True, and fun returned {_describe(output)}; return the pair (loss, aux).")
+            raise TypeError(f"has_aux=True, and fun returned {described(output)}; return the pair (loss, aux).")
         return output
     if isinstance(output, tuple | list):
         raise TypeError(
-            f"the loss is {_describe(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
+            f"the loss is {described(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
             "returns (loss, aux), pass has_aux=True."
         )
     return output, None
@@ -290,12 +300,12 @@ def _check_term(name: str, term: Any) -> None:
         )
     if isinstance(term, tuple | list | dict):
         raise TypeError(
-            f"{name} is {_describe(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary "
+            f"{name} is {described(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary "
             "values go into aux, with has_aux=True."
         )
     content: Any = term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
     if not is_array(content) and not isinstance(content, bool | int | float | complex):
-        raise TypeError(f"{name} holds {_describe(content)}; a term of a loss is one scalar.")
+        raise TypeError(f"{name} holds {described(content)}; a term of a loss is one scalar.")
     if jnp.shape(content) != ():
         raise TypeError(
             f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), "
@@ -303,88 +313,3 @@ def _check_term(name: str, term: Any) -> None:
         )
     if not jnp.issubdtype(dtype_of(content), jnp.floating):
         raise TypeError(f"{name} has dtype {dtype_of(content)}; a loss is real and floating, or it has no gradient.")
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _describe(x: Any) -> str:
-    if isinstance(x, tuple | list):
-        return f"a {type(x).__name__} of {len(x)}"
-    return f"an array of shape {list(jnp.shape(x))}" if is_array(x) else f"a {type(x).__name__}"
-
-
-def _check_array(name: str, x: Any) -> None:
-    if isinstance(x, Tag):
-        raise TypeError(f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside another tag.")
-    if not is_array(x) and not isinstance(x, bool | int | float | complex):
-        raise TypeError(f"{name} is no array but {type(x).__name__}; return arrays and scalars only.")
-
-
-def _check_combines_keys(name: str, tag: Tag) -> None:
-    if not isinstance(tag, Concat | Stack | Last | Carry):
-        raise TypeError(
-            f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could combine; return it as "
-            "Concat, Stack, Last or in the Carry."
-        )
-
-
-def _padded(name: str) -> str:
-    return (
-        f"{name} has no tag, so it would count padding as examples: with num_examples_argnum return "
-        "Mean(total, weight), with the mask of real examples in both."
-    )
-
-
-def _untagged(name: str, x: Any, size: int) -> str:
-    shape = jnp.shape(x)
-    rows = shape[:1] == (size,)
-    likely = "jaxaccum.Concat(x) for one row per example" if rows else "jaxaccum.Sum(x) for a sum over examples"
-    return (
-        f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over microbatches. Wrap "
-        f"it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a mean over examples, a "
-        "floating scalar, and what is computed only from arguments that are not cut. Sums and extrema do need one."
-    )
-
-
-def _check_rows(name: str, x: Any, size: int) -> None:
-    if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
-        raise ValueError(
-            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} "
-            "examples along axis 0; use Stack for one entry per microbatch, or Sum or Mean for one value."
-        )
-
-
-def _check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None:
-    if not has_carry:
-        if carries:
-            raise ValueError(
-                "fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; declare the argument "
-                "that holds the old state."
-            )
-        return
-    if not carries and not jax.tree.leaves(carry):
-        return  # an empty state needs no tag
-    if len(carries) != 1:
-        raise ValueError(
-            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state "
-            "once, as Carry(state), anywhere in its output."
-        )
-    new, old = carries[0].state, carry
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            f"the carried state changes its structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; "
-            "return the structure that came in."
-        )
-    pairs = zip(leaves_with_names(new, "the carried state"), jax.tree.leaves(old), strict=True)
-    for (name, x), before in pairs:
-        _check_array(name, x)
-        if jnp.shape(x) != jnp.shape(before):
-            raise ValueError(
-                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the shape "
-                "that came in."
-            )
-        if dtype_of(x) != dtype_of(before):
-            is_key = any(key_impl(leaf) is not None for leaf in (x, before))
-            mend = "return a key of the same kind" if is_key else f"cast it back with .astype({dtype_of(before)})"
-            raise TypeError(f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; {mend}.")

@@ -15,7 +15,8 @@ from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array, Fun, PyTree, WithStreams
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, with_exchanges
-from jaxaccum._jaxpr.traces import Trace, axes_of, trace
+from jaxaccum._jaxpr.equations import axes_of
+from jaxaccum._jaxpr.traces import Trace, trace
 from jaxaccum._program import argument_slots, no_gradient, output_parts, validate, whole_outputs
 from jaxaccum._program.argument_slots import Layout, Role, Slot
 from jaxaccum._program.call import Call

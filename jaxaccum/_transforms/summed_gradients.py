@@ -22,8 +22,9 @@ from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import cast, is_inexact, ratio
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
+from jaxaccum._jaxpr.equations import with_invars
 from jaxaccum._jaxpr.reversible import equations_inside
-from jaxaccum._jaxpr.traces import Trace, with_invars
+from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._program import reductions
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.output_parts import Term

@@ -10,6 +10,8 @@ from jaxaccum._audit.rules import elementwise as elementwise
 from jaxaccum._audit.rules import indexing as indexing
 from jaxaccum._audit.rules import loops as loops
 from jaxaccum._audit.rules import meshes as meshes
+from jaxaccum._audit.rules import parts as parts
 from jaxaccum._audit.rules import randomness as randomness
 from jaxaccum._audit.rules import reductions as reductions
+from jaxaccum._audit.rules import scatters as scatters
 from jaxaccum._audit.rules import shapes as shapes

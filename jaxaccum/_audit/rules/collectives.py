@@ -14,7 +14,7 @@ from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, S
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._jaxpr.compat import opened
-from jaxaccum._jaxpr.traces import axes_in, mentions
+from jaxaccum._jaxpr.equations import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
 """A batch-independent value counts once per microbatch: the batch's size over the microbatch's times."""

@@ -1,0 +1,106 @@
+"""What a window of `MultiSteps` refuses: other trees, weights and numbers of steps, with what to pass instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._base.trees import cast, dtype_of, is_inexact, leaves_with_names
+from jaxaccum._base.types import Array, PyTree
+from jaxaccum._host_loop.step_if import is_float0
+from jaxaccum._host_loop.traced_check import checked
+
+
+def taught(update: Callable[[], Any], like: PyTree) -> Callable[[], Any]:
+    """`update`, with an error that teaches where it computes with the gradient of an integer."""
+
+    def taught() -> Any:
+        try:
+            return update()
+        except TypeError as error:
+            leaves = leaves_with_names(like, "updates")
+            integers = [name for name, x in leaves if not is_inexact(x)]
+            if not integers:
+                raise
+            raise TypeError(
+                f"the optimizer cannot take {integers[0]}, the gradient of an integer, which has "
+                "dtype float0; leave such leaves out of it, as in optax.masked(opt, mask) or "
+                f"optax.partition. It said: {error}"
+            ) from error
+
+    return taught
+
+
+def check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
+        raise ValueError(
+            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
+            f"{jax.tree.structure(acc_grads)}; pass gradients of the parameters that init saw, or init again."
+        )
+    for (leaf, x), acc in zip(leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True):
+        if jnp.shape(x) != jnp.shape(acc):
+            raise ValueError(
+                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
+                f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
+            )
+        if is_float0(x) or (integers and not is_inexact(x)):
+            continue
+        if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
+            raise TypeError(
+                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
+                "gradient of the parameter's kind."
+            )
+
+
+def check_skip(skip: Any) -> None:
+    if jnp.shape(skip) != () or dtype_of(skip) != jnp.bool_:
+        raise ValueError(
+            "should_skip_update_fn must return a boolean scalar and a pytree; the first is "
+            f"{dtype_of(skip)}{list(jnp.shape(skip))}."
+        )
+
+
+def checked_k(k: Any) -> Any:
+    if jnp.shape(k) != () or not jnp.issubdtype(dtype_of(k), jnp.integer):
+        raise TypeError(
+            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
+            "number of microbatches of the window: cast it, as in .astype(int)."
+        )
+    if isinstance(k, jax.core.Tracer):
+        return checked(k, _is_positive, "every_k_schedule returned {x}; it must be at least 1")
+    if k < 1:
+        raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
+    return k
+
+
+def checked_weight(weight: Any, total: Any) -> Array:
+    """The weight of a microbatch in the dtype of the `total`; 1 where none is given."""
+    if weight is None:
+        return jnp.ones_like(total)
+    dtype = dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"weight must be a real number; got {weight!r}.")
+    if jnp.shape(weight) != ():
+        raise ValueError(
+            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its number of examples or "
+            "tokens, as jnp.sum(mask)."
+        )
+    if isinstance(weight, jax.core.Tracer):
+        w = cast(weight, dtype_of(total))
+        return checked(w, _is_weight, "weight must be finite and not negative; got {x}")
+    if not 0 <= float(weight) < np.inf:
+        raise ValueError(f"weight must be finite and not negative; got {float(weight)}.")
+    return cast(weight, dtype_of(total))
+
+
+def _is_positive(k: Array) -> Array:
+    return jnp.greater_equal(k, 1)
+
+
+def _is_weight(w: Array) -> Array:
+    return jnp.logical_and(w >= 0, jnp.isfinite(w))
