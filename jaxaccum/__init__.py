@@ -1,4 +1,5 @@
-"""Gradient accumulation for JAX that is exact: the microbatched gradient equals the full-batch gradient."""
+"""Gradient accumulation for JAX that is exact: the microbatched gradient equals the full-batch
+gradient."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ _LAZY = {
     "linen": None,
     "nnx": None,
 }
-"""Names whose module needs optax or flax, and is imported when they are first used; None: the name is a module."""
+"""Names whose module needs optax or flax, and is imported when they are first used; None: the name
+is a module."""
 
 
 if not TYPE_CHECKING:  # a type checker that sees it takes every misspelt name for one of ours

@@ -1,7 +1,9 @@
-"""The command line: ``python -m jaxaccum audit module:function`` says whether a loss accumulates, by its exit status.
+"""The command line: ``python -m jaxaccum audit module:function`` says whether a loss accumulates,
+by its exit status.
 
-`function` takes no arguments and returns what `jaxaccum.audit` takes: a tuple of the loss and its arguments, arrays or
-``jax.ShapeDtypeStruct``, or a dict with these under ``"fun"`` and ``"args"`` and the options beside them. It may return
+`function` takes no arguments and returns what `jaxaccum.audit` takes: a tuple of the loss and its
+arguments, arrays or ``jax.ShapeDtypeStruct``, or a dict with these under ``"fun"`` and ``"args"``
+and the options beside them. It may return
 an `AuditReport` too. Status: 0 exact, 1 inexact, 2 a wrong call, 3 unknown.
 """
 
@@ -20,12 +22,18 @@ from jaxaccum._tools.audit import audit
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jaxaccum", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxaccum", description=(__doc__ or "").partition("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("audit", help="say whether a loss can be accumulated exactly")
-    command.add_argument("target", metavar="module:function", help="a function that returns (loss, *arguments)")
+    command.add_argument(
+        "target", metavar="module:function", help="a function that returns (loss, *arguments)"
+    )
     command.add_argument("--num-microbatches", type=int, help="how many there will be")
-    command.add_argument("--probe", action="store_true", help="compare gradients numerically as well")
+    command.add_argument(
+        "--probe", action="store_true", help="compare gradients numerically as well"
+    )
     options = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())
     try:
@@ -36,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = _report(given, {name: value for name, value in chosen.items() if value})
     if report is None:
         parser.error(
-            f"{options.target} returned {type(given).__name__}; return (loss, *arguments), or a dict of options."
+            f"{options.target} returned {type(given).__name__}; return (loss, *arguments), or a "
+            "dict of options."
         )
     report.show()
     return 0 if report.exact else 3 if report.verdict is Verdict.UNKNOWN else 1
@@ -53,7 +62,8 @@ def _load(target: str) -> Callable[[], Any]:
 
 
 def _report(given: Any, chosen: dict[str, Any]) -> AuditReport | None:
-    """The report on what the user's function returned, under the options of the command line; None of anything else."""
+    """The report on what the user's function returned, under the options of the command line; None
+    of anything else."""
     if isinstance(given, AuditReport):
         return given
     if isinstance(given, dict):

@@ -1,7 +1,8 @@
 """Checkpoints of a training state that survive a kill: whole or refused, and bitwise.
 
-The arrays are Orbax's. Beside them stands a small file, written last, with the name, shape and dtype of each leaf and
-the checksum of each file: a checkpoint without it was never finished, and one that disagrees with it is refused.
+The arrays are Orbax's. Beside them stands a small file, written last, with the name, shape and
+dtype of each leaf and the checksum of each file: a checkpoint without it was never finished, and
+one that disagrees with it is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ __all__ = ["restore", "save", "steps"]
 
 
 def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
-    """Write the whole training state: parameters, optimizer with its open window, keys, and where the data is.
+    """Write the whole training state: parameters, optimizer with its open window, keys, and where
+    the data is.
 
     Args:
         directory: of all checkpoints of the run.
@@ -59,7 +61,9 @@ def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:
     """The checkpoints that were finished, oldest first."""
-    return sorted(int(path.stem) for path in pathlib.Path(directory).glob("*.json") if path.stem.isdigit())
+    return sorted(
+        int(path.stem) for path in pathlib.Path(directory).glob("*.json") if path.stem.isdigit()
+    )
 
 
 def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None = None) -> PyTree:
@@ -67,32 +71,40 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
 
     Args:
         directory: of all checkpoints of the run.
-        like: a state of the same structure, shapes and dtypes, such as the one a new run starts with.
-            A PRNG key must be of the kind that was saved: neither another kind nor an array.
+        like: a state of the same structure, shapes and dtypes, such as the one a new run starts
+            with. A PRNG key must be of the kind that was saved: neither another kind nor an array.
         step: which; None is the newest that was finished.
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
-        ValueError: where it does not fit `like`, or was truncated or changed; it names the leaf or file, and the older
-            checkpoints.
+        ValueError: where it does not fit `like`, or was truncated or changed; it names the leaf or
+            file, and the older checkpoints.
     """
     found = steps(directory)
     if step is None and found:
         step = found[-1]
     if step is None or step not in found:
-        raise FileNotFoundError(f"no finished checkpoint {'' if step is None else step} in {directory}; found {found}.")
+        raise FileNotFoundError(
+            f"no finished checkpoint {'' if step is None else step} in {directory}; found {found}."
+        )
     folder, note = _paths(directory, step)
-    older = f"Older checkpoints: {[other for other in found if other < step]}, as restore(…, step=…)."
+    older = (
+        f"Older checkpoints: {[other for other in found if other < step]}, as restore(…, step=…)."
+    )
     try:
         saved = json.loads(note.read_text())
     except ValueError as error:
-        raise ValueError(f"checkpoint {step} is damaged: {note.name} cannot be read ({error}). {older}") from None
+        raise ValueError(
+            f"checkpoint {step} is damaged: {note.name} cannot be read ({error}). {older}"
+        ) from None
     expected = _leaves(like)
     _check_fits(step, saved["leaves"], _entries(like), older)
     found_files = _checksums(folder)
     for name in sorted({*saved["files"], *found_files}):
         if saved["files"].get(name) != found_files.get(name):
-            raise ValueError(f"checkpoint {step} is damaged: its file {name} is not what was written. {older}")
+            raise ValueError(
+                f"checkpoint {step} is damaged: its file {name} is not what was written. {older}"
+            )
     template = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, (_, x) in enumerate(expected)}
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder, template)
@@ -100,19 +112,22 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
-def _check_fits(step: int, saved: list[dict[str, Any]], expected: list[dict[str, Any]], older: str) -> None:
+def _check_fits(
+    step: int, saved: list[dict[str, Any]], expected: list[dict[str, Any]], older: str
+) -> None:
     if [x["name"] for x in saved] != [x["name"] for x in expected]:
         names = {x["name"] for x in saved}, {x["name"] for x in expected}
         raise ValueError(
-            f"checkpoint {step} is of another state: it has {sorted(names[0] - names[1])} beside, and lacks "
-            f"{sorted(names[1] - names[0])}. {older}"
+            f"checkpoint {step} is of another state: it has {sorted(names[0] - names[1])} beside, "
+            f"and lacks {sorted(names[1] - names[0])}. {older}"
         )
     for own, other in zip(saved, expected, strict=True):
         if (own["shape"], own["dtype"]) != (other["shape"], other["dtype"]):
             hint = _hint(own["dtype"], other["dtype"])
             raise ValueError(
-                f"checkpoint {step} is of another state: {own['name']} is {own['dtype']}{own['shape']} in it and "
-                f"{other['dtype']}{other['shape']} here. {hint}{older}"
+                f"checkpoint {step} is of another state: {own['name']} is "
+                f"{own['dtype']}{own['shape']} in it and {other['dtype']}{other['shape']} here. "
+                f"{hint}{older}"
             )
 
 
@@ -146,7 +161,11 @@ def _data(x: Any) -> Any:
 
 
 def _as(array: Any, like: Any) -> Any:
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.asarray(array)
+    return (
+        jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+        if _is_key(like)
+        else jnp.asarray(array)
+    )
 
 
 def _entries(state: PyTree) -> list[dict[str, Any]]:

@@ -14,11 +14,14 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(nn.BatchNorm):
-    """``flax.linen.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever is masked.
+    """``flax.linen.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever
+    is masked.
 
-        n = Σᵢ nᵢ,   μ = Σᵢ nᵢ μᵢ / n,   σ² = (Σᵢ sᵢ + Σᵢ nᵢ (μᵢ − μ)²) / n       over the microbatches i
+        n = Σᵢ nᵢ,   μ = Σᵢ nᵢ μᵢ / n,   σ² = (Σᵢ sᵢ + Σᵢ nᵢ (μᵢ − μ)²) / n       over the
+        microbatches i
 
-    where nᵢ, μᵢ and sᵢ are count, mean and sum of squared deviations of the entries that are not masked. It equals::
+    where nᵢ, μᵢ and sᵢ are count, mean and sum of squared deviations of the entries that are not
+    masked. It equals::
 
         def batch_norm(x, mask):  # of the whole batch
             kept = x[mask]
@@ -26,23 +29,26 @@ class BatchNorm(nn.BatchNorm):
             y = (x - mean) / sqrt(var + epsilon) * scale + bias
             return y, momentum * running + (1 - momentum) * (mean, var)
 
-    Flax's own averages the masked means of the shards, which is wrong where the shards keep unequal numbers of entries.
-    Arguments, parameters and collections have Flax's names (``params``: scale, bias; ``batch_stats``: mean, var), so it
-    takes the place of ``nn.BatchNorm`` in a model and in a checkpoint.
+    Flax's own averages the masked means of the shards, which is wrong where the shards keep unequal
+    numbers of entries. Arguments, parameters and collections have Flax's names (``params``: scale,
+    bias; ``batch_stats``: mean, var), so it takes the place of ``nn.BatchNorm`` in a model and in a
+    checkpoint.
 
     Args:
-        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where an axis is not
-            bound (initialization, evaluation, a plain call) the batch at hand is the whole batch.
-        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes, σ²; ``"torch"`` the
-            unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the share that is kept: torch's is 1 − momentum.
+        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where
+            an axis is not bound (initialization, evaluation, a plain call) the batch at hand is the
+            whole batch.
+        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes,
+            σ²; ``"torch"`` the unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the
+            share that is kept: torch's is 1 − momentum.
         use_fast_variance: changes nothing: the variance takes one collective and does not cancel.
 
-    All others are those of ``flax.linen.BatchNorm``. ``mask=`` at call is an array of booleans that broadcasts to the
-    input; running statistics do not move where nothing is counted.
+    All others are those of ``flax.linen.BatchNorm``. ``mask=`` at call is an array of booleans that
+    broadcasts to the input; running statistics do not move where nothing is counted.
 
-    Guarantees:
-        Equal to the full batch for any mask and any padding, in value, gradient and running statistics. Statistics in
-        float32 for inputs of lower precision. A mean far from 0 does not spoil the variance.
+    Guarantees: Equal to the full batch for any mask and any padding, in value, gradient and running
+        statistics. Statistics in float32 for inputs of lower precision. A mean far from 0 does not
+        spoil the variance.
 
     Raises:
         ValueError: where `statistics` is neither ``"flax"`` nor ``"torch"``.
@@ -64,7 +70,9 @@ class BatchNorm(nn.BatchNorm):
     statistics: str = "flax"
 
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Normalize `x`.
 
         Args:
@@ -76,7 +84,9 @@ class BatchNorm(nn.BatchNorm):
             The normalized input, of its shape; masked entries are normalized too.
         """
         rule = batch_norm.rule(self.statistics)
-        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
         axes = batch_norm.reduced_axes(x.ndim, self.axis)
         shape = [size for axis, size in enumerate(x.shape) if axis not in axes]
         widen = batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype
@@ -85,13 +95,27 @@ class BatchNorm(nn.BatchNorm):
         var = self.variable("batch_stats", "var", jnp.ones, shape, widen(self.param_dtype))
         used = mean.value, var.value
         if not use_running_average:
-            across = {} if self.is_initializing() else {"axis_name": self.axis_name, "groups": self.axis_index_groups}
-            new = batch_norm.moments(x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across)
+            across = (
+                {}
+                if self.is_initializing()
+                else {"axis_name": self.axis_name, "groups": self.axis_index_groups}
+            )
+            new = batch_norm.moments(
+                x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across
+            )
             used = new.mean, new.variance
             if not self.is_initializing():
                 old = mean.value, var.value
-                mean.value, var.value = batch_norm.update(old, new, momentum=self.momentum, rule=rule)
-        scale = self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+                mean.value, var.value = batch_norm.update(
+                    old, new, momentum=self.momentum, rule=rule
+                )
+        scale = (
+            self.param("scale", self.scale_init, shape, self.param_dtype)
+            if self.use_scale
+            else None
+        )
+        bias = (
+            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        )
         y = batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
         return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))

@@ -1,4 +1,5 @@
-"""Flax nnx: gradients of ``fun(model, batch)`` over microbatches, and a BatchNorm that is exact across them."""
+"""Flax nnx: gradients of ``fun(model, batch)`` over microbatches, and a BatchNorm that is exact
+across them."""
 
 from __future__ import annotations
 
@@ -39,10 +40,12 @@ def value_and_grad(
     audit: Audit = "warn",
     example_streams: filterlib.Filter = False,
 ) -> Fun:
-    """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
+    """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over
+    microbatches and equal to it.
 
-    Parameters are differentiated; all other variables (batch statistics, counters, keys of random streams) run from
-    microbatch to microbatch, and the model holds the last ones afterwards. It equals::
+    Parameters are differentiated; all other variables (batch statistics, counters, keys of random
+    streams) run from microbatch to microbatch, and the model holds the last ones afterwards. It
+    equals::
 
         def accumulated(model, batch):
             grads = 0
@@ -50,12 +53,13 @@ def value_and_grad(
                 value, own = nnx.value_and_grad(fun)(model, rows)  # updates the model
                 grads += own  # each term over the denominator of the whole batch
 
-    Statistics that collectives over the axis compute, such as those of `BatchNorm`, are the whole batch's: they are
-    updated once. In such a program every microbatch starts from the same state, and the keys of the random streams are
-    folded with its index, so that each draws its own masks.
+    Statistics that collectives over the axis compute, such as those of `BatchNorm`, are the whole
+    batch's: they are updated once. In such a program every microbatch starts from the same state,
+    and the keys of the random streams are folded with its index, so that each draws its own masks.
 
-    By default masks and noise therefore depend on the partition. With `example_streams` they do not: where the key of a
-    stream is k, example i draws from ``jax.random.split(k, batch_size)[i]``. A loss without collectives then equals::
+    By default masks and noise therefore depend on the partition. With `example_streams` they do
+    not: where the key of a stream is k, example i draws from ``jax.random.split(k,
+    batch_size)[i]``. A loss without collectives then equals::
 
         def of_example(i):  # as if it were alone in its batch
             own = nnx.clone(model)
@@ -65,14 +69,14 @@ def value_and_grad(
 
         value, grads = mean(of_example(i) for i in range(batch_size))
 
-    and one with collectives the full batch with these masks. A draw is divided by its shape: the axis that grows with
-    the microbatch is the examples'. A draw that does not grow (noise on a weight, a mask that all examples share) is
-    drawn once for the batch, as the full batch draws it.
+    and one with collectives the full batch with these masks. A draw is divided by its shape: the
+    axis that grows with the microbatch is the examples'. A draw that does not grow (noise on a
+    weight, a mask that all examples share) is drawn once for the batch, as the full batch draws it.
 
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.
-        argnums: the arguments to differentiate, as in nnx: of a model its ``nnx.Param``, or what the filter of
-            ``nnx.DiffState(argnum, filter)`` selects.
+        argnums: the arguments to differentiate, as in nnx: of a model its ``nnx.Param``, or what
+            the filter of ``nnx.DiffState(argnum, filter)`` selects.
         has_aux: whether `fun` returns ``(loss, aux)``, its aux tagged.
         num_microbatches: as for `jaxaccum.value_and_grad`, like all that follow.
         microbatch_size: the other way to say the partition.
@@ -84,26 +88,29 @@ def value_and_grad(
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams of which every example has its own: True for all of them, or a filter of
-            nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced once more for each size, at twice the
-            size. Keys of generators other than JAX's default draw one example after the other.
+        example_streams: the random streams of which every example has its own: True for all of
+            them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced
+            once more for each size, at twice the size. Keys of generators other than JAX's default
+            draw one example after the other.
 
     Returns:
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
         ``((value, aux), grads)``. The gradient of a model is an ``nnx.State`` with the structure of
-        ``nnx.state(model, nnx.Param)``, as an ``nnx.Optimizer`` takes it, in the accumulator's dtype.
-        As in nnx, an argument that is no model (a variable, an ``nnx.State``, a list of models) has a
-        gradient of its own structure, and what it holds outside of models is differentiated.
+        ``nnx.state(model, nnx.Param)``, as an ``nnx.Optimizer`` takes it, in the accumulator's
+        dtype. As in nnx, an argument that is no model (a variable, an ``nnx.State``, a list of
+        models) has a gradient of its own structure, and what it holds outside of models is
+        differentiated.
 
-    Guarantees:
-        With `example_streams`, value, gradient and state are those of ``num_microbatches=1``, for any partition, and
-        for any division among devices (`mesh_axes`, explicit meshes). The streams advance once, as in the full batch,
-        and the model holds ordinary keys afterwards.
+    Guarantees: With `example_streams`, value, gradient and state are those of
+        ``num_microbatches=1``, for any partition, and for any division among devices (`mesh_axes`,
+        explicit meshes). The streams advance once, as in the full batch, and the model holds
+        ordinary keys afterwards.
 
     Raises:
-        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns to a parameter; and
-            where `example_streams` cannot divide a draw among the examples, with the line: examples and another axis
-            merged, a key made for each example in `fun`, a gamma distribution.
+        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns
+            to a parameter; and where `example_streams` cannot divide a draw among the examples,
+            with the line: examples and another axis merged, a key made for each example in `fun`, a
+            gamma distribution.
 
     Example:
         >>> from flax import nnx
@@ -131,11 +138,15 @@ def value_and_grad(
     def accumulated(*args: Any, **kwargs: Any) -> Any:
         axes = argument_slots.assigned(in_axes, args, kwargs, fun)
         given = argnums if isinstance(argnums, tuple | list) else (argnums,)
-        numbers = validate.argnums([x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional)
+        numbers = validate.argnums(
+            [x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional
+        )
         filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
         _check_models(axes, args, kwargs)
         models = Models.among(args, dict(zip(numbers, filters, strict=True)), example_streams)
-        own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)  # the states come after the arguments
+        own: Any = ArgumentAxes(
+            (*axes.positional, *IN_AXES), axes.keywords
+        )  # the states come after the arguments
         step = _value_and_grad(
             models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=own, **options
         )
@@ -166,7 +177,8 @@ def grad(
     audit: Audit = "warn",
     example_streams: filterlib.Filter = False,
 ) -> Fun:
-    """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
+    """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`,
+    with its options.
 
     Args:
         fun: the loss of one microbatch.
@@ -214,40 +226,45 @@ def grad(
 def _check_models(axes: ArgumentAxes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if CARRY in axes.keywords.values():
         raise ValueError(
-            "in_axes declares a keyword argument CARRY, and the state of the models already runs through the "
-            "microbatches; keep that state in an nnx.Variable of the model."
+            "in_axes declares a keyword argument CARRY, and the state of the models already runs "
+            "through the microbatches; keep that state in an nnx.Variable of the model."
         )
     for number, (axis, arg) in enumerate(zip(axes.positional, args, strict=True)):
         if axis is CARRY:
             raise ValueError(
-                f"in_axes declares argument {number} CARRY, and the state of the models already runs through the "
-                "microbatches; keep that state in an nnx.Variable of the model."
+                f"in_axes declares argument {number} CARRY, and the state of the models already "
+                "runs through the microbatches; keep that state in an nnx.Variable of the model."
             )
         if axis is not None and holds_modules(arg):
             raise ValueError(
-                f"in_axes gives argument {number} {axis!r}, and it holds an nnx model, which every microbatch sees "
-                "whole; pass None for it."
+                f"in_axes gives argument {number} {axis!r}, and it holds an nnx model, which every "
+                "microbatch sees whole; pass None for it."
             )
     for name, value in kwargs.items():
         if holds_modules(value):
-            raise TypeError(f"keyword argument {name} holds an nnx model; pass models as positional arguments.")
+            raise TypeError(
+                f"keyword argument {name} holds an nnx model; pass models as positional arguments."
+            )
 
 
 class BatchNorm(nnx.BatchNorm):
-    """``flax.nnx.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever is masked.
+    """``flax.nnx.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever
+    is masked.
 
-    The equations, the program that it equals and the guarantees are those of `jaxaccum.linen.BatchNorm`. Arguments and
-    variables have Flax's names (``nnx.Param``: scale, bias; ``nnx.BatchStat``: mean, var).
+    The equations, the program that it equals and the guarantees are those of
+    `jaxaccum.linen.BatchNorm`. Arguments and variables have Flax's names (``nnx.Param``: scale,
+    bias; ``nnx.BatchStat``: mean, var).
 
     Args:
         num_features: the size of the feature axis.
-        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where an axis is not
-            bound (evaluation, a plain call) the batch at hand is the whole batch.
-        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes, σ²; ``"torch"`` the
-            unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the share that is kept: torch's is 1 − momentum.
+        axis_name: the axis, or axes, that the statistics span; by default the microbatches'. Where
+            an axis is not bound (evaluation, a plain call) the batch at hand is the whole batch.
+        statistics: which variance the running average keeps: ``"flax"`` the one that normalizes,
+            σ²; ``"torch"`` the unbiased n / (n − 1) · σ². `momentum` is Flax's under both, the
+            share that is kept: torch's is 1 − momentum.
         rngs: the keys of the initial parameters.
-        **options: all others are those of ``flax.nnx.BatchNorm``; of these `use_fast_variance` changes nothing, since
-            the variance takes one collective and does not cancel.
+        **options: all others are those of ``flax.nnx.BatchNorm``; of these `use_fast_variance`
+            changes nothing, since the variance takes one collective and does not cancel.
 
     Raises:
         ValueError: where `statistics` is neither ``"flax"`` nor ``"torch"``.
@@ -275,9 +292,13 @@ class BatchNorm(nnx.BatchNorm):
         self.statistics: batch_norm.Statistics = batch_norm.rule(statistics)
         dtype = batch_norm.at_least_float32(self.param_dtype)
         self.mean: nnx.BatchStat[Array] = nnx.BatchStat(jnp.zeros((num_features,), dtype))
-        self.var: nnx.BatchStat[Array] = nnx.BatchStat(jnp.ones((num_features,), jnp.finfo(dtype).dtype))
+        self.var: nnx.BatchStat[Array] = nnx.BatchStat(
+            jnp.ones((num_features,), jnp.finfo(dtype).dtype)
+        )
 
-    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
         """Normalize `x`.
 
         Args:
@@ -291,8 +312,9 @@ class BatchNorm(nnx.BatchNorm):
         running = self.use_running_average if use_running_average is None else use_running_average
         if running is None:
             raise ValueError(
-                "BatchNorm was not told whether to normalize by the running statistics; pass use_running_average= to "
-                "the constructor or the call, or use nnx.view(model, use_running_average=…)."
+                "BatchNorm was not told whether to normalize by the running statistics; pass "
+                "use_running_average= to the constructor or the call, or use nnx.view(model, "
+                "use_running_average=…)."
             )
         mean, var = self.mean[...], self.var[...]
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
@@ -301,13 +323,20 @@ class BatchNorm(nnx.BatchNorm):
         axes = batch_norm.reduced_axes(x.ndim, self.axis)
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(self.mean[...]):
             raise TypeError(
-                f"BatchNorm keeps its running mean in {self.mean[...].dtype}, and the input is {x.dtype}; pass "
-                "param_dtype=jnp.complex64, or another complex dtype, to the constructor."
+                f"BatchNorm keeps its running mean in {self.mean[...].dtype}, and the input is "
+                f"{x.dtype}; pass param_dtype=jnp.complex64, or another complex dtype, to the "
+                "constructor."
             )
         if not running:
             across: dict[str, Any] = {"axis_name": self.axis_name, "groups": self.axis_index_groups}
-            new = batch_norm.moments(x, axes, dtype=batch_norm.at_least_float32(x.dtype), mask=mask, **across)
+            new = batch_norm.moments(
+                x, axes, dtype=batch_norm.at_least_float32(x.dtype), mask=mask, **across
+            )
             old, mean, var = (mean, var), new.mean, new.variance
-            self.mean[...], self.var[...] = batch_norm.update(old, new, momentum=self.momentum, rule=self.statistics)
-        y = batch_norm.normalize(x, mean, var, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
+            self.mean[...], self.var[...] = batch_norm.update(
+                old, new, momentum=self.momentum, rule=self.statistics
+            )
+        y = batch_norm.normalize(
+            x, mean, var, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon
+        )
         return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))

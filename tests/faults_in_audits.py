@@ -182,7 +182,7 @@ ROWS = [
     ),
     (
         "the call takes one microbatch on each device for the whole batch", "_audit/at_call.py",
-        "num_microbatches == 1 and (not program.mesh_axes or _spans_devices(program))", "num_microbatches == 1",
+        "    return program.partition.num_microbatches == 1 and (\n        not program.mesh_axes or _spans_devices(program)\n    )\n", "    return program.partition.num_microbatches == 1\n",
         "test_audit_at_call.py::test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
     ),
     (
@@ -212,8 +212,8 @@ ROWS = [
     ),
     (
         "every carried state is a random stream", "_audit/analysis.py",
-        "                fault = Fault(FaultKind.STATE, None, None, f\"{slot.name} changes",
-        "                fault = Fault(FaultKind.RANDOM, None, None, declared=True, note=f\"{slot.name} changes",
+        "                    FaultKind.STATE,\n                    None,\n                    None,\n                    f\"{slot.name} changes from microbatch to microbatch\",\n",
+        "                    FaultKind.RANDOM,\n                    None,\n                    None,\n                    declared=True,\n                    note=f\"{slot.name} changes from microbatch to microbatch\",\n",
         "test_audit_at_call.py::test_a_carried_key_is_a_random_stream_and_a_carried_number_is_not",
     ),
     (

@@ -88,7 +88,7 @@ FAULTS = [
     ),
     Fault(
         "the last gradient alone", "_loop/derivative.py",
-        "[total + cast(grad, total.dtype) for", "[cast(grad, total.dtype) for",
+        "            total + cast(grad, total.dtype)\n            for total, grad in zip(sums[:count], grads[:count], strict=True)\n", "            cast(grad, total.dtype) for total, grad in zip(sums[:count], grads[:count], strict=True)\n",
         "test_value_and_grad.py::test_the_sum_without_references_equals_the_full_batch",
     ),
     Fault(
@@ -144,8 +144,8 @@ FAULTS = [
     ),
     Fault(
         "gradients stay on their device", "_transforms/summed_gradients.py",
-        "axes.append(varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())",
-        "axes.append(())",
+        "        axes.append(\n            varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)\n            if is_summed\n            else ()\n        )\n",
+        "        axes.append(())\n",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
     Fault(

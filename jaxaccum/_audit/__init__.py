@@ -1,4 +1,5 @@
-"""Can a loss be accumulated? Traced at two sizes and never run, it answers with the line that prevents it."""
+"""Can a loss be accumulated? Traced at two sizes and never run, it answers with the line that
+prevents it."""
 
 from jaxaccum._audit import at_call as at_call
 from jaxaccum._audit import rules as rules

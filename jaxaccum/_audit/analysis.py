@@ -28,7 +28,12 @@ from jaxaccum._program.validate import counted
 
 
 def report_on(
-    subject: Subject, partition: Partition, axis_name: str, *, mesh_axes: Iterable[str] = (), whole_runs: bool = True
+    subject: Subject,
+    partition: Partition,
+    axis_name: str,
+    *,
+    mesh_axes: Iterable[str] = (),
+    whole_runs: bool = True,
 ) -> AuditReport:
     """The report on a loss that runs under a partition.
 
@@ -46,7 +51,9 @@ def report_on(
         if size == known:
             raise
         one = subject.trace(known, 1 if whole_runs else number)
-        return _summed_up(_of_one_size(subject, one, error, size=size, known=known, whole_runs=whole_runs), counts)
+        return _summed_up(
+            _of_one_size(subject, one, error, size=size, known=known, whole_runs=whole_runs), counts
+        )
     judged: list[Judged] = []
     for group in partition.groups:
         walk = Walk(Sizes(size, group.size), axis_name, (1, number))
@@ -61,11 +68,14 @@ def report_on(
 def _of_one_size(
     subject: Subject, one: Traced, error: Exception, *, size: int, known: int, whole_runs: bool
 ) -> list[Judged]:
-    """The answers for a loss that runs on `known` examples and raises `error` for `size` of them."""
+    """The answers for a loss that runs on `known` examples and raises `error` for `size` of
+    them."""
     if whole_runs:
         found = _closures(subject.fun, one, Sizes(known, size))
     elif known == 1 and not of_length(subject.fun, size):
-        return [Judged(output, Verdict.PER_EXAMPLE, True) for output in one.outputs]  # written for one example
+        return [
+            Judged(output, Verdict.PER_EXAMPLE, True) for output in one.outputs
+        ]  # written for one example
     else:
         found = _closures(subject.fun, one, Sizes(size, known))
     return [_undecided(output, _cannot(size, error), closures=found) for output in one.outputs]
@@ -76,19 +86,28 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     size = walk.sizes.second
     try:
         part = subject.trace(size, walk.axis_sizes[1])
-    except Exception as error:  # of the user's function: at this size it cannot be accumulated at all
+    except (
+        Exception
+    ) as error:  # of the user's function: at this size it cannot be accumulated at all
         found = _closures(subject.fun, whole, walk.sizes)
         return [_undecided(o, _cannot(size, error), closures=found) for o in whole.outputs]
     names = [[(o.name, o.tag) for o in traced.outputs] for traced in (whole, part)]
     if names[0] != names[1]:
-        return [_undecided(output, f"it returns other outputs for {size} examples") for output in whole.outputs]
+        return [
+            _undecided(output, f"it returns other outputs for {size} examples")
+            for output in whole.outputs
+        ]
     walk.name_of = functools.partial(name_of, subject.fun)
     walk.may_be_nan = functools.cache(
         lambda: any_nan((*subject.given, *constants(whole.closed), *constants(part.closed)))
     )
     judged = _walked_and_judged(walk, subject, whole, part)
     if any(each.cause is not None for each in judged):
-        judged = _for_one_example(walk, subject, whole, part) or _in_groups(walk, subject, whole, part) or judged
+        judged = (
+            _for_one_example(walk, subject, whole, part)
+            or _in_groups(walk, subject, whole, part)
+            or judged
+        )
     named = _repeated(subject, whole, walk)
     return [_with_cause(each, named) for each in judged]
 
@@ -100,8 +119,8 @@ def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced
     except ProgramsDifferError as error:
         first, second = walk.group * walk.sizes.first, walk.group * walk.sizes.second
         reason = (
-            f"the programs for {first} and for {second} examples are not the same: does Python code branch on the "
-            "batch size, or on the number of microbatches?"
+            f"the programs for {first} and for {second} examples are not the same: does Python "
+            "code branch on the batch size, or on the number of microbatches?"
         )
         found = _closures(subject.fun, whole, walk.sizes)
         return [_undecided(output, reason, error.site, closures=found) for output in whole.outputs]
@@ -119,15 +138,22 @@ def _walked_and_judged(walk: Walk, subject: Subject, whole: Traced, part: Traced
 def _like(walk: Walk, sizes: Sizes) -> Walk:
     """Another walk of the same programs, which takes the sizes for others."""
     again = Walk(sizes, walk.axis_name, walk.axis_sizes)
-    again.outer_axes, again.name_of, again.may_be_nan = walk.outer_axes, walk.name_of, walk.may_be_nan
+    again.outer_axes, again.name_of, again.may_be_nan = (
+        walk.outer_axes,
+        walk.name_of,
+        walk.may_be_nan,
+    )
     return again
 
 
-def _for_one_example(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:
-    """The answers for microbatches of one example, from a program for more; None where that does not help.
+def _for_one_example(
+    walk: Walk, subject: Subject, whole: Traced, part: Traced
+) -> list[Judged] | None:
+    """The answers for microbatches of one example, from a program for more; None where that does
+    not help.
 
-    JAX leaves out what moves nothing where there is one row, so that the program for one is another than
-    that for the batch. Or the loss is written for one example, which it reads as ``x[0]``.
+    JAX leaves out what moves nothing where there is one row, so that the program for one is another
+    than that for the batch. Or the loss is written for one example, which it reads as ``x[0]``.
     """
     if walk.sizes.second > 1:
         return None
@@ -142,15 +168,19 @@ def _for_one_example(walk: Walk, subject: Subject, whole: Traced, part: Traced) 
         again = _like(walk, Sizes(first, larger))
         again.one_by_one, again.axis_sizes = one_by_one, (1, count)
         judged = _walked_and_judged(again, subject, whole, more)
-        if not any(each.cause is not None for each in judged) and same_work(part.closed, more.closed):
+        if not any(each.cause is not None for each in judged) and same_work(
+            part.closed, more.closed
+        ):
             return judged
     return None
 
 
 def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[Judged] | None:
-    """The answers where adjacent examples in groups, such as pairs or completions of one prompt, are taken for one.
+    """The answers where adjacent examples in groups, such as pairs or completions of one prompt,
+    are taken for one.
 
-    A group is exact as an example is: the microbatches must hold whole groups. None where that does not help.
+    A group is exact as an example is: the microbatches must hold whole groups. None where that does
+    not help.
     """
     for group in sorted(walk.groups):
         sizes = walk.sizes.divided(group)
@@ -160,9 +190,14 @@ def _in_groups(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> lis
         again.group = group
         judged = _walked_and_judged(again, subject, whole, part)
         if not any(each.cause is not None for each in judged):
-            note = f"examples come in groups of {group} adjacent ones, and every microbatch holds whole groups"
+            note = (
+                f"examples come in groups of {group} adjacent ones, and every microbatch holds "
+                "whole groups"
+            )
             finding = Finding("assumption", None, None, "", note=note)
-            return [dataclasses.replace(each, findings=(*each.findings, finding)) for each in judged]
+            return [
+                dataclasses.replace(each, findings=(*each.findings, finding)) for each in judged
+            ]
     return None
 
 
@@ -172,7 +207,8 @@ def _cannot(size: int, error: Exception) -> str:
 
 
 def _repeated(subject: Subject, whole: Traced, walk: Walk) -> list[Finding]:
-    """Arrays of the closure for which JAX repeats a microbatch of one example: no larger one fits them."""
+    """Arrays of the closure for which JAX repeats a microbatch of one example: no larger one fits
+    them."""
     if walk.sizes.second > 1 or not (found := _closures(subject.fun, whole, walk.sizes)):
         return []
     larger = 2 if walk.sizes.first > 2 else 3
@@ -211,20 +247,32 @@ def _walked(walk: Walk, subject: Subject, whole: Traced, part: Traced) -> list[V
                 fault = Fault(FaultKind.RANDOM, None, None, note, declared=True)
                 value = fixed(faults=frozenset([fault]), number=number, scalar=scalar)
             case Role.CARRY if id(v) not in unchanged:
-                fault = Fault(FaultKind.STATE, None, None, f"{slot.name} changes from microbatch to microbatch")
+                fault = Fault(
+                    FaultKind.STATE,
+                    None,
+                    None,
+                    f"{slot.name} changes from microbatch to microbatch",
+                )
                 value = fixed(faults=frozenset([fault]), number=number, scalar=scalar)
             case _:
-                params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-                value = fixed(number=number, scalar=scalar, params=params, overwritten=slot.overwritten)
+                params = subject.differentiates(slot.argnum) and jnp.issubdtype(
+                    v.aval.dtype, jnp.inexact
+                )
+                value = fixed(
+                    number=number, scalar=scalar, params=params, overwritten=slot.overwritten
+                )
         ins.append(value)
     return walk.run(first.jaxpr, second.jaxpr, consts, ins)
 
 
 def _unchanged(slots: Sequence[Slot], traced: Traced) -> set[int]:
-    """The variables of the carried leaves that come back in their own place of the `Carry`, as they went in."""
+    """The variables of the carried leaves that come back in their own place of the `Carry`, as they
+    went in."""
     jaxpr = traced.closed.jaxpr
     # A carried key goes in as the integers that it is made of, and comes out typed.
-    made_of = {eqn.outvars[0]: eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "random_wrap"}
+    made_of = {
+        eqn.outvars[0]: eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == "random_wrap"
+    }
     tags = [output.tag for output in traced.outputs for _ in range(output.count)]
     new = [v for v, tag in zip(jaxpr.outvars, tags, strict=True) if tag == "Carry"]
     old = [v for v, slot in zip(traced.arguments, slots, strict=True) if slot.role is Role.CARRY]
@@ -234,8 +282,11 @@ def _unchanged(slots: Sequence[Slot], traced: Traced) -> set[int]:
     return {id(before) for before, after in zip(old, back, strict=True) if after is before}
 
 
-def _undecided(output: Output, reason: str, site: Site | None = None, *, closures: Sequence[Finding] = ()) -> Judged:
-    """No answer, for a reason; arrays of the closure that are as long as the batch are the likelier one."""
+def _undecided(
+    output: Output, reason: str, site: Site | None = None, *, closures: Sequence[Finding] = ()
+) -> Judged:
+    """No answer, for a reason; arrays of the closure that are as long as the batch are the likelier
+    one."""
     line = site.frame if site is not None else None
     fix = fixes.fix_of(Fault(FaultKind.UNKNOWN, None, None, ""), "")
     finding = Finding("unknown", line, line, fix, note=reason, output=output.name)
@@ -262,10 +313,17 @@ def _unequal(judged: Judged) -> Judged:
     if not any(f.kind == FaultKind.COLLECTIVE for f in judged.findings):
         return judged
     finding = Finding(
-        "collective", None, None, fixes.EQUAL, note="the microbatches are not of one size", output=judged.output.name
+        "collective",
+        None,
+        None,
+        fixes.EQUAL,
+        note="the microbatches are not of one size",
+        output=judged.output.name,
     )
     findings = (*judged.findings, finding)
-    return dataclasses.replace(judged, verdict=Verdict.COUPLED, exact=False, findings=findings, cause=finding)
+    return dataclasses.replace(
+        judged, verdict=Verdict.COUPLED, exact=False, findings=findings, cause=finding
+    )
 
 
 def _summed_up(judged: list[Judged], counts: Counter[str]) -> AuditReport:
@@ -275,7 +333,9 @@ def _summed_up(judged: list[Judged], counts: Counter[str]) -> AuditReport:
     by_name: dict[str, Judged] = {}
     for each in judged:
         known = by_name.get(each.output.name)
-        by_name[each.output.name] = each if known is None else min(known, each, key=lambda one: one.rank)
+        by_name[each.output.name] = (
+            each if known is None else min(known, each, key=lambda one: one.rank)
+        )
     findings = tuple(dict.fromkeys(finding for each in judged for finding in each.findings))
     return AuditReport(
         worst, all(each.exact for each in judged), any(each.random for each in judged), findings,

@@ -1,4 +1,5 @@
-"""The audit at the call: while a transformation is traced, it says whether its function accumulates exactly.
+"""The audit at the call: while a transformation is traced, it says whether its function accumulates
+exactly.
 
 The call has traced the function at the size of a microbatch. One more trace, for the whole batch,
 is all that the audit needs; nothing is computed.
@@ -33,7 +34,11 @@ from jaxaccum._program.program import Options, Program
 
 
 def check(
-    fun: Fun, options: Options, program: Program, arrays: Sequence[Array], argnums: Sequence[int] | None = None
+    fun: Fun,
+    options: Options,
+    program: Program,
+    arrays: Sequence[Array],
+    argnums: Sequence[int] | None = None,
 ) -> None:
     """Warn or raise, as the options say, if the function does not accumulate exactly.
 
@@ -52,15 +57,24 @@ def check(
 
 
 def _is_whole(program: Program) -> bool:
-    """Whether there is nothing to combine: one microbatch, on one device or of a loss that itself spans the devices.
+    """Whether there is nothing to combine: one microbatch, on one device or of a loss that itself
+    spans the devices.
 
-    With one microbatch on each device, a BatchNorm over the devices has the whole batch's statistics.
+    With one microbatch on each device, a BatchNorm over the devices has the whole batch's
+    statistics.
     """
-    return program.partition.num_microbatches == 1 and (not program.mesh_axes or _spans_devices(program))
+    return program.partition.num_microbatches == 1 and (
+        not program.mesh_axes or _spans_devices(program)
+    )
 
 
 def _spans_devices(program: Program) -> bool:
-    eqns = [eqn for one in program.traces for axis in program.mesh_axes for eqn in mentions(one.jaxpr, axis)]
+    eqns = [
+        eqn
+        for one in program.traces
+        for axis in program.mesh_axes
+        for eqn in mentions(one.jaxpr, axis)
+    ]
     return any(eqn.primitive.name not in _ON_ONE_DEVICE for eqn in eqns)
 
 
@@ -92,7 +106,8 @@ class _Call:
         return self.program.partition.keeps_groups(size)
 
     def trace(self, size: int, count: int) -> Traced:
-        """The program for one of `count` microbatches of `size` examples; the call's own is at hand."""
+        """The program for one of `count` microbatches of `size` examples; the call's own is at
+        hand."""
         own = count == self.program.partition.num_microbatches
         seen = self.program.observed.get(size) if own else None
         if seen is None:
@@ -101,18 +116,26 @@ class _Call:
         return Traced(seen.trace.closed(seen.consts), seen.outputs, indexed=True)
 
 
-# -- one report for a function and its shapes --------------------------------------------------------------------------
+# -- one report for a function and its shapes ------------------------------------------------------
 
 _REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakKeyDictionary()
 
 
 def _report(call: _Call, axis_name: str) -> AuditReport:
-    """The report, made once for a function, the shapes of its arguments and the program that it traced to."""
-    key = (axis_name, call.program.mesh_axes, call.program.partition, call.argnums, _signature(call))
+    """The report, made once for a function, the shapes of its arguments and the program that it
+    traced to."""
+    key = (
+        axis_name,
+        call.program.mesh_axes,
+        call.program.partition,
+        call.argnums,
+        _signature(call),
+    )
     try:
         reports = _REPORTS.setdefault(call.fun, {})
         report = reports.get(key)
-    except TypeError:  # a callable without a hash or weak references, or a program that holds something without a hash
+    # a callable without a hash or weak references, or a program that holds something without a hash
+    except TypeError:
         return _made(call, axis_name)
     if report is None or (_assumes_no_nan(report) and any_nan(call.given)):
         if len(reports) >= _KEPT:
@@ -136,12 +159,15 @@ def _made(call: _Call, axis_name: str) -> AuditReport:
         return report_on(call, partition, axis_name, mesh_axes=mesh_axes, whole_runs=False)
     except Exception as error:  # of a rule of the audit, in any way
         said = f"the audit failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        finding = Finding("unknown", None, None, "compare numerically: jaxaccum.testing.assert_exact", note=said)
+        finding = Finding(
+            "unknown", None, None, "compare numerically: jaxaccum.testing.assert_exact", note=said
+        )
         return AuditReport(Verdict.UNKNOWN, False, False, (finding,), causes=(finding,))
 
 
 def _signature(call: _Call) -> Any:
-    """What tells two traces of one function apart: its arguments, and its program with all that it holds."""
+    """What tells two traces of one function apart: its arguments, and its program with all that it
+    holds."""
     seen = tuple(call.program.observed.values())
     types = tuple(map(jax.typeof, call.arrays))
     roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
@@ -158,11 +184,12 @@ def _content(constant: Any) -> Any:
     return aval, np.asarray(constant).tobytes()
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- what is said ----------------------------------------------------------------------------------
 
 
 def message(fun: Fun, report: AuditReport, slots: Sequence[Slot] = ()) -> str:
-    """Three lines: what is inexact, where, and what to write. Of several outputs the first; the others are named."""
+    """Three lines: what is inexact, where, and what to write. Of several outputs the first; the
+    others are named."""
     finding = report.causes[0]
     may = "may not be" if finding.kind == "unknown" else "is not"
     named = "" if finding.output == "the loss" else f"{finding.output} of "
@@ -182,7 +209,9 @@ def _others(report: AuditReport) -> str:
     first, *rest = dict.fromkeys(cause.output for cause in report.causes)
     names = [name for name in rest if name != first]
     verb = "is" if len(names) == 1 else "are"
-    return f" ({', '.join(names)} {verb} not exact either; jaxaccum.audit says why)" if names else ""
+    return (
+        f" ({', '.join(names)} {verb} not exact either; jaxaccum.audit says why)" if names else ""
+    )
 
 
 def _name(fun: Fun) -> str:
@@ -191,7 +220,9 @@ def _name(fun: Fun) -> str:
 
 def _line_of(finding: Finding) -> str | None:
     """The line that a finding speaks of, with its text."""
-    frames = [frame for frame in (finding.origin, finding.use, *finding.fix_lines) if frame is not None]
+    frames = [
+        frame for frame in (finding.origin, finding.use, *finding.fix_lines) if frame is not None
+    ]
     return _with_text(frames[0]) if frames else None
 
 

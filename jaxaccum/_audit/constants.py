@@ -1,4 +1,5 @@
-"""What the constants of a program are at both batch sizes, and the numbers that tell which values are equal.
+"""What the constants of a program are at both batch sizes, and the numbers that tell which values
+are equal.
 
 8      16       the batch size to the power 1
 3.0    3.0      a constant
@@ -17,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._audit.folding import LARGEST, is_arange, is_numeric, may_be_key, same
-from jaxaccum._audit.lattice import IRREGULAR, Fault, FaultKind, Index, Layout, Scale, Sizes, Value, fixed
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    Fault,
+    FaultKind,
+    Index,
+    Layout,
+    Scale,
+    Sizes,
+    Value,
+    fixed,
+)
 
 
 class Constants:
@@ -48,7 +59,11 @@ class Constants:
     def _constant(self, a: Any, b: Any) -> Value:
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
             one = getattr(a, "size", 0) == 1
-            return fixed(Scale() if a is b else IRREGULAR, number=self.number_of(("traced", id(a))), scalar=one)
+            return fixed(
+                Scale() if a is b else IRREGULAR,
+                number=self.number_of(("traced", id(a))),
+                scalar=one,
+            )
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
             return self._scalar(a, b)
         if np.shape(a) == np.shape(b):
@@ -61,8 +76,12 @@ class Constants:
         power = self.sizes.power(a, b)
         known = np.asarray(a).item() if power == 0 else None
         dtype = str(getattr(a, "dtype", type(a)))
-        number = self.number_of(("literal", str(a), dtype) if power == 0 else ("literals", str(a), str(b)))
-        return fixed(Scale(power), known=known, scalar=True, number=number, at=(np.asarray(a), np.asarray(b)))
+        number = self.number_of(
+            ("literal", str(a), dtype) if power == 0 else ("literals", str(a), str(b))
+        )
+        return fixed(
+            Scale(power), known=known, scalar=True, number=number, at=(np.asarray(a), np.asarray(b))
+        )
 
     def _array(self, a: Any, b: Any) -> Value:
         """A constant array of the same shape at both sizes."""
@@ -77,10 +96,18 @@ class Constants:
     def _table(self, a: Any, b: Any) -> Value:
         """A constant array of the batch's size: uniform, or a row for each place."""
         a, b = np.asarray(a), np.asarray(b)
-        if a.size and b.size and is_numeric(a) and np.all(a == a.flat[0]) and np.all(b == b.flat[0]):
+        if (
+            a.size
+            and b.size
+            and is_numeric(a)
+            and np.all(a == a.flat[0])
+            and np.all(b == b.flat[0])
+        ):
             return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
         if is_arange(a, self.sizes.first) and is_arange(b, self.sizes.second):
             return Value(index=Index.ROW, layout=Layout((0,)))
         note = "a constant array has a row for each place in the batch"
         fault = Fault(FaultKind.POSITION, None, None, note)
-        return fixed(faults=frozenset([self.faults.setdefault((note, a.shape), fault)]), number=self.fresh())
+        return fixed(
+            faults=frozenset([self.faults.setdefault((note, a.shape), fault)]), number=self.fresh()
+        )

@@ -13,10 +13,12 @@ from jaxaccum._base.source_lines import Frame
 _NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
 
 _ONCE = (
-    "the statistic does not depend on the parameters: compute it once on the full batch and pass it in with the batch"
+    "the statistic does not depend on the parameters: compute it once on the full batch and pass "
+    "it in with the batch"
 )
 _BATCH_NORM = (
-    "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use another norm, as GroupNorm"
+    "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use another "
+    "norm, as GroupNorm"
 )
 _LAYERS = {
     "flax/nnx/nn/normalization.py": ("axis_name", False),
@@ -26,38 +28,57 @@ _LAYERS = {
     "jaxaccum/linen.py": ("axis_name", False),
     "jaxaccum/nnx.py": ("axis_name", False),
 }
-"""Files of libraries with a BatchNorm: the argument that names its axes, and whether it is mapped."""
+"""Files of libraries with a BatchNorm: the argument that names its axes, and whether it is
+mapped."""
 _STATISTIC = (
-    'make the statistic the full batch\'s: jax.lax.pmean(mean, "{axis}"), or jax.lax.psum(sum, "{axis}"); where the '
-    "loss is only divided by it, return jaxaccum.Mean(total, weight)"
+    "make the statistic the full batch's: jax.lax.pmean(mean, "
+    '"{axis}"), or jax.lax.psum(sum, "{axis}"); where the loss is only divided by it, return '
+    "jaxaccum.Mean(total, weight)"
 )
 BATCH_SIZE = (
-    "keep the microbatch's size out of it: let the library divide, by jaxaccum.Mean(total, weight) or jaxaccum.Sum(x); "
-    "where another value needs the size, pass in that of the whole batch"
+    "keep the microbatch's size out of it: let the library divide, by jaxaccum.Mean(total, weight) "
+    "or jaxaccum.Sum(x); where another value needs the size, pass in that of the whole batch"
 )
 _KEYS_ARRIVE = "the loss receives one key per example, to draw from under jax.vmap"
 _FIXES = {
-    FaultKind.PAIRWISE: 'gather the other side, others = jax.lax.all_gather(b, "{axis}", tiled=True), and take the '
-    "matching pairs by jnp.sum(a * b, axis=1), since they are no longer the diagonal; or take the loss of all "
-    "embeddings outside: z = jaxaccum.microbatch(encode)(params, x) with encode returning jaxaccum.Concat(z)",
-    FaultKind.SELECTION: "do this once on the full batch, outside of fun, and pass the result in with the batch",
-    FaultKind.STATE: "the loss reads a state that changes from microbatch to microbatch: pass the state whole (None in "
-    "in_axes) and update it once, after the step",
+    FaultKind.PAIRWISE: (
+        'gather the other side, others = jax.lax.all_gather(b, "{axis}", tiled=True), and take the '
+        "matching pairs by jnp.sum(a * b, axis=1), since they are no longer the diagonal; or take "
+        "the loss of all embeddings outside: z = jaxaccum.microbatch(encode)(params, x) with "
+        "encode returning jaxaccum.Concat(z)"
+    ),
+    FaultKind.SELECTION: (
+        "do this once on the full batch, outside of fun, and pass the result in with the batch"
+    ),
+    FaultKind.STATE: (
+        "the loss reads a state that changes from microbatch to microbatch: pass the state whole "
+        "(None in in_axes) and update it once, after the step"
+    ),
     FaultKind.BATCH_SIZE: BATCH_SIZE,
-    FaultKind.DERIVATIVE: "apply the function before the division by the number of examples: to the value of each "
-    "example, or to their sum, as in jaxaccum.Mean(function(jnp.sum(x)), x.size)",
-    FaultKind.POSITION: "positions count from 0 in every microbatch: compute them on the full batch, as position = "
-    "jnp.arange(n), and pass them in with the batch; where they are divided by len(x), divide by n",
+    FaultKind.DERIVATIVE: (
+        "apply the function before the division by the number of examples: to the value of each "
+        "example, or to their sum, as in jaxaccum.Mean(function(jnp.sum(x)), x.size)"
+    ),
+    FaultKind.POSITION: (
+        "positions count from 0 in every microbatch: compute them on the full batch, as position = "
+        "jnp.arange(n), and pass them in with the batch; where they are divided by len(x), divide "
+        "by n"
+    ),
     FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes: " + _KEYS_ARRIVE,
-    FaultKind.UNKNOWN: "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact",
+    FaultKind.UNKNOWN: (
+        "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact"
+    ),
     FaultKind.COLLECTIVE: "",
     FaultKind.ASSUMPTION: "for data that may be NaN, count what is there: "
     "jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
 }
 
 
-def fix_of(fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]] = _NO_DEVICES) -> str:
-    """What mends a fault; `devices` are the axes, other than the loop's, that are summed over at a line."""
+def fix_of(
+    fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]] = _NO_DEVICES
+) -> str:
+    """What mends a fault; `devices` are the axes, other than the loop's, that are summed over at a
+    line."""
     if fault.fix:
         return fault.fix
     if fault.kind is FaultKind.COUPLING or (fault.kind is FaultKind.SELECTION and fault.hoistable):
@@ -94,41 +115,51 @@ def _normalization(site: Site | None) -> str | None:
 
 
 KEY_ARGUMENT = (
-    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes, and pass the one key in the call: "
-    + _KEYS_ARRIVE
+    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes, and pass the one "
+    "key in the call: " + _KEYS_ARRIVE
 )
 ONE_BY_ONE = (
-    "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another generator, "
-    'jax.random.key(seed, impl="threefry2x32")'
+    "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another "
+    'generator, jax.random.key(seed, impl="threefry2x32")'
 )
 KEY_DRAWS = (
-    "what KEY draws depends on the number of microbatches too: for draws that all examples share, pass a key with None "
-    "in in_axes; for draws per example, pass one with jaxaccum.EXAMPLE_KEY: " + _KEYS_ARRIVE
+    "what KEY draws depends on the number of microbatches too: for draws that all examples share, "
+    "pass a key with None in in_axes; for draws per example, pass one with "
+    "jaxaccum.EXAMPLE_KEY: " + _KEYS_ARRIVE
 )
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
 TAG = {
     "SUM": "say that it is a sum: return jaxaccum.Sum(x) in its place",
     "RATIO": "give it one denominator, that of the batch: return jaxaccum.Mean(total, weight)",
-    "PER_EXAMPLE": "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss",
+    "PER_EXAMPLE": (
+        "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss"
+    ),
 }
 EXTREMUM = "return jaxaccum.{tag}(x) in its place"
 OUTSIDE = (
-    "a term that does not depend on the batch would count once per microbatch: return a dict, whose values "
-    'value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add it outside of the function'
+    "a term that does not depend on the batch would count once per microbatch: return a dict, "
+    'whose values value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add '
+    "it outside of the function"
 )
 TERMS = (
-    "give each term its own denominator: return a dict, whose values value_and_grad adds: "
-    '{"mean": jaxaccum.Mean(jnp.sum(x), len(x)), "masked": 0.1 * jaxaccum.Mean(jnp.sum(y * mask), jnp.sum(mask))}'
+    'give each term its own denominator: return a dict, whose values value_and_grad adds: {"mean": '
+    'jaxaccum.Mean(jnp.sum(x), len(x)), "masked": 0.1 * jaxaccum.Mean(jnp.sum(y * mask), '
+    "jnp.sum(mask))}"
 )
-NO_DIVISION = "return the sum, undivided, as total: jaxaccum.Mean(jnp.sum(x * weight), jnp.sum(weight))"
+NO_DIVISION = (
+    "return the sum, undivided, as total: jaxaccum.Mean(jnp.sum(x * weight), jnp.sum(weight))"
+)
 NO_GUARD = (
-    "drop the guard of the weight: a Mean is 0 where its total weight is 0, and the guard would count once per "
-    "microbatch"
+    "drop the guard of the weight: a Mean is 0 where its total weight is 0, and the guard would "
+    "count once per microbatch"
 )
 ROWS = "return one row per example, the examples along axis 0"
 UNDIVIDED_ROWS = (
     "return the rows undivided, jaxaccum.Concat(rows), and the denominator as one more output, "
     "jaxaccum.Sum(jnp.sum(weight)); divide after the step"
 )
-EQUAL = "coupled losses run with equal microbatches: choose num_microbatches that divides the batch, or pad it and mask"
+EQUAL = (
+    "coupled losses run with equal microbatches: choose num_microbatches that divides the batch, "
+    "or pad it and mask"
+)

@@ -120,7 +120,8 @@ def is_numeric(x: Any) -> bool:
     """Whether a constant is a number, or an array of numbers."""
     dtype = getattr(x, "dtype", None)
     return isinstance(x, bool | int | float | complex) or (
-        dtype is not None and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
+        dtype is not None
+        and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
     )
 
 

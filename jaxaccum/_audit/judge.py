@@ -1,4 +1,5 @@
-"""From what a value is to a verdict, and from a verdict and a tag to whether the accumulated gradient is exact."""
+"""From what a value is to a verdict, and from a verdict and a tag to whether the accumulated
+gradient is exact."""
 
 from __future__ import annotations
 
@@ -7,7 +8,17 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import CONSEQUENCES, ONE_EXAMPLE, Fault, FaultKind, Kind, Layout, Scale, Term, Value
+from jaxaccum._audit.lattice import (
+    CONSEQUENCES,
+    ONE_EXAMPLE,
+    Fault,
+    FaultKind,
+    Kind,
+    Layout,
+    Scale,
+    Term,
+    Value,
+)
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Walk
@@ -39,7 +50,8 @@ class Judged:
     random: bool = False
     findings: tuple[Finding, ...] = ()
     cause: Finding | None = None
-    """Why it is not exact; None where it is, or where it draws from a key that the call declares."""
+    """Why it is not exact; None where it is, or where it draws from a key that the call
+    declares."""
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -49,7 +61,8 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """What an output is, before faults: whether that is exact under its tag, and if not, why and what to write."""
+    """What an output is, before faults: whether that is exact under its tag, and if not, why and
+    what to write."""
 
     verdict: Verdict
     exact: bool
@@ -64,7 +77,9 @@ def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
         return None
     claim = _claim(walk, output, values)
     faults = frozenset().union(*(v.faults for v in values))
-    worst = min((SEVERITY.index(_VERDICT_OF[f.kind]) for f in faults if f.kind in _VERDICT_OF), default=None)
+    worst = min(
+        (SEVERITY.index(_VERDICT_OF[f.kind]) for f in faults if f.kind in _VERDICT_OF), default=None
+    )
     verdict = claim.verdict
     if worst is not None:
         verdict = SEVERITY[worst]
@@ -83,11 +98,14 @@ def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
         cause = findings[0]
     elif undeclared is not None:
         cause = _finding(walk, output, undeclared)
-    return Judged(output, verdict, accumulates and not draws, bool(draws), _distinct(findings), cause)
+    return Judged(
+        output, verdict, accumulates and not draws, bool(draws), _distinct(findings), cause
+    )
 
 
 def _reported(faults: Iterable[Fault]) -> tuple[list[Fault], list[Fault]]:
-    """The faults that decide the verdict and the others, each in the order of the program, the cause first."""
+    """The faults that decide the verdict and the others, each in the order of the program, the
+    cause first."""
     in_order = sorted(faults, key=lambda f: (f.order, f.note))
     coupled = any(_VERDICT_OF.get(f.kind) is Verdict.COUPLED for f in in_order)
     causes: list[Fault] = []
@@ -102,7 +120,14 @@ def _reported(faults: Iterable[Fault]) -> tuple[list[Fault], list[Fault]]:
 def _finding(walk: Walk, output: Output, fault: Fault) -> Finding:
     frame = lambda site: site.frame if site is not None else None
     fix = fixes.fix_of(fault, walk.axis_name, walk.devices)
-    return Finding(fault.kind.value, frame(fault.origin), frame(fault.use), fix, note=fault.note, output=output.name)
+    return Finding(
+        fault.kind.value,
+        frame(fault.origin),
+        frame(fault.use),
+        fix,
+        note=fault.note,
+        output=output.name,
+    )
 
 
 def _of_claim(output: Output, claim: _Claim) -> Finding:
@@ -127,7 +152,7 @@ def _distinct(findings: list[Finding]) -> tuple[Finding, ...]:
     return tuple(kept.values())
 
 
-# -- what a value is --------------------------------------------------------------------------------------------------
+# -- what a value is -------------------------------------------------------------------------------
 
 
 def _scales(value: Value, *, fixed: bool) -> set[Scale]:
@@ -150,18 +175,26 @@ def _is_mean(value: Value) -> bool:
 def _ratio_of(value: Value) -> int | None:
     """The weight that divides all addends, where there is one."""
     scales = _scales(value, fixed=False)
-    if value.kind is not Kind.TOTAL or len(scales) != 1 or not _scales(value, fixed=True) <= {Scale()}:
+    if (
+        value.kind is not Kind.TOTAL
+        or len(scales) != 1
+        or not _scales(value, fixed=True) <= {Scale()}
+    ):
         return None
     (scale,) = scales
     numbers = [w.number for w in scale.weights if w.exponent == -1]
     return numbers[0] if scale.power == 0 and len(scale.weights) == 1 and numbers else None
 
 
-# -- what it is under its tag -----------------------------------------------------------------------------------------
+# -- what it is under its tag ----------------------------------------------------------------------
 
 
 def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
-    if walk.one_by_one and output.tag in ("", "Mean", "Sum", "Max", "Min") and _of_one_example(values):
+    if (
+        walk.one_by_one
+        and output.tag in ("", "Mean", "Sum", "Max", "Min")
+        and _of_one_example(values)
+    ):
         return _Claim(Verdict.PER_EXAMPLE, True)
     match output.tag:
         case "Mean":
@@ -177,7 +210,8 @@ def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> _Claim:
 
 
 def _of_one_example(values: Sequence[Value]) -> bool:
-    """Whether a loss written for one example came to this, so that its microbatches are its examples.
+    """Whether a loss written for one example came to this, so that its microbatches are its
+    examples.
 
     A sum over the examples of such a microbatch is the example's own value too.
     """
@@ -190,7 +224,12 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
     if value.fixed:
         if value.scale.trivial:
             return _Claim(Verdict.UNBATCHED, True)
-        return _Claim(Verdict.MIS_SCALED, False, "the loss depends on the size of the batch alone", fixes.TERMS)
+        return _Claim(
+            Verdict.MIS_SCALED,
+            False,
+            "the loss depends on the size of the batch alone",
+            fixes.TERMS,
+        )
     if value.rows:
         return _Claim(Verdict.PER_EXAMPLE, False, "rows without a tag", fixes.TAG["PER_EXAMPLE"])
     if value.kind is Kind.STATISTIC:
@@ -199,21 +238,34 @@ def _claim_untagged(walk: Walk, value: Value) -> _Claim:
         return _Claim(Verdict.MEAN, True)
     if _is_sum(value):
         return _Claim(
-            Verdict.SUM, False, "a sum without a tag, which declares a mean", fixes.TAG["SUM"], (value.origin,)
+            Verdict.SUM,
+            False,
+            "a sum without a tag, which declares a mean",
+            fixes.TAG["SUM"],
+            (value.origin,),
         )
     if (weight := _ratio_of(value)) is not None:
         note = "a ratio without a tag: each microbatch divides by its own denominator"
-        return _Claim(Verdict.RATIO, False, note, fixes.TAG["RATIO"], (walk.weights.get(weight), value.origin))
+        return _Claim(
+            Verdict.RATIO, False, note, fixes.TAG["RATIO"], (walk.weights.get(weight), value.origin)
+        )
     return _mis_scaled(walk, value)
 
 
 def _claim_statistic(walk: Walk, value: Value) -> _Claim:
     if value.extremum is not None:
         tag = value.extremum.capitalize()
-        note, fix = f"a {value.extremum}imum over examples, which needs the tag {tag}", fixes.EXTREMUM.format(tag=tag)
+        note, fix = (
+            f"a {value.extremum}imum over examples, which needs the tag {tag}",
+            fixes.EXTREMUM.format(tag=tag),
+        )
         return _Claim(Verdict.COUPLED, False, note, fix, (value.origin,))
-    fix = fixes.fix_of(Fault(FaultKind.COUPLING, value.origin, value.origin, ""), walk.axis_name, walk.devices)
-    return _Claim(Verdict.COUPLED, False, "the output is not a sum over examples", fix, (value.origin,))
+    fix = fixes.fix_of(
+        Fault(FaultKind.COUPLING, value.origin, value.origin, ""), walk.axis_name, walk.devices
+    )
+    return _Claim(
+        Verdict.COUPLED, False, "the output is not a sum over examples", fix, (value.origin,)
+    )
 
 
 def _mis_scaled(walk: Walk, value: Value) -> _Claim:
@@ -224,9 +276,18 @@ def _mis_scaled(walk: Walk, value: Value) -> _Claim:
         note = "a sum over examples plus a term that does not depend on the batch"
         return _Claim(Verdict.MIS_SCALED, False, note, fixes.OUTSIDE, once)
     if len(own) > 1:
-        return _Claim(Verdict.MIS_SCALED, False, "terms with different denominators are added", fixes.TERMS, lines)
+        return _Claim(
+            Verdict.MIS_SCALED,
+            False,
+            "terms with different denominators are added",
+            fixes.TERMS,
+            lines,
+        )
     if walk.sized is not None and not any(scale.weights for scale in own):
-        note, fix = "the number of examples enters the loss other than as its denominator", fixes.BATCH_SIZE
+        note, fix = (
+            "the number of examples enters the loss other than as its denominator",
+            fixes.BATCH_SIZE,
+        )
         return _Claim(Verdict.MIS_SCALED, False, note, fix, (walk.sized,))
     note = "the denominator is neither the number of examples nor a sum of weights"
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.TAG["RATIO"], lines)
@@ -240,14 +301,22 @@ def _claim_mean(walk: Walk, total: Value, weight: Value) -> _Claim:
     if (_is_sum(total) and _is_sum(weight)) or constant:
         return _Claim(Verdict.RATIO, True)
     if _is_sum(total) and _is_guarded(weight):
-        return _Claim(Verdict.RATIO, False, "the weight of a Mean is guarded against 0", fixes.NO_GUARD, lines)
+        return _Claim(
+            Verdict.RATIO, False, "the weight of a Mean is guarded against 0", fixes.NO_GUARD, lines
+        )
     if weight.kind is Kind.STATISTIC:
         return _claim_statistic(walk, weight)
     if total.rows or weight.rows:
         return _Claim(
-            Verdict.MIS_SCALED, False, "a Mean of rows adds examples of different microbatches", fixes.NO_DIVISION
+            Verdict.MIS_SCALED,
+            False,
+            "a Mean of rows adds examples of different microbatches",
+            fixes.NO_DIVISION,
         )
-    note = "the parts of a Mean are no sums over examples, so their microbatches' do not add up to the batch's"
+    note = (
+        "the parts of a Mean are no sums over examples, so their microbatches' do not add up to "
+        "the batch's"
+    )
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.NO_DIVISION, lines)
 
 
@@ -269,16 +338,27 @@ def _claim_sum(walk: Walk, value: Value) -> _Claim:
         return _Claim(Verdict.SUM, True)
     if value.fixed and value.scale.trivial:
         return _Claim(
-            Verdict.MIS_SCALED, False, "a Sum of what is independent of the batch", fixes.OUTSIDE, (value.origin,)
+            Verdict.MIS_SCALED,
+            False,
+            "a Sum of what is independent of the batch",
+            fixes.OUTSIDE,
+            (value.origin,),
         )
     if _is_mean(value):
         note = "a mean over examples tagged Sum: the microbatches' means would be added"
         return _Claim(
-            Verdict.MIS_SCALED, False, note, "drop the tag, or return jaxaccum.Sum of the sum", (value.origin,)
+            Verdict.MIS_SCALED,
+            False,
+            note,
+            "drop the tag, or return jaxaccum.Sum of the sum",
+            (value.origin,),
         )
     if value.rows:
         return _Claim(
-            Verdict.MIS_SCALED, False, "a Sum of rows adds examples of different microbatches", fixes.NO_DIVISION
+            Verdict.MIS_SCALED,
+            False,
+            "a Sum of rows adds examples of different microbatches",
+            fixes.NO_DIVISION,
         )
     return _mis_scaled(walk, value)
 
@@ -290,7 +370,10 @@ def _claim_rows(walk: Walk, value: Value) -> _Claim:
     if value.kind is Kind.STATISTIC:
         return _claim_statistic(walk, value)
     if plain:
-        note = "the rows of Concat are divided by one microbatch's weights, or by its number of examples"
+        note = (
+            "the rows of Concat are divided by one microbatch's weights, or by its number of "
+            "examples"
+        )
         return _Claim(Verdict.MIS_SCALED, False, note, fixes.UNDIVIDED_ROWS, (value.origin,))
     note = "Concat of what is not one row per example along axis 0"
     return _Claim(Verdict.MIS_SCALED, False, note, fixes.ROWS, (value.origin,))
@@ -302,4 +385,10 @@ def _claim_extremum(value: Value, op: str) -> _Claim:
     if value.fixed and value.scale.trivial:
         return _Claim(Verdict.UNBATCHED, True)
     note = f"what is tagged {op.capitalize()} is not the {op}imum over the examples"
-    return _Claim(Verdict.COUPLED, False, note, f"return the {op}imum over the examples itself", (value.origin,))
+    return _Claim(
+        Verdict.COUPLED,
+        False,
+        note,
+        f"return the {op}imum over the examples itself",
+        (value.origin,),
+    )

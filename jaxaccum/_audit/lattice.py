@@ -1,4 +1,5 @@
-"""What the audit knows of a value: how it depends on the batch, where its examples lie, and what normalizes it."""
+"""What the audit knows of a value: how it depends on the batch, where its examples lie, and what
+normalizes it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Power = Fraction | None
 
 
 class Kind(enum.Enum):
-    """How a value depends on the batch. Each kind includes those before it in generality, not in order."""
+    """How a value depends on the batch. Each kind includes those before it in generality, not in
+    order."""
 
     FIXED = "independent of the batch: uniform along every axis whose size is the batch's"
     ROWS = "one part per example"
@@ -28,9 +30,11 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the examples lie: on one axis of ``outer * batch_size * inner``, on two that split it, or in a loop.
+    """Where the examples lie: on one axis of ``outer * batch_size * inner``, on two that split it,
+    or in a loop.
 
-    No axis: one example's part, inside a loop over the examples. `looped`, with an axis: one chunk of examples.
+    No axis: one example's part, inside a loop over the examples. `looped`, with an axis: one chunk
+    of examples.
     """
 
     axes: tuple[int, ...]
@@ -53,7 +57,8 @@ ONE_EXAMPLE = Layout((), looped=True)
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A total over the batch that scales a value: which one, to what power, and whether it is guarded against 0."""
+    """A total over the batch that scales a value: which one, to what power, and whether it is
+    guarded against 0."""
 
     number: int
     exponent: int = 1
@@ -62,7 +67,8 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A factor common to all examples: a power of the batch size times powers of totals over the batch."""
+    """A factor common to all examples: a power of the batch size times powers of totals over the
+    batch."""
 
     power: Power = Fraction(0)
     weights: frozenset[Weight] = frozenset()
@@ -77,8 +83,11 @@ class Scale:
         return Scale(None if self.power is None else -self.power, weights)
 
     def guarded(self) -> Scale:
-        """The scale whose weights are kept from being 0, by a maximum, a small addend or a choice."""
-        return Scale(self.power, frozenset(dataclasses.replace(w, guarded=True) for w in self.weights))
+        """The scale whose weights are kept from being 0, by a maximum, a small addend or a
+        choice."""
+        return Scale(
+            self.power, frozenset(dataclasses.replace(w, guarded=True) for w in self.weights)
+        )
 
     @property
     def trivial(self) -> bool:
@@ -138,14 +147,16 @@ HARMLESS = (FaultKind.RANDOM, FaultKind.COLLECTIVE, FaultKind.ASSUMPTION)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fault:
-    """An equation at which examples meet, or at which the analysis gave up; compared by identity."""
+    """An equation at which examples meet, or at which the analysis gave up; compared by
+    identity."""
 
     kind: FaultKind
     origin: Site | None
     use: Site | None
     note: str
     hoistable: bool = False
-    """Whether the statistic does not depend on the parameters, so that it can be computed once, before training."""
+    """Whether the statistic does not depend on the parameters, so that it can be computed once,
+    before training."""
     fix: str = ""
     """What to write instead, where the kind alone does not say it."""
     declared: bool = False
@@ -161,7 +172,9 @@ class Index(enum.Enum):
     STEP = "the step of a loop over the examples"
     MICROBATCH = "the microbatch's place"
     START = "the place of the microbatch's first example in the batch"
-    GATHERED = "no integer: all microbatches' rows, which reshape or sum to what no partition changes"
+    GATHERED = (
+        "no integer: all microbatches' rows, which reshape or sum to what no partition changes"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +201,8 @@ class Value:
     closure: str = ""
     """The name of the key that it is made of, where `fun` closes over one."""
     overwritten: bool = False
-    """Whether it is an argument whose "gradients" combine by maximum, so that no rule can mix them."""
+    """Whether it is an argument whose "gradients" combine by maximum, so that no rule can mix
+    them."""
     scalar: bool = False
     """Whether all of its entries are one number."""
     weight: Scale | None = None
@@ -227,7 +241,8 @@ class Value:
         return self.known is not None and self.known == 0
 
     def but(self, **changes: Any) -> Value:
-        """A new value like this one: what identified the old one does not carry over unless it is given."""
+        """A new value like this one: what identified the old one does not carry over unless it is
+        given."""
         reset: dict[str, Any] = {
             "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None, "extremum": None,
             "root": None, "compares": frozenset(), "scalar": False, "overwritten": False,
@@ -235,14 +250,17 @@ class Value:
         return self.like(**reset | changes)
 
     def like(self, **changes: Any) -> Value:
-        """A copy with other fields, as by ``dataclasses.replace``, but quick: each equation makes some."""
+        """A copy with other fields, as by ``dataclasses.replace``, but quick: each equation makes
+        some."""
         other = object.__new__(Value)
         other.__dict__.update(self.__dict__, **changes)
         return other
 
     def scaled(self, scale: Scale) -> Value:
         """Its addends under a further factor."""
-        return self.but(terms=frozenset(term.times(scale) for term in self.terms), scalar=self.scalar)
+        return self.but(
+            terms=frozenset(term.times(scale) for term in self.terms), scalar=self.scalar
+        )
 
 
 def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
@@ -268,16 +286,22 @@ def statistic(site: Site | None, **fields: Any) -> Value:
 def _spacing(x: Any) -> float:
     """How far apart, relatively, the numbers of a constant's dtype are."""
     dtype = jnp.dtype(getattr(x, "dtype", float))
-    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else float(np.finfo(float).eps)
+    return (
+        float(jnp.finfo(dtype).eps)
+        if jnp.issubdtype(dtype, jnp.inexact)
+        else float(np.finfo(float).eps)
+    )
 
 
 def _tolerance(spacing: float) -> float:
-    """How much a ratio of constants may be off: by some roundings, or by one where numbers are 1 % apart."""
+    """How much a ratio of constants may be off: by some roundings, or by one where numbers are 1 %
+    apart."""
     return spacing if spacing > 1e-4 else 8 * spacing
 
 
 def _is_small_integer(x: complex) -> bool:
-    """Whether every floating dtype with 8 bits of mantissa, as bfloat16, holds the number exactly."""
+    """Whether every floating dtype with 8 bits of mantissa, as bfloat16, holds the number
+    exactly."""
     return x.imag == 0 and x.real == round(x.real) and abs(x.real) <= 256
 
 

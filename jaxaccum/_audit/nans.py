@@ -1,4 +1,5 @@
-"""Whether a NaN may come up: among the numbers that a loss is called with, or written in its program."""
+"""Whether a NaN may come up: among the numbers that a loss is called with, or written in its
+program."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 
 
 def any_nan(numbers: Iterable[Any]) -> bool:
-    """Whether one of them is NaN or has a NaN entry; of what has no value yet, that is not known."""
+    """Whether one of them is NaN or has a NaN entry; of what has no value yet, that is not
+    known."""
     return any(map(_is_nan, numbers))
 
 

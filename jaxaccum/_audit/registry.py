@@ -1,4 +1,5 @@
-"""The table of rules: for each primitive, a function from what its operands are to what its results are."""
+"""The table of rules: for each primitive, a function from what its operands are to what its results
+are."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Apply = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one family of primitives acts on values, and which of the walk's general checks it takes upon itself."""
+    """How one family of primitives acts on values, and which of the walk's general checks it takes
+    upon itself."""
 
     apply: Apply
     complete: bool = False
@@ -38,4 +40,5 @@ def rule(names: str, **flags: bool) -> Callable[[Apply], Apply]:
 
 
 class Settled(list[Any]):
-    """Results whose faults are complete: those of the operands were considered and are not to be added."""
+    """Results whose faults are complete: those of the operands were considered and are not to be
+    added."""

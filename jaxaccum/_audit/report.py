@@ -46,22 +46,19 @@ class InexactWarning(UserWarning):
 
 
 class InexactError(ValueError, AssertionError):
-    """The accumulated gradient is not, or may not be, the full batch's: a bad argument, and a failed check."""
+    """The accumulated gradient is not, or may not be, the full batch's: a bad argument, and a
+    failed check."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One reason for the verdict.
 
-    Attributes:
-        kind: coupling, pairwise, selection, state, batch_size, derivative, position, random, closure, unknown,
-            collective, scale, tag; in an exact report, what it rests on: collective, assumption.
-        origin: the line where examples first meet, or None.
-        use: the line that makes it matter, or None.
-        fix: what to write instead.
-        note: what happens there.
-        fix_lines: the lines that the fix speaks of.
-        output: which output it concerns.
+    Attributes: kind: coupling, pairwise, selection, state, batch_size, derivative, position,
+        random, closure, unknown, collective, scale, tag; in an exact report, what it rests on:
+        collective, assumption. origin: the line where examples first meet, or None. use: the line
+        that makes it matter, or None. fix: what to write instead. note: what happens there.
+        fix_lines: the lines that the fix speaks of. output: which output it concerns.
     """
 
     kind: str
@@ -80,12 +77,10 @@ class Finding:
 class Probe:
     """What the numbers say.
 
-    Attributes:
-        exact: whether the accumulated value and gradient equal the full batch's; None where they could not be computed.
-        rule: how the microbatches' own values combine to the full batch's: "SUM", "MEAN", or None.
-        errors: the largest difference of each leaf, over the largest entry of all.
-        sizes: of the microbatches.
-        note: what went wrong, if anything did.
+    Attributes: exact: whether the accumulated value and gradient equal the full batch's; None where
+        they could not be computed. rule: how the microbatches' own values combine to the full
+        batch's: "SUM", "MEAN", or None. errors: the largest difference of each leaf, over the
+        largest entry of all. sizes: of the microbatches. note: what went wrong, if anything did.
     """
 
     exact: bool | None
@@ -106,7 +101,8 @@ class Probe:
             else "no rule combines the microbatches"
         )
         return (
-            f"probe: {said} in float64 over {split} examples (largest error {self.errors[worst]:.2g}, {worst}); {rule}"
+            f"probe: {said} in float64 over {split} examples (largest error "
+            f"{self.errors[worst]:.2g}, {worst}); {rule}"
         )
 
 
@@ -114,13 +110,11 @@ class Probe:
 class AuditReport:
     """The answer of `jaxaccum.audit`.
 
-    Attributes:
-        verdict: how the loss depends on its examples; of a dict, its worst term's.
-        exact: whether ``value_and_grad(fun, …)`` as called equals the full batch, aux included where it is comparable.
-        random: whether random draws depend on how the batch is split.
-        findings: why not, line by line, each with its fix.
-        terms: the verdict of each output by its name.
-        probe: the numeric check, where it was asked for.
+    Attributes: verdict: how the loss depends on its examples; of a dict, its worst term's. exact:
+        whether ``value_and_grad(fun, …)`` as called equals the full batch, aux included where it is
+        comparable. random: whether random draws depend on how the batch is split. findings: why
+        not, line by line, each with its fix. terms: the verdict of each output by its name. probe:
+        the numeric check, where it was asked for.
     """
 
     verdict: Verdict
@@ -132,10 +126,12 @@ class AuditReport:
     counts: dict[str, int] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     """How often each primitive was walked."""
     causes: tuple[Finding, ...] = dataclasses.field(default=(), repr=False, compare=False)
-    """Of each output that is not exact, why: what a call warns of. A key that the call declares is no reason."""
+    """Of each output that is not exact, why: what a call warns of. A key that the call declares is
+    no reason."""
 
     def raise_if_inexact(self) -> None:
-        """Raise unless the loss can be accumulated as it stands: for the first line of a training script."""
+        """Raise unless the loss can be accumulated as it stands: for the first line of a training
+        script."""
         if not self.exact:
             raise InexactError(f"{self}\n(jaxaccum.audit)")
 
@@ -157,7 +153,9 @@ class AuditReport:
         left = "text-align:left; vertical-align:top"
         parts = [element("p", element("b", self._answer()))]
         if len(self.terms) > 1:
-            rows = [(name, verdict, "" if exact else "not exact") for name, verdict, exact in self.terms]
+            rows = [
+                (name, verdict, "" if exact else "not exact") for name, verdict, exact in self.terms
+            ]
             parts.append(table(("output", "verdict", ""), rows, cells=left))
         if self.findings:
             rows = [_finding_cells(finding) for finding in self.findings]
@@ -176,7 +174,9 @@ class AuditReport:
             print(self)
 
     def _answer(self) -> str:
-        answer = "accumulates exactly" if self.exact else "does not accumulate exactly, as it stands"
+        answer = (
+            "accumulates exactly" if self.exact else "does not accumulate exactly, as it stands"
+        )
         answer = "may not accumulate exactly" if self.verdict is Verdict.UNKNOWN else answer
         random = " (random draws depend on the split)" if self.random else ""
         return f"{self.verdict}: {MEANING[self.verdict]}; it {answer}{random}"
@@ -184,7 +184,10 @@ class AuditReport:
     def _lines(self) -> Iterator[str]:
         yield self._answer()
         if len(self.terms) > 1:
-            yield from (f"  {name}: {verdict}{'' if exact else ', not exact'}" for name, verdict, exact in self.terms)
+            yield from (
+                f"  {name}: {verdict}{'' if exact else ', not exact'}"
+                for name, verdict, exact in self.terms
+            )
         for finding in self.findings:
             yield from _finding_lines(finding)
         if self.probe is not None:
@@ -217,7 +220,9 @@ def _said(finding: Finding) -> str:
 def _places(finding: Finding) -> Iterator[str]:
     """The line where examples first meet, and the line that makes it matter."""
     if finding.origin is not None:
-        yield from _marked(finding.origin, "from" if finding.use not in (None, finding.origin) else "at")
+        yield from _marked(
+            finding.origin, "from" if finding.use not in (None, finding.origin) else "at"
+        )
     if finding.use is not None and finding.use != finding.origin:
         yield from _marked(finding.use, "used at" if finding.origin is not None else "at")
 

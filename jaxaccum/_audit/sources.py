@@ -12,13 +12,18 @@ from jaxaccum._base.source_lines import _INNER, Frame
 
 _LIBRARIES = tuple(
     path + os.sep
-    for path in {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    for path in {
+        sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")
+    }
     if path
 )
 
 
 _HERE = os.path.dirname(__file__) + os.sep
-_TRACED_FROM = (_HERE, os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "call.py"))
+_TRACED_FROM = (
+    _HERE,
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "call.py"),
+)
 """The files that trace a loss: what stands below them is the loss."""
 
 
@@ -45,7 +50,8 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """An equation and the calls around it, the outermost first. It holds them, so that identities stay unique."""
+    """An equation and the calls around it, the outermost first. It holds them, so that identities
+    stay unique."""
 
     eqn: Any
     calls: tuple[Call, ...] = ()
@@ -54,7 +60,8 @@ class Site:
 
     @functools.cached_property
     def frame(self) -> Frame | None:
-        """The innermost line of the user's own; of a library, where there is none; None where JAX kept no trace."""
+        """The innermost line of the user's own; of a library, where there is none; None where JAX
+        kept no trace."""
         if self.defined is not None:
             return self.defined
         stack: list[Frame] = []
@@ -75,10 +82,13 @@ class Site:
 
 
 def _stack(eqn: Any) -> list[Frame]:
-    """The frames below those that trace the loss, outside of JAX and this package, the outermost first."""
+    """The frames below those that trace the loss, outside of JAX and this package, the outermost
+    first."""
     traceback = eqn.source_info.traceback
     inward = list(traceback.frames) if traceback is not None else []
-    depth = next((i for i, f in enumerate(inward) if f.file_name.startswith(_TRACED_FROM)), len(inward))
+    depth = next(
+        (i for i, f in enumerate(inward) if f.file_name.startswith(_TRACED_FROM)), len(inward)
+    )
     own = [f for f in reversed(inward[:depth]) if not f.file_name.startswith(_INNER)]
     return [Frame(f.file_name, f.line_num, f.function_name) for f in own]
 
@@ -86,10 +96,14 @@ def _stack(eqn: Any) -> list[Frame]:
 def _extended(outer: list[Frame], inner: list[Frame], cached: bool) -> list[Frame]:
     """The frames of an equation inside a call.
 
-    JAX caches the body of a jitted library function together with the first caller's frames. Frames that do not
-    extend the call's own are that caller's, and the line of the call is the answer; so it is where there is none of
-    the user's inside.
+    JAX caches the body of a jitted library function together with the first caller's frames. Frames
+    that do not extend the call's own are that caller's, and the line of the call is the answer; so
+    it is where there is none of the user's inside.
     """
-    if outer and inner[: len(outer)] != outer and (cached or all(is_library(frame.file) for frame in inner)):
+    if (
+        outer
+        and inner[: len(outer)] != outer
+        and (cached or all(is_library(frame.file) for frame in inner))
+    ):
         return outer
     return inner or outer

@@ -85,11 +85,15 @@ class Arguments:
 
     def at(self, size: int) -> list[Any]:
         """The shapes of the arrays for a batch of `size` examples."""
-        return [self._resized(slot, x, size) for slot, x in zip(self.slots, self.shapes, strict=True)]
+        return [
+            self._resized(slot, x, size) for slot, x in zip(self.slots, self.shapes, strict=True)
+        ]
 
     def _resized(self, slot: Slot, x: Any, size: int) -> Any:
         if slot.role is Role.ROWS:
-            return jax.ShapeDtypeStruct((*x.shape[: slot.axis], size, *x.shape[slot.axis + 1 :]), x.dtype)
+            return jax.ShapeDtypeStruct(
+                (*x.shape[: slot.axis], size, *x.shape[slot.axis + 1 :]), x.dtype
+            )
         if slot.role is Role.EXAMPLE_KEY:
             return jax.eval_shape(example_keys, x, jax.ShapeDtypeStruct((size,), jnp.int32))
         return x
@@ -115,7 +119,9 @@ def read(
 
     shapes = jax.eval_shape(arrays, [leaves[i] for i in places])
     size = argument_slots.batch_size(layouts[0].slots, shapes)
-    partition = validate.partition(size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous")
+    partition = validate.partition(
+        size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous"
+    )
     return Arguments(layouts[0], tuple(shapes), partition, tuple(leaves))
 
 
@@ -163,7 +169,9 @@ class Loss:
             return [x for _, parts in found for x in parts]
 
         try:
-            closed = jax.make_jaxpr(flat, axis_env=[(self.axis_name, count)])(*self.arguments.at(size))
+            closed = jax.make_jaxpr(flat, axis_env=[(self.axis_name, count)])(
+                *self.arguments.at(size)
+            )
         except NameError as error:
             _unbound(error)
             raise
@@ -171,7 +179,8 @@ class Loss:
 
 
 def _unbound(error: NameError) -> None:
-    """Say of JAX's error for an axis without a meaning what to do; a name that Python misses is the user's."""
+    """Say of JAX's error for an axis without a meaning what to do; a name that Python misses is the
+    user's."""
     if error.name is not None:  # Python's own errors hold the name
         return
     stack = traceback.extract_tb(error.__traceback__)
@@ -180,7 +189,7 @@ def _unbound(error: NameError) -> None:
     name = re.search(r"axis name: (\S+?)\.?(\s|$)", str(error))
     axis = f"the axis {name[1]!r}" if name else "an axis"
     raise ValueError(
-        f"the loss sums over {axis} (at {where}), and nothing around the audit gives that name to an axis; call the "
-        "audit where the loss runs, inside the jax.pmap, jax.vmap or jax.shard_map with that axis, or leave the name "
-        "out of the model."
+        f"the loss sums over {axis} (at {where}), and nothing around the audit gives that name to "
+        "an axis; call the audit where the loss runs, inside the jax.pmap, jax.vmap or "
+        "jax.shard_map with that axis, or leave the name out of the model."
     ) from error

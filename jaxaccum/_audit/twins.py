@@ -1,4 +1,5 @@
-"""Whether an equation, or a program, is the same function at both batch sizes: only sizes may differ."""
+"""Whether an equation, or a program, is the same function at both batch sizes: only sizes may
+differ."""
 
 from __future__ import annotations
 
@@ -93,17 +94,21 @@ _MOVES = {
     "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather", "select_n",
     "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit", "pjit",
 }  # fmt: skip
-"""Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size 1."""
+"""Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
+1."""
 
 
 def same_work(first: Any, second: Any) -> bool:
-    """Whether two programs compute with the same primitives, as often, but for what only moves numbers."""
+    """Whether two programs compute with the same primitives, as often, but for what only moves
+    numbers."""
     return Counter(_computing(opened(first)[0])) == Counter(_computing(opened(second)[0]))
 
 
 def _computing(jaxpr: jex.Jaxpr) -> Iterator[str]:
     for eqn in jaxpr.eqns:
-        inexact = any(jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact) for v in eqn.outvars)
+        inexact = any(
+            jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact) for v in eqn.outvars
+        )
         if inexact and eqn.primitive.name not in _MOVES:
             yield eqn.primitive.name
         for inner in jex.jaxprs_in_params(eqn.params):

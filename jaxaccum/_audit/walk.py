@@ -1,6 +1,8 @@
-"""The walk through a program traced at two batch sizes: equation by equation, by the table of rules.
+"""The walk through a program traced at two batch sizes: equation by equation, by the table of
+rules.
 
-Every rule that is missing, and every doubt, ends in a fault of kind ``unknown``: nothing is exact by default.
+Every rule that is missing, and every doubt, ends in a fault of kind ``unknown``: nothing is exact
+by default.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ def _shapes(v: Any, w: Any) -> tuple[Shape, Shape]:
 
 
 class Walk(Constants):
-    """The state of one analysis: the sizes, the calls around the current equation, and what was found so far."""
+    """The state of one analysis: the sizes, the calls around the current equation, and what was
+    found so far."""
 
     def __init__(self, sizes: Sizes, axis_name: str, axis_sizes: tuple[int, int]):
         super().__init__(sizes)
@@ -113,11 +116,13 @@ class Walk(Constants):
         self.one_by_one = False
         """Whether microbatches hold one example, which the loss reads as ``x[0]``."""
         self.groups: set[int] = set()
-        """How many adjacent rows the program itself takes together: its batch axis is divided by them."""
+        """How many adjacent rows the program itself takes together: its batch axis is divided by
+        them."""
         self.mesh_axes: frozenset[str] = frozenset()
         """Inside a program for one device, the mesh axes over which the batch is sharded."""
         self.outer_axes: frozenset[str] = frozenset()
-        """Around the program, the mesh axes over which the batch is sharded too: it sees one device's share."""
+        """Around the program, the mesh axes over which the batch is sharded too: it sees one
+        device's share."""
         self.calls: tuple[Call, ...] = ()
         self.counts: Counter[str] = Counter()
         self.sites: dict[Term, Site] = {}
@@ -134,7 +139,7 @@ class Walk(Constants):
         self.may_be_nan: Callable[[], bool] = lambda: True
         """Whether a number of the program or of its arguments is NaN."""
 
-    # -- identities ---------------------------------------------------------------------------------------------------
+    # -- identities --------------------------------------------------------------------------------
 
     def site(self, op: Op) -> Site:
         """Where the equation stands."""
@@ -146,7 +151,14 @@ class Walk(Constants):
             self.devices[frame] = tuple(sorted(name for name in axes if isinstance(name, str)))
 
     def fault(
-        self, op: Op, kind: FaultKind, note: str, *, origin: Site | None = None, hoistable: bool = False, fix: str = ""
+        self,
+        op: Op,
+        kind: FaultKind,
+        note: str,
+        *,
+        origin: Site | None = None,
+        hoistable: bool = False,
+        fix: str = "",
     ) -> Fault:
         """The fault of this kind at this equation: one, however often the equation is walked."""
         key = (id(op.eqn), tuple(id(call.eqn) for call in self.calls), kind)
@@ -161,7 +173,9 @@ class Walk(Constants):
         key = ("declared", kind, note)
         if key not in self.faults:
             site = self.site(op)
-            self.faults[key] = Fault(kind, site, site, note, declared=True, order=len(self.faults) + 1)
+            self.faults[key] = Fault(
+                kind, site, site, note, declared=True, order=len(self.faults) + 1
+            )
         return self.faults[key]
 
     def couple(
@@ -187,7 +201,7 @@ class Walk(Constants):
         """The result of an equation that the analysis cannot follow."""
         return statistic(self.site(op), faults=frozenset([self.fault(op, FaultKind.UNKNOWN, note)]))
 
-    # -- bodies -------------------------------------------------------------------------------------------------------
+    # -- bodies ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def inside(self, op: Op, body: Any, *, cached: bool = False) -> Iterator[None]:
@@ -200,16 +214,25 @@ class Walk(Constants):
         finally:
             self.calls = before
 
-    def body(self, op: Op, bodies: tuple[Any, Any], ins: Sequence[Value], *, cached: bool = False) -> list[Value]:
+    def body(
+        self, op: Op, bodies: tuple[Any, Any], ins: Sequence[Value], *, cached: bool = False
+    ) -> list[Value]:
         """The results of a body, a jaxpr at each size, applied to values."""
         first, second = (getattr(body, "jaxpr", body) for body in bodies)
-        consts = [self.constant(a, b) for a, b in zip(*(getattr(body, "consts", ()) for body in bodies), strict=False)]
-        if len(consts) != len(first.constvars):  # of an open jaxpr the constants are the first operands
+        consts = [
+            self.constant(a, b)
+            for a, b in zip(*(getattr(body, "consts", ()) for body in bodies), strict=False)
+        ]
+        if len(consts) != len(
+            first.constvars
+        ):  # of an open jaxpr the constants are the first operands
             consts, ins = list(ins[: len(first.constvars)]), ins[len(first.constvars) :]
         with self.inside(op, first, cached=cached):
             return self.run(first, second, consts, ins)
 
-    def run(self, first: Any, second: Any, consts: Sequence[Value], ins: Sequence[Value]) -> list[Value]:
+    def run(
+        self, first: Any, second: Any, consts: Sequence[Value], ins: Sequence[Value]
+    ) -> list[Value]:
         """The results of a jaxpr, traced at both sizes."""
         if len(first.invars) != len(ins) or len(second.invars) != len(ins):
             raise ProgramsDifferError
@@ -237,7 +260,7 @@ class Walk(Constants):
             raise ProgramsDifferError
         return [read(v, w) for v, w in zip(first.outvars, second.outvars, strict=True)]
 
-    # -- one equation -------------------------------------------------------------------------------------------------
+    # -- one equation ------------------------------------------------------------------------------
 
     def apply(self, op: Op, ins: list[Value]) -> list[Value]:
         """The results of one equation, with what its operands suffer from."""
@@ -250,19 +273,26 @@ class Walk(Constants):
         if entry.complete:
             return outs
         settled = isinstance(outs, Settled)
-        return [self._checked(op, ins, out, entry=entry, i=i, settled=settled) for i, out in enumerate(outs)]
+        return [
+            self._checked(op, ins, out, entry=entry, i=i, settled=settled)
+            for i, out in enumerate(outs)
+        ]
 
     def _folded(self, op: Op, ins: list[Value]) -> Value | None:
         """The result of an equation of constants, where it can be computed at both sizes."""
         pairs = [v.at for v in ins if v.at is not None]
         if not ins or len(pairs) < len(ins):
             return None
-        first, second = (folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other)))
+        first, second = (
+            folded(eqn, [pair[i] for pair in pairs]) for i, eqn in enumerate((op.eqn, op.other))
+        )
         if first is None or second is None or first.shape != second.shape:
             return None
         return dataclasses.replace(self.constant(first, second), closure=_closure_of(ins))
 
-    def _checked(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool) -> Value:
+    def _checked(
+        self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int, settled: bool
+    ) -> Value:
         before = frozenset().union(*(v.faults for v in ins))
         faults = out.faults if settled else out.faults | before
         if not settled:
@@ -283,34 +313,57 @@ class Walk(Constants):
         )  # fmt: skip
 
     def _fits(self, shapes: tuple[Shape, Shape], layout: Layout | None) -> bool:
-        """Whether rows are as many as examples: JAX repeats the one row of a microbatch of one example."""
+        """Whether rows are as many as examples: JAX repeats the one row of a microbatch of one
+        example."""
         if layout is None or layout.looped or not layout.axes:
             return True
         lengths = tuple(math.prod(shape[axis] for axis in layout.axes) for shape in shapes)
         copies = layout.outer * layout.inner
         return lengths == (copies * self.sizes.first, copies * self.sizes.second)
 
-    def _position(self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int) -> frozenset[Fault]:
-        """What is independent of the batch stays uniform along its axes, or depends on an example's place."""
+    def _position(
+        self, op: Op, ins: list[Value], out: Value, *, entry: Rule, i: int
+    ) -> frozenset[Fault]:
+        """What is independent of the batch stays uniform along its axes, or depends on an example's
+        place."""
         spent = any(v.index is not None for v in ins) and out.index is None and not any(out.columns)
-        uneven = out.kind is not Kind.STATISTIC and not entry.uniform and self._crosses(op, ins, out, i)
-        return frozenset([self.fault(op, FaultKind.POSITION, _PLACE)]) if spent or uneven else frozenset()
+        uneven = (
+            out.kind is not Kind.STATISTIC and not entry.uniform and self._crosses(op, ins, out, i)
+        )
+        return (
+            frozenset([self.fault(op, FaultKind.POSITION, _PLACE)])
+            if spent or uneven
+            else frozenset()
+        )
 
     def _crosses(self, op: Op, ins: list[Value], out: Value, i: int) -> bool:
-        """Whether an axis has the batch's size and holds no examples: along it a value is known to be uniform."""
+        """Whether an axis has the batch's size and holds no examples: along it a value is known to
+        be uniform."""
         if beyond(_shapes(op.eqn.outvars[i], op.other.outvars[i]), out):
             return True
-        rows_ = len(out.layout.axes) if out.rows and out.layout is not None else 0  # beside which a constant may lie
+        rows_ = (
+            len(out.layout.axes) if out.rows and out.layout is not None else 0
+        )  # beside which a constant may lie
         operands = zip(op.eqn.invars, op.other.invars, ins, strict=True)
-        return any(len(beyond(_shapes(v, w), x)) > (rows_ if x.fixed else 0) for v, w, x in operands)
+        return any(
+            len(beyond(_shapes(v, w), x)) > (rows_ if x.fixed else 0) for v, w, x in operands
+        )
 
     def _lost_scale(self, op: Op, ins: list[Value], out: Value) -> frozenset[Fault]:
         """A scaled operand gives a scaled result, or a rule has dropped a factor."""
         if out.kind is Kind.STATISTIC or out.terms != PLAIN:
             return frozenset()
-        if all(term.scale.trivial for v in ins if not v.zero for term in v.terms if v.kind is not Kind.STATISTIC):
+        if all(
+            term.scale.trivial
+            for v in ins
+            if not v.zero
+            for term in v.terms
+            if v.kind is not Kind.STATISTIC
+        ):
             return frozenset()
-        return frozenset([self.fault(op, FaultKind.BATCH_SIZE, "a value scaled by the batch size enters")])
+        return frozenset(
+            [self.fault(op, FaultKind.BATCH_SIZE, "a value scaled by the batch size enters")]
+        )
 
     def _numbered(self, op: Op, ins: list[Value], i: int) -> int:
         numbers = tuple(v.number for v in ins)

@@ -25,7 +25,8 @@ class Frame(NamedTuple):
 
 
 def frame_of(eqn: Any) -> Frame | None:
-    """The innermost line outside of JAX and this package that caused `eqn`; None where JAX kept no trace of it."""
+    """The innermost line outside of JAX and this package that caused `eqn`; None where JAX kept no
+    trace of it."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         if not frame.file_name.startswith(_INNER):
@@ -42,7 +43,8 @@ def parameters_of(fun: Any) -> list[inspect.Parameter]:
 
 
 def callers_depth() -> int:
-    """For ``warnings.warn``: how far above the function that asks the innermost line of the user's own is."""
+    """For ``warnings.warn``: how far above the function that asks the innermost line of the user's
+    own is."""
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
         depth, frame = depth + 1, frame.f_back

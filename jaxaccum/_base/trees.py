@@ -13,7 +13,8 @@ from jaxaccum._base.types import Array, PyTree
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array for JAX; Python scalars are not, so that they stay what they are for `fun`."""
+    """Whether `x` is an array for JAX; Python scalars are not, so that they stay what they are for
+    `fun`."""
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
@@ -75,7 +76,8 @@ def cast(x: Any, dtype: DTypeLike) -> Array:
 
 
 def ratio(total: Array, weight: Array) -> Array:
-    """``total / weight``, and 0 where the weight is 0; the divisor is selected too, so that gradients are 0 as well."""
+    """``total / weight``, and 0 where the weight is 0; the divisor is selected too, so that
+    gradients are 0 as well."""
     weight = cast(weight, total.dtype)
     empty = weight == 0
     quotient = total / jnp.where(empty, jnp.ones_like(weight), weight)
@@ -93,4 +95,7 @@ def total_of(scalars: list[Array]) -> Array:
 
 def leaves_with_names(tree: PyTree, name: str, is_leaf: Any = None) -> list[tuple[str, Any]]:
     """The leaves of `tree`, each with the name that errors give it."""
-    return [(leaf_name(name, path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    return [
+        (leaf_name(name, path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    ]

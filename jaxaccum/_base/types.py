@@ -15,22 +15,27 @@ Fun = Callable[..., Any]
 Axes = Any
 """One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
 InAxes = Sequence[Axes] | Mapping[str, Axes]
-"""``in_axes``: a tuple, one entry per positional argument, or a dict of entries by names of arguments."""
+"""``in_axes``: a tuple, one entry per positional argument, or a dict of entries by names of
+arguments."""
 Split = Literal["contiguous", "strided"]
 Memory = int | Literal["min", "store"] | None
-"""What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is cheap."""
+"""What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is
+cheap."""
 Audit = Literal["warn", "raise"] | None
-"""What a transformation does where the audit finds its function inexact: warn, raise an error, or not ask it."""
+"""What a transformation does where the audit finds its function inexact: warn, raise an error, or
+not ask it."""
 Gather = Literal["each", "once"]
-"""When parameters sharded over the batch's mesh axes are gathered: at every microbatch, or before the loop."""
+"""When parameters sharded over the batch's mesh axes are gathered: at every microbatch, or before
+the loop."""
 
 
 class Sentinel(enum.Enum):
     """What a whole argument is to the loop, where neither "whole" nor "batched" says it.
 
-    CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of the microbatch, and
-    EXAMPLE_KEY one that reaches `fun` as an array of keys, ``jax.random.split(key, batch_size)[i]`` for example i.
-    MAX_GRAD is also for a part of an argument: it is passed whole, and its gradients combine by maximum.
+    CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of
+    the microbatch, and EXAMPLE_KEY one that reaches `fun` as an array of keys,
+    ``jax.random.split(key, batch_size)[i]`` for example i. MAX_GRAD is also for a part of an
+    argument: it is passed whole, and its gradients combine by maximum.
     """
 
     CARRY = "CARRY"
@@ -45,25 +50,27 @@ class Sentinel(enum.Enum):
 CARRY = Sentinel.CARRY
 """A state threaded from microbatch to microbatch; `fun` returns the new one as ``Carry(state)``.
 
-A coupled loss updates it once, from the state that the call was given, which every microbatch reads: from a key in it
-all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
+A coupled loss updates it once, from the state that the call was given, which every microbatch
+reads: from a key in it all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
 """
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
-"""A PRNG key that reaches `fun` as one key per example: ``jax.random.split(key, batch_size)``, bit for bit.
+"""A PRNG key that reaches `fun` as one key per example: ``jax.random.split(key, batch_size)``, bit
+for bit.
 
-So a loss that split its key over the examples itself keeps its masks, under every partition, generator
-and setting of ``jax_threefry_partitionable``. Under ``mesh_axes`` `batch_size` counts the examples of all
-devices. With keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on how many keys are drawn
-from at once, and so on the partition: use `jax.lax.map`.
+So a loss that split its key over the examples itself keeps its masks, under every partition,
+generator and setting of ``jax_threefry_partitionable``. Under ``mesh_axes`` `batch_size` counts the
+examples of all devices. With keys of rbg and unsafe_rbg, what is drawn under `jax.vmap` depends on
+how many keys are drawn from at once, and so on the partition: use `jax.lax.map`.
 """
 MAX_GRAD = Sentinel.MAX_GRAD
-"""A whole argument, or a part of one, whose "gradient" is a maximum over examples: its own next value.
+"""A whole argument, or a part of one, whose "gradient" is a maximum over examples: its own next
+value.
 
-Quantized layers return their scales and histories of maxima so. Over microbatches and devices such gradients
-combine by maximum, and where every example is padding the value stays what it is. Flax's collection
-``_overwrite_with_gradient`` is recognised without it::
+Quantized layers return their scales and histories of maxima so. Over microbatches and devices such
+gradients combine by maximum, and where every example is padding the value stays what it is. Flax's
+collection ``_overwrite_with_gradient`` is recognised without it::
 
     in_axes = ({"params": None, "fp8": jaxaccum.MAX_GRAD}, 0)
 """
@@ -71,11 +78,13 @@ combine by maximum, and where every example is padding the value stays what it i
 
 @dataclasses.dataclass(frozen=True)
 class WithStreams:
-    """A function whose carried keys are random streams, of which each microbatch of a coupled loss has its own."""
+    """A function whose carried keys are random streams, of which each microbatch of a coupled loss
+    has its own."""
 
     fun: Fun
     drawing: Callable[[frozenset[tuple[int, ...]]], Fun] | None = None
-    """Where each example has streams of its own: the function, given what twice as many examples draw."""
+    """Where each example has streams of its own: the function, given what twice as many examples
+    draw."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fun(*args, **kwargs)

@@ -1,7 +1,9 @@
-"""Resolve collectives: of operands stacked over microbatches, by `jax.vmap`, for which they are named axes already.
+"""Resolve collectives: of operands stacked over microbatches, by `jax.vmap`, for which they are
+named axes already.
 
-So every collective, its derivative and further axes (of a mesh, of an outer `vmap`) come from JAX. It has no derivative
-of ``pmax`` and ``pmin``; theirs is that of ``reduce_max`` over all operands, which divides it among equal maxima.
+So every collective, its derivative and further axes (of a mesh, of an outer `vmap`) come from JAX.
+It has no derivative of ``pmax`` and ``pmin``; theirs is that of ``reduce_max`` over all operands,
+which divides it among equal maxima.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from jaxaccum._jaxpr.equations import axes_of, unchanged
 def resolve(
     fragment: Fragment, values: Sequence[Array], axis: tuple[str, int], stacked: Collection[Any]
 ) -> list[Array]:
-    """Evaluate a fragment that holds collectives; `stacked` variables have an entry per microbatch, in and out."""
+    """Evaluate a fragment that holds collectives; `stacked` variables have an entry per microbatch,
+    in and out."""
     name, size = axis
     mapped = lambda v: 0 if not isinstance(v, jex.Literal) and v in stacked else None
     one = lambda _, values: _evaluate(fragment.jaxpr, values)
@@ -44,18 +47,24 @@ def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
         elif eqn.primitive.name == "psum" and _explicit():
             outs = [_summed(x, axes_of(eqn)) for x in operands]
         else:
-            outs = unchanged(eqn, operands, jaxpr) if rule is None else [_extremum(rule, axes_of(eqn), operands[0])]
+            outs = (
+                unchanged(eqn, operands, jaxpr)
+                if rule is None
+                else [_extremum(rule, axes_of(eqn), operands[0])]
+            )
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
 def _explicit() -> bool:
-    """Whether arrays are typed by an explicit mesh: JAX cannot lower a psum of these that `jax.vmap` resolves."""
+    """Whether arrays are typed by an explicit mesh: JAX cannot lower a psum of these that
+    `jax.vmap` resolves."""
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 def _summed(x: Array, axes: tuple[Any, ...]) -> Array:
-    """Over the loop's axis, whose operands are gathered and added, and then over those of the mesh."""
+    """Over the loop's axis, whose operands are gathered and added, and then over those of the
+    mesh."""
     for name in sorted(axes, key=_manual):
         over = functools.partial(lax.psum, axis_name=name)
         x = _one(over, x, name) if _manual(name) else jnp.sum(_gathered(x[None], (name,)), axis=0)
@@ -63,28 +72,36 @@ def _summed(x: Array, axes: tuple[Any, ...]) -> Array:
 
 
 def _gathered(x: Array, axes: tuple[Any, ...], dimension: int = 0) -> Array:
-    """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis alone."""
+    """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis
+    alone."""
     for name in reversed(axes):
-        x = _one(functools.partial(lax.all_gather, axis_name=name, axis=dimension, tiled=True), x, name)
+        x = _one(
+            functools.partial(lax.all_gather, axis_name=name, axis=dimension, tiled=True), x, name
+        )
     return x
 
 
 def _all_gather(eqn: jex.JaxprEqn, x: Array) -> Array:
     dimension = eqn.params["all_gather_dimension"]
-    return _gathered(x if eqn.params["tiled"] else jnp.expand_dims(x, dimension), axes_of(eqn), dimension)
+    return _gathered(
+        x if eqn.params["tiled"] else jnp.expand_dims(x, dimension), axes_of(eqn), dimension
+    )
 
 
 def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
     """The transpose of `_all_gather`."""
     dimension = eqn.params["scatter_dimension"]
     for name in axes_of(eqn):
-        scatter = functools.partial(lax.psum_scatter, axis_name=name, scatter_dimension=dimension, tiled=True)
+        scatter = functools.partial(
+            lax.psum_scatter, axis_name=name, scatter_dimension=dimension, tiled=True
+        )
         x = _one(scatter, x, name)
     return x if eqn.params["tiled"] else jnp.squeeze(x, dimension)
 
 
 def _one(collective: Callable[[Array], Array], x: Array, name: str) -> Array:
-    """Over one axis: the loop's, or one of the mesh, of which JAX checks types where a caller differentiates."""
+    """Over one axis: the loop's, or one of the mesh, of which JAX checks types where a caller
+    differentiates."""
     return exchanged(collective, x) if _manual(name) else collective(x)
 
 

@@ -31,7 +31,8 @@ class Costs:
     through: tuple[float, ...]
     """The stage, computed and differentiated with respect to its boundary alone."""
     once: float
-    """All that is computed once, whatever the schedule: collectives and what follows from them, and their adjoints."""
+    """All that is computed once, whatever the schedule: collectives and what follows from them, and
+    their adjoints."""
 
     @property
     def full_batch(self) -> float:
@@ -40,11 +41,14 @@ class Costs:
 
 
 def costs(cuts: Cuts, moved: Collection[Any]) -> Costs:
-    """The costs of a program whose variables `moved` are differentiated; none for the value alone."""
+    """The costs of a program whose variables `moved` are differentiated; none for the value
+    alone."""
     size = cuts.axis[1]
     forward, back, through, once = [], [], [], 0.0
     for stage in cuts.stages:
-        local = lambda values, fragment=stage.local: fragment(dict(zip(fragment.reads, values, strict=True)))
+        local = lambda values, fragment=stage.local: fragment(
+            dict(zip(fragment.reads, values, strict=True))
+        )
         live = set(stage.live) & set(moved)
         forward.append(size * _operations(local, stage.local, ()))
         back.append(size * _operations(local, stage.local, moved))
@@ -52,15 +56,23 @@ def costs(cuts: Cuts, moved: Collection[Any]) -> Costs:
         for fragment in (stage.shared, stage.cut):
             if fragment.writes:
                 mapped = {v for v in fragment.reads if v in cuts.own} | cuts.stacked
-                run = lambda values, f=fragment, mapped=mapped: resolve(f, values, cuts.axis, mapped)
-                once += _operations(run, fragment, moved, {v: size for v in fragment.reads if v in mapped})
+                run = lambda values, f=fragment, mapped=mapped: resolve(
+                    f, values, cuts.axis, mapped
+                )
+                once += _operations(
+                    run, fragment, moved, {v: size for v in fragment.reads if v in mapped}
+                )
     return Costs(tuple(forward), tuple(back), tuple(through), once)
 
 
 def _operations(
-    run: Callable[[list[Array]], list[Array]], fragment: Fragment, moved: Collection[Any], sizes: Any = None
+    run: Callable[[list[Array]], list[Array]],
+    fragment: Fragment,
+    moved: Collection[Any],
+    sizes: Any = None,
 ) -> float:
-    """The operations of a fragment and of its derivative with respect to the variables `moved` among what it reads."""
+    """The operations of a fragment and of its derivative with respect to the variables `moved`
+    among what it reads."""
     reads, sizes = fragment.reads, sizes or {}
     shapes = [_stacked(v.aval, [sizes[v]] if v in sizes else []) for v in reads]
     places = [i for i, v in enumerate(reads) if v in moved]
@@ -83,7 +95,8 @@ def _operations(
 
 
 def _stacked(aval: Any, sizes: list[int]) -> jax.ShapeDtypeStruct:
-    """The shape of a value with leading axes of the given sizes, which no mesh divides; the others stay as they are."""
+    """The shape of a value with leading axes of the given sizes, which no mesh divides; the others
+    stay as they are."""
     sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
     if sharding is not None:
         sharding = sharding.update(spec=P(*[None] * len(sizes), *sharding.spec))
@@ -103,10 +116,13 @@ def _bytes(aval: Any) -> int:
 
 
 def statistics_bytes(cuts: Cuts) -> int:
-    """What every schedule holds of the full batch: the results of all collectives, and the largest cut's operands."""
+    """What every schedule holds of the full batch: the results of all collectives, and the largest
+    cut's operands."""
     size, stages = cuts.axis[1], cuts.stages
     stacked = lambda variables: [v for v in variables if v in cuts.own]
-    same: Callable[[Sequence[Any]], list[Any]] = lambda variables: [v for v in variables if v not in cuts.own]
+    same: Callable[[Sequence[Any]], list[Any]] = lambda variables: [
+        v for v in variables if v not in cuts.own
+    ]
     results = [v for stage in stages for v in stage.cut.writes]
     largest = max((bytes_of(stacked(stage.emits), size) for stage in stages), default=0)
     return bytes_of(same(results)) + bytes_of(stacked(results), size) + largest

@@ -1,12 +1,14 @@
-"""Cut the program at its collectives: stages of one microbatch, and between them what all microbatches share.
+"""Cut the program at its collectives: stages of one microbatch, and between them what all
+microbatches share.
 
-The level of a value is the number of collectives above it. All collectives whose operands have one level are one cut,
-and stage l is what a microbatch computes between cut l and cut l + 1. A value is one of
+The level of a value is the number of collectives above it. All collectives whose operands have one
+level are one cut, and stage l is what a microbatch computes between cut l and cut l + 1. A value is
+one of
 
 * given: of parameters alone; every stage that reads it computes it, as the plain loop does;
 * shared: it follows from collectives and is the same for every microbatch; computed once;
-* own: it differs between microbatches. An equation of own values stands in the last stage that its readers allow, so
-  that little crosses a cut.
+* own: it differs between microbatches. An equation of own values stands in the last stage that its
+  readers allow, so that little crosses a cut.
 
 The outputs of the program belong to the stage of their level.
 """
@@ -39,7 +41,8 @@ _OVER_SEVERAL_AXES = _SAME_EVERYWHERE | {"reduce_scatter"}  # which users call p
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-    """Some equations of the program, from the variables that they read to those that are wanted of them."""
+    """Some equations of the program, from the variables that they read to those that are wanted of
+    them."""
 
     jaxpr: jex.Jaxpr
 
@@ -55,10 +58,15 @@ class Fragment:
 
     def __call__(self, env: Env) -> list[Array]:
         """The values of `writes`."""
-        return self._as_arrays(jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars)))
+        return self._as_arrays(
+            jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars))
+        )
 
-    def with_sums(self, env: Env, sums: list[Array], places: Mapping[Any, int]) -> tuple[list[Array], list[Array]]:
-        """The values of `writes`, and the running sums of the gradients of the variables at `places`."""
+    def with_sums(
+        self, env: Env, sums: list[Array], places: Mapping[Any, int]
+    ) -> tuple[list[Array], list[Array]]:
+        """The values of `writes`, and the running sums of the gradients of the variables at
+        `places`."""
         reads = self.jaxpr.invars
         positions = {i: places[v] for i, v in enumerate(reads) if v in places}
         values, sums = running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
@@ -84,7 +92,8 @@ class Stage:
     emits: tuple[Any, ...]
     """The own values that the cut takes."""
     live: tuple[Any, ...]
-    """The own values of earlier stages that this stage or a later one reads: the full-batch boundary, if stored."""
+    """The own values of earlier stages that this stage or a later one reads: the full-batch
+    boundary, if stored."""
 
     def run(self, env: Env) -> tuple[list[Array], Env]:
         """The outputs of one microbatch, and the values that it hands on."""
@@ -182,14 +191,15 @@ class _Graph:
         if is_collective(eqn, self.axis_name):
             if eqn.params.get("axis_index_groups") is not None:
                 raise ValueError(
-                    f"{eqn.primitive.name} over {self.axis_name!r} with axis_index_groups (at {frame_of(eqn)}): groups "
-                    "of microbatches are not supported; leave axis_index_groups out."
+                    f"{eqn.primitive.name} over {self.axis_name!r} with axis_index_groups (at "
+                    f"{frame_of(eqn)}): groups of microbatches are not supported; leave "
+                    "axis_index_groups out."
                 )
             if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
                 raise NotImplementedError(
-                    f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several axes at once only "
-                    "psum, pmax, pmin, all_gather and psum_scatter are divided between microbatches; name one axis per "
-                    "call."
+                    f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several "
+                    "axes at once only psum, pmax, pmin, all_gather and psum_scatter are divided "
+                    "between microbatches; name one axis per call."
                 )
             same = eqn.primitive.name in _SAME_EVERYWHERE
             kind = "cut" if differs or not same else "shared"
@@ -207,7 +217,8 @@ class _Graph:
         return kind
 
     def _place(self, equations: list[int]) -> None:
-        """Every own equation in the last stage that its readers allow; one that nothing reads, at its level."""
+        """Every own equation in the last stage that its readers allow; one that nothing reads, at
+        its level."""
         latest: dict[Any, int] = {}
 
         def read(atoms: Iterable[Any], stage: int) -> None:
@@ -221,7 +232,9 @@ class _Graph:
                 read(self.jaxpr.eqns[i].invars, level)
         for i in reversed(equations):
             eqn = self.jaxpr.eqns[i]
-            stage = min((latest[v] for v in eqn.outvars if v in latest), default=self._depth(eqn.invars))
+            stage = min(
+                (latest[v] for v in eqn.outvars if v in latest), default=self._depth(eqn.invars)
+            )
             read(eqn.invars, stage)
             self.locals[stage].append(i)
             self.stage_of.update((v, stage) for v in eqn.outvars)
@@ -243,22 +256,38 @@ class _Graph:
         chosen = [eqns[i] for i in sorted(included)]
         made = {v for eqn in chosen for v in eqn.outvars}
         reads = dict.fromkeys(
-            v for v in _variables([*(v for eqn in chosen for v in eqn.invars), *wanted]) if v not in made
+            v
+            for v in _variables([*(v for eqn in chosen for v in eqn.invars), *wanted])
+            if v not in made
         )
         jaxpr = self.jaxpr.replace(eqns=chosen, outvars=list(wanted))
         return Fragment(with_invars(jaxpr, list(reads)))
 
     def stage(self, level: int) -> Stage:
-        eqns, made_here = self.jaxpr.eqns, [v for i in self.locals[level] for v in self.jaxpr.eqns[i].outvars]
+        eqns, made_here = (
+            self.jaxpr.eqns,
+            [v for i in self.locals[level] for v in self.jaxpr.eqns[i].outvars],
+        )
         parts = tuple(i for i, v in enumerate(self.jaxpr.outvars) if self._depth([v]) == level)
-        emits = dict.fromkeys(v for i in self.cuts[level] for v in _variables(eqns[i].invars) if v in self.own)
+        emits = dict.fromkeys(
+            v for i in self.cuts[level] for v in _variables(eqns[i].invars) if v in self.own
+        )
         later = {*self._read_from(level + 1), *emits}
         handed_on = [v for v in made_here if v in later]
-        used = [v for i in self.shareds[level] for v in eqns[i].outvars if not isinstance(v, jex.DropVar)]
-        results = [v for i in self.cuts[level] for v in eqns[i].outvars if not isinstance(v, jex.DropVar)]
+        used = [
+            v
+            for i in self.shareds[level]
+            for v in eqns[i].outvars
+            if not isinstance(v, jex.DropVar)
+        ]
+        results = [
+            v for i in self.cuts[level] for v in eqns[i].outvars if not isinstance(v, jex.DropVar)
+        ]
         return Stage(
             shared=self.fragment(self.shareds[level], used),
-            local=self.fragment(self.locals[level], [*(self.jaxpr.outvars[i] for i in parts), *handed_on]),
+            local=self.fragment(
+                self.locals[level], [*(self.jaxpr.outvars[i] for i in parts), *handed_on]
+            ),
             cut=self.fragment(self.cuts[level], results),
             parts=parts,
             emits=tuple(emits),
@@ -266,8 +295,11 @@ class _Graph:
         )
 
     def _read_from(self, level: int) -> dict[Any, None]:
-        """The own variables that stages from `level` on read: their equations, their cuts and their outputs."""
-        equations = [i for table in (self.locals, self.cuts) for stage in table[level:] for i in stage]
+        """The own variables that stages from `level` on read: their equations, their cuts and their
+        outputs."""
+        equations = [
+            i for table in (self.locals, self.cuts) for stage in table[level:] for i in stage
+        ]
         atoms = [v for i in equations for v in self.jaxpr.eqns[i].invars]
         atoms += [v for v in self.jaxpr.outvars if self._depth([v]) >= level]
         return dict.fromkeys(v for v in _variables(atoms) if v in self.own)
@@ -277,10 +309,14 @@ def _variables(atoms: Iterable[Any]) -> list[Any]:
     return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
-def moved_by(jaxpr: jex.Jaxpr, sources: Collection[Any], is_inexact: Callable[[Any], bool]) -> set[Any]:
+def moved_by(
+    jaxpr: jex.Jaxpr, sources: Collection[Any], is_inexact: Callable[[Any], bool]
+) -> set[Any]:
     """The variables that have a derivative with respect to `sources`."""
     moved = set(sources)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name != "stop_gradient" and any(v in moved for v in _variables(eqn.invars)):
+        if eqn.primitive.name != "stop_gradient" and any(
+            v in moved for v in _variables(eqn.invars)
+        ):
             moved.update(v for v in eqn.outvars if is_inexact(v.aval))
     return moved

@@ -1,7 +1,9 @@
-"""Run the stages in order: microbatches until the next cut, its collectives, what follows from them; and so on.
+"""Run the stages in order: microbatches until the next cut, its collectives, what follows from
+them; and so on.
 
-A pass over the microbatches starts at the nearest stored boundary and computes again what lies between, now that the
-statistics are known. So only statistics, which are small, and stored boundaries ever exist for the full batch.
+A pass over the microbatches starts at the nearest stored boundary and computes again what lies
+between, now that the statistics are known. So only statistics, which are small, and stored
+boundaries ever exist for the full batch.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class Call:
         return {v: self.arrays[i] for v, i in pairs if v not in self.cuts.own}
 
     def start(self, level: int) -> int:
-        """The stage at which a pass to stage `level` starts: that of the nearest boundary that is stored."""
+        """The stage at which a pass to stage `level` starts: that of the nearest boundary that is
+        stored."""
         return max(c for c in (0, *self.stored) if c <= level)
 
     def own(self, rows: Sequence[Array], index: Array) -> Env:
@@ -52,15 +55,20 @@ class Call:
         return {v: x for v, x in pairs if v in self.cuts.own}
 
     def end(self, level: int) -> int:
-        """The end of the segment of stage `level`: the next stored boundary, or the end of the program."""
+        """The end of the segment of stage `level`: the next stored boundary, or the end of the
+        program."""
         return min((c for c in self.stored if c > level), default=len(self.cuts.stages))
 
     def at(self, parts: Sequence[int]) -> Program:
         """The program of a pass that combines the given outputs alone."""
-        outputs = dataclasses.replace(self.program.outputs, parts=tuple(self.program.outputs.parts[i] for i in parts))
+        outputs = dataclasses.replace(
+            self.program.outputs, parts=tuple(self.program.outputs.parts[i] for i in parts)
+        )
         (trace,) = self.program.traces
         jaxpr = trace.jaxpr.replace(eqns=[], outvars=[self.cuts.jaxpr.outvars[i] for i in parts])
-        return dataclasses.replace(self.program, outputs=outputs, traces=(dataclasses.replace(trace, jaxpr=jaxpr),))
+        return dataclasses.replace(
+            self.program, outputs=outputs, traces=(dataclasses.replace(trace, jaxpr=jaxpr),)
+        )
 
 
 @dataclasses.dataclass
@@ -95,7 +103,9 @@ class Sweep:
         stage, keep = self.call.cuts.stages[level], level + 1 in self.call.stored
         start = self.call.start(level)
         held = self.boundaries[start]  # what crosses both boundaries is stored once
-        crossing = [v for v in self.call.cuts.stages[level + 1].live if v not in held] if keep else []
+        crossing = (
+            [v for v in self.call.cuts.stages[level + 1].live if v not in held] if keep else []
+        )
         wanted = [*stage.emits, *crossing]
 
         def visit(sums: Any, own: Env, index: Array) -> tuple[list[Array], Any, Env]:
@@ -108,18 +118,25 @@ class Sweep:
         _, written = self.over_microbatches(visit, parts=stage.parts, extra=held | self.stacked)
         if keep:
             known = held | written
-            self.boundaries[level + 1] = {v: known[v] for v in self.call.cuts.stages[level + 1].live}
+            self.boundaries[level + 1] = {
+                v: known[v] for v in self.call.cuts.stages[level + 1].live
+            }
         self._once("cut", level, stage.cut, {v: written[v] for v in stage.emits})
 
-    def over_microbatches(self, visit: Visit, *, parts: tuple[int, ...], extra: Env, sums: Any = ()) -> tuple[Any, Env]:
-        """One pass; returns the sums, and what was written, stacked. The outputs `parts` are combined by their tags.
+    def over_microbatches(
+        self, visit: Visit, *, parts: tuple[int, ...], extra: Env, sums: Any = ()
+    ) -> tuple[Any, Env]:
+        """One pass; returns the sums, and what was written, stacked. The outputs `parts` are
+        combined by their tags.
 
-        `visit` takes the sums, a microbatch's own values, `extra` among them, and its index; it returns the outputs,
-        the new sums, and what it writes.
+        `visit` takes the sums, a microbatch's own values, `extra` among them, and its index; it
+        returns the outputs, the new sums, and what it writes.
         """
         names, written = list(extra), []
 
-        def step(g: int, sums: Any, rows: Any, carry: Any, index: Array, cut: list[Array]) -> tuple[Any, Any, Any]:
+        def step(
+            g: int, sums: Any, rows: Any, carry: Any, index: Array, cut: list[Array]
+        ) -> tuple[Any, Any, Any]:
             own = self.call.own(rows, index) | dict(zip(names, cut, strict=True))
             outputs, sums, out = visit(sums, own, index)
             written[:] = out
@@ -140,12 +157,16 @@ class Sweep:
 
         def run(inputs: list[Array]) -> list[Array]:
             known = env | dict(zip(moved, inputs, strict=True))
-            return resolve(fragment, [known[v] for v in fragment.reads], self.call.cuts.axis, stacked)
+            return resolve(
+                fragment, [known[v] for v in fragment.reads], self.call.cuts.axis, stacked
+            )
 
         outs, pull = jax.vjp(run, [env[v] for v in moved])
         for v, x in zip(fragment.writes, outs, strict=True):
             (self.stacked if v in self.call.cuts.own else self.shared)[v] = x
-        self.pulls[kind, level] = Pull(moved, dict(zip(fragment.writes, map(jax.typeof, outs), strict=True)), pull)
+        self.pulls[kind, level] = Pull(
+            moved, dict(zip(fragment.writes, map(jax.typeof, outs), strict=True)), pull
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +179,8 @@ class Pull:
     pull: Any
 
     def __call__(self, cotangents: Env) -> Env:
-        """The cotangents of what was read, from those of what was written; nothing where none has arrived."""
+        """The cotangents of what was read, from those of what was written; nothing where none has
+        arrived."""
         if not self.reads or not any(v in cotangents for v in self.writes):
             return {}
         given = [cotangent(cotangents.get(v), kind) for v, kind in self.writes.items()]

@@ -1,10 +1,12 @@
-"""Differentiate the stages in reverse: the cotangents of what each reads, once those of what it emits are known.
+"""Differentiate the stages in reverse: the cotangents of what each reads, once those of what it
+emits are known.
 
-The statistics s of a cut depend on every microbatch, and every microbatch on s. In the order of the stages that system
-is triangular: when stage l is reached, the cotangents of the statistics behind it are complete, hence, through the
-adjoint of the cut, those of all that stage l emits. One pass over the microbatches then gives the cotangents of the
-parameters, statistics and rows that stage l itself reads; back-propagating from the end of its segment, the nearest
-stored boundary behind it, whose cotangent is known. A boundary is overwritten by its cotangent.
+The statistics s of a cut depend on every microbatch, and every microbatch on s. In the order of the
+stages that system is triangular: when stage l is reached, the cotangents of the statistics behind
+it are complete, hence, through the adjoint of the cut, those of all that stage l emits. One pass
+over the microbatches then gives the cotangents of the parameters, statistics and rows that stage l
+itself reads; back-propagating from the end of its segment, the nearest stored boundary behind it,
+whose cotangent is known. A boundary is overwritten by its cotangent.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Reverse:
     call: Call
     sweep: Sweep
     parameters: dict[Any, int]
-    """The differentiated arguments that every microbatch reads whole: variable, and place in `sums`."""
+    """The differentiated arguments that every microbatch reads whole: variable, and place in
+    `sums`."""
     sums: list[Array]
     """The gradients of `parameters`."""
     overwritten: frozenset[Any]
@@ -68,11 +71,14 @@ class Reverse:
         """The gradient of a differentiated argument that holds rows, in the batch's order."""
         x, axis = self.call.arrays[slot], self.call.program.slots[slot].axis
         return (
-            self.call.program.partition.merge_rows([self.stacked[v]], axis) if v in self.stacked else jnp.zeros_like(x)
+            self.call.program.partition.merge_rows([self.stacked[v]], axis)
+            if v in self.stacked
+            else jnp.zeros_like(x)
         )
 
     def maximum(self, slot: int, v: Any) -> Array:
-        """The maximum that is the gradient of a differentiated argument; 0 where nothing reads it."""
+        """The maximum that is the gradient of a differentiated argument; 0 where nothing reads
+        it."""
         return self.shared[v] if v in self.shared else jnp.zeros_like(self.call.arrays[slot])
 
     def _pulled(self, kind: str, level: int) -> Env:
@@ -109,7 +115,9 @@ class Reverse:
         buffers = [self.sweep.boundaries[level][v] for v in step.live]
         added = [self.sums[self.parameters[v]] for v in step.parameters]
         sums = (added, [self._before(v) for v in step.shared], buffers)
-        boundary = {v: x for v, x in self.sweep.boundaries[step.start].items() if v not in step.live}
+        boundary = {
+            v: x for v, x in self.sweep.boundaries[step.start].items() if v not in step.live
+        }
         (added, shared, buffers), written = self.sweep.over_microbatches(
             step.visit,
             parts=cuts.stages[level].parts if is_last else (),
@@ -123,7 +131,9 @@ class Reverse:
         for v in step.own:
             self._add(v, written[v])
         if step.starts:
-            self.boundary = dict(zip(step.live, buffers, strict=True)) | {v: written[v] for v in step.through}
+            self.boundary = dict(zip(step.live, buffers, strict=True)) | {
+                v: written[v] for v in step.through
+            }
             self.emitted = {}
 
 
@@ -138,7 +148,8 @@ class _Step:
     own: list[Any]
     """What stage `level` reads of rows and of collectives' stacked results."""
     live: list[Any]
-    """The stored boundary at its entry, where the segment starts with it: overwritten by its cotangent."""
+    """The stored boundary at its entry, where the segment starts with it: overwritten by its
+    cotangent."""
     through: list[Any]
     """What crosses that boundary and an earlier one, for which it is still needed."""
     targets: list[Any]
@@ -148,7 +159,11 @@ class _Step:
     def of(cls, reverse: Reverse, level: int) -> _Step:
         call, sweep = reverse.call, reverse.sweep
         stages, own = call.cuts.stages, call.cuts.own
-        reads = [v for v in dict.fromkeys([*stages[level].local.reads, *stages[level].emits]) if v in sweep.moved]
+        reads = [
+            v
+            for v in dict.fromkeys([*stages[level].local.reads, *stages[level].emits])
+            if v in sweep.moved
+        ]
         outside = {*call.cuts.jaxpr.invars, *call.cuts.stacked}
         starts = level > 0 and level == call.start(level)
         live = [v for v in stages[level].live if v in sweep.moved] if starts else []
@@ -156,7 +171,9 @@ class _Step:
         targets: list[Any] = []
         for k in range(level, call.end(level)):
             targets += [
-                ("part", i) for i in stages[k].parts if i in reverse.seeds and call.cuts.output(i) in sweep.moved
+                ("part", i)
+                for i in stages[k].parts
+                if i in reverse.seeds and call.cuts.output(i) in sweep.moved
             ]
             targets += [("emit", k, v) for v in stages[k].emits if (k, v) in reverse.emitted]
         targets += [("end", v) for v in reverse.boundary]
@@ -183,7 +200,11 @@ class _Step:
     def cotangents(self) -> Env:
         """The cotangents that have an entry per microbatch, by target."""
         tables = {"emit": self.reverse.emitted, "end": self.reverse.boundary}
-        found = {t: tables[t[0]][t[1:] if t[0] == "emit" else t[1]] for t in self.targets if t[0] in tables}
+        found = {
+            t: tables[t[0]][t[1:] if t[0] == "emit" else t[1]]
+            for t in self.targets
+            if t[0] in tables
+        }
         program = self.reverse.call.program
         for target in self.targets:
             if target[0] == "part" and program.outputs.parts[target[1]].reduction.stacked:
@@ -196,13 +217,21 @@ class _Step:
         """Add to the sums what one microbatch contributes."""
         added, shared, buffers = sums
         base = self.reverse.sweep.shared | own
-        base |= {v: lax.dynamic_index_in_dim(x, index, keepdims=False) for v, x in zip(self.live, buffers, strict=True)}
+        base |= {
+            v: lax.dynamic_index_in_dim(x, index, keepdims=False)
+            for v, x in zip(self.live, buffers, strict=True)
+        }
         for k in range(self.start, self.level):
             base |= self.reverse.call.cuts.stages[k].run(base)[1]
-        inputs = [[base[v] for v in names] for names in (self.shared, self.own, [*self.live, *self.through])]
+        inputs = [
+            [base[v] for v in names]
+            for names in (self.shared, self.own, [*self.live, *self.through])
+        ]
         if self.reverse.in_place:
             unread = [varying.zeros(jax.typeof(x)) for x in added]
-            (outs, _), pull, parts = jax.vjp(self._forward_with_sums(base), unread, *inputs, has_aux=True)
+            (outs, _), pull, parts = jax.vjp(
+                self._forward_with_sums(base), unread, *inputs, has_aux=True
+            )
             added, of_shared, of_own, of_live = pull((self._cotangents(outs, own), added))
         else:
             parameters = [base[v] for v in self.parameters]
@@ -211,7 +240,10 @@ class _Step:
             added = [old + cast(x, old.dtype) for old, x in zip(added, grads, strict=True)]
         triples = zip(self.shared, shared, of_shared, strict=True)
         shared = [self.reverse.combined(v, old, new) for v, old, new in triples]
-        buffers = [lax.dynamic_update_index_in_dim(x, new, index, 0) for x, new in zip(buffers, of_live, strict=False)]
+        buffers = [
+            lax.dynamic_update_index_in_dim(x, new, index, 0)
+            for x, new in zip(buffers, of_live, strict=False)
+        ]
         if self.level < self.reverse.call.cuts.last:
             parts = []
         of_through = of_live[len(self.live) :]
@@ -219,9 +251,12 @@ class _Step:
         return parts, (added, shared, buffers), written
 
     def _forward(self, base: Env) -> Any:
-        """The targets of one microbatch, as a function of what its first stage reads; and that stage's outputs."""
+        """The targets of one microbatch, as a function of what its first stage reads; and that
+        stage's outputs."""
 
-        def forward(parameters: list[Array], shared: list[Array], own: list[Array], live: list[Array]) -> Any:
+        def forward(
+            parameters: list[Array], shared: list[Array], own: list[Array], live: list[Array]
+        ) -> Any:
             read = dict(zip(self.parameters, parameters, strict=True))
             read |= dict(zip([*self.shared, *self.own], [*shared, *own], strict=True))
             carried = dict(zip([*self.live, *self.through], live, strict=True))
@@ -230,10 +265,13 @@ class _Step:
         return forward
 
     def _forward_with_sums(self, base: Env) -> Any:
-        """The same, of the running sums of the parameters' gradients, which come back with the targets."""
+        """The same, of the running sums of the parameters' gradients, which come back with the
+        targets."""
         places = {v: place for place, v in enumerate(self.parameters)}
 
-        def forward(sums: list[Array], shared: list[Array], own: list[Array], live: list[Array]) -> Any:
+        def forward(
+            sums: list[Array], shared: list[Array], own: list[Array], live: list[Array]
+        ) -> Any:
             read = dict(zip([*self.shared, *self.own], [*shared, *own], strict=True))
             carried = dict(zip([*self.live, *self.through], live, strict=True))
             after = list(sums)
@@ -251,7 +289,9 @@ class _Step:
     def _first(self) -> Stage:
         return self.reverse.call.cuts.stages[self.level]
 
-    def _targets(self, base: Env, carried: Env, run_first: Any, read: Env) -> tuple[list[Array], list[Array]]:
+    def _targets(
+        self, base: Env, carried: Env, run_first: Any, read: Env
+    ) -> tuple[list[Array], list[Array]]:
         """Run the stages of the segment; the targets, and the outputs of the first stage."""
         call, values, outputs = self.reverse.call, {}, []
         for k in range(self.level, call.end(self.level)):

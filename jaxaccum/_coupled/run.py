@@ -21,7 +21,8 @@ from jaxaccum._program.program import Program
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
-    """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes every pass."""
+    """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes
+    every pass."""
     cuts = _cuts(program)
     call = Call(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored)
     sweep = Sweep.begin(call, checkpoint=checkpoint)
@@ -31,15 +32,24 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
     return _in_order(sweep)
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
-    """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
+def run_with_gradient(
+    program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]
+) -> Result:
+    """The combined parts, and the gradients of all microbatches, of one seed for each of the
+    gradient's parts."""
     cuts = _cuts(program)
-    plan = _Plan(program, cuts, gradient, choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored)
+    plan = _Plan(
+        program,
+        cuts,
+        gradient,
+        choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored,
+    )
     return _reversed(plan, list(arrays), list(seeds))
 
 
 def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:
-    """What the gradient with respect to the slots `wrt` stores and costs; None for a program that is not coupled."""
+    """What the gradient with respect to the slots `wrt` stores and costs; None for a program that
+    is not coupled."""
     if not program.coupled:
         return None
     cuts = _cuts(program)
@@ -95,15 +105,20 @@ def _pairs(program: Program, jaxpr: jex.Jaxpr) -> list[tuple[Any, int]]:
 def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
-    own = [v for v, i in _pairs(program, jaxpr) if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)]
+    own = [
+        v
+        for v, i in _pairs(program, jaxpr)
+        if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)
+    ]
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:
             raise ValueError(
-                f"{part.name} differs between microbatches, and a coupled loss updates a carried state once, as the "
-                "full batch would. Compute it from collectives, as lax.pmean(…, "
-                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last. What is drawn from a key of the "
-                "microbatch's own (KEY, EXAMPLE_KEY, a model's random stream) differs too."
+                f"{part.name} differs between microbatches, and a coupled loss updates a carried "
+                "state once, as the full batch would. Compute it from collectives, as lax.pmean(…, "
+                f"{trace.axis[0]!r}), or return it as Stack, Mean or Last. What is drawn from a "
+                "key of the microbatch's own (KEY, EXAMPLE_KEY, a model's random stream) differs "
+                "too."
             )
     return cuts
 
@@ -120,10 +135,14 @@ def _reversed(plan: _Plan, arrays: list[Array], seeds: list[Array]) -> Result:
     parameters = {variables[i]: place for place, i in enumerate(plan.whole)}
     given = dict(zip(plan.gradient.parts, seeds, strict=True))
     overwritten = frozenset(variables[i] for i in plan.overwritten)
-    reverse = Reverse(call, sweep, parameters, plan.zeros(arrays), overwritten, plan.gradient.sums.in_place, given)
+    reverse = Reverse(
+        call, sweep, parameters, plan.zeros(arrays), overwritten, plan.gradient.sums.in_place, given
+    )
     reverse.run()
     grads = dict(zip(plan.whole, reverse.sums, strict=True))
-    grads |= {i: cast(reverse.maximum(i, variables[i]), plan.dtype(arrays[i])) for i in plan.overwritten}
+    grads |= {
+        i: cast(reverse.maximum(i, variables[i]), plan.dtype(arrays[i])) for i in plan.overwritten
+    }
     grads |= {i: reverse.rows(i, variables[i]) for i in plan.rows}
     return Result(_in_order(sweep), [grads[i] for i in plan.gradient.wrt])
 

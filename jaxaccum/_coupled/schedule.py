@@ -1,10 +1,12 @@
-"""Choose which boundaries to store: the fastest schedule within the memory, by a dynamic program over cuts.
+"""Choose which boundaries to store: the fastest schedule within the memory, by a dynamic program
+over cuts.
 
-A segment from stored cut a to stored cut e is computed from its start for every one of its stages. Forward, stage k
-costs the stages a to k. In reverse, stage l costs the stages a to l again, its own derivative, and the derivative with
-respect to the boundary of every stage behind it in the segment. So a segment of m stages costs about m²/2 stages
-forward and 2 m² in reverse, while its boundary costs bytes; the best set of cuts up to cut e is the best one up to some
-earlier cut a, and the segment between.
+A segment from stored cut a to stored cut e is computed from its start for every one of its stages.
+Forward, stage k costs the stages a to k. In reverse, stage l costs the stages a to l again, its own
+derivative, and the derivative with respect to the boundary of every stage behind it in the segment.
+So a segment of m stages costs about m²/2 stages forward and 2 m² in reverse, while its boundary
+costs bytes; the best set of cuts up to cut e is the best one up to some earlier cut a, and the
+segment between.
 """
 
 from __future__ import annotations
@@ -67,31 +69,35 @@ def choose(cuts: Cuts, memory: Memory, moved: Collection[Any]) -> Schedule:
     else:
         if memory < fixed:
             raise ValueError(
-                f"memory={memory} bytes, and no schedule meets it: the statistics of {cuts.last} cuts and what the "
-                f"largest of them takes are {fixed} bytes already. Pass at least {fixed}, or more microbatches' worth "
-                'of memory; memory="min" asks for the least.'
+                f"memory={memory} bytes, and no schedule meets it: the statistics of {cuts.last} "
+                f"cuts and what the largest of them takes are {fixed} bytes already. Pass at least "
+                f"{fixed}, or more microbatches' worth of memory; "
+                'memory="min" asks for the least.'
             )
         chosen = _fastest(_schedules(cuts, cost, memory - fixed, moved))
     schedule = _described(cuts, cost, chosen, fixed, moved)
     if schedule.relative_flops > _EXPENSIVE:
         warnings.warn(
-            f"memory={memory!r} takes {schedule.relative_flops:.1f} times the operations of the full batch, since "
-            f"{cuts.last} cuts are computed again and again; it stores {schedule.stored_bytes} bytes. More memory is "
-            f"faster: memory=None or a larger budget, up to {_union(cuts, range(1, len(cuts.stages)))} bytes "
-            '(memory="store").',
+            f"memory={memory!r} takes {schedule.relative_flops:.1f} times the operations of the "
+            f"full batch, since {cuts.last} cuts are computed again and again; it stores "
+            f"{schedule.stored_bytes} bytes. More memory is faster: memory=None or a larger "
+            f'budget, up to {_union(cuts, range(1, len(cuts.stages)))} bytes (memory="store").',
             stacklevel=2,
         )
     return schedule
 
 
 def _cheap(cuts: Cuts, cost: Costs, fixed: int, moved: Collection[Any]) -> frozenset[int]:
-    """No more than is held anyway, by one microbatch and by the statistics; unless that is too slow."""
+    """No more than is held anyway, by one microbatch and by the statistics; unless that is too
+    slow."""
     schedules = _schedules(cuts, cost, None, moved)
     limit = cost.full_batch * _EXPENSIVE if moved else math.inf
     within = [s for s in schedules if s.bytes <= microbatch_bytes(cuts) + fixed]
     best = min(within, key=lambda s: s.flops)
     if best.flops > limit:
-        best = min((s for s in schedules if s.flops <= limit), key=lambda s: s.bytes, default=schedules[-1])
+        best = min(
+            (s for s in schedules if s.flops <= limit), key=lambda s: s.bytes, default=schedules[-1]
+        )
     return best.stored
 
 
@@ -106,10 +112,15 @@ def _fastest(schedules: list[_Candidate]) -> frozenset[int]:
     return min(schedules, key=lambda s: s.flops).stored
 
 
-def _schedules(cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[Any]) -> list[_Candidate]:
+def _schedules(
+    cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[Any]
+) -> list[_Candidate]:
     """The schedules that no other beats in both bytes and operations, the smallest first."""
     count = len(cuts.stages)
-    best: list[list[_Candidate]] = [[_Candidate(0, cost.once, frozenset())], *([] for _ in range(count))]
+    best: list[list[_Candidate]] = [
+        [_Candidate(0, cost.once, frozenset())],
+        *([] for _ in range(count)),
+    ]
     for start in range(count):
         best[start] = _undominated(best[start])
         segment = _segments(cost, start, bool(moved))
@@ -118,7 +129,9 @@ def _schedules(cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[An
             stored = frozenset({end} if end < count else ())
             for s in best[start]:
                 if budget is None or s.bytes + extra <= budget:
-                    best[end].append(_Candidate(s.bytes + extra, s.flops + segment[end], s.stored | stored))
+                    best[end].append(
+                        _Candidate(s.bytes + extra, s.flops + segment[end], s.stored | stored)
+                    )
     return _undominated(best[count])
 
 
@@ -137,7 +150,9 @@ def _segments(cost: Costs, start: int, differentiated: bool) -> dict[int, float]
     """The operations of the segments from `start`, by their end."""
     total, again, found, last = 0.0, 0.0, {}, len(cost.forward) - 1
     for k in range(start, last + 1):
-        total += (again + cost.forward[k]) if k < last or not differentiated else 0.0  # the last runs with its reverse
+        total += (
+            (again + cost.forward[k]) if k < last or not differentiated else 0.0
+        )  # the last runs with its reverse
         if differentiated:
             total += again + cost.back[k] + (k - start) * cost.through[k]
         again += cost.forward[k]
@@ -155,7 +170,9 @@ def _union(cuts: Cuts, stored: Collection[int]) -> int:
     return bytes_of({v for c in stored for v in cuts.stages[c].live}, cuts.axis[1])
 
 
-def _described(cuts: Cuts, cost: Costs, stored: frozenset[int], fixed: int, moved: Collection[Any]) -> Schedule:
+def _described(
+    cuts: Cuts, cost: Costs, stored: frozenset[int], fixed: int, moved: Collection[Any]
+) -> Schedule:
     ends = [0, *sorted(stored), len(cuts.stages)]
     flops = cost.once
     for start, end in itertools.pairwise(ends):

@@ -1,8 +1,10 @@
-"""Open the program: one flat list of equations in which every collective over the loop's axis stands by itself.
+"""Open the program: one flat list of equations in which every collective over the loop's axis
+stands by itself.
 
-Only what contains a collective is opened. A scan is unrolled, because each of its steps is a cut of its own; a
-checkpoint is dropped, because the schedule recomputes. Where JAX decides at run time what is computed, or where a
-custom rule would be torn apart, there is nothing to cut at, and the program is refused.
+Only what contains a collective is opened. A scan is unrolled, because each of its steps is a cut of
+its own; a checkpoint is dropped, because the schedule recomputes. Where JAX decides at run time
+what is computed, or where a custom rule would be torn apart, there is nothing to cut at, and the
+program is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def is_collective(eqn: jex.JaxprEqn, axis_name: str) -> bool:
 
 
 def opened(trace: Trace) -> jex.Jaxpr:
-    """The jaxpr of the trace, of the same arguments, with every collective at top level and nothing that is unused."""
+    """The jaxpr of the trace, of the same arguments, with every collective at top level and nothing
+    that is unused."""
     jaxpr = trace.jaxpr
     if any(mentioned(eqn, trace.axis[0], _exchanges) for eqn in jaxpr.eqns):
         avals = [v.aval for v in jaxpr.invars]
@@ -88,10 +91,19 @@ _WHAT = {
     "custom_jvp_call": "jax.custom_jvp function",
 }
 _INSTEAD = {
-    "cond": "Call the collective before the branches and choose between its results, with jnp.where or inside them.",
-    "while": "Use lax.scan or lax.fori_loop with a length that is known when the program is traced.",
-    "custom_vjp_call": "Call the collective outside of it and pass the result in; its rule then stays whole.",
-    "custom_jvp_call": "Call the collective outside of it and pass the result in; its rule then stays whole.",
+    "cond": (
+        "Call the collective before the branches and choose between its results, with jnp.where or "
+        "inside them."
+    ),
+    "while": (
+        "Use lax.scan or lax.fori_loop with a length that is known when the program is traced."
+    ),
+    "custom_vjp_call": (
+        "Call the collective outside of it and pass the result in; its rule then stays whole."
+    ),
+    "custom_jvp_call": (
+        "Call the collective outside of it and pass the result in; its rule then stays whole."
+    ),
 }
 
 

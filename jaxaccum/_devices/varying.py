@@ -1,4 +1,5 @@
-"""Devices in space: which mesh axes a value varies over, and the sums over them that follow the loop."""
+"""Devices in space: which mesh axes a value varies over, and the sums over them that follow the
+loop."""
 
 from __future__ import annotations
 
@@ -28,13 +29,18 @@ def of(x: Array) -> Any:
 
 
 def axis_names(x: Array) -> tuple[str, ...]:
-    """The axes of the mesh that `x` is laid out on, as far as its type says, or itself where it is concrete."""
+    """The axes of the mesh that `x` is laid out on, as far as its type says, or itself where it is
+    concrete."""
     sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    return (*of(x).axis_names, *(sharding.mesh.axis_names if isinstance(sharding, NamedSharding) else ()))
+    return (
+        *of(x).axis_names,
+        *(sharding.mesh.axis_names if isinstance(sharding, NamedSharding) else ()),
+    )
 
 
 def spec(x: Array) -> PartitionSpec:
-    """Over which mesh axes each dimension is divided, as far as the type of `x` says: on explicit meshes."""
+    """Over which mesh axes each dimension is divided, as far as the type of `x` says: on explicit
+    meshes."""
     return jax.typeof(x).sharding.spec
 
 
@@ -45,7 +51,8 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
 
 
 def is_summed(x: Array) -> bool:
-    """Whether the type of `x` says that it is a sum which JAX has still to take, or that its cotangent is one."""
+    """Whether the type of `x` says that it is a sum which JAX has still to take, or that its
+    cotangent is one."""
     own = spec(x)
     return bool(own.unreduced or own.reduced)
 
@@ -56,7 +63,8 @@ def plain(x: Array) -> Array:
 
 
 def as_cotangent(grad: Array, x: Array) -> Array:
-    """A gradient in the type of the cotangents of `x`: a sum to be taken is one of a value that is reduced."""
+    """A gradient in the type of the cotangents of `x`: a sum to be taken is one of a value that is
+    reduced."""
     if not is_summed(x):
         return grad
     own = spec(x)
@@ -68,9 +76,12 @@ def _of_parts(x: Array, **kinds: Any) -> NamedSharding:
 
 
 def full(aval: Any, value: Any, dtype: Any = None) -> Array:
-    """An array of one value, over the mesh as its type says; of another dtype where one is given."""
+    """An array of one value, over the mesh as its type says; of another dtype where one is
+    given."""
     dtype, sharding = aval.dtype if dtype is None else dtype, getattr(aval, "sharding", None)
-    abstract = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh)
+    abstract = isinstance(sharding, NamedSharding) and isinstance(
+        sharding.mesh, jax.sharding.AbstractMesh
+    )
     x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if abstract else None)
     return vary(x, varying_axes(aval))
 
@@ -81,7 +92,8 @@ def zeros(aval: Any, dtype: Any = None) -> Array:
 
 
 def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
-    """Cast every array to vary over `axes`, so that no derivative is summed over devices inside the loop."""
+    """Cast every array to vary over `axes`, so that no derivative is summed over devices inside the
+    loop."""
 
     def cast(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x)))
@@ -98,41 +110,55 @@ def shard_index(mesh_axes: Sequence[str]) -> Array | int:
 
 
 def checked(mesh_axes: Sequence[str]) -> bool:
-    """Whether `shard_map` tracks which values vary (``check_vma=True``), and so transposes sums by itself."""
+    """Whether `shard_map` tracks which values vary (``check_vma=True``), and so transposes sums by
+    itself."""
     return bool(varying_axes(lax.axis_index(tuple(mesh_axes))))
 
 
 def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """The sum over all shards, of which each device's own term is one: a cotangent of the sum is one of the term."""
+    """The sum over all shards, of which each device's own term is one: a cotangent of the sum is
+    one of the term."""
     if checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return lax.psum(vary(x, frozenset(mesh_axes)), mesh_axes)
-    # Unchecked, JAX would transpose the sum into another one and count every device's copy of the loss.
+    # Unchecked, JAX would transpose the sum into another one and count every device's copy of the
+    # loss.
     total = jax.custom_vjp(lambda x: lax.psum(x, mesh_axes))
     total.defvjp(lambda x: (lax.psum(x, mesh_axes), None), lambda _, cotangent: (cotangent,))
     return total(x)
 
 
 def last_shard(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """The value on the last of the shards, whose microbatches are the last; itself where it is the same on all."""
-    own = tuple(name for name in mesh_axes if name in varying_axes(x)) if checked(mesh_axes) else mesh_axes
+    """The value on the last of the shards, whose microbatches are the last; itself where it is the
+    same on all."""
+    own = (
+        tuple(name for name in mesh_axes if name in varying_axes(x))
+        if checked(mesh_axes)
+        else mesh_axes
+    )
     if not own:
         return x
     count = math.prod(lax.axis_size(name) for name in own)
     wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(jnp.where(shard_index(own) == count - 1, wide, jnp.zeros_like(wide)), own).astype(x.dtype)
+    return lax.psum(
+        jnp.where(shard_index(own) == count - 1, wide, jnp.zeros_like(wide)), own
+    ).astype(x.dtype)
 
 
 def of_one_shard(x: Array, axes: frozenset[str]) -> Array:
-    """A value that is the same along `axes`, typed so: that of the first device, whose cotangent counts once."""
+    """A value that is the same along `axes`, typed so: that of the first device, whose cotangent
+    counts once."""
     names = tuple(sorted(axes & varying_axes(x)))
     if not names:
         return x
     wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(jnp.where(shard_index(names) == 0, wide, jnp.zeros_like(wide)), names).astype(x.dtype)
+    return lax.psum(jnp.where(shard_index(names) == 0, wide, jnp.zeros_like(wide)), names).astype(
+        x.dtype
+    )
 
 
 def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """`x`, whose gradient is summed over all shards where JAX does not do so by itself (``check_vma=False``)."""
+    """`x`, whose gradient is summed over all shards where JAX does not do so by itself
+    (``check_vma=False``)."""
     if not mesh_axes or checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
     same = jax.custom_vjp(lambda x: x)
@@ -152,14 +178,19 @@ def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]
 
 
 def sum_over_others(x: Array, axes: frozenset[str]) -> Array:
-    """`x` summed over the mesh axes that it varies over, `axes` excepted: the parts of a parameter that is divided."""
+    """`x` summed over the mesh axes that it varies over, `axes` excepted: the parts of a parameter
+    that is divided."""
     others = tuple(sorted(varying_axes(x) - axes))
     return lax.psum(x, others) if others else x
 
 
-def gradient_axes(grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes over which a gradient is summed: `mesh_axes` and all others, but those over which its parameter varies.
+def gradient_axes(
+    grad: Array, given_axes: frozenset[str], mesh_axes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The axes over which a gradient is summed: `mesh_axes` and all others, but those over which
+    its parameter varies.
 
-    A parameter that differs between devices is a different parameter on each; the gradient of one is its own.
+    A parameter that differs between devices is a different parameter on each; the gradient of one
+    is its own.
     """
     return tuple(sorted((varying_axes(grad) | set(mesh_axes)) - given_axes))

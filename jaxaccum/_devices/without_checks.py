@@ -1,8 +1,10 @@
-"""Run a coupled program where JAX tracks which values vary over a mesh (`shard_map` with ``check_vma=True``).
+"""Run a coupled program where JAX tracks which values vary over a mesh (`shard_map` with
+``check_vma=True``).
 
-There JAX refuses every collective over an axis that is none of the mesh's, those of `jax.vmap` as well. So a coupled
-program is traced and run as under ``check_vma=False``, on values whose types say nothing about devices; what it returns
-varies over every axis that its arguments vary over, and the sums over devices that follow are typed again.
+There JAX refuses every collective over an axis that is none of the mesh's, those of `jax.vmap` as
+well. So a coupled program is traced and run as under ``check_vma=False``, on values whose types say
+nothing about devices; what it returns varies over every axis that its arguments vary over, and the
+sums over devices that follow are typed again.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def unchecked() -> Any:
 
 
 def mapped_mesh_axes() -> frozenset[str]:
-    """The manual mesh axes over which an outer ``jax.vmap(…, spmd_axis_name=…)`` divides what it maps."""
+    """The manual mesh axes over which an outer ``jax.vmap(…, spmd_axis_name=…)`` divides what it
+    maps."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return compat.mesh_axes_of_vmaps() & frozenset(manual)
 
@@ -41,7 +44,8 @@ def untyped(tree: PyTree) -> PyTree:
 
 
 def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
-    """`varying.shard_index` where JAX does not track which values vary: axis by axis, since their indices still do."""
+    """`varying.shard_index` where JAX does not track which values vary: axis by axis, since their
+    indices still do."""
     place: Any = 0
     for name in mesh_axes:
         place = place * lax.axis_size(name) + untyped(lax.axis_index(name))
@@ -49,7 +53,8 @@ def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
 
 
 def _everywhere(x: Any) -> Any:
-    """The type of `x`, laid out over explicit axes as it is, and the same on all devices of manual ones."""
+    """The type of `x`, laid out over explicit axes as it is, and the same on all devices of manual
+    ones."""
     return x.update(weak_type=False, manual_axis_type=type(x.manual_axis_type)())
 
 
@@ -68,7 +73,8 @@ ad.deflinear2(_untyped, _transpose)
 
 
 def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
-    """The inverse of `untyped`: values that vary over the axes. JAX's own cast would sum cotangents over devices."""
+    """The inverse of `untyped`: values that vary over the axes. JAX's own cast would sum cotangents
+    over devices."""
     names = tuple(sorted(axes))
     return jax.tree.map(lambda x: _typed.bind(x, axes=names) if key_impl(x) is None else x, tree)
 
@@ -76,8 +82,12 @@ def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
 def _varying(x: Any, axes: tuple[str, ...]) -> Any:
     mesh, sharding = jax.sharding.get_abstract_mesh(), x.sharding
     if sharding.mesh.empty:
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * len(x.shape)))
-    return x.update(sharding=sharding, manual_axis_type=type(x.manual_axis_type)(varying=frozenset(axes)))
+        sharding = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*[None] * len(x.shape))
+        )
+    return x.update(
+        sharding=sharding, manual_axis_type=type(x.manual_axis_type)(varying=frozenset(axes))
+    )
 
 
 _typed = jex.Primitive("typed")
@@ -89,18 +99,24 @@ ad.deflinear2(_typed, lambda cotangent, x, axes: [_untyped.bind(cotangent)])
 
 
 def exchanged(collective: Callable[[Array], Array], x: Array) -> Array:
-    """``collective(x)``, linear in `x`, of which JAX checks no types: nor of its transpose, wherever that is taken."""
+    """``collective(x)``, linear in `x`, of which JAX checks no types: nor of its transpose,
+    wherever that is taken."""
     return _exchanged.bind(x, **_sealed(collective, jax.typeof(x)))
 
 
 def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
-    """The jaxpr whose linear collectives over the mesh alone are `exchanged`; the loop resolves those over its axis."""
+    """The jaxpr whose linear collectives over the mesh alone are `exchanged`; the loop resolves
+    those over its axis."""
     manual = set(jax.sharding.get_abstract_mesh().manual_axes) - {loop_axis}
 
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         if eqn.primitive.name == _index.name and manual.issuperset(axes_of(eqn)):
             return eqn.replace(primitive=_index)
-        if eqn.primitive.name not in _LINEAR or not manual.issuperset(axes_of(eqn)) or len(eqn.invars) != 1:
+        if (
+            eqn.primitive.name not in _LINEAR
+            or not manual.issuperset(axes_of(eqn))
+            or len(eqn.invars) != 1
+        ):
             return eqn
         params = _sealed(lambda x: unchanged(eqn, [x], jaxpr)[0], eqn.invars[0].aval)
         return eqn.replace(primitive=_exchanged, params=params, effects=jex.no_effects)
@@ -121,8 +137,8 @@ _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}
 def _sealed(collective: Callable[[Array], Array], aval: Any) -> dict[str, Any]:
     """The collective of an array of that type: as it is lowered, and the type of its result.
 
-    It is lowered of arrays without a layout over explicit axes, for which JAX lowers no ``reduce_scatter`` (0.12: of
-    any array, 0.10: of one that is divided).
+    It is lowered of arrays without a layout over explicit axes, for which JAX lowers no
+    ``reduce_scatter`` (0.12: of any array, 0.10: of one that is divided).
     """
     aval = _everywhere(aval)
     with unchecked():
@@ -147,12 +163,16 @@ def _evaluated(x: Any, jaxpr: Any, out: Any) -> Any:
 def _lowered(ctx: Any, x: Any, **params: Any) -> Any:
     with unchecked(), _no_mesh():
         bare = ctx.replace(avals_in=params["jaxpr"].in_avals, avals_out=params["jaxpr"].out_avals)
-        return mlir.lower_fun(functools.partial(_evaluated, **params), multiple_results=False)(bare, x)
+        return mlir.lower_fun(functools.partial(_evaluated, **params), multiple_results=False)(
+            bare, x
+        )
 
 
 def _backward(cotangent: Any, x: Any, **params: Any) -> list[Any]:
     with unchecked():
-        transpose = jax.linear_transpose(functools.partial(_evaluated, **params), _everywhere(x.aval))
+        transpose = jax.linear_transpose(
+            functools.partial(_evaluated, **params), _everywhere(x.aval)
+        )
     return [exchanged(lambda cotangent: transpose(cotangent)[0], cotangent)]
 
 

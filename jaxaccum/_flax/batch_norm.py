@@ -1,4 +1,5 @@
-"""What the BatchNorm layers of linen and nnx share: all but where they keep their parameters and running statistics."""
+"""What the BatchNorm layers of linen and nnx share: all but where they keep their parameters and
+running statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def rule(value: Any) -> Statistics:
     """The rule of the running variance that the user asks for."""
     if value not in get_args(Statistics):
         raise ValueError(
-            f'statistics must be "flax" (the variance that normalizes) or "torch" (the unbiased one); got {value!r}.'
+            'statistics must be "flax" (the variance that normalizes) or "torch" (the unbiased '
+            f"one); got {value!r}."
         )
     return value
 
@@ -34,7 +36,13 @@ def reduced_axes(rank: int, features: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def moments(
-    x: Array, axes: tuple[int, ...], *, dtype: Any, mask: Any, axis_name: Any = None, groups: Any = None
+    x: Array,
+    axes: tuple[int, ...],
+    *,
+    dtype: Any,
+    mask: Any,
+    axis_name: Any = None,
+    groups: Any = None,
 ) -> Moments:
     """The moments of the whole batch, taken in `dtype`; `axis_name` counts where it is bound."""
     names = batch_moments.bound(axis_name)
@@ -45,18 +53,25 @@ def moments(
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype", "axis_names", "groups"))
-def whole_batch_moments(x: Array, mask: Any, *, axes: tuple[int, ...], dtype: Any, axis_names: Any, groups: Any) -> Any:
+def whole_batch_moments(
+    x: Array, mask: Any, *, axes: tuple[int, ...], dtype: Any, axis_names: Any, groups: Any
+) -> Any:
     """The moments of all parts of the batch. The audit knows this function by its name."""
-    return batch_moments.over_axes(batch_moments.moments(cast(x, dtype), axes, mask), axis_names, groups)
+    return batch_moments.over_axes(
+        batch_moments.moments(cast(x, dtype), axes, mask), axis_names, groups
+    )
 
 
-def update(old: tuple[Array, Array], new: Moments, *, momentum: float, rule: Statistics) -> tuple[Array, Array]:
-    """The running mean and variance after one more batch; the old ones where nothing was counted."""
+def update(
+    old: tuple[Array, Array], new: Moments, *, momentum: float, rule: Statistics
+) -> tuple[Array, Array]:
+    """The running mean and variance after one more batch; the old ones where nothing was
+    counted."""
 
     if jnp.iscomplexobj(new.mean) and not jnp.iscomplexobj(old[0]):
         raise TypeError(
-            f"the running mean is {old[0].dtype}, and the batch's mean is {new.mean.dtype}. Initialize the layer with "
-            "an input of that dtype."
+            f"the running mean is {old[0].dtype}, and the batch's mean is {new.mean.dtype}. "
+            "Initialize the layer with an input of that dtype."
         )
 
     def moved(before: Array, batch: Array) -> Array:
@@ -68,7 +83,14 @@ def update(old: tuple[Array, Array], new: Moments, *, momentum: float, rule: Sta
 
 
 def normalize(
-    x: Array, mean: Array, var: Array, *, axes: tuple[int, ...], scale: Any, bias: Any, epsilon: float
+    x: Array,
+    mean: Array,
+    var: Array,
+    *,
+    axes: tuple[int, ...],
+    scale: Any,
+    bias: Any,
+    epsilon: float,
 ) -> Array:
     """``(x − mean) · scale / √(var + epsilon) + bias``, in the widest of their dtypes."""
     dtype = promote(*(a.dtype for a in (x, mean, var, scale, bias) if a is not None))

@@ -1,9 +1,10 @@
-"""nnx models as arrays: arguments that hold modules, split into what is differentiated and what is threaded.
+"""nnx models as arrays: arguments that hold modules, split into what is differentiated and what is
+threaded.
 
-A loss ``fun(model, batch)`` that reads and writes its model becomes a pure function of the parameters, the batch and
-the rest of the state, which returns the new state. Everything that is no parameter to differentiate (batch statistics,
-counters, keys of random streams, frozen parameters) is state. Modules that several arguments share stay shared, since
-all arguments are split at once.
+A loss ``fun(model, batch)`` that reads and writes its model becomes a pure function of the
+parameters, the batch and the rest of the state, which returns the new state. Everything that is no
+parameter to differentiate (batch statistics, counters, keys of random streams, frozen parameters)
+is state. Modules that several arguments share stay shared, since all arguments are split at once.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Models:
     """Which arguments these are."""
     modules: tuple[Any, ...]
     split: Callable[[Any], tuple[Any, list[Any], Any, Any]]
-    """Of modules: their structure, the parameters to differentiate in each, the streams, the rest."""
+    """Of modules: their structure, the parameters to differentiate in each, the streams, the
+    rest."""
     graphdef: Any
     params: list[Any]
     streams: Streams
@@ -59,10 +61,11 @@ class Models:
     def among(
         cls, args: tuple[Any, ...], filters: Mapping[int, Any], example_streams: Any = False
     ) -> Models:
-        """The models among `args`; `filters` says for each differentiated argument which of its variables.
+        """The models among `args`; `filters` says for each differentiated argument which of its
+        variables.
 
-        As in nnx, a filter selects among the variables of modules; whatever is outside of modules is
-        differentiated. `example_streams` selects the streams of which every example has its own.
+        As in nnx, a filter selects among the variables of modules; whatever is outside of modules
+        is differentiated. `example_streams` selects the streams of which every example has its own.
         """
         places, modules, selected = [], [], []
         for i, arg in enumerate(args):
@@ -81,7 +84,8 @@ class Models:
         return cls(tuple(places), tuple(modules), split, graphdef, params, Streams(streams), rest)
 
     def gradient(self, i: int, grads: Any) -> PyTree:
-        """The gradient of argument `i` as nnx returns it: like the argument, with a state for each module."""
+        """The gradient of argument `i` as nnx returns it: like the argument, with a state for each
+        module."""
         if i not in self.places:
             return grads
         arg = self.modules[self.places.index(i)]
@@ -89,7 +93,8 @@ class Models:
         return jax.tree_util.tree_map_with_path(own, arg, is_leaf=_is_node)
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `pure` is called with: parameters in place of modules, then states, as `IN_AXES` says."""
+        """What `pure` is called with: parameters in place of modules, then states, as `IN_AXES`
+        says."""
         states = self.streams.keys(), self.streams.arrays(), jax.tree.leaves(self.rest)
         return (*self._placed(args, self.params), *states)
 
@@ -179,7 +184,8 @@ def _selector(arg: PyTree, filter: Any) -> Any:
 
 
 def _with_arrays(arg: PyTree, name: str) -> PyTree:
-    """The argument with an array for every number outside of its modules, as derivatives ask for."""
+    """The argument with an array for every number outside of its modules, as derivatives ask
+    for."""
 
     def array(path: Any, x: Any) -> Any:
         if _is_node(x):
@@ -208,9 +214,9 @@ def _at(state: Any, path: tuple[Any, ...]) -> Any:
 def _check_selected(i: int, arg: PyTree, accepts: Any, filter: Any) -> None:
     if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):
         raise ValueError(
-            f"argument {i} is to be differentiated, and the filter {getattr(filter, '__name__', filter)} "
-            f"selects none of its variables. Name others, as in argnums=nnx.DiffState({i}, nnx.Variable), "
-            "or leave it out of argnums."
+            f"argument {i} is to be differentiated, and the filter "
+            f"{getattr(filter, '__name__', filter)} selects none of its variables. Name others, as "
+            f"in argnums=nnx.DiffState({i}, nnx.Variable), or leave it out of argnums."
         )
 
 
@@ -225,9 +231,10 @@ def _check_structure(old: Any, new: Any, old_states: Any, new_states: Any) -> No
     changed = [f"adds {sorted(after - before)}"] if after - before else []
     changed += [f"removes {sorted(before - after)}"] if before - after else []
     raise ValueError(
-        f"fun {' and '.join(changed) or 'changes an attribute that is no variable'} in its model, and a state that "
-        "runs through the microbatches keeps its structure; create every variable before the call, keep what changes "
-        "in an nnx.Variable, and return intermediate values as aux (Concat for one row per example)."
+        f"fun {' and '.join(changed) or 'changes an attribute that is no variable'} in its model, "
+        "and a state that runs through the microbatches keeps its structure; create every variable "
+        "before the call, keep what changes in an nnx.Variable, and return intermediate values as "
+        "aux (Concat for one row per example)."
     )
 
 
@@ -235,7 +242,7 @@ def _check_unassigned(kept: Sequence[bool], new: PyTree) -> None:
     for same, (path, _) in zip(kept, jax.tree_util.tree_leaves_with_path(new), strict=True):
         if not same:
             raise ValueError(
-                f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is differentiated; every microbatch "
-                "sees the parameters as they were. Assign outside the loss, or keep the value in a variable that is "
-                "no nnx.Param."
+                f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is "
+                "differentiated; every microbatch sees the parameters as they were. Assign outside "
+                "the loss, or keep the value in a variable that is no nnx.Param."
             )

@@ -95,8 +95,8 @@ def selector(modules: tuple[Any, ...], filter: filterlib.Filter) -> filterlib.Pr
     if keys and not chosen:
         tags = sorted({repr(getattr(x, "tag", None)) for _, x in keys})
         raise ValueError(
-            f"example_streams={filter!r} selects none of the model's random streams. Their tags are "
-            f"{', '.join(tags)}: pass one of these, True for all, or another filter of nnx."
+            f"example_streams={filter!r} selects none of the model's random streams. Their tags "
+            f"are {', '.join(tags)}: pass one of these, True for all, or another filter of nnx."
         )
     streams = {path[:-1] for path in chosen}
     counts = lambda path, x: isinstance(x, nnx.RngCount) and path[:-1] in streams

@@ -1,8 +1,10 @@
-"""`dynamic_loss_scale`: float16 gradients kept in range by one scale, which moves at optimizer steps alone.
+"""`dynamic_loss_scale`: float16 gradients kept in range by one scale, which moves at optimizer
+steps alone.
 
-Micikevicius et al., *Mixed Precision Training* (arXiv 1710.03740), section 3.2. The scale lives in the state of the
-optimizer, the innermost place that sees whole batches: inside `MultiSteps` it is checked once per window, after
-`value_and_grad` once a batch, and it is saved and restored with the state.
+Micikevicius et al., *Mixed Precision Training* (arXiv 1710.03740), section 3.2. The scale lives in
+the state of the optimizer, the innermost place that sees whole batches: inside `MultiSteps` it is
+checked once per window, after `value_and_grad` once a batch, and it is saved and restored with the
+state.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ def dynamic_loss_scale(
     growth_interval: int = 2000,
     factor: float = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`opt` for the gradient of ``scale · loss``: divided by the scale, and left out where it is not finite.
+    """`opt` for the gradient of ``scale · loss``: divided by the scale, and left out where it is
+    not finite.
 
-    The loss is multiplied by ``state.scale`` before it is differentiated, one scale for all microbatches of a batch.
-    It equals::
+    The loss is multiplied by ``state.scale`` before it is differentiated, one scale for all
+    microbatches of a batch. It equals::
 
         def update(grads, state, params):
             grads = grads / state.scale  # in float32
@@ -57,8 +60,8 @@ def dynamic_loss_scale(
         factor: by which it grows and shrinks; it stays between 1 and 2**24.
 
     Returns:
-        A gradient transformation; `opt` does not run for a batch that is left out, and its state stays.
-        `opt` sees gradients, parameters and states in float32, so that it sees gradients
+        A gradient transformation; `opt` does not run for a batch that is left out, and its state
+        stays. `opt` sees gradients, parameters and states in float32, so that it sees gradients
         below the range of float16. States are kept in their own dtypes. Updates have the dtype that
         `opt` alone returns for gradients in the dtype of their parameters.
 
@@ -77,14 +80,16 @@ def dynamic_loss_scale(
     inner = optax.with_extra_args_support(opt)
     if growth_interval < 1 or factor <= 1 or not 1 <= initial <= 2.0**24:
         raise ValueError(
-            "a loss scale starts between 1 and 2**24 and moves by a factor above 1 after at least 1 step; got "
-            f"initial={initial}, growth_interval={growth_interval}, factor={factor}."
+            "a loss scale starts between 1 and 2**24 and moves by a factor above 1 after at least "
+            f"1 step; got initial={initial}, growth_interval={growth_interval}, factor={factor}."
         )
 
     def init(params: PyTree) -> LossScaleState:
         return LossScaleState(jnp.float32(initial), jnp.int32(0), jnp.int32(0), inner.init(params))
 
-    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, LossScaleState]:
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, LossScaleState]:
         def unscaled(grad: Any) -> Any:
             wide = _wide(grad)
             return wide if is_float0(wide) else wide / cast(state.scale, wide.dtype)
@@ -102,7 +107,9 @@ def dynamic_loss_scale(
         new, _, held = step_if(finite, step, grads, old)
         good = jnp.where(finite, state.good_steps + 1, jnp.zeros_like(state.good_steps))
         grows = good >= growth_interval
-        scale = jnp.where(finite, jnp.where(grows, state.scale * factor, state.scale), state.scale / factor)
+        scale = jnp.where(
+            finite, jnp.where(grows, state.scale * factor, state.scale), state.scale / factor
+        )
         return new, LossScaleState(
             scale=jnp.clip(scale, _as(1.0, scale), _as(2.0**24, scale)),
             good_steps=jnp.where(grows, jnp.zeros_like(good), good),

@@ -1,4 +1,5 @@
-"""`MultiSteps`: accumulation in a host loop, one microbatch per call, around any optax optimizer."""
+"""`MultiSteps`: accumulation in a host loop, one microbatch per call, around any optax
+optimizer."""
 
 from __future__ import annotations
 
@@ -16,14 +17,21 @@ from jax.typing import ArrayLike
 from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._host_loop.step_if import is_float0, step_if
-from jaxaccum._host_loop.window_checks import check_skip, check_tree, checked_k, checked_weight, taught
+from jaxaccum._host_loop.window_checks import (
+    check_skip,
+    check_tree,
+    checked_k,
+    checked_weight,
+    taught,
+)
 from jaxaccum._program import validate
 
 
 class MultiStepsState(NamedTuple):
     """The state of `MultiSteps`: that of ``optax.MultiSteps``, then our two fields.
 
-    A state of optax, of a running job or an old checkpoint, is taken as it is, and a window that is open goes on.
+    A state of optax, of a running job or an old checkpoint, is taken as it is, and a window that is
+    open goes on.
     """
 
     mini_step: ArrayLike
@@ -32,7 +40,8 @@ class MultiStepsState(NamedTuple):
     """int32: the optimizer steps so far."""
     inner_opt_state: Any
     acc_grads: PyTree
-    """The mean of the open window so far, ``Σ w g / Σ w``; with ``use_grad_mean=False`` the sum ``Σ w g``."""
+    """The mean of the open window so far, ``Σ w g / Σ w``; with ``use_grad_mean=False`` the sum ``Σ
+    w g``."""
     skip_state: PyTree = ()
     total_weight: Any = None
     """``Σ w`` of the open window; a microbatch without a weight counts 1."""
@@ -43,36 +52,38 @@ class MultiStepsState(NamedTuple):
 class MultiSteps(optax.MultiSteps):
     """Accumulates a window of k microbatches and then runs `opt`, once, on their mean gradient.
 
-    Of the microbatches i of a window, with weights wᵢ (1 where none is given), `opt` sees ``Σ wᵢ gᵢ / Σ wᵢ``. It
-    equals::
+    Of the microbatches i of a window, with weights wᵢ (1 where none is given), `opt` sees ``Σ wᵢ gᵢ
+    / Σ wᵢ``. It equals::
 
         def window(grads, weights, opt_state, params):
             mean = sum(w * g for w, g in zip(weights, grads)) / sum(weights)
             updates, opt_state = opt.update(mean, opt_state, params)
             return updates, opt_state  # the k - 1 calls before returned zeros
 
-    A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs at the end of a
-    window and at no other time, also under ``jit``, ``scan`` and ``shard_map``; nothing is masked by multiplication,
-    so a window with NaN ends with itself; extra arguments pass through ``optax.chain``. Gradients
-    are summed in float32, and `opt` sees their mean in the dtype that they came in.
+    A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs
+    at the end of a window and at no other time, also under ``jit``, ``scan`` and ``shard_map``;
+    nothing is masked by multiplication, so a window with NaN ends with itself; extra arguments pass
+    through ``optax.chain``. Gradients are summed in float32, and `opt` sees their mean in the dtype
+    that they came in.
 
     Args:
         opt: the optimizer.
-        every_k_schedule: k, or a function of the number of optimizer steps so far that returns it as an integer.
+        every_k_schedule: k, or a function of the number of optimizer steps so far that returns it
+            as an integer.
         use_grad_mean: whether `opt` sees the mean; False is the sum ``Σ wᵢ gᵢ``.
-        should_skip_update_fn: as for ``optax.MultiSteps``: ``(updates, gradient_step, params) -> (skip, skip_state)``.
-            A microbatch that it skips is as if it had not been there.
-        accumulator_dtype: of the sums; it widens and never narrows, so float64 and complex gradients stay what they
-            are. None is the parameter's own.
+        should_skip_update_fn: as for ``optax.MultiSteps``: ``(updates, gradient_step, params) ->
+            (skip, skip_state)``. A microbatch that it skips is as if it had not been there.
+        accumulator_dtype: of the sums; it widens and never narrows, so float64 and complex
+            gradients stay what they are. None is the parameter's own.
 
-    Guarantees:
-        Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have the dtype that `opt` itself
-        returns for these gradients and parameters; the states of `opt` keep theirs, so that it can be scanned.
-        The sums of gradients are sharded as the parameters that `init` sees.
+    Guarantees: Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have
+        the dtype that `opt` itself returns for these gradients and parameters; the states of `opt`
+        keep theirs, so that it can be scanned. The sums of gradients are sharded as the parameters
+        that `init` sees.
 
     Raises:
-        ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where the value is
-            concrete; traced values are checked under ``checkify``.
+        ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where
+            the value is concrete; traced values are checked under ``checkify``.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxaccum
@@ -99,30 +110,43 @@ class MultiSteps(optax.MultiSteps):
         if not callable(every_k_schedule):
             every_k_schedule = validate.size(every_k_schedule, "every_k_schedule")
         if accumulator_dtype is not None and not jnp.issubdtype(accumulator_dtype, jnp.inexact):
-            raise TypeError(f"accumulator_dtype must be a floating dtype; got {accumulator_dtype!r}.")
+            raise TypeError(
+                f"accumulator_dtype must be a floating dtype; got {accumulator_dtype!r}."
+            )
         dtype: Any = accumulator_dtype  # optax takes None, and its types do not say so
         super().__init__(opt, every_k_schedule, use_grad_mean, should_skip_update_fn, dtype)
 
-    # The state has two fields more than optax's, and `weight` is ours: optax's types allow for neither.
+    # The state has two fields more than optax's, and `weight` is ours: optax's types allow for
+    # neither.
     def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The state before the first microbatch."""
         state = super().init(params)
         acc_grads = jax.tree.map(self._zeros, params)
         zero = jnp.zeros((), _weight_dtype(acc_grads))
-        return MultiStepsState(*state._replace(acc_grads=acc_grads), total_weight=zero, updated=jnp.array(False))
+        return MultiStepsState(
+            *state._replace(acc_grads=acc_grads), total_weight=zero, updated=jnp.array(False)
+        )
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, updates: PyTree, state: Any, params: PyTree = None, *, weight: ArrayLike | None = None, **extra_args: Any
+        self,
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        weight: ArrayLike | None = None,
+        **extra_args: Any,
     ) -> tuple[PyTree, MultiStepsState]:
-        """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the window's mean, else zeros.
+        """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the
+        window's mean, else zeros.
 
         Args:
             updates: the *mean* gradient of the microbatch, a pytree like the parameters. That of an
                 integer parameter is float0, as ``jax.grad(…, allow_int=True)`` gives it.
             state: of `init` or of the call before; a state of ``optax.MultiSteps`` is taken too.
             params: the parameters, if `opt` reads them.
-            weight: the weight of the microbatch, a non-negative scalar: its number of examples or tokens. A
-                microbatch of weight 0 counts towards k and leaves the mean as it is, whatever its gradient.
+            weight: the weight of the microbatch, a non-negative scalar: its number of examples or
+                tokens. A microbatch of weight 0 counts towards k and leaves the mean as it is,
+                whatever its gradient.
             **extra_args: passed to `opt`.
 
         Returns:
@@ -141,7 +165,9 @@ class MultiSteps(optax.MultiSteps):
         state = state._replace(skip_state=skip_state, **window._asdict())
         return self._step(emit, state, params, like=updates, extra_args=extra_args)
 
-    def flush(self, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, MultiStepsState]:
+    def flush(
+        self, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, MultiStepsState]:
         """Apply the open window as it is, with its true weight: 3 microbatches of 4 count as 3.
 
         One line for the state that Flax holds, in a ``TrainState`` or in an ``nnx.Optimizer``::
@@ -179,12 +205,17 @@ class MultiSteps(optax.MultiSteps):
         return jnp.asarray(_extended(state).updated)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-        """The pair ``(init, update)`` for ``optax.chain``, which passes extra arguments, `weight` among them."""
+        """The pair ``(init, update)`` for ``optax.chain``, which passes extra arguments, `weight`
+        among them."""
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
     def _zeros(self, parameter: Any) -> Array:
         dtype = dtype_of(parameter) if is_inexact(parameter) else jnp.float32
-        wide = dtype if self._accumulator_dtype is None else promote(dtype, jnp.dtype(self._accumulator_dtype))
+        wide = (
+            dtype
+            if self._accumulator_dtype is None
+            else promote(dtype, jnp.dtype(self._accumulator_dtype))
+        )
         return jnp.zeros_like(parameter, dtype=wide)  # like it: sharded as the parameter is
 
     def _added(self, window: _Window, grads: PyTree, weight: Array) -> _Window:
@@ -196,15 +227,25 @@ class MultiSteps(optax.MultiSteps):
                 return acc
             grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
             if self._use_grad_mean:
-                new = acc + (grad - acc) * w / cast(jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype)
+                new = acc + (grad - acc) * w / cast(
+                    jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype
+                )
             else:
                 new = acc + grad * w
             return jnp.where(w == 0, acc, new)  # a choice: 0 · NaN is NaN
 
-        return _Window(jnp.add(window.mini_step, 1), jax.tree.map(added, window.acc_grads, grads), total)
+        return _Window(
+            jnp.add(window.mini_step, 1), jax.tree.map(added, window.acc_grads, grads), total
+        )
 
     def _step(
-        self, emit: Array, state: MultiStepsState, params: PyTree, *, like: PyTree, extra_args: dict[str, Any]
+        self,
+        emit: Array,
+        state: MultiStepsState,
+        params: PyTree,
+        *,
+        like: PyTree,
+        extra_args: dict[str, Any],
     ) -> tuple[PyTree, MultiStepsState]:
         """The optimizer's step and an empty window where `emit`, else zeros and the state as it is.
 
@@ -244,7 +285,8 @@ class _Window(NamedTuple):
 
 
 def _extended(state: Any) -> MultiStepsState:
-    """The state with our fields, also where it is one of optax: its microbatches have counted 1 each."""
+    """The state with our fields, also where it is one of optax: its microbatches have counted 1
+    each."""
     if getattr(state, "total_weight", None) is not None:
         return state
     weight = cast(state.mini_step, _weight_dtype(state.acc_grads))

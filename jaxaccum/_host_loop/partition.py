@@ -1,4 +1,5 @@
-"""`partition` and `pad_batch`: the microbatches that the loop would see, and a batch of any size at one capacity."""
+"""`partition` and `pad_batch`: the microbatches that the loop would see, and a batch of any size at
+one capacity."""
 
 from __future__ import annotations
 
@@ -23,24 +24,28 @@ def partition(
     split: Split = "contiguous",
     **kwargs: Any,
 ) -> list[tuple[Any, ...]]:
-    """The arguments of every microbatch, as the loop would see them: to rerun one alone, or to feed a host loop.
+    """The arguments of every microbatch, as the loop would see them: to rerun one alone, or to feed
+    a host loop.
 
-    Microbatch i holds the rows that follow those of microbatch i - 1; strided, the rows i, i + n, …. It equals::
+    Microbatch i holds the rows that follow those of microbatch i - 1; strided, the rows i, i + n,
+    …. It equals::
 
         for i, rows in enumerate(np.split(np.arange(batch_size), bounds)):
             yield params, jax.tree.map(lambda x: x[rows], batch)
 
     Args:
         *args: the arguments of the function.
-        in_axes: one entry per argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is the initial state.
-            A dict names keyword arguments, and passes positional ones whole.
-        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        in_axes: one entry per argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is
+            the initial state. A dict names keyword arguments, and passes positional ones whole.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or
+            `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         split: ``"contiguous"`` or ``"strided"``.
         **kwargs: the keyword arguments of the function, each of them named in `in_axes`.
 
     Returns:
-        One tuple of arguments for each microbatch; with keyword arguments, one pair ``(args, kwargs)``.
+        One tuple of arguments for each microbatch; with keyword arguments, one pair ``(args,
+        kwargs)``.
 
     Raises:
         ValueError, TypeError: as `value_and_grad` does for the same options.
@@ -64,7 +69,9 @@ def partition(
     microbatches = []
     for group in plan.groups:
         for index in range(group.first, group.first + group.count):
-            start = index if split == "strided" else group.start + (index - group.first) * group.size
+            start = (
+                index if split == "strided" else group.start + (index - group.first) * group.size
+            )
             examples = (
                 range(start, plan.batch_size, plan.num_microbatches)
                 if split == "strided"
@@ -80,7 +87,8 @@ def partition(
 
 
 def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, Array]:
-    """Pad a batch with zeros to a capacity, with the mask of its real rows: one compilation for every batch up to it.
+    """Pad a batch with zeros to a capacity, with the mask of its real rows: one compilation for
+    every batch up to it.
 
     The mask belongs into the weight of a `Mean`, so that padding counts nowhere. It equals::
 
@@ -96,7 +104,8 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         ``(padded, mask)``; `mask` is bool of shape (to,).
 
     Raises:
-        ValueError: if a batch axis is missing, the leaves disagree, or the batch is larger than `to`.
+        ValueError: if a batch axis is missing, the leaves disagree, or the batch is larger than
+            `to`.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -110,18 +119,21 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         validate.numeric(leaf, name)
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
-                f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass arrays with one row an "
-                "example."
+                f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass "
+                "arrays with one row an example."
             )
         sizes.append((name, leaf.shape[batch_axis]))
     count = validate.batch_size(sizes)
     if count > capacity:
         raise ValueError(
-            f"the batch holds {count} examples, more than the capacity to={capacity}; raise `to`, or split the batch."
+            f"the batch holds {count} examples, more than the capacity to={capacity}; raise `to`, "
+            "or split the batch."
         )
 
     def pad(x: Array) -> Array:
-        if (impl := key_impl(x)) is not None:  # a key has no zero; its padding is the key made of zeros
+        if (
+            impl := key_impl(x)
+        ) is not None:  # a key has no zero; its padding is the key made of zeros
             return jax.random.wrap_key_data(pad(jax.random.key_data(x)), impl=impl)
         widths = [(0, 0)] * x.ndim
         widths[batch_axis] = (0, capacity - count)
@@ -130,10 +142,14 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
     return jax.tree.map(pad, batch), jnp.arange(capacity) < count
 
 
-def _take(slot: argument_slots.Slot, x: Any, *, examples: range, index: int, batch_size: int) -> Any:
+def _take(
+    slot: argument_slots.Slot, x: Any, *, examples: range, index: int, batch_size: int
+) -> Any:
     match slot.role:
         case Role.ROWS:
-            return x[(slice(None),) * slot.axis + (slice(examples.start, examples.stop, examples.step),)]
+            return x[
+                (slice(None),) * slot.axis + (slice(examples.start, examples.stop, examples.step),)
+            ]
         case Role.KEY:
             return jax.random.fold_in(x, index)
         case Role.EXAMPLE_KEY:

@@ -1,4 +1,5 @@
-"""An optimizer's step that runs or waits: one array per leaf is its update, or else what is kept."""
+"""An optimizer's step that runs or waits: one array per leaf is its update, or else what is
+kept."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ def step_if(
     """``(updates, zeros, new state)`` of `update` where `run`, else ``(zeros, kept, state)``.
 
     `update` does not run where `run` is false. A branch of `lax.cond` that returned both the
-    updates and what is kept would write zeros for one of them. Here it returns one array per leaf, in
-    the memory of the leaf of `kept`. The zeros are selected outside, where XLA fuses them with what
-    reads them. For AdamW on 100 leaves that takes 0.06 times the parameters' memory in place of
-    2.07, and copies no leaf in place of 100.
+    updates and what is kept would write zeros for one of them. Here it returns one array per leaf,
+    in the memory of the leaf of `kept`. The zeros are selected outside, where XLA fuses them with
+    what reads them. For AdamW on 100 leaves that takes 0.06 times the parameters' memory in place
+    of 2.07, and copies no leaf in place of 100.
 
     Args:
         run: a boolean scalar. Where its value is known, only one of the two is traced.

@@ -1,4 +1,5 @@
-"""What a window of `MultiSteps` refuses: other trees, weights and numbers of steps, with what to pass instead."""
+"""What a window of `MultiSteps` refuses: other trees, weights and numbers of steps, with what to
+pass instead."""
 
 from __future__ import annotations
 
@@ -36,24 +37,30 @@ def taught(update: Callable[[], Any], like: PyTree) -> Callable[[], Any]:
     return taught
 
 
-def check_tree(updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False) -> None:
+def check_tree(
+    updates: PyTree, acc_grads: PyTree, name: str = "updates", *, integers: bool = False
+) -> None:
     if jax.tree.structure(updates) != jax.tree.structure(acc_grads):
         raise ValueError(
-            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds gradients of "
-            f"{jax.tree.structure(acc_grads)}; pass gradients of the parameters that init saw, or init again."
+            f"{name} have the structure {jax.tree.structure(updates)}, and the open window holds "
+            f"gradients of {jax.tree.structure(acc_grads)}; pass gradients of the parameters that "
+            "init saw, or init again."
         )
-    for (leaf, x), acc in zip(leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True):
+    for (leaf, x), acc in zip(
+        leaves_with_names(updates, name), jax.tree.leaves(acc_grads), strict=True
+    ):
         if jnp.shape(x) != jnp.shape(acc):
             raise ValueError(
-                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of shape "
-                f"{list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or init again."
+                f"{leaf} has shape {list(jnp.shape(x))}, and the open window holds a gradient of "
+                f"shape {list(jnp.shape(acc))}; pass gradients of the parameters that init saw, or "
+                "init again."
             )
         if is_float0(x) or (integers and not is_inexact(x)):
             continue
         if not is_inexact(x) or (jnp.iscomplexobj(x) and not jnp.iscomplexobj(acc)):
             raise TypeError(
-                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in {acc.dtype}; pass a "
-                "gradient of the parameter's kind."
+                f"{leaf} has dtype {dtype_of(x)}, and its parameter's gradient is summed in "
+                f"{acc.dtype}; pass a gradient of the parameter's kind."
             )
 
 
@@ -68,13 +75,15 @@ def check_skip(skip: Any) -> None:
 def checked_k(k: Any) -> Any:
     if jnp.shape(k) != () or not jnp.issubdtype(dtype_of(k), jnp.integer):
         raise TypeError(
-            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single integer, the "
-            "number of microbatches of the window: cast it, as in .astype(int)."
+            f"every_k_schedule returned {dtype_of(k)}{list(jnp.shape(k))}; it must return a single "
+            "integer, the number of microbatches of the window: cast it, as in .astype(int)."
         )
     if isinstance(k, jax.core.Tracer):
         return checked(k, _is_positive, "every_k_schedule returned {x}; it must be at least 1")
     if k < 1:
-        raise ValueError(f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch.")
+        raise ValueError(
+            f"every_k_schedule returned {int(k)}; a window holds at least 1 microbatch."
+        )
     return k
 
 
@@ -82,13 +91,15 @@ def checked_weight(weight: Any, total: Any) -> Array:
     """The weight of a microbatch in the dtype of the `total`; 1 where none is given."""
     if weight is None:
         return jnp.ones_like(total)
-    dtype = dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
+    dtype = (
+        dtype_of(weight) if isinstance(weight, int | float) or hasattr(weight, "dtype") else None
+    )
     if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"weight must be a real number; got {weight!r}.")
     if jnp.shape(weight) != ():
         raise ValueError(
-            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its number of examples or "
-            "tokens, as jnp.sum(mask)."
+            f"weight has shape {list(jnp.shape(weight))}; pass one scalar per microbatch: its "
+            "number of examples or tokens, as jnp.sum(mask)."
         )
     if isinstance(weight, jax.core.Tracer):
         w = cast(weight, dtype_of(total))

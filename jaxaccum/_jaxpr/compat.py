@@ -1,8 +1,9 @@
-"""What is private, experimental or unstable in JAX, and what its versions name differently: all of it, in one file.
+"""What is private, experimental or unstable in JAX, and what its versions name differently: all of
+it, in one file.
 
-Each name says why it is needed, and in which versions it was seen to work; the tests named beside it fail where a new
-version of JAX changes it. The rest of the library uses public names, and of the jaxprs what ``jax.extend.core`` and
-``jax.interpreters`` export.
+Each name says why it is needed, and in which versions it was seen to work; the tests named beside
+it fail where a new version of JAX changes it. The rest of the library uses public names, and of the
+jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-# -- programs ---------------------------------------------------------------------------------------------------------
+# -- programs --------------------------------------------------------------------------------------
 
 ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 """A jaxpr with its constants; since jax 0.12 another name of `Jaxpr`."""
@@ -28,14 +29,18 @@ def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many constants a scan has, and how many values it carries."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()  # since jax 0.12: constants, carry and scanned operands, flat
+    consts, carry, _ = params[
+        "ft_in"
+    ].unpack()  # since jax 0.12: constants, carry and scanned operands, flat
     return len(list(consts)), len(list(carry))
 
 
 def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call of a compiled function, which vanishes where it is traced."""
     given: Any = params["inline"]
-    early = True if isinstance(given, bool) else type(given).JAX_EARLY  # since jax 0.12 an enumeration
+    early = (
+        True if isinstance(given, bool) else type(given).JAX_EARLY
+    )  # since jax 0.12 an enumeration
     return {**params, "inline": early}
 
 
@@ -55,7 +60,8 @@ def is_reference_effect(effect: Any) -> bool:
 
 
 def context_key(eqn: Any) -> tuple[str, ...]:
-    """Under which settings an equation was traced, and so is lowered: the fields of its context, jax 0.10.2 to 0.12.
+    """Under which settings an equation was traced, and so is lowered: the fields of its context,
+    jax 0.10.2 to 0.12.
 
     Test: test_eager.
     """
@@ -71,14 +77,15 @@ def traced_mesh(eqn: Any) -> Any:
     return eqn.ctx.cur_abstract_mesh
 
 
-# -- private names ----------------------------------------------------------------------------------------------------
+# -- private names ---------------------------------------------------------------------------------
 
 
 def without_varying_checks() -> Any:
     """A context in which JAX does not track which values vary over a mesh.
 
-    ``jax.shard_map(check_vma=False)`` sets this state, and nothing public does without a `shard_map`.
-    Private: ``jax._src.config._check_vma``, jax 0.10.2 to 0.12. Test: test_coupled_on_meshes.
+    ``jax.shard_map(check_vma=False)`` sets this state, and nothing public does without a
+    `shard_map`. Private: ``jax._src.config._check_vma``, jax 0.10.2 to 0.12. Test:
+    test_coupled_on_meshes.
     """
     from jax._src import config
 
@@ -96,7 +103,8 @@ def mesh_axes_of_vmaps() -> frozenset[str]:
 
 
 def checkify_rules() -> tuple[Any, dict[Any, Any]]:
-    """The primitive of `checkify`'s checks, and its table of rules, to which no public function adds one.
+    """The primitive of `checkify`'s checks, and its table of rules, to which no public function
+    adds one.
 
     Private: ``jax._src.checkify``, jax 0.10.2 to 0.12. Test: test_multisteps_errors.
     """
@@ -105,11 +113,12 @@ def checkify_rules() -> tuple[Any, dict[Any, Any]]:
     return check_p, error_checks
 
 
-# -- experimental names -----------------------------------------------------------------------------------------------
+# -- experimental names ----------------------------------------------------------------------------
 
 
 def checkify() -> Any:
-    """The module ``jax.experimental.checkify``, jax 0.10.2 to 0.12. Test: test_multisteps_errors."""
+    """The module ``jax.experimental.checkify``, jax 0.10.2 to 0.12. Test:
+    test_multisteps_errors."""
     from jax.experimental import checkify
 
     return checkify
@@ -118,7 +127,8 @@ def checkify() -> Any:
 def key_implementation(**fields: Any) -> Any:
     """A generator of random numbers with keys of one's own making.
 
-    Experimental: ``jax.extend.random.define_prng_impl``, jax 0.10.2 to 0.12. Test: test_example_keys.
+    Experimental: ``jax.extend.random.define_prng_impl``, jax 0.10.2 to 0.12. Test:
+    test_example_keys.
     """
     from jax.extend.random import define_prng_impl
 
@@ -128,11 +138,13 @@ def key_implementation(**fields: Any) -> Any:
 def splits_by_index() -> bool:
     """Whether a key that is split depends on its own index alone, and not on how many there are.
 
-    A flag of JAX, for whose flags it declares no types: ``jax_threefry_partitionable``. Test: test_example_keys.
+    A flag of JAX, for whose flags it declares no types: ``jax_threefry_partitionable``. Test:
+    test_example_keys.
     """
     return jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_jit_disabled() -> bool:
-    """Whether the user runs JAX under ``jax.disable_jit``: the flag ``jax_disable_jit``. Test: test_eager."""
+    """Whether the user runs JAX under ``jax.disable_jit``: the flag ``jax_disable_jit``. Test:
+    test_eager."""
     return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]

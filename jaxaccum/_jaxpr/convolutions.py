@@ -1,16 +1,19 @@
 """Convolutions in the one layout for which XLA has a fast kernel on CPU.
 
-The problem. XLA for CPU computes a convolution fast if the batch is the first axis and the features the last, and in
-the kernel the input's features come before the output's. Outside of loops it brings every convolution into this form;
-inside of a ``while`` it does not, and falls back to plain loops. The derivatives of a convolution have other layouts,
-so that a CNN in a loop over microbatches was 20 to 60 times slower than without.
+The problem. XLA for CPU computes a convolution fast if the batch is the first axis and the features
+the last, and in the kernel the input's features come before the output's. Outside of loops it
+brings every convolution into this form; inside of a ``while`` it does not, and falls back to plain
+loops. The derivatives of a convolution have other layouts, so that a CNN in a loop over
+microbatches was 20 to 60 times slower than without.
 
-The idea. On CPU alone each convolution of the loop's body is written in that form, between transposes.
+The idea. On CPU alone each convolution of the loop's body is written in that form, between
+transposes.
 
     conv(x, g): f01b, i01o -> 01bf
       = transpose(conv(transpose(x), transpose(g)): b01f, 01io -> b01f)
 
-Groups of the batch, which come up where a grouped convolution is derived by its kernel, become groups of features.
+Groups of the batch, which come up where a grouped convolution is derived by its kernel, become
+groups of features.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def _may_be_fast(eqn: jex.JaxprEqn) -> bool:
 
 
 def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-    """A convolution as a call of a function that holds both of its forms; any other equation as it is."""
+    """A convolution as a call of a function that holds both of its forms; any other equation as it
+    is."""
     if not _may_be_fast(eqn):
         return eqn
     key = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()))
@@ -100,7 +104,8 @@ def _call(convolution: _Convolution, types: tuple[Any, ...]) -> jex.JaxprEqn:
 
 
 def _canonical(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
-    """The convolution between transposes: batch first, features last; in the kernel the output's features last."""
+    """The convolution between transposes: batch first, features last; in the kernel the output's
+    features last."""
     numbers, groups = params["dimension_numbers"], params["batch_group_count"]
     batch, features, *space = numbers.lhs_spec
     x = jnp.transpose(x, (batch, *space, features))
@@ -126,14 +131,18 @@ def _canonical(params: Mapping[str, Any], x: Array, kernel: Array) -> Array:
 
 
 def _batch_groups_as_feature_groups(x: Array, groups: int) -> Array:
-    """(groups · n, …, c) as (n, …, groups · c): each group's examples meet the group's own kernels."""
+    """(groups · n, …, c) as (n, …, groups · c): each group's examples meet the group's own
+    kernels."""
     n, *space, c = x.shape
     apart = jnp.moveaxis(x.reshape(groups, n // groups, *space, c), 0, -2)
     return apart.reshape(n // groups, *space, math.prod((groups, c)))
 
 
 def _places(spec: Any) -> list[int]:
-    """The transpose from batch first, features last, to the axes that `spec` names in that order."""
+    """The transpose from batch first, features last, to the axes that `spec` names in that
+    order."""
     batch, features, *space = spec
-    order = {batch: 0, features: len(space) + 1} | {axis: i for i, axis in enumerate(space, start=1)}
+    order = {batch: 0, features: len(space) + 1} | {
+        axis: i for i, axis in enumerate(space, start=1)
+    }
     return [order[axis] for axis in range(len(spec))]

@@ -30,8 +30,8 @@ from jaxaccum._jaxpr.structure import literal_key, value_key
 def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Any]) -> list[Any]:
     """The outputs of a jaxpr without constants, ready to be differentiated.
 
-    A program that was traced without knowing how a mesh divides its values is evaluated as it is: the
-    types of its calls would be wrong.
+    A program that was traced without knowing how a mesh divides its values is evaluated as it is:
+    the types of its calls would be wrong.
     """
     as_traced = all(map(_has_type, values, jaxpr.invars))
     return jax.core.eval_jaxpr(as_calls(jaxpr) if as_traced else jaxpr, [], *values)
@@ -46,7 +46,8 @@ def _strong(aval: Any) -> Any:
 
 
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """The jaxpr with its equations as calls, but for those that hold a program or have an effect."""
+    """The jaxpr with its equations as calls, but for those that hold a program or have an
+    effect."""
     return jaxpr.replace(eqns=[_as_call(eqn) for eqn in jaxpr.eqns])
 
 

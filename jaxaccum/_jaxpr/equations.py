@@ -49,7 +49,9 @@ def changed_param(value: Any, change: Change) -> Any:
     if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
         new = [changed_param(x, change) for x in value]
         same = all(x is y for x, y in zip(new, value, strict=True))
-        return value if same else jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)
+        return (
+            value if same else jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)
+        )
     return value
 
 
@@ -82,15 +84,20 @@ def axes_in(jaxpr: jex.Jaxpr) -> Iterator[str]:
 
 
 def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:
-    """Whether the jaxprs inside of the equation mention the axis in an equation of one of the names."""
+    """Whether the jaxprs inside of the equation mention the axis in an equation of one of the
+    names."""
     subs = jex.jaxprs_in_params(eqn.params)
     return any(names(inner.primitive.name) for sub in subs for inner in mentions(sub, axis_name))
 
 
 def unchanged(eqn: jex.JaxprEqn, values: Sequence[Any], whole: jex.Jaxpr) -> list[Any]:
     """Evaluate one equation of `whole` as JAX does, by way of a jaxpr that holds it alone."""
-    given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)}
+    given = {
+        v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)
+    }
     outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    single = whole.replace(constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=anonymous(whole))
+    single = whole.replace(
+        constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=anonymous(whole)
+    )
     results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]

@@ -1,6 +1,7 @@
 """Floating-point operations of a traced program, every iteration of every loop counted.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; a jaxpr says how often.
+XLA's own cost analysis counts the body of a loop once, however often it runs; a jaxpr says how
+often.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ _FREE = {  # what moves, names or makes data, and computes nothing
 
 
 def flops(jaxpr: jex.Jaxpr, devices: int = 1) -> float:
-    """The operations of one device: a multiply-add is two, any other elementwise operation one an element.
+    """The operations of one device: a multiply-add is two, any other elementwise operation one an
+    element.
 
     Args:
         jaxpr: the traced program.
-        devices: over how many devices the compiler divides it; the body of a ``shard_map`` is one device's already.
+        devices: over how many devices the compiler divides it; the body of a ``shard_map`` is one
+            device's already.
     """
     return sum(_equation(eqn, devices) for eqn in jaxpr.eqns)
 
@@ -41,8 +44,11 @@ def _equation(eqn: jex.JaxprEqn, devices: int) -> float:
         return flops(opened(params["jaxpr"])[0], max(devices // manual, 1))
     inner = list(jex.jaxprs_in_params(params))
     if inner and not name.startswith(("reduce", "scatter", "cum")):
-        # A custom rule carries its derivative's jaxpr as a parameter; the first is the one that runs.
-        return sum(flops(sub, devices) for sub in (inner[:1] if name.startswith("custom_") else inner))
+        # A custom rule carries its derivative's jaxpr as a parameter; the first is the one that
+        # runs.
+        return sum(
+            flops(sub, devices) for sub in (inner[:1] if name.startswith("custom_") else inner)
+        )
     return _operations(name, eqn) / devices
 
 

@@ -1,4 +1,5 @@
-"""The index of the microbatch as an argument: what reads ``axis_index`` over the loop's axis reads it instead."""
+"""The index of the microbatch as an argument: what reads ``axis_index`` over the loop's axis reads
+it instead."""
 
 from __future__ import annotations
 
@@ -28,19 +29,23 @@ def _is_index(name: str) -> bool:
 
 
 def index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
-    """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any depth."""
+    """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any
+    depth."""
     avals = [v.aval for v in jaxpr.invars]
     index = jax.ShapeDtypeStruct((), "int32")
     if not any(_is_index(eqn.primitive.name) for eqn in mentions(jaxpr, axis[0])):
         aval = jax.make_jaxpr(lambda i: i)(index).jaxpr
         return with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
     evaluate = _Indexed(axis[0], jaxpr).evaluate
-    return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(index, *avals).jaxpr
+    return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(
+        index, *avals
+    ).jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
 class _Indexed:
-    """Evaluates a jaxpr in which ``axis_index`` of one axis is a given value; opens only what contains it."""
+    """Evaluates a jaxpr in which ``axis_index`` of one axis is a given value; opens only what
+    contains it."""
 
     axis_name: str
     whole: jex.Jaxpr
@@ -60,8 +65,8 @@ class _Indexed:
         rule = _OPEN.get(eqn.primitive.name)
         if rule is None:
             raise NotImplementedError(
-                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at {frame_of(eqn)}); compute it "
-                "outside and pass it in as an argument."
+                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at "
+                f"{frame_of(eqn)}); compute it outside and pass it in as an argument."
             )
         return rule(self, eqn.params, index, values)
 
@@ -76,12 +81,16 @@ def _open_jit(self: _Indexed, params: dict[str, Any], index: Array, values: list
     return self.closed(params["jaxpr"], index)(*values)
 
 
-def _open_checkpoint(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+def _open_checkpoint(
+    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
+) -> list[Any]:
     fun = self.closed(params["jaxpr"], index)
     return jax.checkpoint(fun, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
 
 
-def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+def _open_scan(
+    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
+) -> list[Any]:
     fun, (n, k) = self.closed(params["jaxpr"], index), scan_arity(params)
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -93,14 +102,18 @@ def _open_scan(self: _Indexed, params: dict[str, Any], index: Array, values: lis
     return [*carry, *ys]
 
 
-def _open_while(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+def _open_while(
+    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
+) -> list[Any]:
     n, k = params["cond_nconsts"], params["body_nconsts"]
     test, body = self.closed(params["cond_jaxpr"], index), self.closed(params["body_jaxpr"], index)
     step = lambda carry: body(*values[n : n + k], *carry)
     return lax.while_loop(lambda carry: test(*values[:n], *carry)[0], step, values[n + k :])
 
 
-def _open_cond(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
+def _open_cond(
+    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
+) -> list[Any]:
     branches = [self.closed(branch, index) for branch in params["branches"]]
     return lax.switch(values[0], branches, *values[1:])
 

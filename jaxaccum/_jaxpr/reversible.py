@@ -1,4 +1,5 @@
-"""Which derivatives a program has: in reverse or only forward, linear in the cotangent or perhaps not, of what."""
+"""Which derivatives a program has: in reverse or only forward, linear in the cotangent or perhaps
+not, of what."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def equations_inside(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
 
 
 def has_backward_rule(jaxpr: jex.Jaxpr) -> bool:
-    """Whether it holds a ``jax.custom_vjp``: its backward rule may do to a cotangent what is not linear, as clip it."""
+    """Whether it holds a ``jax.custom_vjp``: its backward rule may do to a cotangent what is not
+    linear, as clip it."""
     return any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in equations_inside(jaxpr))
 
 
@@ -37,7 +39,8 @@ def has_checks(jaxpr: jex.Jaxpr) -> bool:
 def is_reversible(jaxpr: jex.Jaxpr, moved: Sequence[bool]) -> bool:
     """Whether JAX has a reverse derivative with respect to the arguments that are `moved`.
 
-    It has none through a ``while_loop``, and none through a ``custom_linear_solve`` without a transposed solve.
+    It has none through a ``while_loop``, and none through a ``custom_linear_solve`` without a
+    transposed solve.
     """
     known = {v for v, moves in zip(jaxpr.invars, moved, strict=True) if moves}
     for eqn in jaxpr.eqns:

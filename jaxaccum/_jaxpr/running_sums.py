@@ -1,20 +1,24 @@
-"""Evaluate a program so that its backward pass adds gradients to running sums, without a tree of gradients.
+"""Evaluate a program so that its backward pass adds gradients to running sums, without a tree of
+gradients.
 
-The problem. A loop over microbatches wants ``sum += gradient``. If the backward pass returns the gradient as a value,
-a second array of the parameter's size exists beside the sum: for a scan over layers that is a copy of the whole model,
-although each step of the scan finishes only one layer's slice.
+The problem. A loop over microbatches wants ``sum += gradient``. If the backward pass returns the
+gradient as a value, a second array of the parameter's size exists beside the sum: for a scan over
+layers that is a copy of the whole model, although each step of the scan finishes only one layer's
+slice.
 
-The idea. Thread the sum through the program: an argument that every reader of the parameter passes on unchanged. The
-cotangent of that argument then runs through the backward pass in the opposite direction, and every reader adds its
-share to it::
+The idea. Thread the sum through the program: an argument that every reader of the parameter passes
+on unchanged. The cotangent of that argument then runs through the backward pass in the opposite
+direction, and every reader adds its share to it::
 
     read:      (w, s)    ->  (w, s)              identity
     backward:  (dw, ds)  ->  (nothing, ds + dw)  the gradient of w goes into the sum
 
-So ``vjp`` with the sum so far as the cotangent of the last ``s`` returns the new sum as the cotangent of the first. A
-scan that reads a slice of the parameter at every step carries ``s``, and adds to one slice: XLA does so in place.
+So ``vjp`` with the sum so far as the cotangent of the last ``s`` returns the new sum as the
+cotangent of the first. A scan that reads a slice of the parameter at every step carries ``s``, and
+adds to one slice: XLA does so in place.
 
-Worked example, two microbatches, one scan over two layers ``w = [a, b]``, of which ``dᵢa, dᵢb`` are the gradients::
+Worked example, two microbatches, one scan over two layers ``w = [a, b]``, of which ``dᵢa, dᵢb`` are
+the gradients::
 
     the sum before           [0, 0]
     microbatch 1, step b     [0, d₁b]
@@ -22,14 +26,16 @@ Worked example, two microbatches, one scan over two layers ``w = [a, b]``, of wh
     microbatch 2, step b     [d₁a, d₁b + d₂b]
     microbatch 2, step a     [d₁a + d₂a, d₁b + d₂b]
 
-Why it is right. Only ``jax.custom_vjp`` and the derivatives of JAX are used, and the rule above holds for each reader
-alone. A parameter that is read twice passes its sum through both readers. Nothing depends on the order of operands.
+Why it is right. Only ``jax.custom_vjp`` and the derivatives of JAX are used, and the rule above
+holds for each reader alone. A parameter that is read twice passes its sum through both readers.
+Nothing depends on the order of operands.
 
-Where the sum goes inside: ``jit``, ``checkpoint``, ``scan`` (as a constant or as scanned rows), and reads of a part
-(slices and rows of a table). Every other reader takes the parameter whole, and its gradient is added in one piece.
+Where the sum goes inside: ``jit``, ``checkpoint``, ``scan`` (as a constant or as scanned rows), and
+reads of a part (slices and rows of a table). Every other reader takes the parameter whole, and its
+gradient is added in one piece.
 
-Cost: nothing in the forward pass, where the sum is an argument that nobody reads and XLA removes. Known weakness: a
-parameter that is cast or transposed before it is scanned is read whole.
+Cost: nothing in the forward pass, where the sum is an argument that nobody reads and XLA removes.
+Known weakness: a parameter that is cast or transposed before it is scanned is read whole.
 """
 
 from __future__ import annotations
@@ -60,8 +66,8 @@ def evaluate(
 ) -> tuple[list[Array], list[Array]]:
     """The outputs of ``jaxpr(*values)``, and `sums` as they came.
 
-    In reverse, the cotangent of each sum comes back with the gradient of its parameter added to it. The parameters
-    themselves receive no gradient.
+    In reverse, the cotangent of each sum comes back with the gradient of its parameter added to it.
+    The parameters themselves receive no gradient.
 
     Args:
         jaxpr: a program without constants.
@@ -74,7 +80,7 @@ def evaluate(
     return outs, threads.sums
 
 
-# -- reading a parameter ----------------------------------------------------------------------------------------------
+# -- reading a parameter ---------------------------------------------------------------------------
 
 Add = Callable[[Array, Array, Any], Array]
 """``add(sum, gradient, where) -> sum``."""
@@ -84,7 +90,8 @@ Add = Callable[[Array, Array, Any], Array]
 def _read(
     add: Add, places: tuple[int, ...], values: list[Array], sums: list[Array], where: Any
 ) -> tuple[list[Array], list[Array]]:
-    """The values and the sums; backwards, each value's gradient is added to the sum at its place."""
+    """The values and the sums; backwards, each value's gradient is added to the sum at its
+    place."""
     del add, places, where
     return values, sums
 
@@ -125,7 +132,7 @@ def _add_at_slice(total: Array, gradient: Array, where: list[Array]) -> Array:
     return lax.dynamic_update_slice(total, old + gradient, where)
 
 
-# -- the evaluator ----------------------------------------------------------------------------------------------------
+# -- the evaluator ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -137,7 +144,9 @@ class _Threads:
     def run(self, jaxpr: jex.Jaxpr, values: Sequence[Array], places: Places) -> list[Array]:
         """The outputs of the jaxpr, where the variables of `places` hold parameters."""
         parameters: dict[Any, Array] = dict(zip(jaxpr.invars, values, strict=True))
-        env: dict[Any, Array] = parameters | self._read_whole(_read_by_value(jaxpr, places), parameters, places)
+        env: dict[Any, Array] = parameters | self._read_whole(
+            _read_by_value(jaxpr, places), parameters, places
+        )
         for step in segments(jaxpr, lambda eqn: bool(_threaded(eqn, places))):
             if isinstance(step, jex.Jaxpr):
                 outs = derived_once.evaluate(step, [env[v] for v in step.invars])
@@ -155,7 +164,9 @@ class _Threads:
         values = self._read(_add_whole, where, [parameters[v] for v in variables], None)
         return dict(zip(variables, values, strict=True))
 
-    def _read(self, add: Add, places: tuple[int, ...], values: list[Array], where: Any) -> list[Array]:
+    def _read(
+        self, add: Add, places: tuple[int, ...], values: list[Array], where: Any
+    ) -> list[Array]:
         """The values, whose gradients go to the sums at `places`; no other sum takes part."""
         used = sorted(set(places))
         local = tuple(used.index(place) for place in places)
@@ -165,9 +176,14 @@ class _Threads:
         return read[0]
 
     def _thread(
-        self, eqn: jex.JaxprEqn, values: list[Array], parameters: Mapping[jex.Var, Array], places: Places
+        self,
+        eqn: jex.JaxprEqn,
+        values: list[Array],
+        parameters: Mapping[jex.Var, Array],
+        places: Places,
     ) -> list[Array]:
-        """One equation with its sums: operands that it threads are the parameters, the others as they were read."""
+        """One equation with its sums: operands that it threads are the parameters, the others as
+        they were read."""
         threaded = _threaded(eqn, places)
         for i in threaded:
             values[i] = parameters[_variable(eqn, i)]
@@ -177,7 +193,9 @@ class _Threads:
     def called(self, jaxpr: Any, values: Sequence[Array], at: Mapping[int, int]) -> list[Array]:
         """An inner jaxpr, in which the operands at the positions of `at` are parameters."""
         inner, consts = opened(jaxpr)
-        program = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=anonymous(inner))
+        program = inner.replace(
+            constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=anonymous(inner)
+        )
         places = {inner.invars[i]: place for i, place in at.items()}
         return self.run(program, [*consts, *values], places)
 
@@ -198,11 +216,12 @@ def _holds(v: Any, places: Places) -> bool:
     return not isinstance(v, jex.Literal) and v in places
 
 
-# -- what is read whole, and what is threaded -------------------------------------------------------------------------
+# -- what is read whole, and what is threaded ------------------------------------------------------
 
 
 def _threaded(eqn: jex.JaxprEqn, places: Places) -> list[int]:
-    """The positions of the operands that the equation threads: parameters, where a rule below says so."""
+    """The positions of the operands that the equation threads: parameters, where a rule below says
+    so."""
     found = [i for i, v in enumerate(eqn.invars) if _holds(v, places)]
     rule = _RULES.get(eqn.primitive.name)
     return [] if rule is None or not found else rule.threads(eqn, found)
@@ -218,7 +237,7 @@ def _read_by_value(jaxpr: jex.Jaxpr, places: Places) -> list[jex.Var]:
     return [v for v in places if v in found]
 
 
-# -- the rules --------------------------------------------------------------------------------------------------------
+# -- the rules -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +251,16 @@ class _Rule:
 
 
 def _threads_if_inside(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
-    """A call is opened where something inside threads a sum; the whole of it, so that nothing is computed twice."""
+    """A call is opened where something inside threads a sum; the whole of it, so that nothing is
+    computed twice."""
     inner, _ = opened(eqn.params["jaxpr"])
     places = {inner.invars[i]: 0 for i in found}
     return found if any(_threaded(one, places) for one in inner.eqns) else []
 
 
 def _threads_of_jit(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
-    """A jit that lays its arguments or results out over a mesh stays closed, and reads its parameters whole."""
+    """A jit that lays its arguments or results out over a mesh stays closed, and reads its
+    parameters whole."""
     layouts = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
     return _threads_if_inside(eqn, found) if all(map(_is_unspecified, layouts)) else []
 
@@ -249,11 +270,15 @@ def _is_unspecified(sharding: Any) -> bool:
     return sharding is None or type(sharding).__name__ == "UnspecifiedValue"
 
 
-def _run_call(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
+def _run_call(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
     return threads.called(eqn.params["jaxpr"], values, at)
 
 
-def _run_checkpoint(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
+def _run_checkpoint(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
     used = sorted(set(at.values()))
     local = {i: used.index(place) for i, place in at.items()}
 
@@ -281,8 +306,11 @@ def _is_divided(v: Any, dim: int) -> bool:
     return len(spec) > dim and spec[dim] is not None
 
 
-def _run_scan(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
-    """The scan that also carries the sums: a step reads its rows, and backwards adds to one entry."""
+def _run_scan(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
+    """The scan that also carries the sums: a step reads its rows, and backwards adds to one
+    entry."""
     num_consts, num_carry = scan_arity(eqn.params)
     first_row = num_consts + num_carry
     used = sorted(set(at.values()))
@@ -293,7 +321,9 @@ def _run_scan(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dic
         (carry, sums), (index, rows) = state, x
         inner, operands = _Threads(list(sums)), [*values[:num_consts], *carry, *rows]
         if scanned:
-            read = inner._read(_add_at_index, tuple(scanned.values()), [operands[i] for i in scanned], index)
+            read = inner._read(
+                _add_at_index, tuple(scanned.values()), [operands[i] for i in scanned], index
+            )
             for i, row in zip(scanned, read, strict=True):
                 operands[i] = row
         outs = inner.called(eqn.params["jaxpr"], operands, shared)
@@ -316,21 +346,31 @@ def _threads_operand(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     return [0] if 0 in found and not divided and not strided else []
 
 
-def _run_slice(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
+def _run_slice(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
     block = lax.slice(values[0], eqn.params["start_indices"], eqn.params["limit_indices"])
     where = [jnp.int32(start) for start in eqn.params["start_indices"]]
     return threads._read(_add_at_slice, (at[0],), [block], where)
 
 
-def _run_dynamic_slice(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
+def _run_dynamic_slice(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
     block = lax.dynamic_slice(values[0], values[1:], eqn.params["slice_sizes"])
     return threads._read(_add_at_slice, (at[0],), [block], values[1:])
 
 
-def _run_gather(threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]) -> list[Array]:
-    """Rows of a table: the transpose of ``gather`` is ``scatter_add``, here into the sum instead of into zeros."""
+def _run_gather(
+    threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+) -> list[Array]:
+    """Rows of a table: the transpose of ``gather`` is ``scatter_add``, here into the sum instead of
+    into zeros."""
     table, indices = values
-    read, options = eqn.params["dimension_numbers"], {name: eqn.params[name] for name in _GATHER_OPTIONS}
+    read, options = (
+        eqn.params["dimension_numbers"],
+        {name: eqn.params[name] for name in _GATHER_OPTIONS},
+    )
     sizes, fill = eqn.params["slice_sizes"], eqn.params["fill_value"]
     rows = lax.gather(table, indices, read, sizes, fill_value=fill, **options)
     written = lax.ScatterDimensionNumbers(

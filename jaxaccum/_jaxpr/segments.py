@@ -1,7 +1,7 @@
 """A program in order: some of its equations apart, and between them programs of all the others.
 
-    a = f x; b = g a; c = h b x; return c        with g apart
-      ->  { x -> a: f },  g,  { b x -> c: h }
+a = f x; b = g a; c = h b x; return c        with g apart
+  ->  { x -> a: f },  g,  { b x -> c: h }
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import jax.extend.core as jex
 from jaxaccum._jaxpr.compat import anonymous
 
 
-def segments(jaxpr: jex.Jaxpr, apart: Callable[[jex.JaxprEqn], bool]) -> Iterator[jex.Jaxpr | jex.JaxprEqn]:
+def segments(
+    jaxpr: jex.Jaxpr, apart: Callable[[jex.JaxprEqn], bool]
+) -> Iterator[jex.Jaxpr | jex.JaxprEqn]:
     """The equations that stand apart, and between them jaxprs of those that do not.
 
     A jaxpr reads what it needs by its own variables, and returns what is read after it.
@@ -30,7 +32,9 @@ def segments(jaxpr: jex.Jaxpr, apart: Callable[[jex.JaxprEqn], bool]) -> Iterato
     yield from _segment(jaxpr, pending, needed_after)
 
 
-def _segment(jaxpr: jex.Jaxpr, equations: list[int], needed_after: list[set[jex.Var]]) -> Iterator[jex.Jaxpr]:
+def _segment(
+    jaxpr: jex.Jaxpr, equations: list[int], needed_after: list[set[jex.Var]]
+) -> Iterator[jex.Jaxpr]:
     if not equations:
         return
     eqns = [jaxpr.eqns[i] for i in equations]

@@ -1,11 +1,13 @@
 """What a program computes, as a key: two programs with one key compute the same.
 
-A function that is traced twice gives two programs, which JAX compiles twice. Their keys are equal: of each equation the
-primitive, the parameters, the types and the places of its operands, whatever their names, and of each constant inside
-its bytes. What cannot be compared by value, such as a callback, is compared as Python compares it. How a function is
+A function that is traced twice gives two programs, which JAX compiles twice. Their keys are equal:
+of each equation the primitive, the parameters, the types and the places of its operands, whatever
+their names, and of each constant inside its bytes. What cannot be compared by value, such as a
+callback, is compared as Python compares it. How a function is
 differentiated is no part of the key: it says what a program computes when it runs.
 
-    f(x) = sin x + 1   ->   (float32[3],), ((sin, (0,), (float32[3],)), (add, (1, 1.0), (float32[3],))), (2,)
+    f(x) = sin x + 1   ->   (float32[3],), ((sin, (0,), (float32[3],)), (add, (1, 1.0),
+    (float32[3],))), (2,)
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def _key(jaxpr: jex.Jaxpr) -> Hashable:
     eqns = []
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)
-        params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()) if name not in _RULES)
+        params = tuple(
+            (name, value_key(x)) for name, x in sorted(eqn.params.items()) if name not in _RULES
+        )
         context = compat.context_key(eqn)
         eqns.append((eqn.primitive, operands, params, context, tuple(v.aval for v in eqn.outvars)))
         for v in eqn.outvars:
@@ -65,7 +69,8 @@ def value_key(x: Any) -> Hashable:
 
 
 def _const_key(x: Any) -> Hashable:
-    """An array of JAX is itself alone: it never changes. Any other may, and is compared by what it holds now."""
+    """An array of JAX is itself alone: it never changes. Any other may, and is compared by what it
+    holds now."""
     if isinstance(x, jax.Array):
         return id(x)
     held = np.asarray(x)

@@ -1,8 +1,9 @@
 """The loop over microbatches, and the sums of gradients that it carries.
 
-A `Program` and the arrays of the call enter; the combined parts of the output leave, and where they are asked for the
-gradients of the whole batch. It is made of ``lax.scan`` and ``jax.vjp`` alone, so every transformation of JAX applies
-to it. It imports the rooms below: programs, accumulators, devices.
+A `Program` and the arrays of the call enter; the combined parts of the output leave, and where they
+are asked for the gradients of the whole batch. It is made of ``lax.scan`` and ``jax.vjp`` alone, so
+every transformation of JAX applies to it. It imports the rooms below: programs, accumulators,
+devices.
 """
 
 from jaxaccum._loop.derivative import Derivative as Derivative

@@ -1,24 +1,27 @@
 """The derivative of one microbatch, and the sum of all of them: where gradients are accumulated.
 
-The problem. ``jax.grad`` of a sum over microbatches keeps the activations of all of them; a loop that adds gradients
-keeps those of one, but then has two trees of gradients at once: the sum, and what is to be added to it.
+The problem. ``jax.grad`` of a sum over microbatches keeps the activations of all of them; a loop
+that adds gradients keeps those of one, but then has two trees of gradients at once: the sum, and
+what is to be added to it.
 
-The idea. The loop runs every microbatch forward and backward before the next, and the backward pass itself maps the sum
-so far to the sum with this microbatch: of a program that reads a parameter w, `running_sums` makes one that passes
-the sum on from reader to reader, and each reader adds its share.
+The idea. The loop runs every microbatch forward and backward before the next, and the backward pass
+itself maps the sum so far to the sum with this microbatch: of a program that reads a parameter w,
+`running_sums` makes one that passes the sum on from reader to reader, and each reader adds its
+share.
 
     sums = 0
     for rows in microbatches:
         parts, pull = vjp(lambda sums: (loss(w, rows), sums passed on by the readers of w), 0)
         sums = pull(cotangents of the parts, sums)   # sums + d loss / d w, written where they are
 
-Example. The loss ``Mean(total, weight)`` over microbatches of 2 and 1 examples, whose weights add up to 3. Both totals
-have the cotangent 1/3, so the sums are 0, then 1/3 dT₁/dw, then 1/3 (dT₁/dw + dT₂/dw): the gradient of (T₁ + T₂) / 3.
-No microbatch divides by its own number of examples. With ``tree()`` each microbatch's gradients are a tree of their
-own, which is added after it.
+Example. The loss ``Mean(total, weight)`` over microbatches of 2 and 1 examples, whose weights add
+up to 3. Both totals have the cotangent 1/3, so the sums are 0, then 1/3 dT₁/dw, then 1/3 (dT₁/dw +
+dT₂/dw): the gradient of (T₁ + T₂) / 3. No microbatch divides by its own number of examples. With
+``tree()`` each microbatch's gradients are a tree of their own, which is added after it.
 
-The cost. One forward and one backward pass for each microbatch; memory for one sum and one microbatch's activations.
-The known weakness: inside a ``while`` or a custom rule a gradient is made whole, and added once.
+The cost. One forward and one backward pass for each microbatch; memory for one sum and one
+microbatch's activations. The known weakness: inside a ``while`` or a custom rule a gradient is made
+whole, and added once.
 """
 
 from __future__ import annotations
@@ -57,10 +60,14 @@ class Result(NamedTuple):
     grads: list[Array]
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
-    """The combined parts, and ``Σ vjp(seeds)`` over microbatches; one seed for each of the gradient's parts.
+def run_with_gradient(
+    program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]
+) -> Result:
+    """The combined parts, and ``Σ vjp(seeds)`` over microbatches; one seed for each of the
+    gradient's parts.
 
-    The seed of a summed part is the cotangent in every microbatch; that of rows or of a stack is cut as the rows are.
+    The seed of a summed part is the cotangent in every microbatch; that of rows or of a stack is
+    cut as the rows are.
     """
     step = Derivative(program, gradient, list(arrays), list(seeds))
     visit = step.add_in_place if step.is_in_place else step.add_tree
@@ -107,9 +114,11 @@ class Derivative:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the backward pass adds to the sums. A lone microbatch adds to nothing: its gradients are the sums.
+        """Whether the backward pass adds to the sums. A lone microbatch adds to nothing: its
+        gradients are the sums.
 
-        Where these are wider than the parameters, the backward pass widens each share before it adds it.
+        Where these are wider than the parameters, the backward pass widens each share before it
+        adds it.
         """
         lone = self.program.partition.num_microbatches == 1
         widened = any(self.gradient.sums.dtype_for(x) != x.dtype for x in self.parameters)
@@ -133,14 +142,19 @@ class Derivative:
         def forward(
             sums: list[Array], overwritten: list[Array], own: list[Array]
         ) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
-            arrays, cut = self._with_arrays(self.overwritten, overwritten), self._with_rows(rows, own)
+            arrays, cut = (
+                self._with_arrays(self.overwritten, overwritten),
+                self._with_rows(rows, own),
+            )
             inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
             parts, sums = self.program.traces[g].with_sums(index, inputs, sums, places)
             return (self._wanted(parts), sums), parts
 
         unread = [varying.zeros(jax.typeof(x)) for x in sums[:count]]
         overwritten = [self.arrays[i] for i in self.overwritten]
-        (outs, _), pull, parts = jax.vjp(forward, unread, overwritten, self._differentiated(rows), has_aux=True)
+        (outs, _), pull, parts = jax.vjp(
+            forward, unread, overwritten, self._differentiated(rows), has_aux=True
+        )
         added, news, written = pull((self.cotangents(outs, extra), sums[:count]))
         return parts, [*added, *maxima.combine(sums[count:], news)], written
 
@@ -151,13 +165,17 @@ class Derivative:
         parts, pull, outs = self.at(g, rows=rows, carry=carry, index=index)
         grads, written = pull(self.cotangents(outs, extra))
         count = len(self.summed)
-        added = [total + cast(grad, total.dtype) for total, grad in zip(sums[:count], grads[:count], strict=True)]
+        added = [
+            total + cast(grad, total.dtype)
+            for total, grad in zip(sums[:count], grads[:count], strict=True)
+        ]
         return parts, [*added, *maxima.combine(sums[count:], grads[count:])], written
 
     def at(
         self, g: int, *, rows: list[Array], carry: Any, index: Array
     ) -> tuple[list[Array], Callable[[list[Array]], Any], list[Array]]:
-        """One microbatch forward: all its parts, the pullback to parameters and rows, and the parts it starts from."""
+        """One microbatch forward: all its parts, the pullback to parameters and rows, and the parts
+        it starts from."""
 
         def forward(parameters: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
             arrays, cut = self._with_arrays(self.whole, parameters), self._with_rows(rows, own)
@@ -165,11 +183,14 @@ class Derivative:
             parts = self.program.traces[g].derived(index, inputs)
             return self._wanted(parts), parts
 
-        outs, pull, parts = jax.vjp(forward, self.parameters, self._differentiated(rows), has_aux=True)
+        outs, pull, parts = jax.vjp(
+            forward, self.parameters, self._differentiated(rows), has_aux=True
+        )
         return parts, pull, outs
 
     def _places(self, g: int) -> dict[int, int]:
-        """The arguments of trace `g` that have a running sum: their positions there, and those of the sums."""
+        """The arguments of trace `g` that have a running sum: their positions there, and those of
+        the sums."""
         place_of = {slot: place for place, slot in enumerate(self.summed)}
         sources = enumerate(self.program.sources(g))
         return {position: place_of[slot] for position, slot in sources if slot in place_of}
@@ -199,7 +220,8 @@ class Derivative:
     # -- cotangents
 
     def cotangents(self, outs: list[Array], extra: Any) -> list[Array]:
-        """The cotangents of the wanted parts at one microbatch; `extra` are its own entries of the stacked ones."""
+        """The cotangents of the wanted parts at one microbatch; `extra` are its own entries of the
+        stacked ones."""
         entries, given = iter(extra), []
         for part, seed, out in zip(self.gradient.parts, self.seeds, outs, strict=True):
             own = next(entries) if self.program.outputs.parts[part].reduction.stacked else seed
@@ -225,7 +247,10 @@ class Derivative:
 
     def idle(self, g: int) -> list[Array]:
         """What a skipped microbatch of group `g` writes: zeros."""
-        rows = [self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g] for i in self.rows]
+        rows = [
+            self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g]
+            for i in self.rows
+        ]
         return [jnp.zeros_like(x[0]) for x in rows]
 
     def result(self, scanned: Scanned) -> Result:

@@ -1,7 +1,8 @@
 """The one scan over microbatches: each brings its parts of the output, which the scan combines.
 
-State and sums go from microbatch to microbatch in the batch's order. What each reduction carries, and what it writes
-out, is said in `reductions`. Microbatches of two sizes, such as 4 + 4 + 2 examples, are two scans, one after the other.
+State and sums go from microbatch to microbatch in the batch's order. What each reduction carries,
+and what it writes out, is said in `reductions`. Microbatches of two sizes, such as 4 + 4 + 2
+examples, are two scans, one after the other.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ def scan(
     checkpoint: bool = False,
     keep: Callable[[Any], Array] | None = None,
 ) -> Scanned:
-    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan per size.
+    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan
+    per size.
 
-    `keep` reads off what a microbatch wrote whether it counts; one that does not leaves the state as it was.
+    `keep` reads off what a microbatch wrote whether it counts; one that does not leaves the state
+    as it was.
     """
     partition, written, stacked = program.partition, [], []
     state = _Carried.first(program, arrays)
@@ -63,7 +66,11 @@ def scan(
                 state, sums = carried
                 parts, sums, out = visit(g, sums, rows, state.carry(program, arrays), index, cut)
                 new, entries = state.updated(program, parts)
-                state = new if keep is None else jax.tree.map(functools.partial(lax.select, keep(out)), new, state)
+                state = (
+                    new
+                    if keep is None
+                    else jax.tree.map(functools.partial(lax.select, keep(out)), new, state)
+                )
                 return varying.vary(((state, sums), (entries, out)), program.axes)
 
             if program.limit is None:
@@ -73,18 +80,24 @@ def scan(
             return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
 
         indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
-        rows = [partition.split_rows(arrays[i], program.slots[i].axis)[g] for i in program.positions(Role.ROWS)]
+        rows = [
+            partition.split_rows(arrays[i], program.slots[i].axis)[g]
+            for i in program.positions(Role.ROWS)
+        ]
         init = varying.vary((state, sums), program.axes)
         body = fast_on_cpu(step) if has_convolutions(program.traces[g].jaxpr) else step
         body = jax.checkpoint(body) if checkpoint else body
-        (state, sums), (entries, out) = lax.scan(body, init, (indices, rows, extra[g] if extra else None))
+        (state, sums), (entries, out) = lax.scan(
+            body, init, (indices, rows, extra[g] if extra else None)
+        )
         written.append(out)
         stacked.append(entries)
     return Scanned(state.parts(program, stacked), sums, written)
 
 
 def _is_padding(first: Array, num_examples: Array) -> Array:
-    """Whether a microbatch that begins at example `first` holds padding alone; the number has any integer dtype."""
+    """Whether a microbatch that begins at example `first` holds padding alone; the number has any
+    integer dtype."""
     dtype = promote(first, num_examples)
     return cast(first, dtype) >= cast(num_examples, dtype)
 
@@ -109,7 +122,8 @@ class _Carried:
         return cls(
             [
                 varying.vary(
-                    lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype)), varying.varying_axes(aval)
+                    lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype)),
+                    varying.varying_axes(aval),
                 )
                 if reduction is Reduction.CARRY
                 else reductions.initial(reduction, aval)
@@ -118,12 +132,16 @@ class _Carried:
         )
 
     def entering(self, program: Program, g: int) -> _Carried:
-        """The last value may have the shape of its microbatch; where it has, it starts anew at each size."""
+        """The last value may have the shape of its microbatch; where it has, it starts anew at each
+        size."""
         pairs = zip(self.values, _reductions(program, g, stacked=False), strict=True)
-        return _Carried([x if x.shape == aval.shape else reductions.initial(r, aval) for x, (r, aval) in pairs])
+        return _Carried(
+            [x if x.shape == aval.shape else reductions.initial(r, aval) for x, (r, aval) in pairs]
+        )
 
     def carry(self, program: Program, arrays: Sequence[Array]) -> list[Array]:
-        """The carried state; the initial one in a program that does not compute it, because nothing there reads it."""
+        """The carried state; the initial one in a program that does not compute it, because nothing
+        there reads it."""
         pairs = zip(self.values, _reductions(program, 0, stacked=False), strict=True)
         values = [x for x, (r, _) in pairs if r is Reduction.CARRY]
         return values or [arrays[i] for i in program.positions(Role.CARRY)]
@@ -132,14 +150,18 @@ class _Carried:
         """The state after a microbatch, and what it writes out."""
         kinds = [part.reduction for part in program.outputs.parts]
         news = [(r, x) for r, x in zip(kinds, parts, strict=True) if not r.stacked]
-        values = [reductions.update(r, old, x) for old, (r, x) in zip(self.values, news, strict=True)]
+        values = [
+            reductions.update(r, old, x) for old, (r, x) in zip(self.values, news, strict=True)
+        ]
         return _Carried(values), [x for r, x in zip(kinds, parts, strict=True) if r.stacked]
 
     def parts(self, program: Program, stacked: list[list[Array]]) -> list[Array]:
         """All parts of the whole batch, in their order."""
         values, entries = iter(self.values), iter(zip(*stacked, strict=True))
         return [
-            _merged(program, part.reduction, list(next(entries))) if part.reduction.stacked else next(values)
+            _merged(program, part.reduction, list(next(entries)))
+            if part.reduction.stacked
+            else next(values)
             for part in program.outputs.parts
         ]
 
@@ -160,16 +182,19 @@ def _empty_entries(program: Program, g: int) -> list[Array]:
     return [varying.zeros(aval) for _, aval in _reductions(program, g, stacked=True)]
 
 
-# -- forward alone ----------------------------------------------------------------------------------------------------
+# -- forward alone ---------------------------------------------------------------------------------
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
-    """The combined parts of the whole batch, at one microbatch's memory; `checkpoint` keeps it under JAX's own AD."""
+    """The combined parts of the whole batch, at one microbatch's memory; `checkpoint` keeps it
+    under JAX's own AD."""
     return scan(program, arrays, _forward(program, arrays), checkpoint=checkpoint).parts
 
 
 def _forward(program: Program, arrays: Sequence[Array]) -> Visit:
-    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+    def visit(
+        g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
+    ) -> tuple[list[Array], Any, Any]:
         del extra
         return program.parts(g, arrays, rows=rows, carry=carry, index=index), sums, ()
 

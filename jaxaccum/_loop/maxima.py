@@ -1,4 +1,5 @@
-"""Gradients that are maxima over examples, and so combine by maximum: a quantized layer's next scales.
+"""Gradients that are maxima over examples, and so combine by maximum: a quantized layer's next
+scales.
 
     microbatch 1 -> 3.0,  microbatch 2 -> 5.0      together 5.0
     all examples are padding                       what the layer had before
@@ -32,7 +33,8 @@ def combine(olds: Sequence[Array], news: Sequence[Array]) -> list[Array]:
 def next_values(
     slots: Sequence[Slot], arrays: Sequence[Array], wrt: Sequence[int], grads: Sequence[Array]
 ) -> list[Array]:
-    """The gradients of the slots `wrt`; a maximum that has seen no example is the value that was there."""
+    """The gradients of the slots `wrt`; a maximum that has seen no example is the value that was
+    there."""
     pairs = list(zip(wrt, grads, strict=True))
     return [or_kept(grad, arrays[i]) if slots[i].overwritten else grad for i, grad in pairs]
 

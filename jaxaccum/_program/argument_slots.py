@@ -1,4 +1,5 @@
-"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key, or no array."""
+"""What each leaf of the arguments is to the loop: whole, rows of the batch, a carried state, a key,
+or no array."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ class Role(enum.Enum):
 
 
 _OVERWRITTEN = "['_overwrite_with_gradient']"
-"""In the name of a leaf: it is of Flax's collection of variables whose gradients are their next values."""
+"""In the name of a leaf: it is of Flax's collection of variables whose gradients are their next
+values."""
 _DEFAULT = (None, 0)  # of every public function: parameters, and a batch
 _ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One array of the arguments: its name in errors, its role, its argument, and its batch axis if it has one."""
+    """One array of the arguments: its name in errors, its role, its argument, and its batch axis if
+    it has one."""
 
     name: str
     role: Role
@@ -44,7 +47,8 @@ class Slot:
     key: Any = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
     overwritten: bool = False
-    """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers return their state so."""
+    """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers
+    return their state so."""
 
     def array(self, leaf: Any) -> Any:
         """What the loop carries of the leaf."""
@@ -57,7 +61,8 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The structure of the arguments; what is no array (a flag, a function, a string) is held here and never traced."""
+    """The structure of the arguments; what is no array (a flag, a function, a string) is held here
+    and never traced."""
 
     treedef: Any
     slots: tuple[Slot, ...]
@@ -70,7 +75,9 @@ class Layout:
         """The positional and keyword arguments that hold `arrays`, one per slot."""
         rest = iter([slot.value(x) for slot, x in zip(self.slots, arrays, strict=True)])
         count = self.treedef.num_leaves
-        return self.treedef.unflatten([self.statics[i] if i in self.statics else next(rest) for i in range(count)])
+        return self.treedef.unflatten(
+            [self.statics[i] if i in self.statics else next(rest) for i in range(count)]
+        )
 
 
 def every(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, str, Any]]:
@@ -90,7 +97,8 @@ def read(
 ) -> tuple[Layout, list[Any]]:
     """The layout of the arguments, and their arrays: one per slot, in order.
 
-    A Python scalar is traced where a derivative is asked of it, or where it counts examples (argument `counted`).
+    A Python scalar is traced where a derivative is asked of it, or where it counts examples
+    (argument `counted`).
     """
     given = assigned(in_axes, args, kwargs)
     leaves, slots, arrays, statics, states = 0, [], [], {}, []
@@ -100,7 +108,12 @@ def read(
         of_model = number in differentiated and assignments.holds_modules(arg)
         for name, leaf, axis in _with_axes(arg, axes, called):
             validate.numeric(leaf, name)
-            if axis in (None, MAX_GRAD) and not is_array(leaf) and number not in differentiated and number != counted:
+            if (
+                axis in (None, MAX_GRAD)
+                and not is_array(leaf)
+                and number not in differentiated
+                and number != counted
+            ):
                 statics[leaves] = leaf
             else:
                 if number in differentiated:
@@ -119,23 +132,32 @@ def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> i
     sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
     if not sizes and (missing := closures.as_arguments(fun)):
         raise ValueError(f"no argument has a batch axis. {missing}")
-    by_keyword = [x.argnum for x, array in zip(slots, arrays, strict=True) if isinstance(x.argnum, str) and array.ndim]
+    by_keyword = [
+        x.argnum
+        for x, array in zip(slots, arrays, strict=True)
+        if isinstance(x.argnum, str) and array.ndim
+    ]
     return validate.batch_size(sizes, by_keyword)
 
 
 def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
-    """The slot that counts the examples that are no padding: one whole integer, argument `number`."""
+    """The slot that counts the examples that are no padding: one whole integer, argument
+    `number`."""
     if number is None:
         return None
-    found = [(i, slot, x) for i, (slot, x) in enumerate(zip(slots, arrays, strict=True)) if slot.argnum == number]
+    found = [
+        (i, slot, x)
+        for i, (slot, x) in enumerate(zip(slots, arrays, strict=True))
+        if slot.argnum == number
+    ]
     if len(found) == 1:
         i, slot, x = found[0]
         if slot.role is Role.WHOLE and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer):
             return i
     shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
     raise TypeError(
-        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name one that holds a "
-        "single integer, the number of real examples, with None in in_axes."
+        f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name "
+        "one that holds a single integer, the number of real examples, with None in in_axes."
     )
 
 
@@ -152,41 +174,50 @@ def assigned(
         given = ArgumentAxes(per_argument(in_axes, len(args), fun), dict.fromkeys(kwargs))
     if sum(axes is CARRY for axes in [*given.positional, *given.keywords.values()]) > 1:
         raise ValueError(
-            "in_axes declares CARRY twice; one argument holds the state: put both states into one pytree."
+            "in_axes declares CARRY twice; one argument holds the state: put both states into one "
+            "pytree."
         )
     return given
 
 
 def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A tuple with too many entries was perhaps meant for arguments that are passed by keyword."""
-    names = [name for name, x in kwargs.items() if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))]
+    names = [
+        name
+        for name, x in kwargs.items()
+        if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))
+    ]
     if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
         raise ValueError(
             f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with "
-            f"{validate.counted(len(args), 'positional argument')} and, by keyword, {', '.join(kwargs)}. A tuple has "
-            f"one entry per positional argument. {validate.by_keyword(names)}"
+            f"{validate.counted(len(args), 'positional argument')} and, by keyword, "
+            f"{', '.join(kwargs)}. A tuple has one entry per positional argument. "
+            f"{validate.by_keyword(names)}"
         )
 
 
 def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
-    """`in_axes`, checked to have one entry for each of the `count` positional arguments of `fun`."""
+    """`in_axes`, checked to have one entry for each of the `count` positional arguments of
+    `fun`."""
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
-            f"in_axes must be a tuple with one entry per argument; got {in_axes!r}. For one argument write "
-            f"({in_axes!r},)."
+            f"in_axes must be a tuple with one entry per argument; got {in_axes!r}. For one "
+            f"argument write ({in_axes!r},)."
         )
     if len(in_axes) != count:
         given = validate.counted(count, "positional argument")
         missing = closures.as_arguments(fun) if count < len(in_axes) else ""
         if missing:
             raise ValueError(
-                f"the function was called with {given}, and in_axes={in_axes!r} has {len(in_axes)} entries. {missing}"
+                f"the function was called with {given}, and in_axes={in_axes!r} has {len(in_axes)} "
+                f"entries. {missing}"
             )
         by_default = ", the default," if tuple(in_axes) == _DEFAULT else ""
         raise ValueError(
-            f"in_axes={in_axes!r}{by_default} has {len(in_axes)} entries and the function was called with {given}; "
-            f"pass one entry per argument, as in_axes=({_as_written(count)}): None (whole), an int (its batch axis), "
-            "or CARRY, KEY or EXAMPLE_KEY. Keyword arguments have no entry, and are passed whole."
+            f"in_axes={in_axes!r}{by_default} has {len(in_axes)} entries and the function was "
+            f"called with {given}; pass one entry per argument, as in_axes=({_as_written(count)}): "
+            "None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
+            "arguments have no entry, and are passed whole."
         )
     return tuple(in_axes)
 
@@ -204,18 +235,20 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
             validate.key(leaf, name, axis)
         elif not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
             raise TypeError(
-                f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; carry arrays only."
+                f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; "
+                "carry arrays only."
             )
         return Slot(name, _ROLE_OF[axis], argnum, key=key_impl(leaf) if axis is CARRY else None)
     if not is_array(leaf):
         raise TypeError(
-            f"in_axes gives {name} the batch axis {axis}, and it is no array but {type(leaf).__name__}; pass an "
-            "array, or None in in_axes."
+            f"in_axes gives {name} the batch axis {axis}, and it is no array but "
+            f"{type(leaf).__name__}; pass an array, or None in in_axes."
         )
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
-            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has {leaf.ndim} axes; pass "
-            "one of them, or None for a leaf that every microbatch sees whole."
+            f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has "
+            f"{leaf.ndim} axes; pass one of them, or None for a leaf that every microbatch sees "
+            "whole."
         )
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
 
@@ -227,17 +260,21 @@ def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]
     for path, axis in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axis):
         _check_axis(axis, leaf_name(f"in_axes for {name}", path))
     try:
-        # Not by jax.tree.map: it would build the user's classes around axes, and some check what they hold.
+        # Not by jax.tree.map: it would build the user's classes around axes, and some check what
+        # they hold.
         parts = jax.tree.structure(axes, is_leaf=_is_axis).flatten_up_to(arg)
     except ValueError:
         raise ValueError(
-            f"in_axes for {name} is no pytree prefix of it: {jax.tree.structure(axes, is_leaf=_is_axis)} for "
-            f"{jax.tree.structure(arg)}; give None or an int for the argument or for each of its parts."
+            f"in_axes for {name} is no pytree prefix of it: "
+            f"{jax.tree.structure(axes, is_leaf=_is_axis)} for {jax.tree.structure(arg)}; give "
+            "None or an int for the argument or for each of its parts."
         ) from None
     each: list[Any] = []
     for axis, part in zip(jax.tree.leaves(axes, is_leaf=_is_axis), parts, strict=True):
         each += [axis] * len(jax.tree.leaves(part))
-    return [(leaf, x, axis) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)]
+    return [
+        (leaf, x, axis) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)
+    ]
 
 
 def _is_axis(x: Any) -> bool:
@@ -247,8 +284,10 @@ def _is_axis(x: Any) -> bool:
 def _check_axis(axis: Any, name: str) -> None:
     if isinstance(axis, Sentinel) and axis is not MAX_GRAD:
         raise TypeError(
-            f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass that part as an "
-            "argument of its own."
+            f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass "
+            "that part as an argument of its own."
         )
     if axis not in (None, MAX_GRAD) and (isinstance(axis, bool) or not isinstance(axis, int)):
-        raise TypeError(f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}.")
+        raise TypeError(
+            f"{name} must be None, an int, or a sentinel for the whole argument; got {axis!r}."
+        )

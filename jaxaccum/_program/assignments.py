@@ -1,8 +1,8 @@
 """Which variables of an nnx model a function assigns to, wherever in its program they went.
 
-A variable that goes through ``nnx.remat``, ``nnx.jit`` or ``nnx.scan`` comes out as another array with
-the same value. So the program is asked, not the array: an output counts as unchanged if it is an
-argument that every equation on the way hands on.
+A variable that goes through ``nnx.remat``, ``nnx.jit`` or ``nnx.scan`` comes out as another array
+with the same value. So the program is asked, not the array: an output counts as unchanged if it is
+an argument that every equation on the way hands on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ def unchanged(fn: Callable[..., list[Any]], arrays: Sequence[Any]) -> list[bool]
     return [place == i for i, place in enumerate(_handed_on(jaxpr))]
 
 
-def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Callable[[Exception], None]) -> Any:
-    """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be lost.
+def call(
+    fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Callable[[Exception], None]
+) -> Any:
+    """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be
+    lost.
 
     `explain` adds a note to an error of the function itself.
     """
@@ -46,10 +49,11 @@ def call(fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Calla
     if (name := _assigned(fun, before, treedef)) is not None:
         fun_name = getattr(fun, "__name__", "fun")
         raise ValueError(
-            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and here the model is a copy, so "
-            f"the assignment would be lost. Write jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which "
-            f"updates the model.{_statistics(args)} model.eval() stops the assignment too, but it changes what the "
-            "model computes."
+            f"{fun_name} assigns to argument {name}, a variable of an nnx model, and here the "
+            "model is a copy, so the assignment would be lost. Write "
+            f"jaxaccum.nnx.value_and_grad({fun_name}, …)(model, batch), which updates the "
+            f"model.{_statistics(args)} model.eval() stops the assignment too, but it changes what "
+            "the model computes."
         )
     return output
 
@@ -59,7 +63,11 @@ def _statistics(args: tuple[Any, ...]) -> str:
     nnx = sys.modules["flax.nnx"]
     layers = [part for model in _parts(args, "Pytree") for _, part in nnx.iter_graph(model)]
     alone = any(isinstance(layer, nnx.BatchNorm) and layer.axis_name is None for layer in layers)
-    return ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.' if alone else ""
+    return (
+        ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.'
+        if alone
+        else ""
+    )
 
 
 def _assigned(fun: Fun, leaves: list[Any], treedef: Any) -> str | None:
@@ -167,7 +175,9 @@ def _while(eqn: jex.JaxprEqn) -> Places:
 
 def _cond(eqn: jex.JaxprEqn) -> Places:
     branches = [_handed_on(opened(branch)[0]) for branch in eqn.params["branches"]]
-    agreed = [places[0] if len(set(places)) == 1 else None for places in zip(*branches, strict=True)]
+    agreed = [
+        places[0] if len(set(places)) == 1 else None for places in zip(*branches, strict=True)
+    ]
     return [None if i is None else i + 1 for i in agreed]
 
 

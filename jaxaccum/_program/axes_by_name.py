@@ -49,8 +49,8 @@ def check_keywords(kwargs: Mapping[str, Any], in_axes: Any, tool: str, fun: Any 
     for name in kwargs:
         if name not in known:
             raise TypeError(
-                f"jaxaccum.{tool} has no option {name!r}. If it is an argument of the function, name "
-                f'it in in_axes: {{"{name}": 0}}, or {{"{name}": None}} for one that every '
+                f"jaxaccum.{tool} has no option {name!r}. If it is an argument of the function, "
+                f'name it in in_axes: {{"{name}": 0}}, or {{"{name}": None}} for one that every '
                 "microbatch sees whole."
             )
 

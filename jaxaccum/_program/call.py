@@ -85,7 +85,9 @@ class Call:
         return dataclasses.replace(self, outputs=[], shapes=[], returned=[])
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
-        explain = functools.partial(closures.explain, fun=self.fun, size=size, batch_size=self.batch_size)
+        explain = functools.partial(
+            closures.explain, fun=self.fun, size=size, batch_size=self.batch_size
+        )
         return assignments.call(self.fun, args, kwargs, explain)
 
     def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
@@ -103,20 +105,27 @@ class Call:
         (large, small), (first, second) = partition.groups, self.outputs
         if first.treedef != second.treedef or _names(first) != _names(second):
             raise ValueError(
-                f"fun returns other outputs for a microbatch of {large.size} examples than for one of {small.size}: "
-                f"{_names(first)} and {_names(second)}; return one structure for every size."
+                f"fun returns other outputs for a microbatch of {large.size} examples than for one "
+                f"of {small.size}: {_names(first)} and {_names(second)}; return one structure for "
+                "every size."
             )
         count = len(first.parts)
         for one, x, y in zip(first.whole, *(shapes[count:] for shapes in self.shapes), strict=True):
             if (x.shape, x.dtype) != (y.shape, y.dtype):
                 raise TypeError(one.refusal)
-        for part, x, y in zip(first.parts, *(shapes[:count] for shapes in self.shapes), strict=True):
+        for part, x, y in zip(
+            first.parts, *(shapes[:count] for shapes in self.shapes), strict=True
+        ):
             drop = 1 if part.reduction is Reduction.CONCAT else 0
-            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (y.shape[drop:], y.dtype):
+            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (
+                y.shape[drop:],
+                y.dtype,
+            ):
                 raise ValueError(
-                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} examples and "
-                    f"{list(y.shape)} for one of {small.size}, so it has no {part.reduction.value} over microbatches; "
-                    "reduce it over the examples first, or return it as Concat, one row per example."
+                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} "
+                    f"examples and {list(y.shape)} for one of {small.size}, so it has no "
+                    f"{part.reduction.value} over microbatches; reduce it over the examples first, "
+                    "or return it as Concat, one row per example."
                 )
 
 

@@ -1,4 +1,5 @@
-"""What a function closes over: its arrays that are no arguments, by the names that its source gives them."""
+"""What a function closes over: its arrays that are no arguments, by the names that its source gives
+them."""
 
 from __future__ import annotations
 
@@ -39,11 +40,14 @@ def of_length(fun: Any, size: int) -> list[tuple[str, Any]]:
 
 
 def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
-    """Note on an error of the user's function at which size it came up, and what it closes over that may not fit."""
+    """Note on an error of the user's function at which size it came up, and what it closes over
+    that may not fit."""
     if size == batch_size:
         return
     name = getattr(fun, "__name__", "the function")
-    said = f"jaxaccum called {name} with a microbatch of {size} of the batch's {batch_size} examples."
+    said = (
+        f"jaxaccum called {name} with a microbatch of {size} of the batch's {batch_size} examples."
+    )
     if long := of_length(fun, batch_size):
         names = " and ".join(name for name, _ in long)
         shown = " and ".join(f"{name}, {x.dtype}{list(x.shape)}" for name, x in long)
@@ -53,14 +57,15 @@ def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
         )
     else:
         said += (
-            " Where examples come in groups, pass a microbatch_size that is a multiple of the group's size and "
-            "that divides the batch."
+            " Where examples come in groups, pass a microbatch_size that is a multiple of the "
+            "group's size and that divides the batch."
         )
     error.add_note(said)
 
 
 def as_arguments(fun: Any) -> str:
-    """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it is nothing."""
+    """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it
+    is nothing."""
     arrays = [(name, x) for name, x in closed_over(fun) if x.shape]
     if not arrays:
         return ""
@@ -74,8 +79,9 @@ def as_arguments(fun: Any) -> str:
     if name == "<lambda>":
         called, definition = "The function", f"lambda {parameters}: …"
     return (
-        f"{called} closes over {', '.join(shown)}{more}. What belongs to the batch must be an argument, so that it can "
-        f"be cut into microbatches: write {definition}, pass the same to the call, and give in_axes one entry for each."
+        f"{called} closes over {', '.join(shown)}{more}. What belongs to the batch must be an "
+        f"argument, so that it can be cut into microbatches: write {definition}, pass the same to "
+        "the call, and give in_axes one entry for each."
     )
 
 
@@ -113,7 +119,9 @@ def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
 
 def _global_names(code: Any) -> Iterator[str]:
     """The global names that a function's code reads, and those of the functions defined in it."""
-    reads = (one for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    reads = (
+        one for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
     yield from dict.fromkeys(one.argval for one in reads)
     for constant in code.co_consts:
         if hasattr(constant, "co_names"):

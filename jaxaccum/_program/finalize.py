@@ -1,4 +1,5 @@
-"""What the user sees of a run: tags resolved, and errors in place of derivatives that would be lost."""
+"""What the user sees of a run: tags resolved, and errors in place of derivatives that would be
+lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a batch divides into microbatches, how its rows are cut out, and how they are put back in order."""
+"""How a batch divides into microbatches, how its rows are cut out, and how they are put back in
+order."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from jaxaccum._base.types import Array, Split
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Consecutive microbatches of one size: `count` of them, the first with index `first` at example `start`."""
+    """Consecutive microbatches of one size: `count` of them, the first with index `first` at
+    example `start`."""
 
     count: int
     size: int
@@ -29,18 +31,20 @@ class Group:
 class Partition:
     """The division of a batch into microbatches: at most two groups, the larger microbatches first.
 
-    Contiguous: microbatch i holds the examples that follow those of microbatch i - 1. Strided: the examples
-    i, i + n, i + 2n, …, so that a batch whose rows are sharded in blocks is cut inside every shard.
+    Contiguous: microbatch i holds the examples that follow those of microbatch i - 1. Strided: the
+    examples i, i + n, i + 2n, …, so that a batch whose rows are sharded in blocks is cut inside
+    every shard.
 
-    A batch that lies in several blocks, one on each device, is cut contiguously inside every block: of two blocks
-    of 4 examples, two microbatches hold the examples 0, 1, 4, 5 and 2, 3, 6, 7.
+    A batch that lies in several blocks, one on each device, is cut contiguously inside every block:
+    of two blocks of 4 examples, two microbatches hold the examples 0, 1, 4, 5 and 2, 3, 6, 7.
     """
 
     batch_size: int
     groups: tuple[Group, ...]
     split: Split = "contiguous"
     blocks: int = 1
-    """The number of shards of a batch that is cut in place; the microbatches are equal where there are several."""
+    """The number of shards of a batch that is cut in place; the microbatches are equal where there
+    are several."""
 
     @property
     def num_microbatches(self) -> int:
@@ -59,7 +63,8 @@ class Partition:
         return group.start + (index - group.first) * (group.size // self.blocks)
 
     def examples(self, group: Group, index: Array) -> Array:
-        """The indices in the batch of the examples of microbatch `index`, int32 of shape (size,)."""
+        """The indices in the batch of the examples of microbatch `index`, int32 of shape
+        (size,)."""
         step = self.num_microbatches if self.split == "strided" else 1
         size = group.size // self.blocks
         own = self.first_example(group, index) + step * jnp.arange(size, dtype=jnp.int32)
@@ -67,7 +72,8 @@ class Partition:
         return own if self.blocks == 1 else (starts[:, None] + own[None]).reshape(group.size)
 
     def split_rows(self, x: Array, axis: int) -> list[Array]:
-        """One array per group, (count, …) over its microbatches; `axis` of the rest holds the microbatch's rows."""
+        """One array per group, (count, …) over its microbatches; `axis` of the rest holds the
+        microbatch's rows."""
         if self.split == "strided":
             (group,) = self.groups
             shape = (*x.shape[:axis], group.size, group.count, *x.shape[axis + 1 :])
@@ -80,7 +86,9 @@ class Partition:
         (group,) = self.groups
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         parts = (*before, self.blocks, group.count, group.size // self.blocks, *after)
-        return jnp.moveaxis(x.reshape(parts), axis + 1, 0).reshape(group.count, *before, group.size, *after)
+        return jnp.moveaxis(x.reshape(parts), axis + 1, 0).reshape(
+            group.count, *before, group.size, *after
+        )
 
     def _split_group(self, x: Array, group: Group, axis: int) -> Array:
         if group.examples != self.batch_size:
@@ -94,14 +102,19 @@ class Partition:
             return self._merge_blocks(stacked[0], axis)
         after = axis + 1 if self.split == "strided" else axis
         rows = [jnp.moveaxis(x, 0, after) for x in stacked]
-        rows = [x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :]) for x in rows]
+        rows = [
+            x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+            for x in rows
+        ]
         return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis)
 
     def _merge_blocks(self, stacked: Array, axis: int) -> Array:
         (group,) = self.groups
         before, after = stacked.shape[1 : axis + 1], stacked.shape[axis + 2 :]
         parts = (group.count, *before, self.blocks, group.size // self.blocks, *after)
-        return jnp.moveaxis(stacked.reshape(parts), 0, axis + 1).reshape(*before, self.batch_size, *after)
+        return jnp.moveaxis(stacked.reshape(parts), 0, axis + 1).reshape(
+            *before, self.batch_size, *after
+        )
 
 
 def by_number(batch_size: int, num_microbatches: int, split: Split) -> Partition:
@@ -116,7 +129,9 @@ def by_size(batch_size: int, microbatch_size: int, split: Split) -> Partition:
     return _of_groups(batch_size, ((count, microbatch_size), (min(remainder, 1), remainder)), split)
 
 
-def _of_groups(batch_size: int, counts_and_sizes: tuple[tuple[int, int], ...], split: Split) -> Partition:
+def _of_groups(
+    batch_size: int, counts_and_sizes: tuple[tuple[int, int], ...], split: Split
+) -> Partition:
     groups, first, start = [], 0, 0
     for count, size in counts_and_sizes:
         if count:

@@ -1,4 +1,5 @@
-"""What a loss returned, leaf by leaf and before it is prepared for the loop: what the audit judges."""
+"""What a loss returned, leaf by leaf and before it is prepared for the loop: what the audit
+judges."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from jaxaccum._program.tags import Mean, is_tag
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One leaf of what the loss returned: its tag's name ("" without one), its shape, and whether it is aux.
+    """One leaf of what the loss returned: its tag's name ("" without one), its shape, and whether
+    it is aux.
 
     It is one array, or two of a `Mean`: the total and the weight.
     """

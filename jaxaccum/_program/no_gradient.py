@@ -1,4 +1,5 @@
-"""A value that passes no gradient: in reverse mode a cotangent that reaches it is an error, not lost.
+"""A value that passes no gradient: in reverse mode a cotangent that reaches it is an error, not
+lost.
 
 JAX asks for the cotangent of an output only where something differentiable reads it. So what is
 returned as auxiliary output, compared, or read under ``stop_gradient`` is not refused.
@@ -21,7 +22,8 @@ from jaxaccum._base.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """A value that passes no gradient: what it moves with, by position among sources, and the error."""
+    """A value that passes no gradient: what it moves with, by position among sources, and the
+    error."""
 
     movers: tuple[int, ...]
     says: Callable[[], str]
@@ -32,7 +34,8 @@ def refusing(
 ) -> list[Array]:
     """The values, of which those at the positions `refused` are constants that move with sources.
 
-    In reverse mode, a cotangent that reaches one of them is an error. In forward mode, its tangent is 0.
+    In reverse mode, a cotangent that reaches one of them is an error. In forward mode, its tangent
+    is 0.
     """
 
     @jax.custom_jvp
@@ -63,15 +66,21 @@ def _tangent(x: Array, one: Refused, tangents: Sequence[Any]) -> Any:
 
 
 def refusal(name: str, tag: str, *, whole: bool) -> str:
-    """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments alone."""
-    entry = {"Max": "take the maximum of it", "Min": "take the minimum of it"}.get(tag, "take its last entry")
+    """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments
+    alone."""
+    entry = {"Max": "take the maximum of it", "Min": "take the minimum of it"}.get(
+        tag, "take its last entry"
+    )
     stacked = f"Return Stack(x) and {entry}, or Mean(x, 1) for the mean over microbatches."
-    untagged = "It depends only on arguments that are not cut into microbatches, so return it without a tag."
+    untagged = (
+        "It depends only on arguments that are not cut into microbatches, so return it without a "
+        "tag."
+    )
     mend = untagged if whole else stacked
     return (
-        f"the derivative of {name} is needed, and its tag {tag} passes none: the gradient would miss what "
-        f"goes through it. {mend} Where no derivative is meant, return it as auxiliary output (has_aux), or "
-        "read it under jax.lax.stop_gradient."
+        f"the derivative of {name} is needed, and its tag {tag} passes none: the gradient would "
+        f"miss what goes through it. {mend} Where no derivative is meant, return it as auxiliary "
+        "output (has_aux), or read it under jax.lax.stop_gradient."
     )
 
 
@@ -90,5 +99,8 @@ _zero = jex.Primitive("zero_without_transpose")
 _zero.def_impl(_zeros)
 _zero.def_abstract_eval(lambda tangent, *, aval, says: aval)
 mlir.register_lowering(_zero, mlir.lower_fun(_zeros, multiple_results=False))
-batching.primitive_batchers[_zero] = lambda args, dims, **params: (_zero.bind(*args, **params), None)
+batching.primitive_batchers[_zero] = lambda args, dims, **params: (
+    _zero.bind(*args, **params),
+    None,
+)
 ad.deflinear2(_zero, _refuse)

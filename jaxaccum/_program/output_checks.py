@@ -1,4 +1,5 @@
-"""What is refused of an output: arrays without a tag, rows of another number, states of another structure."""
+"""What is refused of an output: arrays without a tag, rows of another number, states of another
+structure."""
 
 from __future__ import annotations
 
@@ -27,42 +28,53 @@ def described(x: Any) -> str:
 
 def check_array(name: str, x: Any) -> None:
     if isinstance(x, Tag):
-        raise TypeError(f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside another tag.")
+        raise TypeError(
+            f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside "
+            "another tag."
+        )
     if not is_array(x) and not isinstance(x, bool | int | float | complex):
-        raise TypeError(f"{name} is no array but {type(x).__name__}; return arrays and scalars only.")
+        raise TypeError(
+            f"{name} is no array but {type(x).__name__}; return arrays and scalars only."
+        )
 
 
 def check_combines_keys(name: str, tag: Tag) -> None:
     if not isinstance(tag, Concat | Stack | Last | Carry):
         raise TypeError(
-            f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could combine; return it as "
-            "Concat, Stack, Last or in the Carry."
+            f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could "
+            "combine; return it as Concat, Stack, Last or in the Carry."
         )
 
 
 def padding_refused(name: str) -> str:
     return (
-        f"{name} has no tag, so it would count padding as examples: with num_examples_argnum return "
-        "Mean(total, weight), with the mask of real examples in both."
+        f"{name} has no tag, so it would count padding as examples: with num_examples_argnum "
+        "return Mean(total, weight), with the mask of real examples in both."
     )
 
 
 def untagged_refused(name: str, x: Any, size: int) -> str:
     shape = jnp.shape(x)
     rows = shape[:1] == (size,)
-    likely = "jaxaccum.Concat(x) for one row per example" if rows else "jaxaccum.Sum(x) for a sum over examples"
+    likely = (
+        "jaxaccum.Concat(x) for one row per example"
+        if rows
+        else "jaxaccum.Sum(x) for a sum over examples"
+    )
     return (
-        f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over microbatches. Wrap "
-        f"it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a mean over examples, a "
-        "floating scalar, and what is computed only from arguments that are not cut. Sums and extrema do need one."
+        f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
+        f"microbatches. Wrap it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things "
+        "need no tag: a mean over examples, a floating scalar, and what is computed only from "
+        "arguments that are not cut. Sums and extrema do need one."
     )
 
 
 def check_rows(name: str, x: Any, size: int) -> None:
     if jnp.ndim(x) == 0 or jnp.shape(x)[0] != size:
         raise ValueError(
-            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the microbatch's {size} "
-            "examples along axis 0; use Stack for one entry per microbatch, or Sum or Mean for one value."
+            f"{name} has shape {list(jnp.shape(x))}, and Concat needs one row for each of the "
+            f"microbatch's {size} examples along axis 0; use Stack for one entry per microbatch, "
+            "or Sum or Mean for one value."
         )
 
 
@@ -70,32 +82,38 @@ def check_carries(carries: list[Carry], carry: PyTree, has_carry: bool) -> None:
     if not has_carry:
         if carries:
             raise ValueError(
-                "fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; declare the argument "
-                "that holds the old state."
+                "fun returns a Carry, and no argument is declared jaxaccum.CARRY in in_axes; "
+                "declare the argument that holds the old state."
             )
         return
     if not carries and not jax.tree.leaves(carry):
         return  # an empty state needs no tag
     if len(carries) != 1:
         raise ValueError(
-            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; return the new state "
-            "once, as Carry(state), anywhere in its output."
+            f"in_axes declares an argument CARRY, and fun returns {len(carries)} Carry tags; "
+            "return the new state once, as Carry(state), anywhere in its output."
         )
     new, old = carries[0].state, carry
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
-            f"the carried state changes its structure from {jax.tree.structure(old)} to {jax.tree.structure(new)}; "
-            "return the structure that came in."
+            f"the carried state changes its structure from {jax.tree.structure(old)} to "
+            f"{jax.tree.structure(new)}; return the structure that came in."
         )
     pairs = zip(leaves_with_names(new, "the carried state"), jax.tree.leaves(old), strict=True)
     for (name, x), before in pairs:
         check_array(name, x)
         if jnp.shape(x) != jnp.shape(before):
             raise ValueError(
-                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; return the shape "
-                "that came in."
+                f"{name} changes its shape from {list(jnp.shape(before))} to {list(jnp.shape(x))}; "
+                "return the shape that came in."
             )
         if dtype_of(x) != dtype_of(before):
             is_key = any(key_impl(leaf) is not None for leaf in (x, before))
-            mend = "return a key of the same kind" if is_key else f"cast it back with .astype({dtype_of(before)})"
-            raise TypeError(f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; {mend}.")
+            mend = (
+                "return a key of the same kind"
+                if is_key
+                else f"cast it back with .astype({dtype_of(before)})"
+            )
+            raise TypeError(
+                f"{name} changes its dtype from {dtype_of(before)} to {dtype_of(x)}; {mend}."
+            )

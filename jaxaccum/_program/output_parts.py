@@ -1,7 +1,9 @@
-"""What `fun` returned: every output read as a tag, checked, taken apart into arrays, and put together again.
+"""What `fun` returned: every output read as a tag, checked, taken apart into arrays, and put
+together again.
 
-`read` runs inside the trace of one microbatch and returns the arrays that the loop combines, each with its
-`Reduction`; `Outputs.finalize` turns the combined arrays into the structure that the user sees.
+`read` runs inside the trace of one microbatch and returns the arrays that the loop combines, each
+with its `Reduction`; `Outputs.finalize` turns the combined arrays into the structure that the user
+sees.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Part:
     name: str
     reduction: Reduction
     once: bool = False
-    """Whether it is a carried state that a coupled program updates once, from the state before the first microbatch."""
+    """Whether it is a carried state that a coupled program updates once, from the state before the
+    first microbatch."""
 
     @property
     def tag(self) -> str:
@@ -67,7 +70,8 @@ Constant = Callable[[Part, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Untagged:
-    """An output without a tag, which must depend on whole arguments alone; and what is said where it does not."""
+    """An output without a tag, which must depend on whole arguments alone; and what is said where
+    it does not."""
 
     name: str
     refusal: str
@@ -75,7 +79,8 @@ class Untagged:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of the finalized output: the part it comes from, its denominator if it is a mean, and its dtype."""
+    """One array of the finalized output: the part it comes from, its denominator if it is a mean,
+    and its dtype."""
 
     part: int
     weight: int | None
@@ -89,7 +94,8 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """The structure of what `fun` returned, and the parts that carry its values through the loop."""
+    """The structure of what `fun` returned, and the parts that carry its values through the
+    loop."""
 
     treedef: Any
     leaves: tuple[Leaf, ...]
@@ -97,7 +103,8 @@ class Outputs:
     whole: tuple[Untagged, ...] = ()
 
     def updated_once(self) -> Outputs:
-        """The same outputs, where the carried state is not threaded: every microbatch computes the one new state."""
+        """The same outputs, where the carried state is not threaded: every microbatch computes the
+        one new state."""
         once = [
             dataclasses.replace(part, reduction=Reduction.LAST, once=True)
             if part.reduction is Reduction.CARRY
@@ -111,7 +118,9 @@ class Outputs:
 
         It is made of the combined parts, and of the outputs that depend on whole arguments alone.
         """
-        return self.treedef.unflatten([_finalize(x, whole if x.whole else values) for x in self.leaves])
+        return self.treedef.unflatten(
+            [_finalize(x, whole if x.whole else values) for x in self.leaves]
+        )
 
 
 @dataclasses.dataclass
@@ -131,7 +140,9 @@ class _Reader:
         x = cast(x, dtype)
         part = Part(name, reduction)
         self.parts.append(part)
-        self.values.append(x if reduction.differentiable or not is_inexact(x) else self.constant(part, x))
+        self.values.append(
+            x if reduction.differentiable or not is_inexact(x) else self.constant(part, x)
+        )
         return len(self.parts) - 1
 
     def without_tag(self, name: str, x: Any, refusal: str) -> None:
@@ -150,9 +161,16 @@ class _Reader:
 
 
 def read(
-    output: PyTree, *, size: int, carry: PyTree, has_carry: bool, padded: bool, constant: Constant | None = None
+    output: PyTree,
+    *,
+    size: int,
+    carry: PyTree,
+    has_carry: bool,
+    padded: bool,
+    constant: Constant | None = None,
 ) -> tuple[Outputs, list[Any]]:
-    """The outputs of one microbatch of `size` examples, checked; their parts as arrays, then those without a tag.
+    """The outputs of one microbatch of `size` examples, checked; their parts as arrays, then those
+    without a tag.
 
     `constant` stops the gradient of a part that passes none.
     """
@@ -173,16 +191,22 @@ def _stopped(part: Part, x: Array) -> Array:
 
 
 def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
-    """Read one tag or untagged leaf; returns the structure that stands in its place once finalized."""
+    """Read one tag or untagged leaf; returns the structure that stands in its place once
+    finalized."""
     if not isinstance(x, Tag):
         check_array(name, x)
         is_mean = jnp.shape(x) == () and jnp.issubdtype(dtype_of(x), jnp.floating)
         if padded or not is_mean:
             reader.without_tag(
-                name, x, padding_refused(name) if padded and is_mean else untagged_refused(name, x, reader.size)
+                name,
+                x,
+                padding_refused(name)
+                if padded and is_mean
+                else untagged_refused(name, x, reader.size),
             )
             return x
-        # A mean over the microbatch's examples is its total over them, divided once, by the whole batch's number.
+        # A mean over the microbatch's examples is its total over them, divided once, by the whole
+        # batch's number.
         total = reader.part(name, Reduction.SUM, cast(x, widen(dtype_of(x))) * reader.size)
         weight = reader.weight(name, reader.size)
         reader.leaf(total, weight, dtype_of(x))
@@ -211,17 +235,23 @@ def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
         check_array(leaf_name, leaf)
         if key_impl(leaf) is not None:
             check_combines_keys(leaf_name, mean)
-    shared = jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight)) and jnp.shape(mean.weight) == ()
+    shared = (
+        jax.tree_util.treedef_is_leaf(jax.tree.structure(mean.weight))
+        and jnp.shape(mean.weight) == ()
+    )
     if not shared and jax.tree.structure(mean.total) != jax.tree.structure(mean.weight):
         raise ValueError(
-            f"{name}: the weight of a Mean is one scalar or has the structure of its total; total is "
-            f"{jax.tree.structure(mean.total)} and weight is {jax.tree.structure(mean.weight)}."
+            f"{name}: the weight of a Mean is one scalar or has the structure of its total; total "
+            f"is {jax.tree.structure(mean.total)} and weight is {jax.tree.structure(mean.weight)}."
         )
-    for (total_name, total), (_, weight) in zip(totals, weights * len(totals) if shared else weights, strict=True):
+    for (total_name, total), (_, weight) in zip(
+        totals, weights * len(totals) if shared else weights, strict=True
+    ):
         if jnp.shape(weight) not in ((), jnp.shape(total)):
             raise ValueError(
-                f"{total_name} has shape {list(jnp.shape(total))} and its weight {list(jnp.shape(weight))}; pass the "
-                "weight as a scalar or with the shape of the total."
+                f"{total_name} has shape {list(jnp.shape(total))} and its weight "
+                f"{list(jnp.shape(weight))}; pass the weight as a scalar or with the shape of the "
+                "total."
             )
         if jnp.issubdtype(dtype_of(weight), jnp.complexfloating):
             raise TypeError(f"{total_name}: the weight of a Mean is real; got {dtype_of(weight)}.")
@@ -239,12 +269,13 @@ def _finalize(leaf: Leaf, values: list[Any]) -> Any:
     if leaf.key is not None:
         return jax.random.wrap_key_data(value, impl=leaf.key)
     if leaf.weight is not None:
-        # The widest of the two parts holds the quotient, so that a float64 weight is not rounded first.
+        # The widest of the two parts holds the quotient, so that a float64 weight is not rounded
+        # first.
         value = ratio(cast(value, promote(value.dtype, leaf.dtype)), values[leaf.weight])
     return cast(value, leaf.dtype) if value.dtype != leaf.dtype else value
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,12 +301,14 @@ def loss_and_aux(output: PyTree, has_aux: bool) -> tuple[PyTree, PyTree]:
     """The two parts of what a loss function returned, or the error that says which it lacks."""
     if has_aux:
         if not isinstance(output, tuple) or len(output) != 2:
-            raise TypeError(f"has_aux=True, and fun returned {described(output)}; return the pair (loss, aux).")
+            raise TypeError(
+                f"has_aux=True, and fun returned {described(output)}; return the pair (loss, aux)."
+            )
         return output
     if isinstance(output, tuple | list):
         raise TypeError(
-            f"the loss is {described(output)}; a loss is a scalar, a Mean, a Sum, or a dict of them. If fun "
-            "returns (loss, aux), pass has_aux=True."
+            f"the loss is {described(output)}; a loss is a scalar, a Mean, a Sum, or a dict of "
+            "them. If fun returns (loss, aux), pass has_aux=True."
         )
     return output, None
 
@@ -296,20 +329,26 @@ def value(loss: PyTree) -> Any:
 def _check_term(name: str, term: Any) -> None:
     if is_tag(term) and not isinstance(term, Mean | Sum):
         raise TypeError(
-            f"{name} is tagged {type(term).__name__}; a loss is a scalar, a Mean, a Sum, or a dict of them."
+            f"{name} is tagged {type(term).__name__}; a loss is a scalar, a Mean, a Sum, or a dict "
+            "of them."
         )
     if isinstance(term, tuple | list | dict):
         raise TypeError(
-            f"{name} is {described(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of them. Auxiliary "
-            "values go into aux, with has_aux=True."
+            f"{name} is {described(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of "
+            "them. Auxiliary values go into aux, with has_aux=True."
         )
-    content: Any = term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
+    content: Any = (
+        term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
+    )
     if not is_array(content) and not isinstance(content, bool | int | float | complex):
         raise TypeError(f"{name} holds {described(content)}; a term of a loss is one scalar.")
     if jnp.shape(content) != ():
         raise TypeError(
-            f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: Mean(jnp.sum(x), "
-            "x.size) for a mean over all examples, Sum(jnp.sum(x)) for a sum."
+            f"{name} has shape {list(jnp.shape(content))}, and a loss is a scalar. Reduce it: "
+            "Mean(jnp.sum(x), x.size) for a mean over all examples, Sum(jnp.sum(x)) for a sum."
         )
     if not jnp.issubdtype(dtype_of(content), jnp.floating):
-        raise TypeError(f"{name} has dtype {dtype_of(content)}; a loss is real and floating, or it has no gradient.")
+        raise TypeError(
+            f"{name} has dtype {dtype_of(content)}; a loss is real and floating, or it has no "
+            "gradient."
+        )

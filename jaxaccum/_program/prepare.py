@@ -1,4 +1,5 @@
-"""A call made ready for the loop: the arguments read, the batch partitioned, `fun` traced once per size."""
+"""A call made ready for the loop: the arguments read, the batch partitioned, `fun` traced once per
+size."""
 
 from __future__ import annotations
 
@@ -31,11 +32,14 @@ from jaxaccum._program.whole_outputs import Whole
 def read(
     options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Collection[int]
 ) -> tuple[Layout, list[Array], int | None]:
-    """The layout of the arguments, the arrays of its slots, and the argument that counts the examples."""
+    """The layout of the arguments, the arrays of its slots, and the argument that counts the
+    examples."""
     counted = options.num_examples_argnum
     if counted is not None:
         counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
-    return *argument_slots.read(args, kwargs, options.in_axes, differentiated=argnums, counted=counted), counted
+    return *argument_slots.read(
+        args, kwargs, options.in_axes, differentiated=argnums, counted=counted
+    ), counted
 
 
 def prepare(
@@ -50,7 +54,9 @@ def prepare(
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     layout, arrays, counted = read(options, args, kwargs, argnums)
-    mesh_axes = validate.mesh_axes(options.mesh_axes, options.axis_name, [varying.axis_names(x) for x in arrays])
+    mesh_axes = validate.mesh_axes(
+        options.mesh_axes, options.axis_name, [varying.axis_names(x) for x in arrays]
+    )
     memory, audited = validate.memory(options.memory), validate.audit(options.audit) is not None
     limit = argument_slots.counter(layout.slots, arrays, counted)
     partition = _partition(options, argument_slots.batch_size(layout.slots, arrays, fun))
@@ -73,8 +79,8 @@ def prepare(
         outputs, limit = outputs.updated_once(), None
     elif mesh_axes and any(slot.role is Role.CARRY for slot in slots):
         raise ValueError(
-            "a state declared CARRY runs through the microbatches of one device, and mesh_axes sums over several; "
-            "drop one of the two."
+            "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
+            "sums over several; drop one of the two."
         )
     call.check_sizes(partition)
     terms = output_parts.terms(outputs, call.num_terms) if loss else ()
@@ -113,16 +119,23 @@ def _partition(options: Options, batch_size: int) -> Partition:
         microbatch_size=options.microbatch_size,
         split=options.split,
     )
-    return dataclasses.replace(partition, blocks=options.blocks) if options.split == "contiguous" else partition
+    return (
+        dataclasses.replace(partition, blocks=options.blocks)
+        if options.split == "contiguous"
+        else partition
+    )
 
 
 def _loop_axes(
     slots: Sequence[Slot], given_axes: Sequence[frozenset[str]], mesh_axes: tuple[str, ...]
 ) -> frozenset[str]:
-    """The mesh axes over which the loop's values vary: those of the sums, and of all that is no parameter."""
+    """The mesh axes over which the loop's values vary: those of the sums, and of all that is no
+    parameter."""
     pairs = list(zip(slots, given_axes, strict=True))
     validate.divided(mesh_axes, [axes for slot, axes in pairs if slot.role is Role.ROWS])
-    return frozenset(mesh_axes).union(*(axes for slot, axes in pairs if slot.role is not Role.WHOLE))
+    return frozenset(mesh_axes).union(
+        *(axes for slot, axes in pairs if slot.role is not Role.WHOLE)
+    )
 
 
 def _without_tags(
@@ -134,7 +147,8 @@ def _without_tags(
 ) -> Whole:
     """The program of the outputs without a tag, which must depend on whole arguments alone."""
     reads = [sources(slots, traces, g) for g in range(len(traces))]
-    # One device sees a share of a parameter that is divided, gathered at every microbatch as if it were rows.
+    # One device sees a share of a parameter that is divided, gathered at every microbatch as if it
+    # were rows.
     same = [not given & set(device_axes) for given in given_axes]
     may = [slot.role is Role.WHOLE and shared for slot, shared in zip(slots, same, strict=True)]
     found = whole_outputs.refusal(traces, outputs, [[may[i] for i in own] for own in reads])
@@ -159,12 +173,16 @@ class _Tracing:
     mesh_axes: tuple[str, ...]
 
     def group(self, g: int) -> tuple[Trace, Observed, bool]:
-        """The trace of one size of microbatch, what the audit sees of it, and whether JAX could follow its mesh."""
+        """The trace of one size of microbatch, what the audit sees of it, and whether JAX could
+        follow its mesh."""
         number = self.partition.num_microbatches
         at = lambda call, size: self._at(call, size, number)
         one, own, consts, checked = self.call.traced(at, self.partition.groups[g].size)
         count = len(self.call.shapes[g])
-        one, seen = one.split(count)[0], Observed(own.split(count)[1], consts, self.call.returned[g])
+        one, seen = (
+            one.split(count)[0],
+            Observed(own.split(count)[1], consts, self.call.returned[g]),
+        )
         if (coupling := one.coupling) is None:
             return one, seen, checked
         self._check_coupled(coupling, checked)
@@ -194,7 +212,9 @@ class _Tracing:
             validate.undivided([(slot.name, own) for slot, own in pairs], self.axes)
 
 
-def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, Trace, list[Any], bool]:
+def _traced(
+    fun: Fun, shapes: list[Any], axis: tuple[str, int]
+) -> tuple[Trace, Trace, list[Any], bool]:
     """The trace, as it was before anything was changed in it, and its constants.
 
     Last, whether JAX could follow in it which values vary over a mesh.
@@ -205,28 +225,47 @@ def _traced(fun: Fun, shapes: list[Any], axis: tuple[str, int]) -> tuple[Trace, 
     try:
         one, consts = trace(fun, shapes, axis)
         return one, one, consts, True
-    except (AssertionError, ValueError) as error:  # what JAX says of a collective over an axis that is not the mesh's
+    except (
+        AssertionError,
+        ValueError,
+    ) as error:  # what JAX says of a collective over an axis that is not the mesh's
         with unchecked():
             plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
             try:
                 one, consts = trace(fun, plain, axis)
-            except Exception:  # of the user's function: what JAX said first is about the program as it stands
+            except (
+                Exception
+            ):  # of the user's function: what JAX said first is about the program as it stands
                 raise error from None
         if one.coupling is None:
             raise
-        return dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])), one, consts, False
+        return (
+            dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])),
+            one,
+            consts,
+            False,
+        )
 
 
 def _with_own_streams(
-    one: Trace, outputs: Outputs, slots: Sequence[Slot], partition: Partition, mesh_axes: tuple[str, ...]
+    one: Trace,
+    outputs: Outputs,
+    slots: Sequence[Slot],
+    partition: Partition,
+    mesh_axes: tuple[str, ...],
 ) -> Trace:
     """A coupled trace of a model, in which every carried key is folded with the microbatch's index.
 
-    A coupled program updates its state once, so that all microbatches would draw the same numbers. What follows from
-    the old state alone is made of the keys as they came: the next keys, and whatever is not drawn from a key.
+    A coupled program updates its state once, so that all microbatches would draw the same numbers.
+    What follows from the old state alone is made of the keys as they came: the next keys, and
+    whatever is not drawn from a key.
     """
     keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
-    own = {one.num_consts + i for i, slot in enumerate(slots) if slot.role not in (Role.WHOLE, Role.CARRY)}
+    own = {
+        one.num_consts + i
+        for i, slot in enumerate(slots)
+        if slot.role not in (Role.WHOLE, Role.CARRY)
+    }
     states = [i for i, part in enumerate(outputs.parts) if part.reduction is Reduction.CARRY]
     carried = [slot for slot in slots if slot.role is Role.CARRY]
     pure, kept = one.pure(), set()
@@ -260,22 +299,25 @@ def _check_padding(program: Program) -> None:
         if program.depends([leaf.part], rows):
             raise ValueError(
                 f"{program.outputs.parts[leaf.weight].name} depends on no argument, so it counts "
-                "padding as examples. With num_examples_argnum return Mean(total, weight), with the "
-                "mask of real examples in both; to divide by a constant, return "
-                "Sum(total / constant)."
+                "padding as examples. With num_examples_argnum return Mean(total, weight), with "
+                "the mask of real examples in both; to divide by a constant, return Sum(total / "
+                "constant)."
             )
 
 
 def _shapes(
     layout: Layout, arrays: list[Array], size: int, mesh_axes: tuple[str, ...]
 ) -> list[Any]:
-    """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides them."""
+    """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides
+    them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
         own, index = [], varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))
         for slot, x in zip(layout.slots, arrays, strict=True):
             if slot.role is Role.ROWS:
-                if size > x.shape[slot.axis]:  # for the audit, which may ask for more than there are
+                if (
+                    size > x.shape[slot.axis]
+                ):  # for the audit, which may ask for more than there are
                     x = jax.numpy.concatenate([x, x], axis=slot.axis)
                 x = jax.lax.slice_in_dim(x, 0, size, axis=slot.axis)
             elif slot.role is Role.KEY:
@@ -297,11 +339,14 @@ def _refusing_itself(part: Part, x: Array) -> Array:
 def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyTree:
     """`fun` in one pass over the whole batch, its tags resolved: the full-batch oracle.
 
-    The axis of the loop is bound with size 1, so that a collective over it sees all examples at once.
+    The axis of the loop is bound with size 1, so that a collective over it sees all examples at
+    once.
     """
     layout, arrays = argument_slots.read(args, kwargs, options.axes(fun, args, kwargs))
     size = argument_slots.batch_size(layout.slots, arrays)
-    partition = validate.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
+    partition = validate.partition(
+        size, num_microbatches=1, microbatch_size=None, split="contiguous"
+    )
     call = Call(fun, layout, False, False, False, False, size, constant=_refusing_itself)
     flat = call.at(size)
 
@@ -318,7 +363,9 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
     stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))
     outputs = call.outputs[0]
     if outputs.whole:
-        traced, _, consts, _ = _traced(flat, _shapes(layout, arrays, size, ()), (options.axis_name, 1))
+        traced, _, consts, _ = _traced(
+            flat, _shapes(layout, arrays, size, ()), (options.axis_name, 1)
+        )
         given = [slot.role is Role.WHOLE for slot in layout.slots]
         if found := whole_outputs.refusal([traced], outputs, [[True] * len(consts) + given]):
             raise TypeError(found)

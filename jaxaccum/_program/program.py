@@ -1,4 +1,5 @@
-"""What one call computes at each microbatch: its arguments, its partition, and `fun` as traced once per size."""
+"""What one call computes at each microbatch: its arguments, its partition, and `fun` as traced once
+per size."""
 
 from __future__ import annotations
 
@@ -53,12 +54,14 @@ class Options:
 
 
 class NeedsGlobalArraysError(Exception):
-    """A loss whose collectives would stop at one device's rows, or an output without a tag that one device divides."""
+    """A loss whose collectives would stop at one device's rows, or an output without a tag that one
+    device divides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """`fun` as it was traced at one size of microbatch, before anything was changed in its program."""
+    """`fun` as it was traced at one size of microbatch, before anything was changed in its
+    program."""
 
     trace: Trace
     consts: list[Any]
@@ -68,9 +71,11 @@ class Observed:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one microbatch computes: the parts of the output, of the arrays of all slots, its rows and its index.
+    """What one microbatch computes: the parts of the output, of the arrays of all slots, its rows
+    and its index.
 
-    The slots are those of the arguments and then, for each size of microbatch, what its trace closed over.
+    The slots are those of the arguments and then, for each size of microbatch, what its trace
+    closed over.
     """
 
     slots: tuple[Slot, ...]
@@ -99,13 +104,15 @@ class Program:
 
     @property
     def under_mapped_axes(self) -> bool:
-        """Whether it holds collectives over axes of an outer `vmap`, whose names a custom rule would not see."""
+        """Whether it holds collectives over axes of an outer `vmap`, whose names a custom rule
+        would not see."""
         named = frozenset().union(*(one.other_axes for one in self.traces))
         return bool(named - set(jax.sharding.get_abstract_mesh().manual_axes))
 
     @property
     def coupled(self) -> bool:
-        """Whether it holds a collective over the axis of the loop, so that no microbatch stands alone."""
+        """Whether it holds a collective over the axis of the loop, so that no microbatch stands
+        alone."""
         return any(one.coupling is not None for one in self.traces)
 
     def positions(self, role: Role) -> list[int]:
@@ -113,17 +120,33 @@ class Program:
         return [i for i, slot in enumerate(self.slots) if slot.role is role]
 
     def parts(
-        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+        self,
+        g: int,
+        arrays: Sequence[Any],
+        *,
+        rows: Sequence[Any],
+        carry: Sequence[Any],
+        index: Any,
     ) -> list[Any]:
-        """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays` the whole call's."""
+        """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays`
+        the whole call's."""
         return self.traces[g](index, self.inputs(g, arrays, rows=rows, carry=carry, index=index))
 
     def inputs(
-        self, g: int, arrays: Sequence[Any], *, rows: Sequence[Any], carry: Sequence[Any], index: Any
+        self,
+        g: int,
+        arrays: Sequence[Any],
+        *,
+        rows: Sequence[Any],
+        carry: Sequence[Any],
+        index: Any,
     ) -> list[Any]:
         """What the trace of group `g` reads at microbatch `index`, of the arguments of `parts`."""
         own = list(arrays)
-        for positions, values in ((self.positions(Role.ROWS), rows), (self.positions(Role.CARRY), carry)):
+        for positions, values in (
+            (self.positions(Role.ROWS), rows),
+            (self.positions(Role.CARRY), carry),
+        ):
             for position, value in zip(positions, values, strict=True):
                 own[position] = value
         for position, slot in enumerate(self.slots):
@@ -158,13 +181,18 @@ class Program:
         return dataclasses.replace(self, traces=tuple(one.pure() for one in self.traces))
 
     def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
-        """The program that computes the given parts alone, and which parts it returns: these and what they carry."""
-        carried = [i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY]
+        """The program that computes the given parts alone, and which parts it returns: these and
+        what they carry."""
+        carried = [
+            i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY
+        ]
         kept = sorted(parts)
         if carried and self.depends(kept, self.positions(Role.CARRY)):
             kept = sorted({*kept, *carried})
         traces = tuple(one.only(kept) for one in self.traces)
-        outputs = dataclasses.replace(self.outputs, parts=tuple(self.outputs.parts[i] for i in kept))
+        outputs = dataclasses.replace(
+            self.outputs, parts=tuple(self.outputs.parts[i] for i in kept)
+        )
         return dataclasses.replace(self, traces=traces, outputs=outputs), kept
 
     @property

@@ -14,7 +14,8 @@ from jaxaccum._devices import varying
 
 
 class Reduction(enum.Enum):
-    """The rule of one array; the first five live in the loop's state, the last two are written row by row."""
+    """The rule of one array; the first five live in the loop's state, the last two are written row
+    by row."""
 
     SUM = "sum"
     MAX = "max"

@@ -1,6 +1,7 @@
 """Tags: the wrappers by which a function says how each of its outputs combines over microbatches.
 
-A tag is sugar for a collective over the axis of the loop: ``Mean(total, weight)`` is ``psum(total) / psum(weight)``.
+A tag is sugar for a collective over the axis of the loop: ``Mean(total, weight)`` is ``psum(total)
+/ psum(weight)``.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class _Scalable(Tag):
     def _refuse(self, other: Any) -> NoReturn:
         name = type(self).__name__
         raise TypeError(
-            f"{name} cannot be added to {type(other).__name__}: each term of a loss keeps its own denominator. Return "
-            f'a dict of terms, as in {{"nll": {name}(…), "decay": …}}; its value is their sum, and a regularizer stays '
-            "a bare scalar there."
+            f"{name} cannot be added to {type(other).__name__}: each term of a loss keeps its own "
+            f'denominator. Return a dict of terms, as in {{"nll": {name}(…), "decay": …}}; its '
+            "value is their sum, and a regularizer stays a bare scalar there."
         )
 
     __add__ = _refuse
@@ -49,14 +50,19 @@ class _Scalable(Tag):
 
     def __mul__(self, scale: Any) -> Self:
         if not _is_number(scale):
-            raise TypeError(f"{type(self).__name__} can be scaled by a number only; got {type(scale).__name__}.")
+            raise TypeError(
+                f"{type(self).__name__} can be scaled by a number only; got {type(scale).__name__}."
+            )
         return self._scaled(lambda x: x * scale)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Self:
         if not _is_number(divisor):
-            raise TypeError(f"{type(self).__name__} can be divided by a number only; got {type(divisor).__name__}.")
+            raise TypeError(
+                f"{type(self).__name__} can be divided by a number only; got "
+                f"{type(divisor).__name__}."
+            )
         return self._scaled(lambda x: x / divisor)
 
     def __neg__(self) -> Self:
@@ -73,15 +79,16 @@ def _tag(cls: type[T]) -> type[T]:
 class Mean(_Scalable):
     """A weighted mean over all examples: ``Σ total / Σ weight``, and 0 where ``Σ weight`` is 0.
 
-    Both sums run over the microbatches, so the mean has one denominator, that of the whole batch, however the
-    weights fall; both are differentiated.
+    Both sums run over the microbatches, so the mean has one denominator, that of the whole batch,
+    however the weights fall; both are differentiated.
 
     Args:
-        total: the weighted sum over this microbatch's examples (or tokens); a scalar, an array or a pytree.
-        weight: the non-negative weight that `total` sums over: one scalar for all leaves, or a pytree like `total`
-            whose leaves are scalars or have the shape of their total. Integers are counted in
-            float64 under x64, else in float32: no count overflows, and beyond 2^24 float32 rounds it
-            as it rounds the total.
+        total: the weighted sum over this microbatch's examples (or tokens); a scalar, an array or a
+            pytree.
+        weight: the non-negative weight that `total` sums over: one scalar for all leaves, or a
+            pytree like `total` whose leaves are scalars or have the shape of their total. Integers
+            are counted in float64 under x64, else in float32: no count overflows, and beyond 2^24
+            float32 rounds it as it rounds the total.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -131,14 +138,16 @@ class Min(Tag):
 
 @_tag
 class Concat(Tag):
-    """One row per example: the rows of the whole batch, in the batch's order whatever the split; differentiable."""
+    """One row per example: the rows of the whole batch, in the batch's order whatever the split;
+    differentiable."""
 
     x: PyTree
 
 
 @_tag
 class Stack(Tag):
-    """One entry per microbatch, along a new leading axis: for diagnostics, since its shape depends on the partition."""
+    """One entry per microbatch, along a new leading axis: for diagnostics, since its shape depends
+    on the partition."""
 
     x: PyTree
 
@@ -155,7 +164,8 @@ class Last(Tag):
 
 @_tag
 class Carry(Tag):
-    """The new state of the argument declared ``CARRY``: same structure, shapes and dtypes; a derivative is an error."""
+    """The new state of the argument declared ``CARRY``: same structure, shapes and dtypes; a
+    derivative is an error."""
 
     state: PyTree
 

@@ -1,4 +1,5 @@
-"""Validation: each function returns the fact that it checked, or raises an error that says what to pass."""
+"""Validation: each function returns the fact that it checked, or raises an error that says what to
+pass."""
 
 from __future__ import annotations
 
@@ -24,20 +25,25 @@ def size(value: Any, name: str) -> int:
     """A size given by the user, as a positive int."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name} is traced, and the number of iterations is fixed when the program is compiled; pass a Python int."
+            f"{name} is traced, and the number of iterations is fixed when the program is "
+            "compiled; pass a Python int."
         )
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an int; got {value!r}.")
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int; got {value!r} of type {type(value).__name__}.") from None
+        raise TypeError(
+            f"{name} must be an int; got {value!r} of type {type(value).__name__}."
+        ) from None
     if number < 1:
         raise ValueError(f"{name} must be at least 1; got {number}.")
     return number
 
 
-def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, split: Any) -> microbatches.Partition:
+def partition(
+    batch_size: int, *, num_microbatches: Any, microbatch_size: Any, split: Any
+) -> microbatches.Partition:
     """The partition of `batch_size` examples that the two sizes, one of which is given, ask for."""
     if (num_microbatches is None) == (microbatch_size is None):
         given = (
@@ -54,18 +60,21 @@ def partition(batch_size: int, *, num_microbatches: Any, microbatch_size: Any, s
         wanted = size(num_microbatches, "num_microbatches")
     if batch_size == 0:
         raise ValueError(
-            "the batch is empty: its batch axis has size 0, so there is no microbatch to run; pass at least 1 example."
+            "the batch is empty: its batch axis has size 0, so there is no microbatch to run; pass "
+            "at least 1 example."
         )
     if num_microbatches is not None and wanted > batch_size:
         raise ValueError(
-            f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a microbatch holds "
-            f"at least one; pass num_microbatches <= {batch_size}, or microbatch_size=1."
+            f"num_microbatches={wanted} is more than the {batch_size} examples of the batch, and a "
+            f"microbatch holds at least one; pass num_microbatches <= {batch_size}, or "
+            "microbatch_size=1."
         )
     if split == "strided" and batch_size % wanted:
         name = "num_microbatches" if microbatch_size is None else "microbatch_size"
         raise ValueError(
-            f'split="strided" needs equal microbatches, and {name}={wanted} does not divide the {batch_size} examples '
-            'of the batch; pass a divisor, pad the batch, or use split="contiguous".'
+            f'split="strided" needs equal microbatches, and {name}={wanted} does not divide the '
+            f"{batch_size} examples of the batch; pass a divisor, pad the batch, or use "
+            'split="contiguous".'
         )
     by = microbatches.by_number if microbatch_size is None else microbatches.by_size
     return by(batch_size, wanted, split)
@@ -79,19 +88,22 @@ def audit(value: Any) -> Audit:
 
 
 def argnum(value: Any, count: int, name: str) -> int:
-    """The position, non-negative, of one of `count` positional arguments; negative ones count from the end."""
+    """The position, non-negative, of one of `count` positional arguments; negative ones count from
+    the end."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must name arguments by their positions, as ints; got {value!r}.")
     number = operator.index(value)
     if not -count <= number < count:
         raise ValueError(
-            f"{name} names argument {number}, and the function was called with {counted(count, 'positional argument')}."
+            f"{name} names argument {number}, and the function was called with "
+            f"{counted(count, 'positional argument')}."
         )
     return number % count
 
 
 def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
-    """The positions of the differentiated arguments, non-negative, of arguments that can be differentiated."""
+    """The positions of the differentiated arguments, non-negative, of arguments that can be
+    differentiated."""
     count = len(in_axes)
     given = value if isinstance(value, tuple | list) else (value,)
     numbers = []
@@ -99,8 +111,9 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
         number = argnum(number, count, f"argnums={value!r}")
         if isinstance(in_axes[number], Sentinel) and in_axes[number] is not MAX_GRAD:
             raise ValueError(
-                f"argnums={value!r} names argument {number}, which in_axes declares {in_axes[number]!r}: a carried "
-                "state and keys pass no gradient. Differentiate another argument, or declare this one None or an int."
+                f"argnums={value!r} names argument {number}, which in_axes declares "
+                f"{in_axes[number]!r}: a carried state and keys pass no gradient. Differentiate "
+                "another argument, or declare this one None or an int."
             )
         numbers.append(number)
     if not numbers:
@@ -114,18 +127,20 @@ def differentiable(leaf: Any, name: str, *, of_model: bool = False) -> None:
     """A leaf that a derivative is asked of is real or complex floating."""
     if of_model and not (is_array(leaf) and is_inexact(leaf)):
         raise TypeError(
-            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}: it is part of an nnx "
-            "model. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), which differentiates the "
-            "parameters of a model and updates the rest."
+            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}: it is part of an "
+            "nnx model. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), which "
+            "differentiates the parameters of a model and updates the rest."
         )
     if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
         raise TypeError(
-            f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it out of argnums."
+            f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it "
+            "out of argnums."
         )
     if not is_inexact(leaf):
         raise TypeError(
-            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need a floating or "
-            "complex dtype. Cast it, leave it out of argnums, or move it to an argument of its own."
+            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}; derivatives need "
+            "a floating or complex dtype. Cast it, leave it out of argnums, or move it to an "
+            "argument of its own."
         )
 
 
@@ -133,8 +148,8 @@ def numeric(leaf: Any, name: str) -> None:
     """An array that JAX can hold: of numbers or keys, not of strings or objects."""
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "USOMm":
         raise TypeError(
-            f"{name} is an array of {leaf.dtype}, and JAX holds arrays of numbers only; leave it out of the batch, or "
-            "replace it by integers, such as the index of each example."
+            f"{name} is an array of {leaf.dtype}, and JAX holds arrays of numbers only; leave it "
+            "out of the batch, or replace it by integers, such as the index of each example."
         )
 
 
@@ -147,8 +162,8 @@ def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
     elif is_array(leaf) and dtype == jnp.uint32 and len(shape) == 1:
         return
     raise TypeError(
-        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but {dtype}{list(shape)}; pass "
-        "jax.random.key(seed), or declare the argument None or an int."
+        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but "
+        f"{dtype}{list(shape)}; pass jax.random.key(seed), or declare the argument None or an int."
     )
 
 
@@ -167,8 +182,9 @@ def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -
     for name, other in sizes[1:]:
         if other != first:
             raise ValueError(
-                f"batch axes disagree: {first_name} holds {first} examples and {name} holds {other}. Every leaf with "
-                "a batch axis needs one row per example; give a leaf that is not batched None in in_axes."
+                f"batch axes disagree: {first_name} holds {first} examples and {name} holds "
+                f"{other}. Every leaf with a batch axis needs one row per example; give a leaf "
+                "that is not batched None in in_axes."
             )
     return first
 
@@ -176,7 +192,10 @@ def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -
 def by_keyword(names: Sequence[str]) -> str:
     """What to write where the arguments of these names hold arrays and are passed by keyword."""
     entries = ", ".join(f'"{name}": 0' for name in dict.fromkeys(names))
-    return f"Write in_axes={{{entries}}}: the keyword arguments that hold examples; leave out the others."
+    return (
+        f"Write in_axes={{{entries}}}: the keyword arguments that hold examples; leave out the "
+        "others."
+    )
 
 
 def counted(number: int, noun: str) -> str:
@@ -190,8 +209,8 @@ def memory(value: Any) -> Memory:
         return value
     if isinstance(value, str | bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            f'memory must be None, "min", "store" or a number of bytes; got {value!r}. It says what a coupled loss may '
-            "keep of the full batch."
+            f'memory must be None, "min", "store" or a number of bytes; got {value!r}. It says '
+            "what a coupled loss may keep of the full batch."
         )
     if operator.index(value) < 0:
         raise ValueError(f"memory must be at least 0 bytes; got {value!r}.")
@@ -214,34 +233,43 @@ def is_bound(axis_name: str) -> bool:
     return True
 
 
-def coupled(coupling: jex.JaxprEqn, name: str, partition: microbatches.Partition, *, shadows: bool) -> None:
-    """All microbatches of a coupled loss have one size, as devices have, and their axis one meaning."""
-    what = f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"
+def coupled(
+    coupling: jex.JaxprEqn, name: str, partition: microbatches.Partition, *, shadows: bool
+) -> None:
+    """All microbatches of a coupled loss have one size, as devices have, and their axis one
+    meaning."""
+    what = (
+        f"the loss is coupled by {coupling.primitive.name} over {name!r} (at {frame_of(coupling)})"
+    )
     if shadows:
         raise ValueError(
-            f"{what}, and an axis of that name is bound around this loop too, so that it could mean either; "
-            'name one of them otherwise, as in axis_name="inner".'
+            f"{what}, and an axis of that name is bound around this loop too, so that it could "
+            'mean either; name one of them otherwise, as in axis_name="inner".'
         )
     if len(partition.groups) > 1:
         large, small = partition.groups
         raise ValueError(
-            f"{what}, and a collective is one over equal microbatches; here {large.count} have {large.size} examples "
-            f"and {small.count} have {small.size}. Choose a number that divides the batch, or pad it, "
-            "jaxaccum.pad_batch(batch, to=…), and mask the padding: sums of masked values over sums of the mask."
+            f"{what}, and a collective is one over equal microbatches; here {large.count} have "
+            f"{large.size} examples and {small.count} have {small.size}. Choose a number that "
+            "divides the batch, or pad it, jaxaccum.pad_batch(batch, to=…), and mask the padding: "
+            "sums of masked values over sums of the mask."
         )
 
 
 def undivided(arrays: Sequence[tuple[str, frozenset[str]]], axes: frozenset[str]) -> None:
-    """A coupled loss runs where JAX tracks no types, and would count what parts of a parameter share on each device.
+    """A coupled loss runs where JAX tracks no types, and would count what parts of a parameter
+    share on each device.
 
-    `arrays` are the names of the arguments, and the mesh axes over which each differs between devices.
+    `arrays` are the names of the arguments, and the mesh axes over which each differs between
+    devices.
     """
     for name, own in arrays:
         if others := own - axes:
             raise NotImplementedError(
-                f"{name} differs between the devices along {', '.join(map(repr, sorted(others)))}, which the "
-                "batch does not, and the loss has collectives over microbatches: parameters divided inside shard_map "
-                "need a loss without them. Divide them on an explicit mesh instead, outside shard_map."
+                f"{name} differs between the devices along {', '.join(map(repr, sorted(others)))}, "
+                "which the batch does not, and the loss has collectives over microbatches: "
+                "parameters divided inside shard_map need a loss without them. Divide them on an "
+                "explicit mesh instead, outside shard_map."
             )
 
 
@@ -254,29 +282,31 @@ def mesh_axes(value: Any, axis_name: str, seen: Sequence[Sequence[str]] = ()) ->
     bound = mesh.manual_axes
     if axis_name in mesh.axis_names or any(axis_name in names for names in seen):
         raise ValueError(
-            f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; rename the mesh "
-            "axis, or pass another axis_name."
+            f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; "
+            "rename the mesh axis, or pass another axis_name."
         )
     for name in names:
         try:
             lax.axis_size(name)
         except (NameError, TypeError):
             raise ValueError(
-                f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: {tuple(bound)}); call the "
-                "function inside jax.shard_map over a mesh with that axis, or leave mesh_axes out."
+                f"mesh_axes names {name!r}, and no such mesh axis is bound here (bound: "
+                f"{tuple(bound)}); call the function inside jax.shard_map over a mesh with that "
+                "axis, or leave mesh_axes out."
             ) from None
     return names
 
 
 def divided(mesh_axes: Sequence[str], batch: Sequence[frozenset[str]]) -> None:
-    """Every mesh axis that is summed over divides the batch; `batch` are the axes over which its leaves vary."""
+    """Every mesh axis that is summed over divides the batch; `batch` are the axes over which its
+    leaves vary."""
     if not mesh_axes or not varying.checked(mesh_axes):
         return
     for name in mesh_axes:
         if lax.axis_size(name) > 1 and not any(name in axes for axes in batch):
             raise ValueError(
                 f"mesh_axes names {name!r}, and the batch is not divided over it (but over "
-                f"{sorted(frozenset().union(*batch)) or 'no axis'}), so each of its {lax.axis_size(name)} devices "
-                "would count the same examples; divide the batch over it in the in_specs of shard_map, or leave it out "
-                "of mesh_axes."
+                f"{sorted(frozenset().union(*batch)) or 'no axis'}), so each of its "
+                f"{lax.axis_size(name)} devices would count the same examples; divide the batch "
+                "over it in the in_specs of shard_map, or leave it out of mesh_axes."
             )

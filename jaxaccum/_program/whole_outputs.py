@@ -1,7 +1,8 @@
-"""Outputs of whole arguments alone: found in the trace, taken out of the loop, computed once beside it.
+"""Outputs of whole arguments alone: found in the trace, taken out of the loop, computed once beside
+it.
 
-Such an output is the same for every microbatch, as it is for the whole batch. So it needs no tag, and
-JAX differentiates it as it stands.
+Such an output is the same for every microbatch, as it is for the whole batch. So it needs no tag,
+and JAX differentiates it as it stands.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ class Whole:
 
     trace: Trace
     given_axes: tuple[frozenset[str], ...]
-    """For each output, the mesh axes over which the arguments that it depends on varied as given."""
+    """For each output, the mesh axes over which the arguments that it depends on varied as
+    given."""
 
-    def values(self, arrays: Sequence[Array], axes: frozenset[str], *, checked: bool) -> list[Array]:
-        """The outputs, of the arrays that the trace reads, which the loop has cast to vary over `axes`."""
+    def values(
+        self, arrays: Sequence[Array], axes: frozenset[str], *, checked: bool
+    ) -> list[Array]:
+        """The outputs, of the arrays that the trace reads, which the loop has cast to vary over
+        `axes`."""
         first = jnp.zeros((), jnp.int32)
         if checked:
             values = self.trace(first, arrays)

@@ -1,4 +1,5 @@
-"""`audit`: asked before training, it reports by which rule a loss accumulates, or which line prevents it."""
+"""`audit`: asked before training, it reports by which rule a loss accumulates, or which line
+prevents it."""
 
 from __future__ import annotations
 
@@ -25,14 +26,17 @@ def audit(
     probe: bool = False,
     **kwargs: Any,
 ) -> AuditReport:
-    """Whether the accumulated gradient of a loss is the full batch's: by which rule, and if not, by which line.
+    """Whether the accumulated gradient of a loss is the full batch's: by which rule, and if not, by
+    which line.
 
-    The loss is traced at the batch's size and at the microbatch's, and both programs are walked together; nothing is
-    compiled or computed. It asks whether the loss L is additive over the examples i, up to one normalizer::
+    The loss is traced at the batch's size and at the microbatch's, and both programs are walked
+    together; nothing is compiled or computed. It asks whether the loss L is additive over the
+    examples i, up to one normalizer::
 
         SUM    L = Σᵢ f(xᵢ)         MEAN   L = Σᵢ f(xᵢ) / n        RATIO  L = Σᵢ f(xᵢ) / Σᵢ w(xᵢ)
 
-    and whether that is what its tag says. It decides, for every loss, what this tests for one batch::
+    and whether that is what its tag says. It decides, for every loss, what this tests for one
+    batch::
 
         def exact(fun, params, batch):
             expected = jax.grad(full_batch(fun))(params, batch)
@@ -43,17 +47,19 @@ def audit(
         *args: its arguments, the whole batch included; arrays, or ``jax.ShapeDtypeStruct``.
         in_axes: one entry per argument, as in `value_and_grad`.
         num_microbatches: how many there will be.
-        has_aux: whether `fun` returns ``(loss, aux)``; aux is judged too, but for `Stack`, `Last` and `Carry`.
+        has_aux: whether `fun` returns ``(loss, aux)``; aux is judged too, but for `Stack`, `Last`
+            and `Carry`.
         axis_name: the name of the loop's axis.
         probe: whether to compare numerically as well, in float64 on an unequal split.
         **kwargs: the keyword arguments of `fun`.
 
     Returns:
-        An `AuditReport`: ``verdict``, ``exact``, ``random``, ``findings``; printable; ``raise_if_inexact()``.
+        An `AuditReport`: ``verdict``, ``exact``, ``random``, ``findings``; printable;
+        ``raise_if_inexact()``.
 
-    Guarantees:
-        Never exact when unsure: a primitive without a rule, a program that differs between the sizes, and every other
-        doubt end in ``UNKNOWN``. Derivative rules of the user's own are traced and walked; JAX's are trusted.
+    Guarantees: Never exact when unsure: a primitive without a rule, a program that differs between
+        the sizes, and every other doubt end in ``UNKNOWN``. Derivative rules of the user's own are
+        traced and walked; JAX's are trusted.
 
     Raises:
         ValueError, TypeError: as `value_and_grad` does for the same arguments.
@@ -72,7 +78,9 @@ def audit(
     report = report_on(Loss(fun, arguments, axis_name, has_aux), arguments.partition, axis_name)
     if not probe:
         return report
-    equal = num_microbatches if any(f.kind == FaultKind.COLLECTIVE for f in report.findings) else None
+    equal = (
+        num_microbatches if any(f.kind == FaultKind.COLLECTIVE for f in report.findings) else None
+    )
     fun, args, own = by_position(fun, args, kwargs, axes)
     found = run_probe(fun, args, in_axes=own, has_aux=has_aux, axis_name=axis_name, equal=equal)
     return dataclasses.replace(report, probe=found)

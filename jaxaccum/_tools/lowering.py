@@ -1,4 +1,5 @@
-"""A call compiled for the devices that its arguments name, never run: bytes and operations of one device."""
+"""A call compiled for the devices that its arguments name, never run: bytes and operations of one
+device."""
 
 from __future__ import annotations
 
@@ -60,8 +61,11 @@ class Call:
 
     @property
     def explicit(self) -> bool:
-        """Whether the batch is divided over axes of explicit type, on which microbatches are equal."""
-        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)) if self.mesh else {}
+        """Whether the batch is divided over axes of explicit type, on which microbatches are
+        equal."""
+        kinds = (
+            dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)) if self.mesh else {}
+        )
         return any(kinds[axis] is AxisType.Explicit for axis in self.batch_axes)
 
     @property
@@ -90,11 +94,14 @@ class Call:
         return [slot for slot in slots if slot.role is Role.ROWS], batch_size
 
     def couples(self, fun: Fun, options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
-        """Whether the loss has collectives over microbatches, by one trace of it where the real call would trace it."""
+        """Whether the loss has collectives over microbatches, by one trace of it where the real
+        call would trace it."""
         found: list[bool] = []
 
         def note(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            program, _ = prepare.prepare(fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux)
+            program, _ = prepare.prepare(
+                fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux
+            )
             found.append(program.coupled)
 
         one = lambda *arrays: explicit_mesh.spread(note, fun, options, *self._build(arrays))
@@ -114,8 +121,14 @@ class Call:
                 raise
             return Cost(used, used, operations)
         assert analysis is not None, "this backend does not report its memory"
-        arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return Cost(analysis.temp_size_in_bytes, arguments + analysis.temp_size_in_bytes, operations)
+        arguments = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+        )
+        return Cost(
+            analysis.temp_size_in_bytes, arguments + analysis.temp_size_in_bytes, operations
+        )
 
     def _build(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and the keyword arguments that hold `arrays`."""
@@ -139,22 +152,32 @@ class Call:
             return jax.tree.map(lambda x: x[None], head), jax.tree.leaves(grads)
 
         specs, _ = self._build([self._manual_spec(x) for x in self.shapes])
-        outs = [spec for number in argnums for spec in jax.tree.leaves(specs[number], is_leaf=_is_spec)]
+        outs = [
+            spec for number in argnums for spec in jax.tree.leaves(specs[number], is_leaf=_is_spec)
+        ]
         return self._shard_map(one, (P(self.mesh_axes), outs))
 
     def _shard_map(self, fun: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         specs = tuple(self._manual_spec(x) for x in self.shapes)
-        return jax.shard_map(fun, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=set(self.mesh_axes))
+        return jax.shard_map(
+            fun, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=set(self.mesh_axes)
+        )
 
     def _manual_spec(self, x: Any) -> P:
         """The sharding over manual axes alone."""
-        kept = [tuple(name for name in _names(_spec(x), i) if name in self.mesh_axes) for i in range(len(_spec(x)))]
+        kept = [
+            tuple(name for name in _names(_spec(x), i) if name in self.mesh_axes)
+            for i in range(len(_spec(x)))
+        ]
         return P(*(names or None for names in kept))
 
     def _device(self) -> Any:
         if self.mesh is not None:
             return self.mesh.devices.flat[0]
-        return next((next(iter(x.devices())) for x in self.leaves if isinstance(x, jax.Array)), jax.devices()[0])
+        return next(
+            (next(iter(x.devices())) for x in self.leaves if isinstance(x, jax.Array)),
+            jax.devices()[0],
+        )
 
 
 def read(
@@ -165,15 +188,23 @@ def read(
     traced: Collection[Any],
     mesh_axes: Any,
 ) -> Call:
-    """The call; leaves of the arguments `traced` become arguments of the program also where they are Python numbers."""
-    names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+    """The call; leaves of the arguments `traced` become arguments of the program also where they
+    are Python numbers."""
+    names = (
+        ()
+        if mesh_axes is None
+        else (mesh_axes,)
+        if isinstance(mesh_axes, str)
+        else tuple(mesh_axes)
+    )
     leaves, positions = {}, []
     for number, called, arg in argument_slots.every(args, kwargs):
         for name, x in leaves_with_names(arg, called):
             if isinstance(x, jax.core.Tracer):
                 raise TypeError(
-                    f"{name} is traced, and a plan compiles programs of its own; call jaxaccum.plan outside of jit and "
-                    "of other transformations, with arrays or jax.ShapeDtypeStruct."
+                    f"{name} is traced, and a plan compiles programs of its own; call "
+                    "jaxaccum.plan outside of jit and of other transformations, with arrays or "
+                    "jax.ShapeDtypeStruct."
                 )
             if is_array(x) or isinstance(x, jax.ShapeDtypeStruct) or number in traced:
                 positions.append(len(leaves))
@@ -183,7 +214,9 @@ def read(
     call = Call(structure, tuple(leaves.values()), tuple(positions), mesh, names)
     rows, batch_size = call.rows(axes)
     divided = {axis for slot in rows for axis in _names(_spec(leaves[slot.name]), slot.axis)}
-    return dataclasses.replace(call, batch_axes=frozenset(divided) - set(names), batch_size=batch_size)
+    return dataclasses.replace(
+        call, batch_axes=frozenset(divided) - set(names), batch_size=batch_size
+    )
 
 
 def _mesh_of(leaves: Sequence[Any], mesh_axes: tuple[str, ...]) -> Any:
@@ -192,8 +225,9 @@ def _mesh_of(leaves: Sequence[Any], mesh_axes: tuple[str, ...]) -> Any:
     missing = [name for name in mesh_axes if mesh is None or name not in mesh.axis_names]
     if missing:
         raise ValueError(
-            f"mesh_axes names {missing[0]!r}, and no argument is laid out on a mesh with that axis; give the arguments "
-            "the shardings of the real run, jax.sharding.NamedSharding(mesh, spec)."
+            f"mesh_axes names {missing[0]!r}, and no argument is laid out on a mesh with that "
+            "axis; give the arguments the shardings of the real run, "
+            "jax.sharding.NamedSharding(mesh, spec)."
         )
     return mesh
 
@@ -214,7 +248,8 @@ def _names(spec: P, axis: int) -> tuple[str, ...]:
 
 
 def _used_bytes(message: str) -> int | None:
-    """The need that the compiler reports for a program that exceeds the device, "Used 29.35G of 15.75G hbm"."""
+    """The need that the compiler reports for a program that exceeds the device, "Used 29.35G of
+    15.75G hbm"."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

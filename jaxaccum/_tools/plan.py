@@ -1,4 +1,5 @@
-"""`plan`: how large may a microbatch be? Programs compiled for the real devices, never run, against a memory limit."""
+"""`plan`: how large may a microbatch be? Programs compiled for the real devices, never run, against
+a memory limit."""
 
 from __future__ import annotations
 
@@ -40,51 +41,56 @@ def plan(
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The largest microbatch whose gradient fits into a device's memory, found by compiling and never by running.
+    """The largest microbatch whose gradient fits into a device's memory, found by compiling and
+    never by running.
 
-    Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are compiled, the others
-    predicted, and the choice is compiled to confirm it; where it does not fit, the line is drawn anew. The whole batch
-    as one microbatch needs no sums and may fit where no loop does: it is compiled too. It equals::
+    Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are
+    compiled, the others predicted, and the choice is compiled to confirm it; where it does not fit,
+    the line is drawn anew. The whole batch as one microbatch needs no sums and may fit where no
+    loop does: it is compiled too. It equals::
 
         for m in sizes:
             step = jax.jit(value_and_grad(fun, microbatch_size=m, …))
             rows.append(step.lower(*args).compile().memory_analysis())
         best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
 
-    Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and ``"store"``, or the
-    one that `memory` names; among the largest microbatches that fit, the best takes the fewest operations. What a
-    schedule stores may change with the size, so that both ends are compiled too and nothing is extrapolated.
+    Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and
+    ``"store"``, or the one that `memory` names; among the largest microbatches that fit, the best
+    takes the fewest operations. What a schedule stores may change with the size, so that both ends
+    are compiled too and nothing is extrapolated.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.
-        *args: its arguments on the whole batch, arrays or ``jax.ShapeDtypeStruct``, with the shardings of the real run:
-            the programs are compiled for the mesh that these name.
+        *args: its arguments on the whole batch, arrays or ``jax.ShapeDtypeStruct``, with the
+            shardings of the real run: the programs are compiled for the mesh that these name.
         in_axes: one entry per argument, as for `value_and_grad`.
         argnums: the arguments to differentiate.
         has_aux: whether `fun` returns ``(loss, aux)``.
-        memory_bytes: the limit of one device for arguments, results and temporary memory; None is the device's own,
-            and must be given where it has none, as on CPU. Subtract what else lives there, such as optimizer state.
+        memory_bytes: the limit of one device for arguments, results and temporary memory; None is
+            the device's own, and must be given where it has none, as on CPU. Subtract what else
+            lives there, such as optimizer state.
         num_microbatches: restricts the candidates to this one.
         microbatch_size: restricts the candidates to this one.
-        split: as for `value_and_grad`; strided candidates divide the batch, and hold whole rows of every shard.
+        split: as for `value_and_grad`; strided candidates divide the batch, and hold whole rows of
+            every shard.
         num_examples_argnum: the argument that counts the real examples.
         axis_name: the name of the loop's axis.
-        mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these axes; the sizes are
-            then those of one device's shard.
+        mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these
+            axes; the sizes are then those of one device's shard.
         memory: restricts the schedules of a coupled loss to this one.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
-        progress: a function that is told of each program before it is compiled, such as ``print``. None shows this on
-            a terminal, and nowhere else; in a notebook pass ``print``.
+        progress: a function that is told of each program before it is compiled, such as ``print``.
+            None shows this on a terminal, and nowhere else; in a notebook pass ``print``.
         **kwargs: the keyword arguments of `fun`.
 
     Returns:
-        A `Plan`: `rows`, `best`, and a table as ``str``. Its sizes are those that `fun` accepts; the others are
-        `refused`, as those that cut a group of examples in two.
+        A `Plan`: `rows`, `best`, and a table as ``str``. Its sizes are those that `fun` accepts;
+        the others are `refused`, as those that cut a group of examples in two.
 
     Raises:
-        ValueError: if no limit is known, not even the smallest microbatch fits, or `fun` does not accept the size that
-            was asked for.
+        ValueError: if no limit is known, not even the smallest microbatch fits, or `fun` does not
+            accept the size that was asked for.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
@@ -121,13 +127,20 @@ def plan(
             sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
         else:
             sizes, refused, coupled = _accepted(couples, every)
-    schedules: tuple[Memory, ...] = (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
+    schedules: tuple[Memory, ...] = (
+        (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
+    )
     options |= {"accumulator": accumulator, "gather": gather}
 
     def measure(schedule: Memory, size: int) -> lowering.Cost:
-        step = value_and_grad(fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options)
+        step = value_and_grad(
+            fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options
+        )
         among = f", memory={schedule!r}" if coupled else ""
-        with during(f"plan: compiling microbatch_size={size}{among}", progress), warnings.catch_warnings():
+        with (
+            during(f"plan: compiling microbatch_size={size}{among}", progress),
+            warnings.catch_warnings(),
+        ):
             if len(schedules) > 1:  # that one of them is slow stands in the table
                 warnings.filterwarnings("ignore", message="memory=")
             return call.compiled(step, numbers)
@@ -136,27 +149,33 @@ def plan(
         sizes = [size for size in sizes if call.batch_size % size == 0]
     rows, needed = [], []
     for schedule in schedules:
-        search = _Search(functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled)
+        search = _Search(
+            functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled
+        )
         choice = search.run()
         rows += [search.row(size, schedule) for size in sizes]
         needed.append((search.total(choice), choice))
     if min(needed)[0] > limit:
         raise ValueError(
-            f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, needs {min(needed)[0]} "
-            "bytes on a device; raise the limit, shard the parameters, or divide the batch over more devices."
+            f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, "
+            f"needs {min(needed)[0]} bytes on a device; raise the limit, shard the parameters, or "
+            "divide the batch over more devices."
         )
     return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
 
 
 def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
-    """The sizes worth a look: the divisors of the batch, and powers of two where microbatches may be unequal."""
+    """The sizes worth a look: the divisors of the batch, and powers of two where microbatches may
+    be unequal."""
     sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
     if not equal:
         sizes |= {2**i for i in range(batch_size.bit_length()) if 2**i < batch_size}
     return sorted(size for size in sizes if size % shards == 0)
 
 
-def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> tuple[list[int], tuple[int, ...], bool]:
+def _accepted(
+    couples: Callable[[int], bool], sizes: list[int]
+) -> tuple[list[int], tuple[int, ...], bool]:
     """The sizes that `fun` accepts and those that it does not, and whether it has collectives.
 
     A function of groups of examples does not accept a single one. So where the smallest size is
@@ -194,8 +213,8 @@ def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> bool
             raise
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(
-            f"fun does not accept microbatches of {size} examples ({said}); pass a microbatch_size that "
-            f"it accepts: {', '.join(map(str, accepted))}."
+            f"fun does not accept microbatches of {size} examples ({said}); pass a microbatch_size "
+            f"that it accepts: {', '.join(map(str, accepted))}."
         ) from error
 
 
@@ -205,20 +224,28 @@ def _limit(memory_bytes: Any, call: lowering.Call) -> int:
     limit = call.device_limit()
     if limit is None:
         raise ValueError(
-            f"memory_bytes is None, and the device ({call.device_kind}) reports no limit of its own; pass "
-            "memory_bytes, the bytes of one device that the gradient may use."
+            f"memory_bytes is None, and the device ({call.device_kind}) reports no limit of its "
+            "own; pass memory_bytes, the bytes of one device that the gradient may use."
         )
     return limit
 
 
 class _Search:
-    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the choice is confirmed.
+    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the
+    choice is confirmed.
 
-    The whole batch as one microbatch is no loop, holds no sums, and lies on no line: it is always compiled.
+    The whole batch as one microbatch is no loop, holds no sums, and lies on no line: it is always
+    compiled.
     """
 
     def __init__(
-        self, measure: Callable[[int], lowering.Cost], sizes: list[int], batch_size: int, limit: int, *, ends: bool
+        self,
+        measure: Callable[[int], lowering.Cost],
+        sizes: list[int],
+        batch_size: int,
+        limit: int,
+        *,
+        ends: bool,
     ) -> None:
         self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
         self.ends = [sizes[0], sizes[-1]] if ends else []
@@ -226,7 +253,8 @@ class _Search:
         self.guesses: dict[int, int] = {}
 
     def run(self) -> int:
-        """The largest size that fits, or the smallest of all where none does; either is compiled."""
+        """The largest size that fits, or the smallest of all where none does; either is
+        compiled."""
         for size in self._anchors():
             self._compile(size)
         while True:
@@ -237,7 +265,8 @@ class _Search:
             self._compile(choice)
 
     def _anchors(self) -> list[int]:
-        """The whole batch, and about an eighth and a half of it: the smallest microbatches are padded."""
+        """The whole batch, and about an eighth and a half of it: the smallest microbatches are
+        padded."""
         whole = {self.batch_size} & set(self.sizes)
         loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
         small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
@@ -250,7 +279,11 @@ class _Search:
 
     def total(self, size: int) -> int:
         """The bytes of the program at a size, compiled or predicted."""
-        return self.known[size].total_bytes if size in self.known else round(self._between(size, "total_bytes"))
+        return (
+            self.known[size].total_bytes
+            if size in self.known
+            else round(self._between(size, "total_bytes"))
+        )
 
     def _between(self, size: int, name: str) -> float:
         """The line through the nearest compiled loops, on both sides where there are any."""

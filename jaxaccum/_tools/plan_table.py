@@ -1,4 +1,5 @@
-"""A plan as it is read: one row per size of microbatch and schedule, the best of them, as text and as HTML."""
+"""A plan as it is read: one row per size of microbatch and schedule, the best of them, as text and
+as HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from jaxaccum._base.types import Memory
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One candidate: its sizes, and what one device needs for it; bytes are compiled, or predicted where not."""
+    """One candidate: its sizes, and what one device needs for it; bytes are compiled, or predicted
+    where not."""
 
     microbatch_size: int
     num_microbatches: int
@@ -25,14 +27,16 @@ class Row:
     compiled: bool
     """Whether the bytes are those of the compiled program, or predicted from two others."""
     predicted_temp_bytes: int | None
-    """What the line through the programs compiled before said, kept beside the compiled figure; None for the first."""
+    """What the line through the programs compiled before said, kept beside the compiled figure;
+    None for the first."""
     fits: bool
     """Whether `total_bytes` are within the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The candidates, smallest microbatch first, and the limit; of a coupled loss, those of every schedule."""
+    """The candidates, smallest microbatch first, and the limit; of a coupled loss, those of every
+    schedule."""
 
     rows: tuple[Row, ...]
     memory_bytes: int
@@ -42,7 +46,8 @@ class Plan:
 
     @property
     def best(self) -> Row:
-        """The largest microbatch within the limit; of several schedules' the one of fewest operations. Compiled."""
+        """The largest microbatch within the limit; of several schedules' the one of fewest
+        operations. Compiled."""
         largest = {row.memory: row for row in self.rows if row.fits and row.compiled}
         return min(largest.values(), key=lambda row: (row.flops, -row.microbatch_size))
 

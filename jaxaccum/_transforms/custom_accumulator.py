@@ -1,4 +1,5 @@
-"""Value and gradient where the user says how gradients combine: each microbatch's mean gradient, handed to a record.
+"""Value and gradient where the user says how gradients combine: each microbatch's mean gradient,
+handed to a record.
 
 It is the same scan over microbatches, in which each microbatch returns its gradients as a tree.
 """
@@ -26,7 +27,8 @@ Assemble = Callable[[Sequence[Array]], PyTree]
 
 
 class Accumulated(NamedTuple):
-    """The combined parts, the gradients in their own structure, and the accumulator's report or None."""
+    """The combined parts, the gradients in their own structure, and the accumulator's report or
+    None."""
 
     parts: list[Array]
     grads: PyTree
@@ -34,26 +36,38 @@ class Accumulated(NamedTuple):
 
 
 def value_and_grad(
-    program: Program, wrt: tuple[int, ...], accumulator: Any, assemble: Assemble, arrays: Sequence[Array]
+    program: Program,
+    wrt: tuple[int, ...],
+    accumulator: Any,
+    assemble: Assemble,
+    arrays: Sequence[Array],
 ) -> Accumulated:
-    """The value's parts over all shards, and what `accumulator` makes of the microbatches' mean gradients.
+    """The value's parts over all shards, and what `accumulator` makes of the microbatches' mean
+    gradients.
 
-    A report stays the device's own, its scalars with an axis, so that ``out_specs=P(axes)`` puts all of them together.
+    A report stays the device's own, its scalars with an axis, so that ``out_specs=P(axes)`` puts
+    all of them together.
     """
     total_part, weight_part = _one_denominator(program, wrt)
     weight_of_batch = summed_gradients.known_first(program, arrays, wrt)[weight_part]
-    step = _loop.Derivative(program, _loop.Gradient(wrt, (total_part,), in_place()), list(arrays), [])
+    step = _loop.Derivative(
+        program, _loop.Gradient(wrt, (total_part,), in_place()), list(arrays), []
+    )
     params = assemble(step.parameters)
     state = jax.tree.map(_strong, accumulator.init(params))
     selective = getattr(accumulator, "accepts", None) is not None
 
-    def visit(g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any) -> tuple[list[Array], Any, Any]:
+    def visit(
+        g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
+    ) -> tuple[list[Array], Any, Any]:
         del extra
         parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
         total = parts[total_part]
         weight = cast(parts[weight_part], total.dtype)
         divisor = _divisor(weight_of_batch, weight)
-        shares, _ = pull([varying.vary(ratio(jnp.ones_like(total), divisor), varying.varying_axes(outs[0]))])
+        shares, _ = pull(
+            [varying.vary(ratio(jnp.ones_like(total), divisor), varying.varying_axes(outs[0]))]
+        )
         grads = assemble([_mean_gradient(share, divisor, weight) for share in shares])
         if selective:
             weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
@@ -68,10 +82,15 @@ def value_and_grad(
         idle=lambda g: (jnp.array(False), [jnp.zeros_like(x) for x in _entries(state)]),
         keep=(lambda written: written[0]) if selective else None,
     )
-    entries = [jnp.concatenate(groups) for groups in zip(*(entries for _, entries in scanned.written), strict=True)]
+    entries = [
+        jnp.concatenate(groups)
+        for groups in zip(*(entries for _, entries in scanned.written), strict=True)
+    ]
     grads, report = _finalized(accumulator, _with_entries(scanned.sums, entries), params)
     parts, grads = _over_shards(program, wrt, weight_part, scanned.parts, grads)
-    if program.mesh_axes:  # each device has a report of its own, and along a leading axis there is room for all
+    if (
+        program.mesh_axes
+    ):  # each device has a report of its own, and along a leading axis there is room for all
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
     grads = [returned(accumulator, grad, x) for grad, x in zip(grads, step.parameters, strict=True)]
     return Accumulated(parts, assemble(grads), report)
@@ -80,8 +99,9 @@ def value_and_grad(
 def _divisor(weight_of_batch: Array, weight: Array) -> Array:
     """What the cotangent of a total is divided by: the weight of the batch, as in the full batch.
 
-    A backward rule of the user's that is not linear, such as one that clips, then does what it does there. Where a
-    microbatch has spoiled that weight with NaN or infinity, the others are divided by their own.
+    A backward rule of the user's that is not linear, such as one that clips, then does what it does
+    there. Where a microbatch has spoiled that weight with NaN or infinity, the others are divided
+    by their own.
     """
     whole = cast(weight_of_batch, weight.dtype)
     return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)
@@ -95,48 +115,54 @@ def _mean_gradient(share: Array, divisor: Array, weight: Array) -> Array:
 
 
 def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
-    """Total and weight of the loss's one term: a microbatch's mean gradient and weight then make the batch's."""
+    """Total and weight of the loss's one term: a microbatch's mean gradient and weight then make
+    the batch's."""
     if program.coupled:
         raise ValueError(
-            "a custom accumulator sees each microbatch's own gradient, and a loss with a collective over the axis of "
-            "the loop has none; use in_place() or tree(), or a loss without the collective."
+            "a custom accumulator sees each microbatch's own gradient, and a loss with a "
+            "collective over the axis of the loop has none; use in_place() or tree(), or a loss "
+            "without the collective."
         )
     if overwritten := [program.slots[i].name for i in wrt if program.slots[i].overwritten]:
         raise ValueError(
-            f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, and a custom accumulator "
-            "would average it; use in_place() or tree()."
+            f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, and a "
+            "custom accumulator would average it; use in_place() or tree()."
         )
     rows = [program.slots[i].name for i in wrt if program.slots[i].role is Role.ROWS]
     if rows:
         raise ValueError(
-            f"{rows[0]} is part of the batch, and a custom accumulator combines gradients of what all microbatches "
-            "share; leave it out of argnums, or use in_place() or tree()."
+            f"{rows[0]} is part of the batch, and a custom accumulator combines gradients of what "
+            "all microbatches share; leave it out of argnums, or use in_place() or tree()."
         )
     exchanged = frozenset().union(*(one.other_axes for one in program.traces))
     for i in wrt:
         if shared := program.given_axes[i] & exchanged & set(program.mesh_axes):
             raise ValueError(
-                f"{program.slots[i].name} is divided over {', '.join(map(repr, sorted(shared)))}, as the batch is, and "
-                "gathered at every microbatch: its gradients come of all devices, and a custom accumulator would "
-                'weigh them by one device\'s; on an explicit mesh pass gather="once", or use in_place() or tree().'
+                f"{program.slots[i].name} is divided over {', '.join(map(repr, sorted(shared)))}, "
+                "as the batch is, and gathered at every microbatch: its gradients come of all "
+                "devices, and a custom accumulator would weigh them by one device's; on an "
+                'explicit mesh pass gather="once", or use in_place() or tree().'
             )
         if others := program.given_axes[i] - program.axes:
             raise ValueError(
-                f"{program.slots[i].name} differs between the devices along {', '.join(map(repr, sorted(others)))}, "
-                "and a custom accumulator would decide by one device's part of its gradient; use in_place() or tree()."
+                f"{program.slots[i].name} differs between the devices along "
+                f"{', '.join(map(repr, sorted(others)))}, and a custom accumulator would decide by "
+                "one device's part of its gradient; use in_place() or tree()."
             )
     terms = program.terms
     weight = terms[0].weight
     if len(terms) != 1 or weight is None:
         found = f"{len(terms)} terms" if len(terms) != 1 else "a Sum, which has none"
         raise ValueError(
-            f"a custom accumulator needs a loss with one denominator, and this loss is {found}; return one scalar or "
-            "one Mean(total, weight) whose total adds the terms up, or use in_place() or tree()."
+            f"a custom accumulator needs a loss with one denominator, and this loss is {found}; "
+            "return one scalar or one Mean(total, weight) whose total adds the terms up, or use "
+            "in_place() or tree()."
         )
     if program.depends([weight], wrt):
         raise ValueError(
-            "a custom accumulator needs a loss whose denominator is given, and the weight of this Mean depends on what "
-            "is differentiated; stop its gradient, as in Mean(total, jax.lax.stop_gradient(weight)), or use in_place()."
+            "a custom accumulator needs a loss whose denominator is given, and the weight of this "
+            "Mean depends on what is differentiated; stop its gradient, as in Mean(total, "
+            "jax.lax.stop_gradient(weight)), or use in_place()."
         )
     return terms[0].total, weight
 
@@ -144,16 +170,21 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
 def _over_shards(
     program: Program, wrt: tuple[int, ...], weight: int, parts: list[Array], grads: list[Array]
 ) -> tuple[list[Array], list[Array]]:
-    """Parts and gradients over the mesh, in one collective; of shards of one batch, the mean by their weights."""
+    """Parts and gradients over the mesh, in one collective; of shards of one batch, the mean by
+    their weights."""
     if not program.mesh_axes:
-        return summed_gradients.over_shards(program, wrt, summed_gradients.ValueAndGrad(parts, grads), {})
+        return summed_gradients.over_shards(
+            program, wrt, summed_gradients.ValueAndGrad(parts, grads), {}
+        )
     share = parts[weight]
     weighted = [jnp.where(share == 0, jnp.zeros_like(g), g * cast(share, g.dtype)) for g in grads]
-    parts, sums = summed_gradients.over_shards(program, wrt, summed_gradients.ValueAndGrad(parts, weighted), {})
+    parts, sums = summed_gradients.over_shards(
+        program, wrt, summed_gradients.ValueAndGrad(parts, weighted), {}
+    )
     return parts, [ratio(x, parts[weight]) for x in sums]
 
 
-# -- the state --------------------------------------------------------------------------------------------------------
+# -- the state -------------------------------------------------------------------------------------
 
 
 def _is_stack(x: Any) -> bool:
@@ -161,13 +192,19 @@ def _is_stack(x: Any) -> bool:
 
 
 def _strong(x: Any) -> Array:
-    """An array that is not weakly typed, so that it keeps its dtype from microbatch to microbatch."""
+    """An array that is not weakly typed, so that it keeps its dtype from microbatch to
+    microbatch."""
     return cast(x, dtype_of(x))
 
 
 def _entries(state: Any) -> list[Array]:
     """What the state holds under the tag Stack, to be written down at each microbatch."""
-    return [x for tag in jax.tree.leaves(state, is_leaf=_is_stack) if _is_stack(tag) for x in jax.tree.leaves(tag)]
+    return [
+        x
+        for tag in jax.tree.leaves(state, is_leaf=_is_stack)
+        if _is_stack(tag)
+        for x in jax.tree.leaves(tag)
+    ]
 
 
 def _with_entries(state: Any, entries: list[Array]) -> Any:
@@ -179,15 +216,18 @@ def _with_entries(state: Any, entries: list[Array]) -> Any:
 def _checked(new: Any, old: Any) -> Any:
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
-            f"the accumulator's update returns a state of structure {jax.tree.structure(new)}, and init one of "
-            f"{jax.tree.structure(old)}; return the structure that came in."
+            f"the accumulator's update returns a state of structure {jax.tree.structure(new)}, and "
+            f"init one of {jax.tree.structure(old)}; return the structure that came in."
         )
-    for (name, x), before in zip(leaves_with_names(new, "the accumulator's state"), jax.tree.leaves(old), strict=True):
+    for (name, x), before in zip(
+        leaves_with_names(new, "the accumulator's state"), jax.tree.leaves(old), strict=True
+    ):
         if jnp.shape(x) != before.shape or dtype_of(x) != before.dtype:
             raise TypeError(
-                f"{name} changes from {before.dtype}{list(before.shape)} to {dtype_of(x)}{list(jnp.shape(x))} in the "
-                "accumulator's update; let init return the shape and dtype that update does (gradients of parameters "
-                "of lower precision come in float32)."
+                f"{name} changes from {before.dtype}{list(before.shape)} to "
+                f"{dtype_of(x)}{list(jnp.shape(x))} in the accumulator's update; let init return "
+                "the shape and dtype that update does (gradients of parameters of lower precision "
+                "come in float32)."
             )
     return jax.tree.map(_strong, new)
 
@@ -195,11 +235,14 @@ def _checked(new: Any, old: Any) -> Any:
 def _finalized(accumulator: Any, state: Any, params: PyTree) -> tuple[list[Array], Any]:
     result = accumulator.finalize(state)
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"the accumulator's finalize returns (grads, report); got a {type(result).__name__}.")
+        raise TypeError(
+            f"the accumulator's finalize returns (grads, report); got a {type(result).__name__}."
+        )
     grads, report = result
     if jax.tree.structure(grads, is_leaf=_is_stack) != jax.tree.structure(params):
         raise ValueError(
-            f"the accumulator's finalize returns gradients of structure {jax.tree.structure(grads)} for parameters of "
-            f"{jax.tree.structure(params)}; return gradients like the parameters, and the rest as the report."
+            "the accumulator's finalize returns gradients of structure "
+            f"{jax.tree.structure(grads)} for parameters of {jax.tree.structure(params)}; return "
+            "gradients like the parameters, and the rest as the report."
         )
     return jax.tree.leaves(grads), report

@@ -1,11 +1,11 @@
 """Calls outside of ``jax.jit``: what they run is compiled once for equal programs, and kept.
 
-The problem. Outside of jit JAX compiles each ``lax.scan`` by itself, and keeps what it compiled for this one body. The
-body here is made anew at each call, since the user's function may have changed, so each call would compile: half a
-second in place of some milliseconds.
+The problem. Outside of jit JAX compiles each ``lax.scan`` by itself, and keeps what it compiled for
+this one body. The body here is made anew at each call, since the user's function may have changed,
+so each call would compile: half a second in place of some milliseconds.
 
-The idea. The user's function is traced at every call, as by ``jax.grad``. If the program that comes out is one that was
-compiled before, that is what runs.
+The idea. The user's function is traced at every call, as by ``jax.grad``. If the program that comes
+out is one that was compiled before, that is what runs.
 
     program = trace of the loop and its gradient   # at every call
     compiled = kept[key of the program]            # jax.jit, the first time
@@ -31,11 +31,14 @@ _KEPT = 64
 
 
 def once(fun: Callable[..., Any], *operands: Any) -> Any:
-    """``fun(*operands)``; where all operands are arrays, compiled once for all functions that trace to one program."""
+    """``fun(*operands)``; where all operands are arrays, compiled once for all functions that trace
+    to one program."""
     arrays, treedef = jax.tree.flatten(operands)
     if compat.is_jit_disabled() or not all(map(_is_array, arrays)):
         return fun(*operands)
-    closed, shapes = jax.make_jaxpr(lambda *arrays: fun(*treedef.unflatten(arrays)), return_shape=True)(*arrays)
+    closed, shapes = jax.make_jaxpr(
+        lambda *arrays: fun(*treedef.unflatten(arrays)), return_shape=True
+    )(*arrays)
     jaxpr, consts = compat.opened(closed)
     try:
         run = _compiled(_Keyed(key_of(jaxpr), jaxpr))

@@ -1,4 +1,5 @@
-"""Which of the two engines runs a program: the loop, or the stages of a coupled loss. It is decided here alone."""
+"""Which of the two engines runs a program: the loop, or the stages of a coupled loss. It is decided
+here alone."""
 
 from __future__ import annotations
 
@@ -18,12 +19,16 @@ from jaxaccum._transforms.eager import once
 
 
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
-    """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes every pass."""
+    """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes
+    every pass."""
     return once(functools.partial(_run, program, checkpoint), list(arrays))
 
 
-def run_with_gradient(program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]) -> Result:
-    """The combined parts, and the gradients of all microbatches, of one seed for each of the gradient's parts."""
+def run_with_gradient(
+    program: Program, arrays: Sequence[Array], gradient: Gradient, seeds: Sequence[Array]
+) -> Result:
+    """The combined parts, and the gradients of all microbatches, of one seed for each of the
+    gradient's parts."""
     return once(functools.partial(_run_with_gradient, program, gradient), list(arrays), list(seeds))
 
 
@@ -37,7 +42,9 @@ def _run(program: Program, checkpoint: bool, arrays: list[Array]) -> list[Array]
     return engine.run(program, arrays, checkpoint=checkpoint)
 
 
-def _run_with_gradient(program: Program, gradient: Gradient, arrays: list[Array], seeds: list[Array]) -> Result:
+def _run_with_gradient(
+    program: Program, gradient: Gradient, arrays: list[Array], seeds: list[Array]
+) -> Result:
     if not program.checked:
         plain = _plain(program)
         with unchecked():

@@ -1,13 +1,16 @@
-"""A batch laid out on an explicit mesh: the loop runs device by device and sums over devices once, after it.
+"""A batch laid out on an explicit mesh: the loop runs device by device and sums over devices once,
+after it.
 
-In an explicit mesh an array's type says over which mesh axes its rows are divided. The loop then runs under
-``shard_map`` over these axes, each device with its own rows, so that no gradient is summed inside it. Every shard is
-cut in place: a contiguous microbatch takes consecutive rows of each shard, so that groups of adjacent examples stay
-together; a strided one takes the examples i, i + n, … of the batch.
+In an explicit mesh an array's type says over which mesh axes its rows are divided. The loop then
+runs under ``shard_map`` over these axes, each device with its own rows, so that no gradient is
+summed inside it. Every shard is cut in place: a contiguous microbatch takes consecutive rows of
+each shard, so that groups of adjacent examples stay together; a strided one takes the examples i, i
++ n, … of the batch.
 
-A call that cannot run so runs on the global arrays, cut into the same microbatches, and JAX sums at every microbatch: a
-carried state, which sees whole microbatches; a coupled loss, unless its collectives name the batch's mesh axes too; and
-a `fun` that closes over arrays of the mesh or names its axes in shardings.
+A call that cannot run so runs on the global arrays, cut into the same microbatches, and JAX sums at
+every microbatch: a carried state, which sees whole microbatches; a coupled loss, unless its
+collectives name the batch's mesh axes too; and a `fun` that closes over arrays of the mesh or names
+its axes in shardings.
 """
 
 from __future__ import annotations
@@ -38,10 +41,12 @@ _NEEDS_GLOBAL_ARRAYS = (
     "of type Auto or Manual",
     "manual_axis_type",
 )
-"""What JAX says of a `fun` that closes over arrays of the mesh, or that names an axis which is manual in the loop."""
+"""What JAX says of a `fun` that closes over arrays of the mesh, or that names an axis which is
+manual in the loop."""
 
 Call = Callable[[Fun, Options, tuple[Any, ...], dict[str, Any]], Any]
-"""The plain path; with `argnums`, it returns a pair whose second entry holds the gradients of these arguments."""
+"""The plain path; with `argnums`, it returns a pair whose second entry holds the gradients of these
+arguments."""
 
 
 def spread(
@@ -54,7 +59,8 @@ def spread(
     argnums: Sequence[int] = (),
     gather: str = "each",
 ) -> Any:
-    """``call(fun, options, args, kwargs)``, over the devices of an explicit mesh if the batch is laid out on one."""
+    """``call(fun, options, args, kwargs)``, over the devices of an explicit mesh if the batch is
+    laid out on one."""
     validate.gather(gather)
     try:
         return _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
@@ -63,8 +69,9 @@ def spread(
         if not mapped or is_ours(error):
             raise
         raise ValueError(
-            f"the call is inside jax.shard_map, under a jax.vmap with spmd_axis_name={_quoted(sorted(mapped))}, where "
-            "JAX cannot follow which values of a loop vary over the mesh; pass check_vma=False to jax.shard_map."
+            "the call is inside jax.shard_map, under a jax.vmap with "
+            f"spmd_axis_name={_quoted(sorted(mapped))}, where JAX cannot follow which values of a "
+            "loop vary over the mesh; pass check_vma=False to jax.shard_map."
         ) from error
 
 
@@ -99,9 +106,17 @@ def _spread(
 
 
 def _of_plain_types(
-    call: Call, fun: Fun, options: Options, layout: Layout, arrays: list[Array], *, argnums: Sequence[int], gather: str
+    call: Call,
+    fun: Fun,
+    options: Options,
+    layout: Layout,
+    arrays: list[Array],
+    *,
+    argnums: Sequence[int],
+    gather: str,
 ) -> Any:
-    """The call with sums over devices taken that JAX would leave to be taken; its gradients come back as JAX's do."""
+    """The call with sums over devices taken that JAX would leave to be taken; its gradients come
+    back as JAX's do."""
     args, kwargs = layout.build([varying.plain(x) for x in arrays])
     result = _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
     if not argnums:
@@ -162,21 +177,26 @@ class _Spread:
         size = partition.groups[0].size
         if len(partition.groups) > 1 or size % self.shards:
             raise ValueError(
-                f"{name}={getattr(self.options, name)} divides the {whole} examples of the batch into microbatches of "
-                f"{' and '.join(str(group.size) for group in partition.groups)}, and the batch is laid out over "
-                f"{self.shards} shards of an explicit mesh ({_quoted(self.axes)}): a microbatch takes equally many "
-                f"rows of each. Pass a num_microbatches that divides the {whole // self.shards} rows of a shard, or a "
-                f"microbatch_size that is {self.shards} times such a divisor."
+                f"{name}={getattr(self.options, name)} divides the {whole} examples of the batch "
+                "into microbatches of "
+                f"{' and '.join(str(group.size) for group in partition.groups)}, and the batch is "
+                f"laid out over {self.shards} shards of an explicit mesh ({_quoted(self.axes)}): a "
+                "microbatch takes equally many rows of each. Pass a num_microbatches that divides "
+                f"the {whole // self.shards} rows of a shard, or a microbatch_size that is "
+                f"{self.shards} times such a divisor."
             )
 
     def globally(self) -> Any:
         """The loop over global arrays, whose microbatches are divided as the batch is."""
         options = dataclasses.replace(self.options, blocks=self.shards)
-        head, grads = _in_mesh(self.mesh, lambda arrays: self._pair(options, arrays))(self._kept(self.arrays))
+        head, grads = _in_mesh(self.mesh, lambda arrays: self._pair(options, arrays))(
+            self._kept(self.arrays)
+        )
         leaves, treedef = jax.tree.flatten(grads)
         shardings = [jax.typeof(self.arrays[i]).sharding for i in self._differentiated()]
         flat = [  # the gradient of what lies on no mesh stays whole on every device
-            g if own.mesh.empty else jax.sharding.reshard(g, own) for g, own in zip(leaves, shardings, strict=True)
+            g if own.mesh.empty else jax.sharding.reshard(g, own)
+            for g, own in zip(leaves, shardings, strict=True)
         ]
         return (head, treedef.unflatten(flat)) if self.argnums else head
 
@@ -198,13 +218,17 @@ class _Spread:
             rows = [bool(varying.varying_axes(x) & set(self.axes)) for x in leaves]
             flat, grads_def = jax.tree.flatten(grads)
             if self.gather == "once":
-                flat = [self._scattered(i, g) for i, g in zip(self._differentiated(), flat, strict=True)]
+                flat = [
+                    self._scattered(i, g) for i, g in zip(self._differentiated(), flat, strict=True)
+                ]
             found.append((treedef, grads_def, rows))
             pairs = list(zip(leaves, rows, strict=True))
             return [x for x, row in pairs if row], [x for x, row in pairs if not row], flat
 
         outs = (P(self.axes), P(), [specs[i] for i in self._differentiated()])
-        over = jax.shard_map(one, mesh=self.mesh, in_specs=tuple(specs), out_specs=outs, axis_names=set(self.axes))
+        over = jax.shard_map(
+            one, mesh=self.mesh, in_specs=tuple(specs), out_specs=outs, axis_names=set(self.axes)
+        )
         rows, same, flat = once(over, *self.arrays)
         treedef, grads_def, divided = found[-1]
         rest = (iter(same), iter(rows))
@@ -226,7 +250,9 @@ class _Spread:
         if self.gather == "each":
             return list(arrays)
         whole = NamedSharding(self.mesh, P())
-        return [jax.sharding.reshard(x, whole) if i in self.sharded else x for i, x in enumerate(arrays)]
+        return [
+            jax.sharding.reshard(x, whole) if i in self.sharded else x for i, x in enumerate(arrays)
+        ]
 
     def _own_options(self) -> Options:
         """The options of one device's call: its share of each microbatch."""
@@ -245,8 +271,11 @@ class _Spread:
         return _differentiated(self.layout, self.argnums)
 
     def _leaves_of(self, sharded: dict[int, P]) -> dict[int, P]:
-        """By position among all leaves of the arguments, of which slots are those that are arrays."""
-        positions = [i for i in range(self.layout.treedef.num_leaves) if i not in self.layout.statics]
+        """By position among all leaves of the arguments, of which slots are those that are
+        arrays."""
+        positions = [
+            i for i in range(self.layout.treedef.num_leaves) if i not in self.layout.statics
+        ]
         return {positions[i]: spec for i, spec in sharded.items()}
 
     def _a_row(self) -> int:
@@ -263,7 +292,8 @@ class _Spread:
 
 
 def gathered(x: Array, spec: P) -> Array:
-    """The whole array, of which this device holds a share; its cotangent is summed over devices and scattered."""
+    """The whole array, of which this device holds a share; its cotangent is summed over devices and
+    scattered."""
     for dim, names in _divided(spec):
         x = lax.all_gather(x, names, axis=dim, tiled=True)
     return x
@@ -272,14 +302,17 @@ def gathered(x: Array, spec: P) -> Array:
 def _gathering(fun: Fun, sharded: dict[int, P], row: int) -> Fun:
     """`fun` of shares of its parameters, which it gathers at every microbatch.
 
-    The barrier ties them to the microbatch: else the compiler, which sees that they never change, gathers them before
-    the loop and keeps them.
+    The barrier ties them to the microbatch: else the compiler, which sees that they never change,
+    gathers them before the loop and keeps them.
     """
 
     @functools.wraps(fun)
     def whole(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        own = [gathered(_tied(x, leaves[row]), sharded[i]) if i in sharded else x for i, x in enumerate(leaves)]
+        own = [
+            gathered(_tied(x, leaves[row]), sharded[i]) if i in sharded else x
+            for i, x in enumerate(leaves)
+        ]
         args, kwargs = treedef.unflatten(own)
         return fun(*args, **kwargs)
 
@@ -300,7 +333,9 @@ _tied.defvjp(lambda x, row: (_tied(x, row), None), lambda _, cotangent: (cotange
 
 def _batch_axes(layout: Layout, arrays: Sequence[Array]) -> tuple[str, ...]:
     """The explicit mesh axes over which all batch axes are divided alike."""
-    pairs = [(slot, x) for slot, x in zip(layout.slots, arrays, strict=True) if slot.role is Role.ROWS]
+    pairs = [
+        (slot, x) for slot, x in zip(layout.slots, arrays, strict=True) if slot.role is Role.ROWS
+    ]
     found = [(slot.name, _explicit_names(x, slot.axis)) for slot, x in pairs]
     if not found:
         return ()
@@ -308,8 +343,9 @@ def _batch_axes(layout: Layout, arrays: Sequence[Array]) -> tuple[str, ...]:
     for name, other in found[1:]:
         if other != first:
             raise ValueError(
-                f"the batch axis of {first_name} is laid out over {_quoted(first)} of the mesh and that of {name} over "
-                f"{_quoted(other)}; lay all rows of the batch out alike, with jax.sharding.reshard or jax.device_put."
+                f"the batch axis of {first_name} is laid out over {_quoted(first)} of the mesh and "
+                f"that of {name} over {_quoted(other)}; lay all rows of the batch out alike, with "
+                "jax.sharding.reshard or jax.device_put."
             )
     return first
 
@@ -323,7 +359,9 @@ def _explicit_names(x: Array, axis: int) -> tuple[str, ...]:
 
 def _only(spec: P, axes: Sequence[str]) -> P:
     """The part of a sharding that is over the given mesh axes."""
-    kept = [tuple(name for name in varying.names(spec, i) if name in axes) for i in range(len(spec))]
+    kept = [
+        tuple(name for name in varying.names(spec, i) if name in axes) for i in range(len(spec))
+    ]
     return P(*(names or None for names in kept))
 
 

@@ -1,4 +1,5 @@
-"""`microbatch`: a function written for one microbatch, run over the whole batch and differentiable by JAX."""
+"""`microbatch`: a function written for one microbatch, run over the whole batch and differentiable
+by JAX."""
 
 from __future__ import annotations
 
@@ -40,10 +41,11 @@ def microbatch(
 ) -> Fun:
     """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
 
-    Every output combines by its tag, ``Mean(t, w)`` to ``Σ t / Σ w``, ``Sum(x)`` to ``Σ x``, ``Concat(x)`` to all rows
-    in order, …; an untagged floating scalar declares a mean over the microbatch's examples. What depends on whole
-    arguments alone (a temperature, a regularizer's weights) needs no tag: it passes as it is, whatever its shape and
-    dtype, and its gradient counts once. It equals::
+    Every output combines by its tag, ``Mean(t, w)`` to ``Σ t / Σ w``, ``Sum(x)`` to ``Σ x``,
+    ``Concat(x)`` to all rows in order, …; an untagged floating scalar declares a mean over the
+    microbatch's examples. What depends on whole arguments alone (a temperature, a regularizer's
+    weights) needs no tag: it passes as it is, whatever its shape and dtype, and its gradient counts
+    once. It equals::
 
         def microbatched(params, batch):
             outputs = []
@@ -52,38 +54,45 @@ def microbatch(
             return combine(outputs)  # tag by tag: Σ total / Σ weight, concatenate, …
 
     Args:
-        fun: function of one microbatch; its outputs are tags, floating scalars, or depend on whole arguments alone.
-        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        fun: function of one microbatch; its outputs are tags, floating scalars, or depend on whole
+            arguments alone.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or
+            `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
-        in_axes: one entry per argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix of both, or
-            ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes keyword
-            arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all others whole.
-        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
-        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding, and
-            microbatches of padding alone are skipped at run time.
+        in_axes: one entry per argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix
+            of both, or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes
+            keyword arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all
+            others whole.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it
+            must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is
+            padding, and microbatches of padding alone are skipped at run time.
         axis_name: the name that ``lax.axis_index`` and collectives use for the loop.
-        mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are also summed.
-        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
-            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
-            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
-            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
-            comparison of the two takes both from the result, or ``"store"``.
-        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
-            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
-            It traces `fun` once more, for the whole batch.
+        mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are
+            also summed.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the
+            full batch at the cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None,
+            what is cheap. The rest is computed again; above 3 times the operations of the full
+            batch, a warning says so. Else it changes nothing, but that a value computed again may
+            differ by a rounding from its copy in a collective's result: a rank or a comparison of
+            the two takes both from the result, or ``"store"``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``
+            by an `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`,
+            or None, not to look. It traces `fun` once more, for the whole batch.
 
     Returns:
-        A function of the same arguments on the whole batch. It returns `fun`'s own structure with each tag resolved.
+        A function of the same arguments on the whole batch. It returns `fun`'s own structure with
+        each tag resolved.
 
-    Guarantees:
-        Equal to `full_batch` in exact arithmetic, for value and derivatives, at one microbatch's activation memory.
-        Reverse-mode for any output; one forward pass where one scalar is differentiated, else two. Forward-mode
-        where one scalar is differentiated.
+    Guarantees: Equal to `full_batch` in exact arithmetic, for value and derivatives, at one
+        microbatch's activation memory. Reverse-mode for any output; one forward pass where one
+        scalar is differentiated, else two. Forward-mode where one scalar is differentiated.
 
     Raises:
-        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also where a derivative is
-            asked in reverse mode of a `Max`, `Min`, `Last` or `Carry` that moves with what is differentiated: it would
-            be 0. In forward mode, the tangents of these are 0.
+        ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also
+            where a derivative is asked in reverse mode of a `Max`, `Min`, `Last` or `Carry` that
+            moves with what is differentiated: it would be 0. In forward mode, the tangents of these
+            are 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
@@ -121,7 +130,8 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
 
     Args:
         fun: function of one microbatch, as for `microbatch`.
-        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` with every example's index.
+        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` with every
+            example's index.
         axis_name: the name of the axis, bound with size 1.
 
     Returns:
@@ -145,11 +155,12 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
 def _differentiable(program: Program) -> Any:
     """The loop with the derivative that its use asks for. One rule does not fit all:
 
-    * One scalar depends on what is differentiated: its gradient is computed beside the value, and the tangent is
-      ``Σ g · t``. One forward pass, and forward-mode works.
-    * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is not linear: the
-      cotangents are not known yet, so the backward pass runs the loop again.
-    * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the loop itself.
+    * One scalar depends on what is differentiated: its gradient is computed beside the value, and
+      the tangent is ``Σ g · t``. One forward pass, and forward-mode works.
+    * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is
+      not linear: the cotangents are not known yet, so the backward pass runs the loop again.
+    * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the
+      loop itself.
     """
 
     @jax.custom_jvp
@@ -162,12 +173,18 @@ def _differentiable(program: Program) -> Any:
         if not program.is_reversible(wrt):
             return _jvp(lambda arrays: engine.run(program, arrays), arrays, tangents, wrt)
         reached = [i for i in _candidates(program) if program.depends([i], wrt)]
-        if len(reached) == 1 and _is_scalar_sum(program, reached[0]) and not program.has_backward_rule:
+        if (
+            len(reached) == 1
+            and _is_scalar_sum(program, reached[0])
+            and not program.has_backward_rule
+        ):
             return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
         if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
-            # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule that it does not
-            # run here. So it derives both passes from the forward one, now.
-            return _jvp(lambda arrays: engine.run(program, arrays, checkpoint=True), arrays, tangents, wrt)
+            # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule
+            # that it does not run here. So it derives both passes from the forward one, now.
+            return _jvp(
+                lambda arrays: engine.run(program, arrays, checkpoint=True), arrays, tangents, wrt
+            )
         return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
 
     forward.defjvp(rule, symbolic_zeros=True)
@@ -176,7 +193,9 @@ def _differentiable(program: Program) -> Any:
     return forward
 
 
-def _jvp(fun: Any, arrays: list[Array], tangents: list[Any], wrt: tuple[int, ...]) -> tuple[Any, Any]:
+def _jvp(
+    fun: Any, arrays: list[Array], tangents: list[Any], wrt: tuple[int, ...]
+) -> tuple[Any, Any]:
     """JAX's own derivative with respect to the slots `wrt`; to JAX the others are constants."""
 
     def of_moving(*moving: Array) -> list[Array]:
@@ -193,14 +212,20 @@ def _floating(program: Program) -> list[int]:
     floating: list[int] = []
     for g, one in enumerate(program.traces):
         pairs = zip(program.sources(g), one.arguments, strict=True)
-        floating += [i for i, v in pairs if is_inexact(v.aval) and program.slots[i].role in (Role.WHOLE, Role.ROWS)]
+        floating += [
+            i
+            for i, v in pairs
+            if is_inexact(v.aval) and program.slots[i].role in (Role.WHOLE, Role.ROWS)
+        ]
     return list(dict.fromkeys(floating))
 
 
 def _moves(program: Program, i: int, tangent: Any) -> bool:
     role = program.slots[i].role
     return (
-        not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0 and role in (Role.WHOLE, Role.ROWS)
+        not isinstance(tangent, SymbolicZero)
+        and tangent.dtype != jax.dtypes.float0
+        and role in (Role.WHOLE, Role.ROWS)
     )
 
 
@@ -212,7 +237,11 @@ def _is_mapped(x: Any) -> bool:
 def _candidates(program: Program) -> list[int]:
     """The parts that can have a derivative."""
     pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
-    return [i for i, (part, v) in enumerate(pairs) if part.reduction.differentiable and is_inexact(v.aval)]
+    return [
+        i
+        for i, (part, v) in enumerate(pairs)
+        if part.reduction.differentiable and is_inexact(v.aval)
+    ]
 
 
 def _is_scalar_sum(program: Program, part: int) -> bool:
@@ -229,14 +258,19 @@ def _gradient_beside_value(
 ) -> tuple[list[Array], list[Any]]:
     aval: Any = program.traces[0].jaxpr.outvars[part].aval
     gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
-    parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)])
+    parts, grads = engine.run_with_gradient(
+        program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)]
+    )
     grads = _loop.next_values(program.slots, arrays, wrt, grads)
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
-        # A real loss of a complex parameter moves by the real part, in JAX's convention without a conjugate.
+        # A real loss of a complex parameter moves by the real part, in JAX's convention without a
+        # conjugate.
         share = cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
         tangent = tangent + varying.sum_over_others(share, varying.varying_axes(tangent))
-    return parts, [tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)]
+    return parts, [
+        tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)
+    ]
 
 
 def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
@@ -251,18 +285,25 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
         values = [x.value for x in arrays]
         if not program.has_backward_rule:
             return engine.run(program, values), values
-        # JAX runs the forward rule of a custom_vjp only where it differentiates: an outer derivative needs that form,
-        # not the plain function, which may close over what is differentiated. Nobody reads these gradients.
+        # JAX runs the forward rule of a custom_vjp only where it differentiates: an outer
+        # derivative needs that form, not the plain function, which may close over what is
+        # differentiated. Nobody reads these gradients.
         gradient = _loop.Gradient(wrt, tuple(wanted), Sums(in_place=True))
-        return engine.run_with_gradient(program, values, gradient, _ones(program, wanted)).parts, values
+        return engine.run_with_gradient(
+            program, values, gradient, _ones(program, wanted)
+        ).parts, values
 
     def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
         gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
-        _, summed = engine.run_with_gradient(program, values, gradient, [cotangents[i] for i in given])
+        _, summed = engine.run_with_gradient(
+            program, values, gradient, [cotangents[i] for i in given]
+        )
         grads = _loop.next_values(program.slots, values, wrt, summed)
         by_slot = dict(zip(wrt, grads, strict=True))
-        return ([cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],)
+        return (
+            [cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],
+        )
 
     forward.defvjp(save, pull, symbolic_zeros=True)
     return forward

@@ -1,9 +1,11 @@
-"""Value and gradient of a loss in one pass: denominators first, then each microbatch back-propagates its share.
+"""Value and gradient of a loss in one pass: denominators first, then each microbatch
+back-propagates its share.
 
-The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so the cotangent of
-every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand, they leave one gradient for any
-number of terms. Weights that no parameter reaches are computed by a scan that does nothing else; where one does depend
-on parameters, that scan computes the totals too, and costs one forward pass.
+The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so
+the cotangent of every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand,
+they leave one gradient for any number of terms. Weights that no parameter reaches are computed by a
+scan that does nothing else; where one does depend on parameters, that scan computes the totals too,
+and costs one forward pass.
 """
 
 from __future__ import annotations
@@ -35,14 +37,18 @@ from jaxaccum.accumulators._record import Sums
 
 
 class ValueAndGrad(NamedTuple):
-    """The combined parts over the whole batch, and the gradients of the loss, one per slot of `wrt`."""
+    """The combined parts over the whole batch, and the gradients of the loss, one per slot of
+    `wrt`."""
 
     parts: list[Array]
     grads: list[Array]
 
 
-def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums) -> ValueAndGrad:
-    """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all shards."""
+def value_and_grad(
+    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums
+) -> ValueAndGrad:
+    """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all
+    shards."""
     known = known_first(program, arrays, wrt)
     parts, seeds = [], []
     for term in program.terms:
@@ -51,17 +57,24 @@ def value_and_grad(program: Program, arrays: Sequence[Array], wrt: tuple[int, ..
         for weight in _moving_weights(program, term, wrt):
             parts.append(weight)
             seeds.append(_weight_seed(known[term.total], known[weight]))
-    result = engine.run_with_gradient(program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds)
+    result = engine.run_with_gradient(
+        program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds
+    )
     grads = _maxima_over_shards(program, arrays, wrt, result.grads)
     return over_shards(program, wrt, ValueAndGrad(result.parts, grads), known)
 
 
-def known_first(program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]) -> dict[int, Array]:
-    """The parts that cotangents are made of, over the whole batch. Prints and callbacks wait for the loop itself."""
+def known_first(
+    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...]
+) -> dict[int, Array]:
+    """The parts that cotangents are made of, over the whole batch. Prints and callbacks wait for
+    the loop itself."""
     wanted: set[int] = set()
     for term in program.terms:
         if term.weight is not None:
-            wanted |= {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
+            wanted |= (
+                {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
+            )
     restricted, kept = program.pure().only(sorted(wanted))
     for one in restricted.traces:
         _check_computed_twice(one)
@@ -76,9 +89,10 @@ def _check_computed_twice(weights: Trace) -> None:
     for eqn in equations_inside(weights.jaxpr):
         if eqn.primitive.name in _STATEFUL:
             raise ValueError(
-                f"the weight of a Mean depends on {_STATEFUL[eqn.primitive.name]} (at {frame_of(eqn)}). jaxaccum "
-                "computes the weights of the whole batch before the loss, so the weight must not depend on side "
-                "effects; compute it from the arguments, or pass it as an argument."
+                f"the weight of a Mean depends on {_STATEFUL[eqn.primitive.name]} (at "
+                f"{frame_of(eqn)}). jaxaccum computes the weights of the whole batch before the "
+                "loss, so the weight must not depend on side effects; compute it from the "
+                "arguments, or pass it as an argument."
             )
 
 
@@ -105,7 +119,8 @@ def _is_constant(trace: Trace) -> bool:
 
 
 def _static(program: Program) -> list[Array]:
-    """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds the same."""
+    """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds
+    the same."""
     shards = math.prod(lax.axis_size(name) for name in program.mesh_axes)
     totals = [
         reductions.initial(part.reduction, v.aval)
@@ -113,7 +128,10 @@ def _static(program: Program) -> list[Array]:
     ]
     for trace, group in zip(program.traces, program.partition.groups, strict=True):
         values = jax.core.eval_jaxpr(with_invars(trace.jaxpr, []), [])
-        totals = [total + value * (group.count * shards) for total, value in zip(totals, values, strict=True)]
+        totals = [
+            total + value * (group.count * shards)
+            for total, value in zip(totals, values, strict=True)
+        ]
     return totals
 
 
@@ -145,21 +163,33 @@ def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
     return [reductions.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
 
 
-def over_shards(program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]) -> ValueAndGrad:
-    """Totals and gradients of all shards by one collective, but for the parts whose sums are known already.
+def over_shards(
+    program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]
+) -> ValueAndGrad:
+    """Totals and gradients of all shards by one collective, but for the parts whose sums are known
+    already.
 
     Rows stay with the device that holds them.
     """
-    sums = [i for i, part in enumerate(program.outputs.parts) if part.reduction is Reduction.SUM and i not in known]
+    sums = [
+        i
+        for i, part in enumerate(program.outputs.parts)
+        if part.reduction is Reduction.SUM and i not in known
+    ]
     axes = [program.mesh_axes] * len(sums)
     for i, grad in zip(wrt, shares.grads, strict=True):
         is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].overwritten
-        axes.append(varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes) if is_summed else ())
+        axes.append(
+            varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)
+            if is_summed
+            else ()
+        )
     summed = varying.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
     known = known | dict(zip(sums, summed[: len(sums)], strict=True))
     pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
     parts = [
-        known[i] if i in known else reductions.over_mesh(part.reduction, x, program.mesh_axes) for i, (part, x) in pairs
+        known[i] if i in known else reductions.over_mesh(part.reduction, x, program.mesh_axes)
+        for i, (part, x) in pairs
     ]
     return ValueAndGrad(parts, summed[len(sums) :])
 

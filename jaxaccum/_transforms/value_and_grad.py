@@ -1,4 +1,5 @@
-"""`value_and_grad` and `grad`: JAX's own, of the same function on the whole batch, at one microbatch's memory."""
+"""`value_and_grad` and `grad`: JAX's own, of the same function on the whole batch, at one
+microbatch's memory."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ def value_and_grad(
     gather: Gather = "each",
     audit: Audit = "warn",
 ) -> Fun:
-    """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and equal to it.
+    """``jax.value_and_grad`` of the same loss on the whole batch, accumulated over microbatches and
+    equal to it.
 
-    The loss is a sum of terms, each over its own denominator, ``L = Σₜ (Σᵢ totalₜᵢ) / (Σᵢ weightₜᵢ)`` over the
-    microbatches i. It equals::
+    The loss is a sum of terms, each over its own denominator, ``L = Σₜ (Σᵢ totalₜᵢ) / (Σᵢ
+    weightₜᵢ)`` over the microbatches i. It equals::
 
         def accumulated(params, batch):
             loss = lambda params: sum(full_batch(fun)(params, batch).values())  # of a dict of terms
@@ -47,48 +49,56 @@ def value_and_grad(
         # and runs as: W = Σ weight; then for each microbatch: grads += vjp(fun)(1 / W)
 
     Args:
-        fun: the loss of one microbatch: a floating scalar (a mean over its examples), a `Mean`, a `Sum`, or a dict
-            of them; with `has_aux` the pair ``(loss, aux)`` whose aux is tagged.
-        argnums: the arguments to differentiate, as in JAX; one with a batch axis gives the whole batch's gradient.
+        fun: the loss of one microbatch: a floating scalar (a mean over its examples), a `Mean`, a
+            `Sum`, or a dict of them; with `has_aux` the pair ``(loss, aux)`` whose aux is tagged.
+        argnums: the arguments to differentiate, as in JAX; one with a batch axis gives the whole
+            batch's gradient.
         has_aux: whether `fun` returns ``(loss, aux)``.
-        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or `microbatch_size`.
+        num_microbatches: that many, their sizes differing by at most 1, the larger first. This or
+            `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
-        in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both, or ``CARRY``,
-            ``KEY`` or ``EXAMPLE_KEY`` for a whole argument; ``MAX_GRAD``, also in a prefix, for what is whole and has
-            a maximum for its gradient. A tuple has one entry per positional
-            argument, and passes keyword arguments whole. A dict has entries by name: ``{"batch": 0}``
-            cuts the argument `batch`, by position or by keyword, and passes all others whole.
-        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it must divide).
-        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is padding.
+        in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both,
+            or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument; ``MAX_GRAD``, also in a
+            prefix, for what is whole and has a maximum for its gradient. A tuple has one entry per
+            positional argument, and passes keyword arguments whole. A dict has entries by name:
+            ``{"batch": 0}`` cuts the argument `batch`, by position or by keyword, and passes all
+            others whole.
+        split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it
+            must divide).
+        num_examples_argnum: the argument that counts the real examples (a traced int); the rest is
+            padding.
         axis_name: the name of the loop's axis.
-        mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once, after the loop.
-            Parameters may be divided over further axes (tensor parallelism), or over these and gathered in `fun`, with
-            ``check_vma=True``: without it nothing tells their gradients from those of parameters that devices share.
-        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the full batch at the
-            cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest is computed
-            again; above 3 times the operations of the full batch, a warning says so. Else it changes nothing, but
-            that a value computed again may differ by a rounding from its copy in a collective's result: a rank or a
-            comparison of the two takes both from the result, or ``"store"``.
-        accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of your own, which
-            needs a loss with one denominator; None is ``in_place()``.
-        gather: on an explicit mesh, when parameters divided over the batch's axes are gathered. ``"each"``: at every
-            microbatch, whose gradients are scattered, so that sums are divided as the parameters: n gathers and n
-            scatters. ``"once"``: before the loop, kept, and the sum of whole gradients is scattered after it: one of
-            each, for two whole copies. To hold one layer at a time, gather inside `fun`, in ``shard_map``.
-        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"`` by an
-            `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`, or None, not to look.
-            It traces `fun` once more, for the whole batch.
+        mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once,
+            after the loop. Parameters may be divided over further axes (tensor parallelism), or
+            over these and gathered in `fun`, with ``check_vma=True``: without it nothing tells
+            their gradients from those of parameters that devices share.
+        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the
+            full batch at the cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None,
+            what is cheap. The rest is computed again; above 3 times the operations of the full
+            batch, a warning says so. Else it changes nothing, but that a value computed again may
+            differ by a rounding from its copy in a collective's result: a rank or a comparison of
+            the two takes both from the result, or ``"store"``.
+        accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
+            your own, which needs a loss with one denominator; None is ``in_place()``.
+        gather: on an explicit mesh, when parameters divided over the batch's axes are gathered.
+            ``"each"``: at every microbatch, whose gradients are scattered, so that sums are divided
+            as the parameters: n gathers and n scatters. ``"once"``: before the loop, kept, and the
+            sum of whole gradients is scattered after it: one of each, for two whole copies. To hold
+            one layer at a time, gather inside `fun`, in ``shard_map``.
+        audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``
+            by an `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`,
+            or None, not to look. It traces `fun` once more, for the whole batch.
 
     Returns:
-        A function of the same arguments that returns ``(value, grads)``, or ``((value, aux), grads)``. Gradients have
-        the dtype of their parameters, as those of ``jax.value_and_grad``; they are summed in float32 where that is
-        lower. An accumulator with an explicit dtype, as ``in_place(jnp.float32)``, returns that dtype. A report of the
-        accumulator comes last: ``((value, report), grads)``, or ``((value, aux, report), grads)``.
+        A function of the same arguments that returns ``(value, grads)``, or ``((value, aux),
+        grads)``. Gradients have the dtype of their parameters, as those of ``jax.value_and_grad``;
+        they are summed in float32 where that is lower. An accumulator with an explicit dtype, as
+        ``in_place(jnp.float32)``, returns that dtype. A report of the accumulator comes last:
+        ``((value, report), grads)``, or ``((value, aux, report), grads)``.
 
-    Guarantees:
-        Equal to the full batch in exact arithmetic for any partition; the rounding is that of one sum. `fun` is traced
-        once per size, and once for the audit. One forward and one backward pass over each microbatch. Differentiable in
-        reverse mode.
+    Guarantees: Equal to the full batch in exact arithmetic for any partition; the rounding is that
+        of one sum. `fun` is traced once per size, and once for the audit. One forward and one
+        backward pass over each microbatch. Differentiable in reverse mode.
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
@@ -113,18 +123,26 @@ def value_and_grad(
         _check_record(sums)
         own = options.of_call(fun, args, kwargs)
         numbers = validate.argnums(argnums, own.axes(fun, args, kwargs).positional)
-        head, trees = explicit_mesh.spread(plain, fun, own, args, kwargs, argnums=numbers, gather=gather)
+        head, trees = explicit_mesh.spread(
+            plain, fun, own, args, kwargs, argnums=numbers, gather=gather
+        )
         return head, trees if isinstance(argnums, tuple | list) else trees[0]
 
     def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         numbers = validate.argnums(argnums, options.axes(fun, args, kwargs).positional)
-        program, arrays = prepare.prepare(fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux)
-        slots = tuple(i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number)
+        program, arrays = prepare.prepare(
+            fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux
+        )
+        slots = tuple(
+            i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number
+        )
 
         def assemble(arrays: Sequence[Array]) -> PyTree:
             by_slot = dict(zip(slots, arrays, strict=True))
             trees = tuple(
-                _like(args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number])
+                _like(
+                    args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]
+                )
                 for number in numbers
             )
             return trees if isinstance(argnums, tuple | list) else trees[0]
@@ -134,12 +152,20 @@ def value_and_grad(
             grads = [returned(sums, grad, arrays[i]) for i, grad in zip(slots, grads, strict=True)]
             grads, report = assemble(grads), None
         else:
-            run = functools.partial(custom_accumulator.value_and_grad, program, slots, sums, assemble)
+            run = functools.partial(
+                custom_accumulator.value_and_grad, program, slots, sums, assemble
+            )
             parts, grads, report = once(run, arrays)
         at_call.check(fun, options, program, arrays, numbers)
         loss, aux = finalized(program, arrays, parts)
-        value = (output_parts.value(loss), *([aux] if has_aux else []), *([] if report is None else [report]))
-        return (value if len(value) > 1 else value[0]), (grads if isinstance(argnums, tuple | list) else (grads,))
+        value = (
+            output_parts.value(loss),
+            *([aux] if has_aux else []),
+            *([] if report is None else [report]),
+        )
+        return (value if len(value) > 1 else value[0]), (
+            grads if isinstance(argnums, tuple | list) else (grads,)
+        )
 
     return accumulated
 
@@ -161,7 +187,8 @@ def grad(
     gather: Gather = "each",
     audit: Audit = "warn",
 ) -> Fun:
-    """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its options.
+    """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its
+    options.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.
@@ -180,7 +207,8 @@ def grad(
         audit: whether to warn or raise where `fun` does not accumulate exactly.
 
     Returns:
-        A function of the same arguments that returns ``grads``, or ``(grads, aux)``; a report comes last.
+        A function of the same arguments that returns ``grads``, or ``(grads, aux)``; a report comes
+        last.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -203,11 +231,16 @@ def grad(
 
 
 def _check_record(accumulator: Any) -> None:
-    missing = [name for name in ("init", "update", "finalize") if not callable(getattr(accumulator, name, None))]
+    missing = [
+        name
+        for name in ("init", "update", "finalize")
+        if not callable(getattr(accumulator, name, None))
+    ]
     if missing:
         raise TypeError(
-            "accumulator must be one of jaxaccum.accumulators, as in_place() or tree(), or a record of functions init, "
-            f"update and finalize; got {accumulator!r}, without {missing}."
+            "accumulator must be one of jaxaccum.accumulators, as in_place() or tree(), or a "
+            f"record of functions init, update and finalize; got {accumulator!r}, without "
+            f"{missing}."
         )
 
 

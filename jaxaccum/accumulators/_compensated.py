@@ -1,8 +1,10 @@
-"""Compensated sums: what each addition rounds away is kept, so that the error does not grow with the number of them.
+"""Compensated sums: what each addition rounds away is kept, so that the error does not grow with
+the number of them.
 
-Neumaier, *Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen* (1974); the error of an addition is
-that of Knuth's TwoSum. A sum is the unevaluated pair ``high + low``, made disjoint after each addition: Neumaier's own
-second number is a plain sum, and in bfloat16 it stalls as the first does.
+Neumaier, *Rundungsfehleranalyse einiger Verfahren zur Summation endlicher Summen* (1974); the error
+of an addition is that of Knuth's TwoSum. A sum is the unevaluated pair ``high + low``, made
+disjoint after each addition: Neumaier's own second number is a plain sum, and in bfloat16 it stalls
+as the first does.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ class Pair(NamedTuple):
 
 
 def compensated(dtype: DTypeLike | None = None) -> Accumulator:
-    """Sum gradients with Neumaier's compensation: as if in twice the digits, at twice the memory of the sum.
+    """Sum gradients with Neumaier's compensation: as if in twice the digits, at twice the memory of
+    the sum.
 
-    The error of ``Σ wᵢ gᵢ / Σ wᵢ`` is that of the terms, whatever their number: of order ``u + n u²`` and not ``n u``.
-    It equals::
+    The error of ``Σ wᵢ gᵢ / Σ wᵢ`` is that of the terms, whatever their number: of order ``u + n
+    u²`` and not ``n u``. It equals::
 
         high = low = 0.0
         for x in terms:
@@ -39,12 +42,12 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
             high, low = total + low, error_of(total + low)
 
     Args:
-        dtype: of both arrays. None is the parameter's own, with float32 for float16, whose range a sum leaves: a
-            bfloat16 parameter has two bfloat16 arrays, the bytes of one float32 sum.
+        dtype: of both arrays. None is the parameter's own, with float32 for float16, whose range a
+            sum leaves: a bfloat16 parameter has two bfloat16 arrays, the bytes of one float32 sum.
 
     Returns:
-        An accumulator. Gradients have the parameter's dtype; where `dtype` is given, that of the whole sum: `dtype`, or
-        float32 for two arrays of lower precision.
+        An accumulator. Gradients have the parameter's dtype; where `dtype` is given, that of the
+        whole sum: `dtype`, or float32 for two arrays of lower precision.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -60,7 +63,11 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
         own = jnp.asarray(parameter).dtype
         if jnp.issubdtype(own, jnp.complexfloating):
             return own
-        return jnp.dtype(jnp.float32 if own == jnp.float16 else own) if dtype is None else jnp.dtype(dtype)
+        return (
+            jnp.dtype(jnp.float32 if own == jnp.float16 else own)
+            if dtype is None
+            else jnp.dtype(dtype)
+        )
 
     def init(params: PyTree) -> Any:
         zero = weightless(params)
@@ -94,9 +101,12 @@ def value(pair: Pair) -> Array:
 def add(pair: Pair, x: Array) -> Pair:
     """The pair with one more term."""
     dtype = pair.high.dtype
-    if widen(dtype) != dtype:  # float32 holds the sum of such a pair and its term, so the two halves are cut from it
+    if (
+        widen(dtype) != dtype
+    ):  # float32 holds the sum of such a pair and its term, so the two halves are cut from it
         total = value(pair) + cast(x, widen(dtype))
-        # A plain cast there and back is taken out by XLA, which may keep more precision than it is asked for.
+        # A plain cast there and back is taken out by XLA, which may keep more precision than it is
+        # asked for.
         high = lax.reduce_precision(total, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
         return Pair(cast(high, dtype), cast(total - high, dtype))
     x = cast(x, dtype)

@@ -1,7 +1,8 @@
-"""`noise_scale`: how much the gradients of microbatches differ, and so how large a batch is worth its cost.
+"""`noise_scale`: how much the gradients of microbatches differ, and so how large a batch is worth
+its cost.
 
-McCandlish et al., *An Empirical Model of Large-Batch Training* (arXiv 1812.06162), appendix A.1; here for microbatches
-of any weights.
+McCandlish et al., *An Empirical Model of Large-Batch Training* (arXiv 1812.06162), appendix A.1;
+here for microbatches of any weights.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from jaxaccum.accumulators._record import Accumulator, accepted_by, in_place, un
 
 
 class NoiseScale(NamedTuple):
-    """What `noise_scale` reports. Over steps, average `trace` and `squared_norm`, and divide the averages."""
+    """What `noise_scale` reports. Over steps, average `trace` and `squared_norm`, and divide the
+    averages."""
 
     trace: Array
-    """S: the trace of the covariance of one example's gradient (of one unit of weight), unbiased."""
+    """S: the trace of the covariance of one example's gradient (of one unit of weight),
+    unbiased."""
     squared_norm: Array
     """|G|² of the true gradient, unbiased; it may be negative."""
     noise_scale: Array
@@ -41,15 +44,16 @@ class _State(NamedTuple):
 
 
 def noise_scale(inner: Any = None) -> Accumulator:
-    """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one norm per microbatch.
+    """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one
+    norm per microbatch.
 
     With the mean gradients gᵢ of n microbatches of weights wᵢ, W = Σ wᵢ and ḡ = Σ wᵢ gᵢ / W::
 
         S    = (Σ wᵢ |gᵢ|² - W |ḡ|²) / (n - 1)
         |G|² = |ḡ|² - S / W
 
-    For examples drawn independently both are unbiased, whatever the weights; for equal ones they are the paper's
-    ``(|g_b|² - |g_B|²) / (1/b - 1/B)``. It equals::
+    For examples drawn independently both are unbiased, whatever the weights; for equal ones they
+    are the paper's ``(|g_b|² - |g_B|²) / (1/b - 1/B)``. It equals::
 
         def trace(grads, weights):
             mean = average(grads, weights)
@@ -91,14 +95,23 @@ def noise_scale(inner: Any = None) -> Accumulator:
         grads, report = held.finalize(state.inner)
         square = squared(grads, state.weight.dtype)
         many = state.num_microbatches > 1
-        degrees = jnp.where(many, cast(state.num_microbatches, square.dtype) - 1, jnp.ones_like(square))
-        trace = jnp.where(many, (state.squares - state.weight * square) / degrees, jnp.full_like(square, jnp.nan))
+        degrees = jnp.where(
+            many, cast(state.num_microbatches, square.dtype) - 1, jnp.ones_like(square)
+        )
+        trace = jnp.where(
+            many, (state.squares - state.weight * square) / degrees, jnp.full_like(square, jnp.nan)
+        )
         norm = square - trace / jnp.where(many, state.weight, jnp.ones_like(square))
         return grads, NoiseScale(trace, norm, trace / norm, state.norms.x, report)
 
-    return Accumulator(init, update, finalize, getattr(held, "accepts", None), getattr(held, "dtype", None))
+    return Accumulator(
+        init, update, finalize, getattr(held, "accepts", None), getattr(held, "dtype", None)
+    )
 
 
 def squared(tree: PyTree, dtype: Any) -> Array:
     """The squared norm over all leaves."""
-    return sum((cast(jnp.sum(jnp.square(jnp.abs(x))), dtype) for x in jax.tree.leaves(tree)), jnp.zeros((), dtype))
+    return sum(
+        (cast(jnp.sum(jnp.square(jnp.abs(x))), dtype) for x in jax.tree.leaves(tree)),
+        jnp.zeros((), dtype),
+    )

@@ -1,4 +1,5 @@
-"""How gradients combine over microbatches: the record of an accumulator, and the two that are a plain sum."""
+"""How gradients combine over microbatches: the record of an accumulator, and the two that are a
+plain sum."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from jaxaccum._program.tags import Stack
 
 
 class Accumulator(NamedTuple):
-    """How gradients combine, as a record of pure functions: of each microbatch, its mean gradient and its weight.
+    """How gradients combine, as a record of pure functions: of each microbatch, its mean gradient
+    and its weight.
 
     ``value_and_grad(accumulator=…)`` takes any object with the first three. It equals::
 
@@ -28,17 +30,20 @@ class Accumulator(NamedTuple):
 
     Args:
         init: ``init(params) -> state``, a pytree of arrays.
-        update: ``update(state, mean_grads, weight, index) -> state``, of the same structure, shapes and dtypes.
-            `mean_grads` are like the parameters, float32 where they are of lower precision; `weight` is the
-            denominator of the microbatch's `Mean`, a floating scalar; `index` is int32. A leaf of the state that is
-            tagged ``Stack`` reaches `finalize` with one entry per microbatch.
-        finalize: ``finalize(state) -> (grads, report)``: gradients like the parameters, and None or a pytree that
-            `value_and_grad` returns last.
-        accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted leaves the value,
-            `Mean`, `Sum`, extrema and the carried state as they were; a loss that is not finite shows as a weight of
-            NaN. `update` sees every microbatch, and leaves out the same.
-        dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad`` does. Any other value
-            says that `finalize` returns gradients in the dtype that the caller receives.
+        update: ``update(state, mean_grads, weight, index) -> state``, of the same structure, shapes
+            and dtypes. `mean_grads` are like the parameters, float32 where they are of lower
+            precision; `weight` is the denominator of the microbatch's `Mean`, a floating scalar;
+            `index` is int32. A leaf of the state that is tagged ``Stack`` reaches `finalize` with
+            one entry per microbatch.
+        finalize: ``finalize(state) -> (grads, report)``: gradients like the parameters, and None or
+            a pytree that `value_and_grad` returns last.
+        accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted
+            leaves the value, `Mean`, `Sum`, extrema and the carried state as they were; a loss that
+            is not finite shows as a weight of NaN. `update` sees every microbatch, and leaves out
+            the same.
+        dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad``
+            does. Any other value says that `finalize` returns gradients in the dtype that the
+            caller receives.
 
     Example:
         The median over microbatches, entry by entry:
@@ -65,7 +70,8 @@ class Accumulator(NamedTuple):
 class Sums:
     """The sum of weighted gradients, added by the backward pass itself or as a whole tree after it.
 
-    `in_place` and `tree` make it. `dtype` is that of the sums; None is the parameter's, or float32 where that is lower.
+    `in_place` and `tree` make it. `dtype` is that of the sums; None is the parameter's, or float32
+    where that is lower.
     """
 
     in_place: bool
@@ -78,10 +84,14 @@ class Sums:
         return jnp.dtype(self.dtype)
 
     def zeros(self, parameter: Array) -> Array:
-        """The sum before the first microbatch, laid out over the mesh and varying as the parameter."""
-        return varying.vary(jnp.zeros_like(parameter, self.dtype_for(parameter)), varying.varying_axes(parameter))
+        """The sum before the first microbatch, laid out over the mesh and varying as the
+        parameter."""
+        return varying.vary(
+            jnp.zeros_like(parameter, self.dtype_for(parameter)), varying.varying_axes(parameter)
+        )
 
-    # As a record, inside another accumulator, which sees every gradient as a value: both kinds are a plain sum.
+    # As a record, inside another accumulator, which sees every gradient as a value: both kinds are
+    # a plain sum.
 
     def init(self, params: PyTree) -> Any:
         """No gradient yet, and no weight."""
@@ -91,7 +101,9 @@ class Sums:
         """Add ``w g`` and ``w``."""
         del index
         sums, total = state
-        added = jax.tree.map(lambda x, g: x + cast(g, x.dtype) * cast(weight, x.dtype), sums, mean_grads)
+        added = jax.tree.map(
+            lambda x, g: x + cast(g, x.dtype) * cast(weight, x.dtype), sums, mean_grads
+        )
         return added, total + cast(weight, total.dtype)
 
     def finalize(self, state: Any) -> tuple[PyTree, None]:
@@ -101,7 +113,8 @@ class Sums:
 
 
 def returned(accumulator: Any, grad: Array, parameter: Array) -> Array:
-    """A gradient in the dtype that the caller receives: an explicit one of the accumulator's, or the parameter's."""
+    """A gradient in the dtype that the caller receives: an explicit one of the accumulator's, or
+    the parameter's."""
     explicit = getattr(accumulator, "dtype", None) is not None
     return grad if explicit else cast(grad, parameter.dtype)
 
@@ -113,7 +126,8 @@ def weightless(params: PyTree) -> Array:
 
 
 def unless(accepted: Array, new: Any, old: Any) -> Any:
-    """The new state where the microbatch is accepted, else the old one; what is written down is written in any case."""
+    """The new state where the microbatch is accepted, else the old one; what is written down is
+    written in any case."""
 
     def choose(new: Any, old: Any) -> Any:
         return new if isinstance(new, Stack) else jnp.where(accepted, new, old)
@@ -130,14 +144,16 @@ def accepted_by(accumulator: Any, mean_grads: PyTree, weight: Array) -> Array:
 def in_place(dtype: DTypeLike | None = None) -> Sums:
     """Sum gradients in place: the backward pass adds to the one sum that the optimizer then reads.
 
-    A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's gradient is added
-    when the layer is done.
+    A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's
+    gradient is added when the layer is done.
 
-    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either mode.
+    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either
+    mode.
 
     Args:
-        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
-            precision, and returns the parameter's dtype, as ``jax.grad`` does.
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the
+            parameter has a lower precision, and returns the parameter's dtype, as ``jax.grad``
+            does.
 
     Example:
         >>> import jax.numpy as jnp, jaxaccum
@@ -150,13 +166,15 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
 
 
 def tree(dtype: DTypeLike | None = None) -> Sums:
-    """Sum gradients as trees: each microbatch returns a whole tree, which is added to the sum. It needs one more tree.
+    """Sum gradients as trees: each microbatch returns a whole tree, which is added to the sum. It
+    needs one more tree.
 
     It gives what `in_place` gives, by the plainest means: to compare with.
 
     Args:
-        dtype: of the sums and of the gradients that are returned. None sums in float32 where the parameter has a lower
-            precision, and returns the parameter's dtype, as ``jax.grad`` does.
+        dtype: of the sums and of the gradients that are returned. None sums in float32 where the
+            parameter has a lower precision, and returns the parameter's dtype, as ``jax.grad``
+            does.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum

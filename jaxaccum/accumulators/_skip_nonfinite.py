@@ -15,24 +15,28 @@ from jaxaccum.accumulators._record import Accumulator, accepted_by, in_place, un
 
 
 class Skipped(NamedTuple):
-    """What `skip_nonfinite` reports: which microbatches it left out, and what in them was not finite."""
+    """What `skip_nonfinite` reports: which microbatches it left out, and what in them was not
+    finite."""
 
     num_skipped: Array
     """int32: how many microbatches were left out."""
     microbatches: Array
     """bool, one entry per microbatch: whether it was left out."""
     leaves: PyTree
-    """Like the gradients; for each leaf one entry per microbatch: whether its gradient was not finite."""
+    """Like the gradients; for each leaf one entry per microbatch: whether its gradient was not
+    finite."""
     loss: Array
     """bool, one entry per microbatch: whether the loss was not finite."""
     inner: Any = None
     """The report of the inner accumulator."""
 
     def describe(self) -> list[str]:
-        """One line for each microbatch left out, with its index and its leaves; of concrete reports only."""
+        """One line for each microbatch left out, with its index and its leaves; of concrete reports
+        only."""
         named = [*leaves_with_names(self.leaves, "gradient"), ("loss", self.loss)]
         return [
-            f"microbatch {i}: {', '.join(name for name, bad in named if np.asarray(bad)[i]) or 'refused'}"
+            f"microbatch {i}: "
+            f"{', '.join(name for name, bad in named if np.asarray(bad)[i]) or 'refused'}"
             for i in np.flatnonzero(self.microbatches)
         ]
 
@@ -46,7 +50,8 @@ class _State(NamedTuple):
 
 
 def skip_nonfinite(inner: Any = None) -> Accumulator:
-    """Leave out every microbatch whose gradient or loss is not finite, and report its index and leaf.
+    """Leave out every microbatch whose gradient or loss is not finite, and report its index and
+    leaf.
 
     With F the microbatches that are finite, the gradient is ``Σ_F wᵢ gᵢ / Σ_F wᵢ``. It equals::
 
@@ -54,8 +59,8 @@ def skip_nonfinite(inner: Any = None) -> Accumulator:
             finite = [m for m in microbatches if all(isfinite(grad(m))) and isfinite(loss(m))]
             return inner(finite)
 
-    The value, every `Mean`, `Sum`, `Max`, `Min` and `Last` and the carried state are those of the batch without it
-    too; rows of `Concat` and entries of `Stack` stay, as they are.
+    The value, every `Mean`, `Sum`, `Max`, `Min` and `Last` and the carried state are those of the
+    batch without it too; rows of `Concat` and entries of `Stack` stay, as they are.
 
     Args:
         inner: the accumulator of what remains; None is ``in_place()``.
@@ -75,11 +80,19 @@ def skip_nonfinite(inner: Any = None) -> Accumulator:
 
     def accepts(mean_grads: PyTree, weight: Array) -> Array:
         finite = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(mean_grads)]
-        return jnp.all(jnp.stack([*finite, jnp.isfinite(weight), accepted_by(held, mean_grads, weight)]))
+        return jnp.all(
+            jnp.stack([*finite, jnp.isfinite(weight), accepted_by(held, mean_grads, weight)])
+        )
 
     def init(params: PyTree) -> _State:
         no = jnp.array(False)
-        return _State(held.init(params), jnp.int32(0), Stack(no), jax.tree.map(lambda _: Stack(no), params), Stack(no))
+        return _State(
+            held.init(params),
+            jnp.int32(0),
+            Stack(no),
+            jax.tree.map(lambda _: Stack(no), params),
+            Stack(no),
+        )
 
     def update(state: _State, mean_grads: PyTree, weight: Array, index: Array) -> _State:
         ok = accepts(mean_grads, weight)
@@ -93,7 +106,9 @@ def skip_nonfinite(inner: Any = None) -> Accumulator:
 
     def finalize(state: _State) -> tuple[PyTree, Skipped]:
         grads, report = held.finalize(state.inner)
-        leaves = jax.tree.map(lambda stack: stack.x, state.leaves, is_leaf=lambda x: isinstance(x, Stack))
+        leaves = jax.tree.map(
+            lambda stack: stack.x, state.leaves, is_leaf=lambda x: isinstance(x, Stack)
+        )
         return grads, Skipped(state.num_skipped, state.microbatches.x, leaves, state.loss.x, report)
 
     return Accumulator(init, update, finalize, accepts, getattr(held, "dtype", None))

@@ -1,4 +1,5 @@
-"""Tests for your own loss: `assert_exact`, rounding bounds, and hypothesis strategies for batches and partitions.
+"""Tests for your own loss: `assert_exact`, rounding bounds, and hypothesis strategies for batches
+and partitions.
 
 Imported by name: `import jaxaccum.testing`. The strategies need hypothesis; nothing else does.
 """

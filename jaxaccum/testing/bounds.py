@@ -16,9 +16,9 @@ def sum_bound(num_terms: int, magnitude: Any, *, dtype: Any, factor: float = 1.0
 
         bound = factor · n · eps(dtype) · Σ|xᵢ|
 
-    Each of the n − 1 additions rounds a partial sum, itself at most Σ|xᵢ|, by half an eps (Higham, *Accuracy and
-    Stability of Numerical Algorithms*, 4.2); the factor of 2 that remains covers terms of higher order and the
-    rounding of the terms themselves. It holds while n · eps < 1/2.
+    Each of the n − 1 additions rounds a partial sum, itself at most Σ|xᵢ|, by half an eps (Higham,
+    *Accuracy and Stability of Numerical Algorithms*, 4.2); the factor of 2 that remains covers
+    terms of higher order and the rounding of the terms themselves. It holds while n · eps < 1/2.
 
         def sum_bound(xs, dtype):
             bound = 0.0
@@ -42,7 +42,8 @@ def sum_bound(num_terms: int, magnitude: Any, *, dtype: Any, factor: float = 1.0
 
 
 def normwise(actual: Any, expected: Any) -> float:
-    """How far two pytrees are apart: the largest difference over the largest expected entry, over all leaves.
+    """How far two pytrees are apart: the largest difference over the largest expected entry, over
+    all leaves.
 
         error = max |actual − expected| / max |expected|
 
@@ -70,7 +71,9 @@ def normwise(actual: Any, expected: Any) -> float:
     difference = max(leaf_differences(actual, expected).values(), default=0.0)
     if difference == 0 or not np.isfinite(difference):
         return float(difference)
-    scale = max(float(np.max(np.abs(wide(leaf)), initial=0.0)) for leaf in jax.tree.leaves(expected))
+    scale = max(
+        float(np.max(np.abs(wide(leaf)), initial=0.0)) for leaf in jax.tree.leaves(expected)
+    )
     return difference / scale if scale > 0 else float("inf")
 
 
@@ -78,7 +81,8 @@ def leaf_differences(actual: Any, expected: Any) -> dict[str, float]:
     """The largest |difference| of each leaf by its path; infinity where one is not finite."""
     differences = jax.tree_util.tree_map_with_path(_difference, expected, actual)
     return {
-        jax.tree_util.keystr(path): difference for path, difference in jax.tree_util.tree_leaves_with_path(differences)
+        jax.tree_util.keystr(path): difference
+        for path, difference in jax.tree_util.tree_leaves_with_path(differences)
     }
 
 
@@ -91,7 +95,11 @@ def wide(leaf: Any) -> np.ndarray:
 def _difference(path: Any, expected: Any, actual: Any) -> float:
     if np.shape(actual) != np.shape(expected):
         name = jax.tree_util.keystr(path)
-        raise ValueError(f"leaf {name} has shape {np.shape(actual)}, but {np.shape(expected)} is expected")
-    with np.errstate(invalid="ignore"):  # inf − inf is a difference that is not finite, which is the answer
+        raise ValueError(
+            f"leaf {name} has shape {np.shape(actual)}, but {np.shape(expected)} is expected"
+        )
+    with np.errstate(
+        invalid="ignore"
+    ):  # inf − inf is a difference that is not finite, which is the answer
         difference = np.max(np.abs(wide(actual) - wide(expected)), initial=0.0)
     return float(difference) if np.isfinite(difference) else float("inf")

@@ -1,4 +1,5 @@
-"""The collectives of a compiled program, read from its HLO: which, how many bytes, how often, inside how many loops."""
+"""The collectives of a compiled program, read from its HLO: which, how many bytes, how often,
+inside how many loops."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def collectives(compiled: Any) -> list[Collective]:
         compiled: the result of ``jax.jit(f).lower(…).compile()``, or its HLO text.
 
     Returns:
-        One entry an operation, in the program's order; what a loop repeats stands once, with its `times`.
+        One entry an operation, in the program's order; what a loop repeats stands once, with its
+        `times`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,7 +67,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _walk(bodies: dict[str, list[str]], name: str, *, times: int, loops: int) -> Iterator[Collective]:
+def _walk(
+    bodies: dict[str, list[str]], name: str, *, times: int, loops: int
+) -> Iterator[Collective]:
     for line in bodies.get(name, []):
         if found := _COLLECTIVE.search(line):
             yield Collective(found[3], _bytes(found[1], started=found[4] is not None), times, loops)
@@ -78,12 +82,15 @@ def _walk(bodies: dict[str, list[str]], name: str, *, times: int, loops: int) ->
 
 
 def _called(line: str) -> list[str]:
-    branches = [name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")]
+    branches = [
+        name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")
+    ]
     return [*_CALLED.findall(line), *branches]
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as the compiler notes it, or the one number in its condition; else once."""
+    """How often a loop runs: as the compiler notes it, or the one number in its condition; else
+    once."""
     if known := _TRIPS.search(line):
         return int(known[1])
     constants = {int(n) for n in _CONSTANT.findall("\n".join(condition))}
@@ -91,12 +98,18 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _bytes(type_text: str, *, started: bool) -> int:
-    """The bytes of a result; of the operands and results that an asynchronous start holds, the larger half."""
+    """The bytes of a result; of the operands and results that an asynchronous start holds, the
+    larger half."""
     sizes = [
-        _width(kind) * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in _ARRAY.findall(type_text)
+        _width(kind) * math.prod(map(int, filter(None, dims.split(","))))
+        for kind, dims in _ARRAY.findall(type_text)
     ]
     whole = math.ceil(sum(sizes))
-    return math.ceil(max(sizes, default=0)) if started and type_text.startswith("(") and len(sizes) in (2, 4) else whole
+    return (
+        math.ceil(max(sizes, default=0))
+        if started and type_text.startswith("(") and len(sizes) in (2, 4)
+        else whole
+    )
 
 
 def _width(kind: str) -> float:

@@ -1,4 +1,5 @@
-"""`assert_exact`: is a loss's accumulated gradient the full batch's? If not: where, by how much, and why."""
+"""`assert_exact`: is a loss's accumulated gradient the full batch's? If not: where, by how much,
+and why."""
 
 from __future__ import annotations
 
@@ -41,12 +42,14 @@ def assert_exact(
     audit: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Asserts that accumulating `fun` over microbatches gives the value and gradient of the full batch.
+    """Asserts that accumulating `fun` over microbatches gives the value and gradient of the full
+    batch.
 
-        max |value_and_grad(fun, partition)(*args) − full_batch(fun)(*args in float64)| ≤ bound · max |full_batch|
+        max |value_and_grad(fun, partition)(*args) − full_batch(fun)(*args in float64)| ≤ bound ·
+        max |full_batch|
 
-    The bound is 16 times the error of the full batch itself in the dtypes of `args`, plus 256 eps, and at most 1/4: a
-    network's own rounding is allowed, a wrong rule is not.
+    The bound is 16 times the error of the full batch itself in the dtypes of `args`, plus 256 eps,
+    and at most 1/4: a network's own rounding is allowed, a wrong rule is not.
 
         expected = jax.value_and_grad(jaxaccum.full_batch(fun))(*float64(args))
         for partition in partitions:
@@ -56,12 +59,13 @@ def assert_exact(
     Args:
       fun: a loss as `jaxaccum.value_and_grad` takes it: `fun(params, batch)`, tagged or not.
       *args: its arguments, the whole batch included; the gradient is that of the first.
-      in_axes: as in `jaxaccum.value_and_grad`. Where `fun` draws random numbers, the oracle keeps the dtypes of
-        `args`, because `jax.random` draws others in float64.
-      has_aux: whether `fun` returns `(loss, aux)`; aux is compared too, except what is tagged `Stack`, `Last` or
-        `Carry`, which depends on the partition by its meaning.
-      partitions: microbatch sizes, or dicts of keyword arguments of `jaxaccum.value_and_grad`. By default 1, 2, half,
-        all but one, and all of the batch. Coupled losses need sizes that divide the batch.
+      in_axes: as in `jaxaccum.value_and_grad`. Where `fun` draws random numbers, the oracle keeps
+        the dtypes of `args`, because `jax.random` draws others in float64.
+      has_aux: whether `fun` returns `(loss, aux)`; aux is compared too, except what is tagged
+        `Stack`, `Last` or `Carry`, which depends on the partition by its meaning.
+      partitions: microbatch sizes, or dicts of keyword arguments of `jaxaccum.value_and_grad`. By
+        default 1, 2, half, all but one, and all of the batch. Coupled losses need sizes that divide
+        the batch.
       audit: whether to let `jaxaccum.audit` read the loss first.
       **kwargs: the keyword arguments of `fun`.
 
@@ -80,32 +84,46 @@ def assert_exact(
     if audit:
         _audit(fun, args, in_axes=in_axes, has_aux=has_aux)
     batch_size = len(jaxaccum.partition(*args, in_axes=in_axes, microbatch_size=1))
-    chosen = [_as_options(each) for each in (default_sizes(batch_size) if partitions is None else partitions)]
+    chosen = [
+        _as_options(each)
+        for each in (default_sizes(batch_size) if partitions is None else partitions)
+    ]
     if not chosen:
         raise ValueError(
-            "partitions is empty: assert_exact would compare nothing; pass microbatch sizes, such as [1, 2]"
+            "partitions is empty: assert_exact would compare nothing; pass microbatch sizes, such "
+            "as [1, 2]"
         )
     fun = _comparable(fun) if has_aux else fun
     exactly = not draws_random_numbers(fun, *args, in_axes=in_axes)
     expected = oracle(fun, *args, in_axes=in_axes, has_aux=has_aux, float64=exactly)
     own = oracle(fun, *args, in_axes=in_axes, has_aux=has_aux, float64=False) if exactly else None
     for options in chosen:
-        transformed = jaxaccum.value_and_grad(fun, in_axes=in_axes, has_aux=has_aux, audit=None, **options)
+        transformed = jaxaccum.value_and_grad(
+            fun, in_axes=in_axes, has_aux=has_aux, audit=None, **options
+        )
         actual = _named(jax.jit(transformed)(*args), has_aux)
         for part, wanted in expected.items():
             rounding = normwise(own[part], wanted) if own else _eps(args)
-            returned = _eps(args) if _eps(args) > FLOAT32 else 0.0  # the sum is rounded to the parameters' dtype
+            returned = (
+                _eps(args) if _eps(args) > FLOAT32 else 0.0
+            )  # the sum is rounded to the parameters' dtype
             bound = min(16 * rounding + 256 * min(_eps(args), FLOAT32) + returned, 0.25)
             error = normwise(actual[part], wanted)
             if error > bound:
-                cause = likely_cause(fun, args, actual, expected, in_axes=in_axes, has_aux=has_aux, options=options)
+                cause = likely_cause(
+                    fun, args, actual, expected, in_axes=in_axes, has_aux=has_aux, options=options
+                )
                 leaf = part + _worst_leaf(actual[part], wanted)
-                raise AssertionError(_message(leaf, options, batch_size, error=error, bound=bound, cause=cause))
+                raise AssertionError(
+                    _message(leaf, options, batch_size, error=error, bound=bound, cause=cause)
+                )
 
 
 def default_sizes(batch_size: int) -> list[int]:
     """1, 2, half, all but one, and all: divisors and not."""
-    return sorted({1, min(2, batch_size), (batch_size + 1) // 2, max(batch_size - 1, 1), batch_size})
+    return sorted(
+        {1, min(2, batch_size), (batch_size + 1) // 2, max(batch_size - 1, 1), batch_size}
+    )
 
 
 def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
@@ -115,18 +133,26 @@ def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
 def _audit(fun: Callable[..., Any], args: tuple[Any, ...], *, in_axes: Any, has_aux: bool) -> None:
     audited = getattr(jaxaccum, "audit", None)
     if audited is None:
-        raise ValueError("audit=True needs jaxaccum.audit, which this version of jaxaccum lacks: pass audit=False")
+        raise ValueError(
+            "audit=True needs jaxaccum.audit, which this version of jaxaccum lacks: pass "
+            "audit=False"
+        )
     audited(fun, *args, in_axes=in_axes, has_aux=has_aux).raise_if_inexact()
 
 
 def _comparable(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """`fun` whose aux sets apart the carried state and drops what depends on the partition by its meaning."""
+    """`fun` whose aux sets apart the carried state and drops what depends on the partition by its
+    meaning."""
 
     def compared(*args: Any, **kwargs: Any) -> Any:
         loss, aux = fun(*args, **kwargs)
-        carried = [tag for tag in jax.tree.leaves(aux, is_leaf=_is_tag) if isinstance(tag, jaxaccum.Carry)]
+        carried = [
+            tag for tag in jax.tree.leaves(aux, is_leaf=_is_tag) if isinstance(tag, jaxaccum.Carry)
+        ]
         dependent = (jaxaccum.Stack, jaxaccum.Last, jaxaccum.Carry)
-        kept = jax.tree.map(lambda tag: () if isinstance(tag, dependent) else tag, aux, is_leaf=_is_tag)
+        kept = jax.tree.map(
+            lambda tag: () if isinstance(tag, dependent) else tag, aux, is_leaf=_is_tag
+        )
         return loss, {"kept": kept, "carried": carried}
 
     return compared
@@ -153,7 +179,15 @@ def _worst_leaf(actual: Any, expected: Any) -> str:
     return max(differences, key=lambda name: differences[name])
 
 
-def _message(leaf: str, options: Mapping[str, Any], batch_size: int, *, error: float, bound: float, cause: str) -> str:
+def _message(
+    leaf: str,
+    options: Mapping[str, Any],
+    batch_size: int,
+    *,
+    error: float,
+    bound: float,
+    cause: str,
+) -> str:
     passed = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return "\n".join(
         (

@@ -1,7 +1,9 @@
-"""The model language: layers as plain data, with numpy weights, that torch, linen and nnx all build from.
+"""The model language: layers as plain data, with numpy weights, that torch, linen and nnx all build
+from.
 
-A model maps a batch to an array of shape (batch_size, length, features). Its first layer reads the batch, every other
-one the layer before. **A name that appears twice is one layer applied twice**: this is how weights are tied.
+A model maps a batch to an array of shape (batch_size, length, features). Its first layer reads the
+batch, every other one the layer before. **A name that appears twice is one layer applied twice**:
+this is how weights are tied.
 
 | kind | size | choice |
 |---|---|---|
@@ -32,7 +34,9 @@ import numpy as np
 
 __all__ = ["BLOCKS", "CLASSES", "LENGTH", "MASKS", "Layer", "Model", "block", "build_model"]
 
-CLASSES = 5  # labels and tokens share one vocabulary, so that an embedding can be tied to the decoder
+CLASSES = (
+    5  # labels and tokens share one vocabulary, so that an embedding can be tied to the decoder
+)
 LENGTH = 3
 MASKS = 2  # dropout masks that each example brings along
 
@@ -41,7 +45,8 @@ Weights = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its kind, its name, its size or choice, and the layers inside it (the table above)."""
+    """One layer: its kind, its name, its size or choice, and the layers inside it (the table
+    above)."""
 
     kind: str
     name: str = ""
@@ -52,7 +57,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """Layers, the width of `batch["features"]`, and nested dicts of numpy weights and running statistics."""
+    """Layers, the width of `batch["features"]`, and nested dicts of numpy weights and running
+    statistics."""
 
     layers: tuple[Layer, ...]
     width: int
@@ -65,10 +71,13 @@ class Model:
         return any(layer.kind == "batch_norm" and layer.choice == "train" for layer in self.layers)
 
     def astype(self, dtype: Any) -> Model:
-        """The same model with weights rounded to `dtype`, and running statistics too, but not below float32."""
+        """The same model with weights rounded to `dtype`, and running statistics too, but not below
+        float32."""
         kept = dtype if np.dtype(dtype).itemsize >= 4 else np.float32
         weights = _map(lambda leaf: leaf.astype(dtype), self.weights)
-        return Model(self.layers, self.width, weights, _map(lambda leaf: leaf.astype(kept), self.state))
+        return Model(
+            self.layers, self.width, weights, _map(lambda leaf: leaf.astype(kept), self.state)
+        )
 
 
 def build_model(layers: tuple[Layer, ...], width: int, *, seed: int) -> Model:
@@ -80,7 +89,10 @@ def build_model(layers: tuple[Layer, ...], width: int, *, seed: int) -> Model:
     rng = np.random.default_rng(seed)
     weights = _map(lambda path: _draw(rng, *path), weight_shapes(layers, width))
     state = {
-        name: {"mean": rng.normal(size=leaf["scale"].shape), "var": rng.uniform(0.5, 2, size=leaf["scale"].shape)}
+        name: {
+            "mean": rng.normal(size=leaf["scale"].shape),
+            "var": rng.uniform(0.5, 2, size=leaf["scale"].shape),
+        }
         for name, leaf in weights.items()
         if any(layer.kind == "batch_norm" and layer.name == name for layer in layers)
     }
@@ -105,7 +117,8 @@ def weight_shapes(layers: tuple[Layer, ...], width: int) -> Weights:
 
 
 def block(kind: str, index: int, width: int) -> tuple[Layer, ...]:
-    """A few layers that keep the width, as real networks group them; `index` makes the names unique.
+    """A few layers that keep the width, as real networks group them; `index` makes the names
+    unique.
 
     >>> [layer.kind for layer in block("dense", 0, 4)]
     ['dense', 'activation']
@@ -115,11 +128,20 @@ def block(kind: str, index: int, width: int) -> tuple[Layer, ...]:
 
 BLOCKS: Mapping[str, Callable[[str, int], tuple[Layer, ...]]] = {
     "dense": lambda i, w: (Layer("dense", "dense" + i, size=w), Layer("activation", choice="tanh")),
-    "convolution": lambda i, w: (Layer("convolution", "conv" + i, size=w), Layer("activation", choice="relu")),
-    "group_norm": lambda i, w: (Layer("group_norm", "group_norm" + i, size=2), Layer("activation", choice="silu")),
+    "convolution": lambda i, w: (
+        Layer("convolution", "conv" + i, size=w),
+        Layer("activation", choice="relu"),
+    ),
+    "group_norm": lambda i, w: (
+        Layer("group_norm", "group_norm" + i, size=2),
+        Layer("activation", choice="silu"),
+    ),
     "batch_norm": lambda i, w: (Layer("batch_norm", "batch_norm" + i, choice="eval"),),
     "attention": lambda i, w: (
-        Layer("residual", layers=(Layer("layer_norm", "norm" + i), Layer("attention", "attention" + i, size=2))),
+        Layer(
+            "residual",
+            layers=(Layer("layer_norm", "norm" + i), Layer("attention", "attention" + i, size=2)),
+        ),
     ),
     "feed_forward": lambda i, w: (
         Layer(
@@ -138,12 +160,18 @@ BLOCKS: Mapping[str, Callable[[str, int], tuple[Layer, ...]]] = {
         Layer("dense", "tied" + i, size=w),
     ),
     "scan": lambda i, w: (Layer("scan", "scan" + i, size=2, layers=_scanned(w)),),
-    "checkpoint": lambda i, w: (Layer("scan", "scan" + i, size=2, choice="checkpoint", layers=_scanned(w)),),
+    "checkpoint": lambda i, w: (
+        Layer("scan", "scan" + i, size=2, choice="checkpoint", layers=_scanned(w)),
+    ),
 }
 
 
 def _scanned(width: int) -> tuple[Layer, ...]:
-    inner = (Layer("layer_norm", "norm"), Layer("dense", "dense", size=width), Layer("activation", choice="gelu"))
+    inner = (
+        Layer("layer_norm", "norm"),
+        Layer("dense", "dense", size=width),
+        Layer("activation", choice="gelu"),
+    )
     return (Layer("residual", layers=inner),)
 
 
@@ -175,7 +203,11 @@ _SHAPES: Mapping[str, Callable[[int, int], Weights]] = {
 
 def _leaf(name: str, shape: Any) -> Any:
     """Pairs each shape with the name of its leaf, which says how to draw it."""
-    return {key: _leaf(key, value) for key, value in shape.items()} if isinstance(shape, dict) else (name, shape)
+    return (
+        {key: _leaf(key, value) for key, value in shape.items()}
+        if isinstance(shape, dict)
+        else (name, shape)
+    )
 
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -184,4 +216,8 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 
 
 def _map(fn: Callable[[Any], Any], tree: Any) -> Any:
-    return {key: _map(fn, value) for key, value in tree.items()} if isinstance(tree, dict) else fn(tree)
+    return (
+        {key: _map(fn, value) for key, value in tree.items()}
+        if isinstance(tree, dict)
+        else fn(tree)
+    )

@@ -13,10 +13,20 @@ import jax.numpy as jnp
 
 from jaxaccum.testing.language import CLASSES, Layer
 
-__all__ = ["ACTIVATIONS", "STANDARD_PROMOTION", "Apply", "dropout", "linen_model", "may_attend", "pool"]
+__all__ = [
+    "ACTIVATIONS",
+    "STANDARD_PROMOTION",
+    "Apply",
+    "dropout",
+    "linen_model",
+    "may_attend",
+    "pool",
+]
 
 # Flax's normalizations combine float32 with the dtype of the input, which strict promotion refuses.
-STANDARD_PROMOTION: Callable[[], AbstractContextManager[Any]] = functools.partial(jax.numpy_dtype_promotion, "standard")
+STANDARD_PROMOTION: Callable[[], AbstractContextManager[Any]] = functools.partial(
+    jax.numpy_dtype_promotion, "standard"
+)
 
 Apply = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 
@@ -30,7 +40,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @functools.cache
 def linen_model(layers: tuple[Layer, ...], axis_name: str | None = None) -> Apply:
-    """The linen model of `layers`, as a pure function `(weights, state, batch) -> (outputs, new state)`.
+    """The linen model of `layers`, as a pure function `(weights, state, batch) -> (outputs, new
+    state)`.
 
     Cached, so that the same layers give the same function and jit compiles it once.
 
@@ -68,7 +79,12 @@ class _Scanned(nn.Module):
 
 
 def _run(
-    layers: tuple[Layer, ...], x: jax.Array, batch: Any, *, made: dict[str, Any], axis_name: str | None
+    layers: tuple[Layer, ...],
+    x: jax.Array,
+    batch: Any,
+    *,
+    made: dict[str, Any],
+    axis_name: str | None,
 ) -> jax.Array:
     for layer in layers:
         match layer.kind:
@@ -90,7 +106,8 @@ def _run(
             case "scan":
                 x, _ = _scan(layer)(x, batch)
             case _:
-                # A name seen before is the same module: linen would refuse a second one of that name.
+                # A name seen before is the same module: linen would refuse a second one of that
+                # name.
                 module = made[layer.name] if layer.name in made else _make(layer, axis_name)
                 x = made.setdefault(layer.name, module)(x)
     return x
@@ -114,7 +131,11 @@ def _make(layer: Layer, axis_name: str | None) -> Any:
             return nn.GroupNorm(layer.size, epsilon=1e-5, use_fast_variance=False, name=layer.name)
         case "batch_norm":
             running = layer.choice == "eval"
-            options: dict[str, Any] = {"axis_name": axis_name, "momentum": 0.9, "use_fast_variance": False}
+            options: dict[str, Any] = {
+                "axis_name": axis_name,
+                "momentum": 0.9,
+                "use_fast_variance": False,
+            }
             return nn.BatchNorm(use_running_average=running, name=layer.name, **options)
     raise ValueError(f"no layer of kind {layer.kind!r}")
 
@@ -122,11 +143,14 @@ def _make(layer: Layer, axis_name: str | None) -> Any:
 def _scan(layer: Layer) -> Any:
     body = nn.remat(_Scanned) if layer.choice == "checkpoint" else _Scanned
     axes: dict[str, Any] = {"variable_axes": {"params": 0}, "in_axes": nn.broadcast}
-    return nn.scan(body, length=layer.size, split_rngs={"params": True}, **axes)(layer.layers, name=layer.name)
+    return nn.scan(body, length=layer.size, split_rngs={"params": True}, **axes)(
+        layer.layers, name=layer.name
+    )
 
 
 def may_attend(mask: jax.Array) -> jax.Array:
-    """Each token sees the unmasked tokens and itself, so that a masked example is never divided by 0."""
+    """Each token sees the unmasked tokens and itself, so that a masked example is never divided by
+    0."""
     itself = jnp.eye(mask.shape[1], dtype=bool)
     return mask[:, None, None, :] | itself[None, None]
 
@@ -139,8 +163,9 @@ def dropout(x: jax.Array, keep: jax.Array) -> jax.Array:
 def pool(x: jax.Array, mask: jax.Array, choice: str) -> jax.Array:
     """Mean over the unmasked length, or maximum over all of it; the length becomes 1."""
     if choice == "max":
-        # By index: the derivative of jnp.max looks for the maximum among values that XLA may have computed again, with
-        # other last digits, and then loses it (https://github.com/jax-ml/jax/issues/40564; seen on CPU, in a scan).
+        # By index: the derivative of jnp.max looks for the maximum among values that XLA may have
+        # computed again, with other last digits, and then loses it
+        # (https://github.com/jax-ml/jax/issues/40564; seen on CPU, in a scan).
         return jnp.take_along_axis(x, jnp.argmax(x, axis=1, keepdims=True), axis=1)
     total = jnp.sum(jnp.where(mask[..., None], x, jnp.zeros_like(x)), axis=1, keepdims=True)
     return total / jnp.maximum(jnp.sum(mask, axis=1)[:, None, None], 1).astype(x.dtype)

@@ -1,4 +1,5 @@
-"""The full-batch oracle of a loss: value, gradient and aux in one pass, in float64 where that is possible."""
+"""The full-batch oracle of a loss: value, gradient and aux in one pass, in float64 where that is
+possible."""
 
 from __future__ import annotations
 
@@ -14,9 +15,14 @@ __all__ = ["draws_random_numbers", "oracle"]
 
 
 def oracle(
-    fun: Callable[..., Any], *args: Any, in_axes: Any = (None, 0), has_aux: bool = False, float64: bool = True
+    fun: Callable[..., Any],
+    *args: Any,
+    in_axes: Any = (None, 0),
+    has_aux: bool = False,
+    float64: bool = True,
 ) -> dict[str, Any]:
-    """`{"value", "gradient"}`, and `"aux"` as `fun` returns it under `"kept"`, of the whole batch in one pass."""
+    """`{"value", "gradient"}`, and `"aux"` as `fun` returns it under `"kept"`, of the whole batch
+    in one pass."""
     total = _total(jaxaccum.full_batch(fun, in_axes=in_axes), has_aux)
     if not float64:
         return _evaluate(total, args)
@@ -26,7 +32,8 @@ def oracle(
 
 
 def draws_random_numbers(fun: Callable[..., Any], *args: Any, in_axes: Any) -> bool:
-    """Whether `fun` draws from `jax.random`, whose numbers depend on the dtype that is asked for."""
+    """Whether `fun` draws from `jax.random`, whose numbers depend on the dtype that is asked
+    for."""
     return "random_bits" in str(jax.make_jaxpr(jaxaccum.full_batch(fun, in_axes=in_axes))(*args))
 
 

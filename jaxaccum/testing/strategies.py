@@ -1,6 +1,7 @@
 """Hypothesis strategies: batches, masks, partitions, models and losses.
 
-Arrays are drawn through a seed: hypothesis then shrinks sizes and choices, which explain a failure, and not entries.
+Arrays are drawn through a seed: hypothesis then shrinks sizes and choices, which explain a failure,
+and not entries.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum.testing.language import BLOCKS, CLASSES, LENGTH, MASKS, Layer, Model, block, build_model
+from jaxaccum.testing.language import (
+    BLOCKS,
+    CLASSES,
+    LENGTH,
+    MASKS,
+    Layer,
+    Model,
+    block,
+    build_model,
+)
 from jaxaccum.testing.tagged_losses import Loss
 
 try:
@@ -23,7 +33,17 @@ except ModuleNotFoundError as error:
         "pip install 'jaxaccum[testing]', or pip install hypothesis."
     ) from error
 
-__all__ = ["LOSSES", "batches", "compose", "losses", "masks", "model_batches", "models", "partitions", "weights"]
+__all__ = [
+    "LOSSES",
+    "batches",
+    "compose",
+    "losses",
+    "masks",
+    "model_batches",
+    "models",
+    "partitions",
+    "weights",
+]
 
 SEEDS = st.integers(0, 2**16)
 
@@ -31,11 +51,13 @@ SEEDS = st.integers(0, 2**16)
 def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchStrategy[Any]:
     """Batches whose examples look like `example`.
 
-    Floating leaves are standard normal, booleans fair coins, integers at least 0 and below 10. Where that is not what
-    a loss needs, put a function `(rng, batch_size) -> array` in the leaf's place.
+    Floating leaves are standard normal, booleans fair coins, integers at least 0 and below 10.
+    Where that is not what a loss needs, put a function `(rng, batch_size) -> array` in the leaf's
+    place.
 
     Args:
-      example: pytree of one example: arrays or `jax.ShapeDtypeStruct`s *without* the batch axis, or functions.
+      example: pytree of one example: arrays or `jax.ShapeDtypeStruct`s *without* the batch axis, or
+          functions.
       min_size: smallest batch size.
       max_size: largest batch size.
 
@@ -51,7 +73,9 @@ def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchS
 
     def build(size: int, seed: int) -> Any:
         rng = np.random.default_rng(seed)
-        return jax.tree.map(lambda leaf: leaf(rng, size) if callable(leaf) else _like(leaf, rng, size), example)
+        return jax.tree.map(
+            lambda leaf: leaf(rng, size) if callable(leaf) else _like(leaf, rng, size), example
+        )
 
     return st.builds(build, st.integers(min_size, max_size), SEEDS)
 
@@ -59,8 +83,8 @@ def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchS
 def masks(batch_size: int, *shape: int) -> st.SearchStrategy[np.ndarray]:
     """Boolean masks of shape (batch_size, *shape), at least one entry true.
 
-    Some are full, some random, some hide whole examples, some the batch's first or last examples and so whole
-    microbatches, and some show one entry alone.
+    Some are full, some random, some hide whole examples, some the batch's first or last examples
+    and so whole microbatches, and some show one entry alone.
 
     >>> from hypothesis import given
     >>> @given(masks(4, 3))
@@ -92,7 +116,8 @@ def weights(batch_size: int, dtype: Any = np.float32) -> st.SearchStrategy[np.nd
 
 
 def partitions(batch_size: int, *, equal: bool = False) -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments that partition a batch: a microbatch size, a number of microbatches, or a strided split.
+    """Keyword arguments that partition a batch: a microbatch size, a number of microbatches, or a
+    strided split.
 
     Args:
       batch_size: of the batch to divide.
@@ -109,17 +134,26 @@ def partitions(batch_size: int, *, equal: bool = False) -> st.SearchStrategy[dic
     """
     divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
     sizes = st.sampled_from(divisors if equal else range(1, batch_size + 1))
-    strided = st.fixed_dictionaries({"num_microbatches": st.sampled_from(divisors), "split": st.just("strided")})
+    strided = st.fixed_dictionaries(
+        {"num_microbatches": st.sampled_from(divisors), "split": st.just("strided")}
+    )
     return (
-        st.fixed_dictionaries({"microbatch_size": sizes}) | st.fixed_dictionaries({"num_microbatches": sizes}) | strided
+        st.fixed_dictionaries({"microbatch_size": sizes})
+        | st.fixed_dictionaries({"num_microbatches": sizes})
+        | strided
     )
 
 
 @st.composite
 def models(
-    draw: st.DrawFn, *, max_blocks: int = 2, kinds: Sequence[str] = tuple(BLOCKS), widths: Sequence[int] = (4, 6)
+    draw: st.DrawFn,
+    *,
+    max_blocks: int = 2,
+    kinds: Sequence[str] = tuple(BLOCKS),
+    widths: Sequence[int] = (4, 6),
 ) -> Model:
-    """Models of the model language with float64 weights: a stem, some blocks, perhaps pooling, and a head.
+    """Models of the model language with float64 weights: a stem, some blocks, perhaps pooling, and
+    a head.
 
     Args:
       draw: supplied by hypothesis.
@@ -134,14 +168,21 @@ def models(
     >>> check()
     """
     width = draw(st.sampled_from(widths))
-    layers = compose(lambda options: draw(st.sampled_from(options)), width, max_blocks=max_blocks, kinds=kinds)
+    layers = compose(
+        lambda options: draw(st.sampled_from(options)), width, max_blocks=max_blocks, kinds=kinds
+    )
     return build_model(layers, width, seed=draw(SEEDS))
 
 
 def compose(
-    choose: Callable[[Sequence[Any]], Any], width: int, *, max_blocks: int = 2, kinds: Sequence[str] = tuple(BLOCKS)
+    choose: Callable[[Sequence[Any]], Any],
+    width: int,
+    *,
+    max_blocks: int = 2,
+    kinds: Sequence[str] = tuple(BLOCKS),
 ) -> tuple[Layer, ...]:
-    """A stem, some blocks, perhaps pooling, and a head; `choose` picks one of the options it is given.
+    """A stem, some blocks, perhaps pooling, and a head; `choose` picks one of the options it is
+    given.
 
     >>> [layer.kind for layer in compose(lambda options: options[0], 4)]
     ['dense']
@@ -160,7 +201,10 @@ LOSSES = (
     Loss(("token_cross_entropy",)),
     Loss(("token_cross_entropy",), class_weights=(1, 0.5, 2, 1, 4), label_smoothing=0.125),
     Loss(("token_cross_entropy", "z")),
-    Loss(("squared_error", "example_cross_entropy", "token_cross_entropy", "z"), class_weights=(1, 0.25, 2, 1, 4)),
+    Loss(
+        ("squared_error", "example_cross_entropy", "token_cross_entropy", "z"),
+        class_weights=(1, 0.25, 2, 1, 4),
+    ),
 )
 
 
@@ -173,7 +217,8 @@ def losses() -> st.SearchStrategy[Loss]:
 def model_batches(
     draw: st.DrawFn, width: int, *, sizes: Sequence[int] = (1, 4, 5), dtype: Any = np.float64
 ) -> dict[str, np.ndarray]:
-    """Batches that every model and loss of the model language reads; entries of `dtype` where floating.
+    """Batches that every model and loss of the model language reads; entries of `dtype` where
+    floating.
 
     >>> from hypothesis import given
     >>> @given(model_batches(4))
@@ -195,7 +240,9 @@ def model_batches(
 
 
 def _like(leaf: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    leaf = jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf))
+    leaf = jax.ShapeDtypeStruct(
+        np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+    )
     shape = (size, *leaf.shape)
     if leaf.dtype == bool:
         return rng.random(shape) < 0.5

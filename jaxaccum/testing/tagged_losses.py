@@ -27,7 +27,8 @@ Term = tuple[jax.Array, jax.Array]
 
 @dataclass(frozen=True)
 class Loss:
-    """The names of the terms, class weights (empty for none) and label smoothing of the cross-entropy."""
+    """The names of the terms, class weights (empty for none) and label smoothing of the
+    cross-entropy."""
 
     terms: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
@@ -35,14 +36,17 @@ class Loss:
 
 
 def loss_fun(apply: Apply, loss: Loss, *, has_aux: bool = False) -> Callable[..., Any]:
-    """The loss `fun(weights, state, batch)` of a model: one `Mean`, or a dict of them where it has several terms.
+    """The loss `fun(weights, state, batch)` of a model: one `Mean`, or a dict of them where it has
+    several terms.
 
     With `has_aux` it returns `(loss, new state)`, the state tagged `Carry`.
     """
 
     def fun(weights: Any, state: Any, batch: Any) -> Any:
         outputs, new = apply(weights, state, batch)
-        means = {name: jaxaccum.Mean(*term) for name, term in loss_terms(loss, outputs, batch).items()}
+        means = {
+            name: jaxaccum.Mean(*term) for name, term in loss_terms(loss, outputs, batch).items()
+        }
         value = means if len(means) > 1 else means[loss.terms[0]]
         return (value, jaxaccum.Carry(new)) if has_aux else value
 
@@ -64,7 +68,9 @@ def squared_error(_: Loss, outputs: jax.Array, batch: Any) -> Term:
 def example_cross_entropy(loss: Loss, outputs: jax.Array, batch: Any) -> Term:
     """The mean over examples of the mean over an example's tokens."""
     mask = _mask(outputs, batch)
-    errors = _select(mask, _cross_entropy(Loss((), label_smoothing=loss.label_smoothing), outputs, batch))
+    errors = _select(
+        mask, _cross_entropy(Loss((), label_smoothing=loss.label_smoothing), outputs, batch)
+    )
     count = jnp.sum(mask, axis=1)
     means = jnp.sum(errors, axis=1) / jnp.maximum(count, 1).astype(errors.dtype)
     return jnp.sum(means), jnp.sum(count > 0).astype(errors.dtype)
@@ -74,7 +80,9 @@ def token_cross_entropy(loss: Loss, outputs: jax.Array, batch: Any) -> Term:
     """The mean over all unmasked tokens, each weighted by its label's class."""
     mask, labels = _mask(outputs, batch), batch["labels"][:, : outputs.shape[1]]
     weight = _class_weights(loss, outputs)[labels]
-    return jnp.sum(_select(mask, _cross_entropy(loss, outputs, batch))), jnp.sum(_select(mask, weight))
+    return jnp.sum(_select(mask, _cross_entropy(loss, outputs, batch))), jnp.sum(
+        _select(mask, weight)
+    )
 
 
 def z(_: Loss, outputs: jax.Array, batch: Any) -> Term:
@@ -92,7 +100,8 @@ TERMS: Mapping[str, Callable[[Loss, jax.Array, Any], Term]] = {
 
 
 def _cross_entropy(loss: Loss, outputs: jax.Array, batch: Any) -> jax.Array:
-    """−(1 − s) c[y] log p[y] − s/C Σⱼ c[j] log p[j], as torch.nn.functional.cross_entropy defines it."""
+    """−(1 − s) c[y] log p[y] − s/C Σⱼ c[j] log p[j], as torch.nn.functional.cross_entropy defines
+    it."""
     labels = batch["labels"][:, : outputs.shape[1]]
     weighted = jax.nn.log_softmax(outputs) * _class_weights(loss, outputs)[None, None]
     own = jnp.take_along_axis(weighted, labels[..., None], axis=-1)[..., 0]

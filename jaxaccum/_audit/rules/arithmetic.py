@@ -1,4 +1,5 @@
-"""Sums, products, quotients and powers, with the factor that is common to all examples: the normalizer."""
+"""Sums, products, quotients and powers, with the factor that is common to all examples: the
+normalizer."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
 from jaxaccum._audit.walk import Op, Walk
 
-# -- totals as divisors -----------------------------------------------------------------------------------------------
+# -- totals as divisors ----------------------------------------------------------------------------
 
 
 def as_weight(x: Value) -> Scale | None:
-    """A total over the batch as a divisor, or what a guard has made of one; None where it is neither."""
+    """A total over the batch as a divisor, or what a guard has made of one; None where it is
+    neither."""
     if x.weight is not None or x.kind is not Kind.TOTAL or len(x.terms) != 1:
         return x.weight
     (term,) = x.terms
@@ -51,24 +53,28 @@ def _noted(walk: Walk, op: Op, scale: Scale) -> Scale:
 
 
 def guarded(x: Value, ins: list[Value]) -> Value:
-    """A statistic that is a weight kept from 0: its maximum with a constant, or its sum with one."""
+    """A statistic that is a weight kept from 0: its maximum with a constant, or its sum with
+    one."""
     weight = as_weight(x)
     scalar = all(v.scalar for v in ins)
     return statistic(x.origin, weight=None if weight is None else weight.guarded(), scalar=scalar)
 
 
-# -- sums -------------------------------------------------------------------------------------------------------------
+# -- sums ------------------------------------------------------------------------------------------
 
 
 @rule("add add_any", uniform=True)
 def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """x + y. The first example of the microbatch plus a row is the example's place in the batch: a datum of its own."""
+    """x + y. The first example of the microbatch plus a row is the example's place in the batch: a
+    datum of its own."""
     if {v.index for v in ins} == {Index.START, Index.ROW}:
         row = next(v for v in ins if v.index is Index.ROW)
         assert row.layout is not None
         return Settled([rows(row.layout, faults=ins[0].faults | ins[1].faults)])
     for x, y in (ins, ins[::-1]):
-        if x.index is Index.MICROBATCH and y.known == 0:  # as JAX writes the index along several axes
+        if (
+            x.index is Index.MICROBATCH and y.known == 0
+        ):  # as JAX writes the index along several axes
             return Settled([x])
         if x.index is Index.MICROBATCH and y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
             return Settled([dataclasses.replace(x, faults=x.faults | y.faults)])
@@ -76,7 +82,8 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 _OF_A_DEVICE = Scale(Fraction(-1))
-"""A device's place times its number of microbatches, by which the microbatches of all devices are counted."""
+"""A device's place times its number of microbatches, by which the microbatches of all devices are
+counted."""
 
 
 @rule("sub complex", uniform=True)
@@ -92,10 +99,16 @@ def added(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if all(v.fixed for v in live):
         return _added_fixed(op, ins)
     if len(live) == 1:
-        return dataclasses.replace(live[0].but(scalar=all(v.scalar for v in ins)), weight=as_weight(live[0]))
+        return dataclasses.replace(
+            live[0].but(scalar=all(v.scalar for v in ins)), weight=as_weight(live[0])
+        )
     if summaries and not all(v.fixed for v in live if v not in summaries):
         return combine(walk, op, live)
-    if len(summaries) == 1 and summaries[0].kind is Kind.STATISTIC and summaries[0].weight is not None:
+    if (
+        len(summaries) == 1
+        and summaries[0].kind is Kind.STATISTIC
+        and summaries[0].weight is not None
+    ):
         return guarded(summaries[0], ins)
     if any(v.kind is Kind.STATISTIC for v in live) or not same_layout(live):
         return combine(walk, op, live)
@@ -103,7 +116,9 @@ def added(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if (layout := layout_of(live)) is not None:
         return rows(layout, terms=terms, origin=origin_of(live))
     weight = guarded(summaries[0], ins).weight if len(summaries) == 1 else None
-    return dataclasses.replace(summaries[0].but(scalar=all(v.scalar for v in ins)), terms=terms, weight=weight)
+    return dataclasses.replace(
+        summaries[0].but(scalar=all(v.scalar for v in ins)), terms=terms, weight=weight
+    )
 
 
 def _added_fixed(op: Op, ins: list[Value]) -> Value:
@@ -112,21 +127,30 @@ def _added_fixed(op: Op, ins: list[Value]) -> Value:
     if op.name in ("add", "sub") and all(v.known is not None for v in ins):
         x, y = (v.known for v in ins)
         known = x + y if op.name == "add" else x - y
-    return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, known=known, scalar=all(v.scalar for v in ins))
+    return fixed(
+        scales.pop() if len(scales) == 1 else IRREGULAR,
+        known=known,
+        scalar=all(v.scalar for v in ins),
+    )
 
 
 def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> frozenset[Term]:
-    """The addends of all operands; `apart` keeps those that are independent of the batch, which stand once."""
+    """The addends of all operands; `apart` keeps those that are independent of the batch, which
+    stand once."""
     terms: set[Term] = set()
     for v in ins:
-        own = {dataclasses.replace(term, fixed=True) for term in v.terms} if v.fixed and apart else v.terms
+        own = (
+            {dataclasses.replace(term, fixed=True) for term in v.terms}
+            if v.fixed and apart
+            else v.terms
+        )
         for term in own:
             walk.sites.setdefault(term, v.origin or walk.site(op))
         terms |= own
     return frozenset(terms)
 
 
-# -- products ---------------------------------------------------------------------------------------------------------
+# -- products --------------------------------------------------------------------------------------
 
 
 @rule("mul", uniform=True, scales=True)
@@ -142,15 +166,22 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     for x, y in (ins, ins[::-1]):
         if y.fixed:
             return _scaled(walk, op, x, y)
-        if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC and (scale := normalizer(y)) is not None:
-            return dataclasses.replace(x.scaled(_noted(walk, op, scale)), origin=x.origin or y.origin)
+        if (
+            y.kind is Kind.STATISTIC
+            and x.kind is not Kind.STATISTIC
+            and (scale := normalizer(y)) is not None
+        ):
+            return dataclasses.replace(
+                x.scaled(_noted(walk, op, scale)), origin=x.origin or y.origin
+            )
         if (undone := _undivided(x, y)) is not None:
             return undone
     return times(walk, op, ins)
 
 
 def _undivided(x: Value, y: Value) -> Value | None:
-    """``(total / y) * y``: the total again, plus y times what stands once; None where y divides no total."""
+    """``(total / y) * y``: the total again, plus y times what stands once; None where y divides no
+    total."""
     scale = normalizer(y) if x.kind is Kind.TOTAL and y.kind is Kind.TOTAL else None
     if scale is None:
         return None
@@ -206,13 +237,22 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
             return statistic(y.origin, weight=inverse * x.scale, scalar=x.scalar)
         return dataclasses.replace(x.scaled(inverse), origin=x.origin or y.origin)
     if layout is not None and y.rows and not x.summary and same_layout(ins) and len(y.terms) == 1:
-        return rows(layout, terms=frozenset(term.times(y.scale.inverse()) for term in x.terms), origin=origin_of(ins))
+        return rows(
+            layout,
+            terms=frozenset(term.times(y.scale.inverse()) for term in x.terms),
+            origin=origin_of(ins),
+        )
     return combine(walk, op, ins)
 
 
-# -- powers -----------------------------------------------------------------------------------------------------------
+# -- powers ----------------------------------------------------------------------------------------
 
-_EXPONENTS = {"square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1)}
+_EXPONENTS = {
+    "square": Fraction(2),
+    "sqrt": Fraction(1, 2),
+    "rsqrt": Fraction(-1, 2),
+    "reciprocal": Fraction(-1),
+}
 
 
 @rule("pow", uniform=True)
@@ -241,7 +281,7 @@ def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     return combine(walk, op, ins)
 
 
-# -- guards against an empty weight -----------------------------------------------------------------------------------
+# -- guards against an empty weight ----------------------------------------------------------------
 
 
 @rule("max", uniform=True)
@@ -258,7 +298,9 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
     if op.name == "lt" and x.index is not None and y.zero:
-        return fixed(known=False, number=walk.fresh())  # no place is negative: the index is taken as it stands
+        return fixed(
+            known=False, number=walk.fresh()
+        )  # no place is negative: the index is taken as it stands
     if op.name == "ne" and x.number == y.number and (x.summary or (x.rows and x.params)):
         return _is_nan(walk, op, x)
     if op.name == "and" and any(v.known is False for v in ins):
@@ -266,24 +308,33 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     summaries = [v for v in ins if v.summary]
     compared = [_compared(v) for v in summaries]
     if summaries and all(compared) and not any(v.rows for v in ins):
-        return statistic(summaries[0].origin, compares=frozenset().union(*compared), scalar=all(v.scalar for v in ins))
+        return statistic(
+            summaries[0].origin,
+            compares=frozenset().union(*compared),
+            scalar=all(v.scalar for v in ins),
+        )
     return combine(walk, op, ins)
 
 
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
-    """Only a NaN differs from itself. Nothing is, where the loss rests on that: an empty mean, and `jnp.nanmean`."""
+    """Only a NaN differs from itself. Nothing is, where the loss rests on that: an empty mean, and
+    `jnp.nanmean`."""
     never = fixed(known=False, number=walk.fresh())
     if x.summary:
         return Settled([never])
     if walk.may_be_nan():
         return combine(walk, op, [x])
     note = "exact where no value is NaN: each microbatch counts its own"
-    return Settled([dataclasses.replace(never, faults=x.faults | {walk.fault(op, FaultKind.ASSUMPTION, note)})])
+    return Settled(
+        [dataclasses.replace(never, faults=x.faults | {walk.fault(op, FaultKind.ASSUMPTION, note)})]
+    )
 
 
 def _compared(x: Value) -> frozenset[int]:
     weight = as_weight(x)
-    return x.compares or (frozenset(w.number for w in weight.weights) if weight is not None else frozenset())
+    return x.compares or (
+        frozenset(w.number for w in weight.weights) if weight is not None else frozenset()
+    )
 
 
 @rule("select_n", uniform=True)

@@ -1,4 +1,5 @@
-"""What the body of a scan does with a carried value: adds to it, writes to it, counts with it, or anything else."""
+"""What the body of a scan does with a carried value: adds to it, writes to it, counts with it, or
+anything else."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A carried value that the body only adds to, only writes to, or only counts with: `what` goes in at each step."""
+    """A carried value that the body only adds to, only writes to, or only counts with: `what` goes
+    in at each step."""
 
     name: str
     what: Any
@@ -50,7 +52,9 @@ def roles_of(scan: Scan) -> dict[int, Role]:
             if not isinstance(v, jex.Literal):
                 users.setdefault(v, []).append(eqn)
     given = [v for v in body.outvars if not isinstance(v, jex.Literal)]
-    found = {i: _role(users, given, body.invars[consts + i], body.outvars[i]) for i in range(carried)}
+    found = {
+        i: _role(users, given, body.invars[consts + i], body.outvars[i]) for i in range(carried)
+    }
     return {i: role for i, role in found.items() if role is not None}
 
 
@@ -67,10 +71,15 @@ def _role(users: dict[Any, list[Any]], given: list[Any], v: Any, out: Any) -> Ro
         if eqn.primitive.name == "convert_element_type" and _same_class(eqn):
             pass
         elif role is None and (
-            eqn.primitive.name in ("add", "add_any") or (eqn.primitive.name == "sub" and eqn.invars[0] is v)
+            eqn.primitive.name in ("add", "add_any")
+            or (eqn.primitive.name == "sub" and eqn.invars[0] is v)
         ):
             role = Role("sum", next(w for w in eqn.invars if w is not v))
-        elif role is None and eqn.primitive.name in ("dynamic_update_slice", "scatter") and eqn.invars[0] is v:
+        elif (
+            role is None
+            and eqn.primitive.name in ("dynamic_update_slice", "scatter")
+            and eqn.invars[0] is v
+        ):
             role = Role("write", None)
         else:
             return None

@@ -1,4 +1,5 @@
-"""Collectives over the loop's axis: they make a statistic that no partition changes out of one that each would."""
+"""Collectives over the loop's axis: they make a statistic that no partition changes out of one that
+each would."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from jaxaccum._jaxpr.compat import opened
 from jaxaccum._jaxpr.equations import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
-"""A batch-independent value counts once per microbatch: the batch's size over the microbatch's times."""
+"""A batch-independent value counts once per microbatch: the batch's size over the microbatch's
+times."""
 
 
 def axes_of(op: Op) -> set[Any]:
@@ -27,13 +29,18 @@ def axes_of(op: Op) -> set[Any]:
 
 
 def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
-    """A collective over devices, where the batch is sharded over some; None where it is over the loop."""
+    """A collective over devices, where the batch is sharded over some; None where it is over the
+    loop."""
     axes = axes_of(op)
     if op.params.get("axis_index_groups") is not None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
     if walk.axis_name in axes:
         everywhere = walk.mesh_axes | walk.outer_axes <= axes
-        return None if everywhere else walk.unknown(op, f"{op.name} over the loop, on each device apart")
+        return (
+            None
+            if everywhere
+            else walk.unknown(op, f"{op.name} over the loop, on each device apart")
+        )
     walk.note_devices(op, axes)
     if x.fixed and x.index is None:
         return x.but()
@@ -47,7 +54,11 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
 
 def _declared(walk: Walk, op: Op, scale: Scale, **fields: Any) -> Value:
     """A statistic of the whole batch, the same in every microbatch."""
-    fault = walk.fault(op, FaultKind.COLLECTIVE, f"{op.name} over {walk.axis_name!r} couples the examples, as declared")
+    fault = walk.fault(
+        op,
+        FaultKind.COLLECTIVE,
+        f"{op.name} over {walk.axis_name!r} couples the examples, as declared",
+    )
     return fixed(scale, faults=frozenset([fault]), **fields)
 
 
@@ -71,7 +82,8 @@ def _under_vmap(op: Op) -> bool:
 
 
 def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Callable[..., Any]) -> list[Value]:
-    """A collective over axes of the array and over axes with names: first the one, then the other."""
+    """A collective over axes of the array and over axes with names: first the one, then the
+    other."""
     own = tuple(axis for axis in op.params["axes"] if isinstance(axis, int))
     names = tuple(axis for axis in op.params["axes"] if not isinstance(axis, int))
 
@@ -116,7 +128,11 @@ def extremum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return out
         if x.fixed and x.index is None:
             return fixed(x.scale if x.scale.trivial else IRREGULAR, scalar=x.scalar)
-        return _declared(walk, op, Scale(), scalar=x.scalar) if x.extremum == op.name[1:] else _unlike(walk, op, x)
+        return (
+            _declared(walk, op, Scale(), scalar=x.scalar)
+            if x.extremum == op.name[1:]
+            else _unlike(walk, op, x)
+        )
 
     return _each(op, ins, one)
 
@@ -129,21 +145,33 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         if (out := _over_devices(walk, op, x)) is not None:
             return out
         axis = op.params["all_gather_dimension"]
-        if x.layout is None or not x.rows or not x.layout.plain or not all(term.scale.trivial for term in x.terms):
+        if (
+            x.layout is None
+            or not x.rows
+            or not x.layout.plain
+            or not all(term.scale.trivial for term in x.terms)
+        ):
             return (
-                _unlike(walk, op, x) if not x.fixed else walk.unknown(op, "all_gather of what every microbatch shares")
+                _unlike(walk, op, x)
+                if not x.fixed
+                else walk.unknown(op, "all_gather of what every microbatch shares")
             )
         if op.params["tiled"]:
-            return _declared(walk, op, Scale()) if x.layout.axes == (axis,) else _unlike(walk, op, x)
+            return (
+                _declared(walk, op, Scale()) if x.layout.axes == (axis,) else _unlike(walk, op, x)
+            )
         (row,) = x.layout.axes
-        return _declared(walk, op, Scale(), index=Index.GATHERED, layout=Layout((axis, row + (row >= axis))))
+        return _declared(
+            walk, op, Scale(), index=Index.GATHERED, layout=Layout((axis, row + (row >= axis)))
+        )
 
     return _each(op, ins, one)
 
 
 @rule("ppermute pcollectivepermute all_to_all psum_scatter reduce_scatter pshuffle")
 def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """An exchange between microbatches, which changes with their number: of what all have alike, the same."""
+    """An exchange between microbatches, which changes with their number: of what all have alike,
+    the same."""
 
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
@@ -152,7 +180,9 @@ def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return _unlike(walk, op, x)
         if op.name == "ppermute" and x.fixed and x.index is None:
             return x.but()
-        return walk.unknown(op, f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet")
+        return walk.unknown(
+            op, f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet"
+        )
 
     return _each(op, ins, one)
 
@@ -169,23 +199,37 @@ def axis_index(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if walk.axis_name in axes_of(op):
         return fixed(index=Index.MICROBATCH, scalar=True)
     if walk.mesh_axes:
-        return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, "the result depends on the device")]))
+        return fixed(
+            faults=frozenset(
+                [walk.fault(op, FaultKind.POSITION, "the result depends on the device")]
+            )
+        )
     return fixed(scalar=True)
 
 
 def whole_batch_moments(walk: Walk, op: Op, body: Any, ins: list[Value]) -> list[Value]:
-    """The count, mean and squares of our BatchNorm: the whole batch's, the same in every microbatch."""
+    """The count, mean and squares of our BatchNorm: the whole batch's, the same in every
+    microbatch."""
     jaxpr = opened(body)[0]
     named = set(axes_in(jaxpr))
-    grouped = any(eqn.params.get("axis_index_groups") is not None for name in named for eqn in mentions(jaxpr, name))
+    grouped = any(
+        eqn.params.get("axis_index_groups") is not None
+        for name in named
+        for eqn in mentions(jaxpr, name)
+    )
     if walk.axis_name not in named or grouped or not ins[0].rows or any(v.summary for v in ins):
         return walk.body(op, (body, op.other.params["jaxpr"]), ins)
     faults = frozenset().union(*(v.faults for v in ins))
     if apart := (walk.mesh_axes | walk.outer_axes) - named:
         devices = ", ".join(sorted(apart))
-        fault = walk.fault(op, FaultKind.COUPLING, f"the statistics are those of one device along {devices}")
+        fault = walk.fault(
+            op, FaultKind.COUPLING, f"the statistics are those of one device along {devices}"
+        )
     else:
         note = f"BatchNorm over {walk.axis_name!r} couples the examples, as declared"
         fault = walk.fault(op, FaultKind.COLLECTIVE, note)
     params = any(v.params for v in ins)
-    return [fixed(faults=faults | {fault}, params=params, number=walk.fresh()) for _ in range(op.num_outs)]
+    return [
+        fixed(faults=faults | {fault}, params=params, number=walk.fresh())
+        for _ in range(op.num_outs)
+    ]

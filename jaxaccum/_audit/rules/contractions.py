@@ -23,7 +23,14 @@ def dot_general(walk: Walk, op: Op, ins: list[Value]) -> Value:
         if factor.fixed:
             return _dot_fixed(walk, op, one, factor, side=i)
     layout = next(
-        (out for i, v in enumerate(ins) if v.rows for out in [_laid_out(op, v, i)] if isinstance(out, Layout)), None
+        (
+            out
+            for i, v in enumerate(ins)
+            if v.rows
+            for out in [_laid_out(op, v, i)]
+            if isinstance(out, Layout)
+        ),
+        None,
     )
     return walk.couple(op, [v for v in ins if v.summary], layout=layout)
 
@@ -52,7 +59,8 @@ def _summed(walk: Walk, op: Op, x: Value, *, complete: bool) -> Value:
 
 
 def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """Rows with rows: of the same example where their axes meet, else every example with every other."""
+    """Rows with rows: of the same example where their axes meet, else every example with every
+    other."""
     x, y = ins
     (cx, cy), (bx, by) = op.params["dimension_numbers"]
     assert x.layout is not None
@@ -61,9 +69,13 @@ def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
     meet = set(zip(x.layout.axes, y.layout.axes, strict=False)) <= pairs
     alike = x.layout.at() == y.layout.at() and len(x.layout.axes) == len(y.layout.axes)
     if not (meet and alike):
-        outs = [out for out in (_laid_out(op, x, 0), _laid_out(op, y, 1)) if isinstance(out, Layout)]
+        outs = [
+            out for out in (_laid_out(op, x, 0), _laid_out(op, y, 1)) if isinstance(out, Layout)
+        ]
         note = "examples are compared with each other, and a microbatch holds only some of them"
-        return walk.couple(op, ins, kind=FaultKind.PAIRWISE, note=note, layout=outs[0] if outs else None)
+        return walk.couple(
+            op, ins, kind=FaultKind.PAIRWISE, note=note, layout=outs[0] if outs else None
+        )
     growth = walk.growth(op.shapes(), [a for a in cx if a not in x.layout.axes])
     terms = frozenset(s.times(t.scale * growth) for s in x.terms for t in y.terms)
     product = rows(x.layout, terms=terms, origin=origin_of(ins))
@@ -74,7 +86,8 @@ def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 
 def _laid_out(op: Op, x: Value, side: int) -> Layout | bool:
-    """Where the rows of an operand lie in the product; where they are summed, whether all of them are."""
+    """Where the rows of an operand lie in the product; where they are summed, whether all of them
+    are."""
     contracted = op.params["dimension_numbers"][0][side]
     assert x.layout is not None
     if summed := set(contracted) & set(x.layout.axes):
@@ -83,7 +96,8 @@ def _laid_out(op: Op, x: Value, side: int) -> Layout | bool:
 
 
 def _dot_axis(op: Op, axis: int, side: int) -> int:
-    """The axis of the product that an axis of an operand becomes: batched ones, then the left's, then the right's."""
+    """The axis of the product that an axis of an operand becomes: batched ones, then the left's,
+    then the right's."""
     contracted, batched = (dims[side] for dims in op.params["dimension_numbers"])
     if axis in batched:
         return list(batched).index(axis)
@@ -105,7 +119,9 @@ def convolution(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if x.layout is None:
         return x.scaled(kernel.scale).but() if not varying(op.shapes()) else combine(walk, op, ins)
     if x.layout.axes == (numbers.lhs_spec[0],):
-        return rows(x.layout.at(numbers.out_spec[0]), terms=x.scaled(kernel.scale).terms, origin=x.origin)
+        return rows(
+            x.layout.at(numbers.out_spec[0]), terms=x.scaled(kernel.scale).terms, origin=x.origin
+        )
     if not x.layout.axes:
         return rows(x.layout, terms=x.scaled(kernel.scale).terms, origin=x.origin)
     return RULES["*"].apply(walk, op, ins)
@@ -117,7 +133,9 @@ def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
     (x,) = ins
     first = len(op.shapes()[0]) - len(op.params["fft_lengths"])
     if x.layout is not None and any(a >= first for a in x.layout.axes):
-        return walk.couple(op, ins, note="a Fourier transform along the batch axis", layout=x.layout)
+        return walk.couple(
+            op, ins, note="a Fourier transform along the batch axis", layout=x.layout
+        )
     grows = any(a >= first for a in varying(op.shapes())) or x.kind is Kind.STATISTIC
     return combine(walk, op, ins) if grows else x.but()
 

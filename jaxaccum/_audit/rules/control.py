@@ -8,7 +8,18 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum._audit.lattice import IRREGULAR, PLAIN, UNIT, Fault, FaultKind, Kind, Term, Value, fixed, statistic
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    PLAIN,
+    UNIT,
+    Fault,
+    FaultKind,
+    Kind,
+    Term,
+    Value,
+    fixed,
+    statistic,
+)
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.collectives import whole_batch_moments
 from jaxaccum._audit.rules.elementwise import text_of
@@ -55,14 +66,19 @@ def _is_whole_batch_moments(body: Any) -> bool:
 
 
 def _is_of_example_keys(body: Any) -> bool:
-    """Whether a call makes a key that holds those of the examples, or reads the key of the stream in one."""
+    """Whether a call makes a key that holds those of the examples, or reads the key of the stream
+    in one."""
     debug = opened(body)[0].debug_info
-    return debug.func_name in ("joined", "stream_data") and debug.func_filename == example_keys.__file__
+    return (
+        debug.func_name in ("joined", "stream_data")
+        and debug.func_filename == example_keys.__file__
+    )
 
 
 @rule("call_hi_primitive", complete=True)
 def composed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """What jax 0.12 defines by simpler primitives: these, in place. One of the user's own derives itself: no rule."""
+    """What jax 0.12 defines by simpler primitives: these, in place. One of the user's own derives
+    itself: no rule."""
     prims = [eqn.params["_prim"] for eqn in (op.eqn, op.other)]
     if not all(type(prim).__module__.startswith("jax.") for prim in prims):
         return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
@@ -72,7 +88,8 @@ def composed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 @rule("*")
 def no_rule(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """A primitive that the table does not know: unknown, unless nothing that enters depends on the batch."""
+    """A primitive that the table does not know: unknown, unless nothing that enters depends on the
+    batch."""
     return unfollowed(walk, op, ins)
 
 
@@ -81,13 +98,17 @@ def unfollowed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     if all(v.fixed for v in ins) and "callback" not in op.name and not op.eqn.effects:
         same = all(v.scale.trivial for v in ins) and _same_params(op)
         return [fixed(UNIT if same else IRREGULAR) for _ in range(op.num_outs)]
-    if not any(v.rows or v.fixed for v in ins) and all(v.kind is Kind.STATISTIC and v.faults for v in ins):
+    if not any(v.rows or v.fixed for v in ins) and all(
+        v.kind is Kind.STATISTIC and v.faults for v in ins
+    ):
         return [statistic(ins[0].origin) for _ in range(op.num_outs)]
     return [walk.unknown(op, f"{_described(op)} has no rule") for _ in range(op.num_outs)]
 
 
 def _described(op: Op) -> str:
-    name = op.params.get("name") or op.params.get("target_name") or op.params.get("call_target_name")
+    name = (
+        op.params.get("name") or op.params.get("target_name") or op.params.get("call_target_name")
+    )
     return f"{op.name} ({name})" if isinstance(name, str) else op.name
 
 
@@ -105,7 +126,7 @@ def numbered(walk: Walk, x: Value) -> Value:
     return dataclasses.replace(x, number=walk.fresh())
 
 
-# -- branches ---------------------------------------------------------------------------------------------------------
+# -- branches --------------------------------------------------------------------------------------
 
 
 def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
@@ -122,7 +143,9 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
         if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
             common.update(index=x.index, layout=x.layout, columns=x.columns)
         elif x.index or y.index:
-            common["faults"] = faults | {walk.fault(op, FaultKind.POSITION, "a position of an example enters")}
+            common["faults"] = faults | {
+                walk.fault(op, FaultKind.POSITION, "a position of an example enters")
+            }
         return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, **common)
     kinds = {v.kind for v in (x, y)}
     layouts = {v.layout for v in (x, y) if v.rows}
@@ -134,7 +157,11 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
             **common,
         )
     if kinds <= {Kind.FIXED, Kind.TOTAL} and not (x.index or y.index):
-        own = (frozenset(Term(t.scale, v.fixed or t.fixed) for t in v.terms) for v in (x, y) if not v.zero)
+        own = (
+            frozenset(Term(t.scale, v.fixed or t.fixed) for t in v.terms)
+            for v in (x, y)
+            if not v.zero
+        )
         return Value(Kind.TOTAL, terms=frozenset().union(*own), **common)
     note = "values that depend on the batch in different ways meet"
     common.update(faults=faults | {walk.fault(op, FaultKind.UNKNOWN, note)}, scalar=False)
@@ -153,12 +180,19 @@ def cond(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     faults = which.faults
     if not which.fixed:
         kind = FaultKind.UNKNOWN if which.rows else FaultKind.COUPLING
-        faults |= walk.couple(op, [which], kind=kind, note="a branch is chosen by the data of the batch").faults
+        faults |= walk.couple(
+            op, [which], kind=kind, note="a branch is chosen by the data of the batch"
+        ).faults
     if which.index is not None:
-        faults |= {walk.fault(op, FaultKind.POSITION, "a branch is chosen by the position of an example")}
+        faults |= {
+            walk.fault(op, FaultKind.POSITION, "a branch is chosen by the position of an example")
+        }
     if not which.scale.trivial and which.fixed:
         faults |= {walk.fault(op, FaultKind.BATCH_SIZE, "a branch is chosen by the batch size")}
-    changed = [dataclasses.replace(v, faults=v.faults | faults, params=v.params or which.params) for v in outs]
+    changed = [
+        dataclasses.replace(v, faults=v.faults | faults, params=v.params or which.params)
+        for v in outs
+    ]
     return [numbered(walk, v) for v in changed]
 
 
@@ -186,6 +220,12 @@ def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         outs = walk.body(op, bodies, [*consts, *(solution or ins[sum(lengths) :])])
         solution = solution or outs
         faults = faults.union(*(v.faults for v in outs))
-        if any((x.kind, x.layout) != (y.kind, y.layout) for x, y in zip(outs, solution, strict=True)):
-            faults |= {walk.fault(op, FaultKind.UNKNOWN, f"the {name} of a custom_linear_solve mixes examples")}
+        if any(
+            (x.kind, x.layout) != (y.kind, y.layout) for x, y in zip(outs, solution, strict=True)
+        ):
+            faults |= {
+                walk.fault(
+                    op, FaultKind.UNKNOWN, f"the {name} of a custom_linear_solve mixes examples"
+                )
+            }
     return [dataclasses.replace(v, faults=v.faults | faults) for v in solution]

@@ -1,4 +1,5 @@
-"""Functions with a derivative of the user's own: the function, and the backward pass that stands for it.
+"""Functions with a derivative of the user's own: the function, and the backward pass that stands
+for it.
 
 A backward pass is traced alone, for one equation, and walked like a program. It keeps the examples
 apart if the cotangent of rows is rows, the cotangent of a parameter a sum over the examples, and
@@ -53,7 +54,9 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     bodies = op.params[key], op.other.params[key]
     outs = walk.body(op, bodies, ins)
     moved = any(v.params or not v.fixed for v in ins) and any(map(_is_inexact, op.eqn.invars))
-    wrong = all(any(f.kind not in HARMLESS for f in v.faults) for v in outs)  # whatever its derivative
+    wrong = all(
+        any(f.kind not in HARMLESS for f in v.faults) for v in outs
+    )  # whatever its derivative
     if not walk.checks_derivatives or not moved or wrong or _is_jaxs_own(op):
         return outs
     faults = _faults(walk, op, ins, outs)
@@ -61,7 +64,8 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 
 _WRAPPERS = ("custom_derivatives.py", "solves.py")
-"""Files of JAX whose rules are the user's own, given to `defjvps`, `custom_gradient` or `custom_root`."""
+"""Files of JAX whose rules are the user's own, given to `defjvps`, `custom_gradient` or
+`custom_root`."""
 
 
 def _is_jaxs_own(op: Op) -> bool:
@@ -73,7 +77,9 @@ def _is_jaxs_own(op: Op) -> bool:
 def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozenset[Fault]:
     """What is wrong with the backward pass."""
     given = _variables(op.eqn)
-    by_variable = {v: x for v, x in zip(op.eqn.invars, ins, strict=True) if not isinstance(v, jex.Literal)}
+    by_variable = {
+        v: x for v, x in zip(op.eqn.invars, ins, strict=True) if not isinstance(v, jex.Literal)
+    }
     primals = [dataclasses.replace(by_variable[v], faults=frozenset()) for v in given]
     floating = [i for i, v in enumerate(op.eqn.outvars) if _is_inexact(v)]
     values = [outs[i] for i in floating]
@@ -83,13 +89,25 @@ def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozense
         found = backward.faults([_dual(walk, op, x) for x in values])
         return frozenset([backward.not_linear()]) if found and backward.is_not_linear() else found
     except Exception as error:  # the user's rule may fail here in any way; the answer is the same
-        reason = "differs between the sizes" if isinstance(error, ProgramsDifferError) else type(error).__name__
-        return frozenset([walk.fault(op, FaultKind.UNKNOWN, f"its backward pass could not be followed ({reason})")])
+        reason = (
+            "differs between the sizes"
+            if isinstance(error, ProgramsDifferError)
+            else type(error).__name__
+        )
+        return frozenset(
+            [
+                walk.fault(
+                    op, FaultKind.UNKNOWN, f"its backward pass could not be followed ({reason})"
+                )
+            ]
+        )
     finally:
         walk.checks_derivatives = True
 
 
-_NOT_LINEAR = "its backward pass is not linear in the cotangent, which here depends on the microbatch"
+_NOT_LINEAR = (
+    "its backward pass is not linear in the cotangent, which here depends on the microbatch"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +171,8 @@ class _Backward:
 
 
 _DUAL = {Kind.FIXED: Kind.TOTAL, Kind.TOTAL: Kind.FIXED, Kind.STATISTIC: Kind.FIXED}
-"""The cotangent of what all examples share is a sum over them; that of a statistic is a constant."""
+"""The cotangent of what all examples share is a sum over them; that of a statistic is a
+constant."""
 
 
 def _is_inexact(v: Any) -> bool:
@@ -194,7 +213,8 @@ def _rule(eqn: Any) -> Frame | None:
 
 
 def _traced(walk: Walk, op: Op, floating: list[int]) -> tuple[Any, Any]:
-    """The backward pass of one equation, at both sizes; kept, so that its equations keep their identities."""
+    """The backward pass of one equation, at both sizes; kept, so that its equations keep their
+    identities."""
     pair = (_backward(op.eqn, floating), _backward(op.other, floating))
     walk.derivatives[id(op.eqn)] = pair
     return pair
@@ -214,7 +234,9 @@ def _backward(eqn: Any, floating: list[int]) -> Any:
             full = list(primals)
             for i, value in zip(moved, values, strict=True):
                 full[i] = value
-            return jax.core.eval_jaxpr(alone, [], *full, propagate_source_info=False)  # keeps the frames of the rule
+            return jax.core.eval_jaxpr(
+                alone, [], *full, propagate_source_info=False
+            )  # keeps the frames of the rule
 
         values, backward = jax.vjp(function, *(primals[i] for i in moved))
         by_place = dict(zip(moved, backward(cotangents), strict=True))

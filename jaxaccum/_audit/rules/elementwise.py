@@ -1,4 +1,5 @@
-"""Functions applied entry by entry: examples stay apart, and what is no linear function undoes a sum."""
+"""Functions applied entry by entry: examples stay apart, and what is no linear function undoes a
+sum."""
 
 from __future__ import annotations
 
@@ -8,7 +9,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import IRREGULAR, UNIT, Fault, FaultKind, Layout, Value, fixed, rows, statistic
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    UNIT,
+    Fault,
+    FaultKind,
+    Layout,
+    Value,
+    fixed,
+    rows,
+    statistic,
+)
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, Walk
@@ -21,7 +32,9 @@ _NONLINEAR = """
     lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
-_IDENTITY = "copy copy_p device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
+_IDENTITY = (
+    "copy copy_p device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
+)
 
 
 def same_layout(values: Sequence[Value]) -> bool:
@@ -50,12 +63,26 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if layout is None:
         return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=all(v.scalar for v in ins))
     if not same_layout(parts):
-        return walk.couple(op, parts, kind=FaultKind.PAIRWISE, note="different examples are combined", layout=layout)
+        return walk.couple(
+            op,
+            parts,
+            kind=FaultKind.PAIRWISE,
+            note="different examples are combined",
+            layout=layout,
+        )
     if weighted := [v for v in parts if any(term.scale.weights for term in v.terms)]:
-        return walk.couple(op, weighted, note="an example scaled by a statistic of the batch enters", layout=layout)
+        return walk.couple(
+            op, weighted, note="an example scaled by a statistic of the batch enters", layout=layout
+        )
     faults: frozenset[Fault] = frozenset()
     if not _constant(op, ins):
-        faults = frozenset([walk.fault(op, FaultKind.BATCH_SIZE, "a value that changes with the batch size enters")])
+        faults = frozenset(
+            [
+                walk.fault(
+                    op, FaultKind.BATCH_SIZE, "a value that changes with the batch size enters"
+                )
+            ]
+        )
     return rows(layout, faults=faults, origin=origin_of(parts))
 
 
@@ -66,7 +93,8 @@ _INCREASING = frozenset(
 
 
 def _extremum_of(op: Op, ins: list[Value]) -> str | None:
-    """Whether it is an extremum over the examples too: an increasing function of one, or the larger of two maxima."""
+    """Whether it is an extremum over the examples too: an increasing function of one, or the larger
+    of two maxima."""
     kinds = {v.extremum for v in ins}
     if len(kinds) != 1 or any(v.faults for v in ins):
         return None
@@ -77,20 +105,24 @@ def _extremum_of(op: Op, ins: list[Value]) -> str | None:
 def _constant(op: Op, ins: list[Value]) -> bool:
     """Whether neither the function nor its operands change with the batch size."""
     mine, other = (
-        {k: text_of(v) if "jaxpr" in k else v for k, v in eqn.params.items() if _says(k)} for eqn in (op.eqn, op.other)
+        {k: text_of(v) if "jaxpr" in k else v for k, v in eqn.params.items() if _says(k)}
+        for eqn in (op.eqn, op.other)
     )
     return mine == other and all(v.scale.trivial for v in ins)
 
 
 def _says(parameter: str) -> bool:
-    """Whether a parameter is a part of the function, and neither a placement nor what a jaxpr says as well."""
+    """Whether a parameter is a part of the function, and neither a placement nor what a jaxpr says
+    as well."""
     return not any(word in parameter for word in ("sharding", "computation", "shape", "sizes"))
 
 
 def text_of(body: Any) -> Any:
     """What a jaxpr does, whose identity says nothing; with constants it is like no other."""
     open_ = getattr(body, "jaxpr", body)
-    return str(open_) if not (getattr(body, "consts", ()) or getattr(open_, "constvars", ())) else body
+    return (
+        str(open_) if not (getattr(body, "consts", ()) or getattr(open_, "constvars", ())) else body
+    )
 
 
 @rule(_LINEAR, uniform=True)

@@ -7,7 +7,17 @@ from typing import Any
 
 import jax
 
-from jaxaccum._audit.lattice import ONE_EXAMPLE, PLAIN, FaultKind, Index, Kind, Layout, Value, fixed, rows
+from jaxaccum._audit.lattice import (
+    ONE_EXAMPLE,
+    PLAIN,
+    FaultKind,
+    Index,
+    Kind,
+    Layout,
+    Value,
+    fixed,
+    rows,
+)
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
@@ -38,7 +48,11 @@ class _Gather:
     def of_indices(self, layout: Layout) -> Layout | None:
         """Where rows of the indices lie in the result."""
         places = self.places
-        return layout.at(*(places[a] for a in layout.axes)) if all(a < len(places) for a in layout.axes) else None
+        return (
+            layout.at(*(places[a] for a in layout.axes))
+            if all(a < len(places) for a in layout.axes)
+            else None
+        )
 
     def batched(self, axis: int) -> int | None:
         """The axis of the indices that runs beside an axis of the operand."""
@@ -49,7 +63,10 @@ class _Gather:
         """The axis of the result that holds all of an axis of the operand."""
         gone = {*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims}
         kept = [i for i in range(len(self.op.shapes()[0])) if i not in gone]
-        whole = all(e.params["slice_sizes"][axis] == e.invars[0].aval.shape[axis] for e in (self.op.eqn, self.op.other))
+        whole = all(
+            e.params["slice_sizes"][axis] == e.invars[0].aval.shape[axis]
+            for e in (self.op.eqn, self.op.other)
+        )
         return self.numbers.offset_dims[kept.index(axis)] if axis in kept and whole else None
 
     def indexed_by_place(self, axis: int, indices: Value) -> bool:
@@ -60,11 +77,14 @@ class _Gather:
             column < len(indices.columns)
             and only_place(indices, column)
             and bool(indices.layout and indices.layout.plain)
-            and self.op.params["slice_sizes"][axis] == self.op.other.params["slice_sizes"][axis] == 1
+            and self.op.params["slice_sizes"][axis]
+            == self.op.other.params["slice_sizes"][axis]
+            == 1
         )
 
     def leaves(self, x: Value, indices: Value) -> bool:
-        """Whether an index may fall outside of an axis whose length is the batch's, and reads the filling there."""
+        """Whether an index may fall outside of an axis whose length is the batch's, and reads the
+        filling there."""
         axes = [a for a in self.numbers.start_index_map if a in varying(self.op.shapes())]
         own = x.layout.axes if x.layout is not None else ()
         inside = all(a in own and self.indexed_by_place(a, indices) for a in axes)
@@ -83,7 +103,9 @@ def gather(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return x.but()
     if x.summary or indices.summary:
         return walk.couple(
-            op, [v for v in (x, indices) if v.summary], layout=own or (x.layout if indices.summary else None)
+            op,
+            [v for v in (x, indices) if v.summary],
+            layout=own or (x.layout if indices.summary else None),
         )
     if x.fixed:
         return _from_table(walk, op, ins, own)
@@ -122,14 +144,16 @@ def _from_rows(walk: Walk, op: Op, ins: list[Value], own: Layout | None) -> Valu
             )
     windows = [g.window(a) for a in layout.axes]
     if not indices.rows and None not in windows:
-        return rows(layout.at(*(w for w in windows if w is not None)), terms=x.terms, origin=x.origin)
+        return rows(
+            layout.at(*(w for w in windows if w is not None)), terms=x.terms, origin=x.origin
+        )
     if not layout.axes and (indices.fixed or indices.layout == layout):
         return rows(layout, terms=x.terms, origin=x.origin)
     kind = FaultKind.PAIRWISE if indices.rows else FaultKind.SELECTION
     return walk.couple(op, [x], kind=kind, note=_READS, layout=own)
 
 
-# -- slices -----------------------------------------------------------------------------------------------------------
+# -- slices ----------------------------------------------------------------------------------------
 
 
 def _cut(op: Op, axis: int, operand: int = 0) -> bool:
@@ -138,7 +162,10 @@ def _cut(op: Op, axis: int, operand: int = 0) -> bool:
         e.params["slice_sizes"][axis] if operand == 0 else e.invars[operand].aval.shape[axis]
         for e in (op.eqn, op.other)
     ]
-    return any(size != e.invars[0].aval.shape[axis] for size, e in zip(sizes, (op.eqn, op.other), strict=True))
+    return any(
+        size != e.invars[0].aval.shape[axis]
+        for size, e in zip(sizes, (op.eqn, op.other), strict=True)
+    )
 
 
 @rule("dynamic_slice")
@@ -150,7 +177,11 @@ def dynamic_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return x.but() if linear else combine(walk, op, ins)
     if any(v.rows for v in starts):
         alike = same_layout(ins) and layout_of(ins) == ONE_EXAMPLE
-        return rows(ONE_EXAMPLE, terms=x.terms) if alike else walk.couple(op, ins, kind=FaultKind.PAIRWISE, note=_READS)
+        return (
+            rows(ONE_EXAMPLE, terms=x.terms)
+            if alike
+            else walk.couple(op, ins, kind=FaultKind.PAIRWISE, note=_READS)
+        )
     if x.layout is None or not x.rows:
         return fixed(x.scale)
     cut = [a for a in x.layout.axes if _cut(op, a)]
@@ -180,19 +211,28 @@ def _one_at_a_step(op: Op, layout: Layout, starts: list[Value], operand: int = 0
 
 @rule("dynamic_update_slice")
 def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """A window written at computed places: at the step of a loop over the examples, each writes its own row."""
+    """A window written at computed places: at the step of a loop over the examples, each writes its
+    own row."""
     x, update, *starts = ins
     if any(not v.fixed for v in starts):
         return RULES["*"].apply(walk, op, ins)
     if not x.rows and not update.rows:
-        return dataclasses.replace(added(walk, op, [x, update]), known=None, scalar=False, weight=None)
+        return dataclasses.replace(
+            added(walk, op, [x, update]), known=None, scalar=False, weight=None
+        )
     if update.layout == ONE_EXAMPLE and not x.summary:
         steps = [a for a, v in enumerate(starts) if v.index is Index.STEP]
         layout = Layout((steps[0],)) if len(steps) == 1 else None
-        own = layout is not None and x.layout in (None, layout) and not beyond(op.shapes(), rows(layout))
+        own = (
+            layout is not None
+            and x.layout in (None, layout)
+            and not beyond(op.shapes(), rows(layout))
+        )
         if layout is not None and own and _one_at_a_step(op, layout, starts, operand=1):
             faults = x.faults | update.faults
-            return Settled([rows(layout, terms=terms_of([x, update]), faults=faults, origin=update.origin)])
+            return Settled(
+                [rows(layout, terms=terms_of([x, update]), faults=faults, origin=update.origin)]
+            )
     layout = layout_of([x, update])
     if (
         x.summary
@@ -206,5 +246,6 @@ def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[V
 
 
 def only_place(indices: Value, column: int) -> bool:
-    """Whether a column of the indices is the example's place, which no other column reads along another axis."""
+    """Whether a column of the indices is the example's place, which no other column reads along
+    another axis."""
     return [i for i, is_place in enumerate(indices.columns) if is_place] == [column]

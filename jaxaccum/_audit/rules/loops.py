@@ -1,4 +1,5 @@
-"""Loops: over time they are as their body is; over the examples, what is summed is a total and what is kept couples."""
+"""Loops: over time they are as their body is; over the examples, what is summed is a total and what
+is kept couples."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ _ROUNDS = 12
 """More than any value can climb: kinds, terms and flags only grow."""
 
 
-# -- scan -------------------------------------------------------------------------------------------------------------
+# -- scan ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -45,12 +46,16 @@ class _Loop:
         self.scan, self.other = Scan(self.op.eqn), Scan(self.op.other)
         self.consts, self.carried = self.scan.counts
         roles, others = roles_of(self.scan), roles_of(self.other)
-        self.roles = {i: role for i, role in roles.items() if i in others and others[i].name == role.name}
+        self.roles = {
+            i: role for i, role in roles.items() if i in others and others[i].name == role.name
+        }
         lengths = (self.scan.length, self.other.length)
         self.repeats = self.walk.sizes.power(*lengths)
         self.over_examples = lengths == (self.walk.sizes.first, self.walk.sizes.second)
         given = self.ins[self.consts + self.carried :]
-        self.examples = self.over_examples or any(x.layout is not None and 0 in x.layout.axes for x in given)
+        self.examples = self.over_examples or any(
+            x.layout is not None and 0 in x.layout.axes for x in given
+        )
         """Whether its steps are the examples, or chunks of them."""
         initial = self.ins[self.consts : self.consts + self.carried]
         for i, role in list(self.roles.items()):
@@ -98,7 +103,12 @@ class _Loop:
         if self.examples and any(map(_of_a_step, self.ins)):
             return self.given_up("a loop over the examples for each example")
         state = [
-            numbered(self.walk, self.carry(i, x if i in self.roles else dataclasses.replace(x, known=None, at=None)))
+            numbered(
+                self.walk,
+                self.carry(
+                    i, x if i in self.roles else dataclasses.replace(x, known=None, at=None)
+                ),
+            )
             for i, x in enumerate(self.initial)
         ]
         for i, role in self.roles.items():
@@ -118,20 +128,36 @@ class _Loop:
                 break
             state, outs = new, self.step(new, scanned)
         else:
-            fault = self.walk.fault(self.op, FaultKind.UNKNOWN, "a loop whose state does not settle")
+            fault = self.walk.fault(
+                self.op, FaultKind.UNKNOWN, "a loop whose state does not settle"
+            )
             state = [dataclasses.replace(x, faults=x.faults | {fault}) for x in state]
         carry = [numbered(self.walk, self.final(i, x, outs[i])) for i, x in enumerate(state)]
-        changes = any(i not in self.roles and x.fixed and outs[i].number != x.number for i, x in enumerate(state))
-        return [*carry, *(numbered(self.walk, self.stacked(y, changes=changes)) for y in outs[self.carried :])]
+        changes = any(
+            i not in self.roles and x.fixed and outs[i].number != x.number
+            for i, x in enumerate(state)
+        )
+        return [
+            *carry,
+            *(numbered(self.walk, self.stacked(y, changes=changes)) for y in outs[self.carried :]),
+        ]
 
     def as_rows(self, i: int, x: Value, out: Value) -> Value:
         """A state that is the same for all examples and becomes rows is rows from the start."""
         where = self.consts + i
-        if i in self.roles or not x.fixed or not out.rows or out.layout is None or not out.layout.plain:
+        if (
+            i in self.roles
+            or not x.fixed
+            or not out.rows
+            or out.layout is None
+            or not out.layout.plain
+        ):
             return x
         if list(out.layout.axes) != list(varying(self.op.shapes(where))):
             return x
-        return numbered(self.walk, rows(out.layout, terms=x.terms, faults=x.faults, params=x.params))
+        return numbered(
+            self.walk, rows(out.layout, terms=x.terms, faults=x.faults, params=x.params)
+        )
 
     def given_up(self, note: str) -> list[Value]:
         return [numbered(self.walk, self.walk.unknown(self.op, note)) for _ in self.op.eqn.outvars]
@@ -145,12 +171,18 @@ class _Loop:
                 if role.name == "sum":
                     outvars[i] = roles[i].what
             bodies.append(
-                scan.body.replace(outvars=outvars, debug_info=scan.body.debug_info._replace(result_paths=None))
+                scan.body.replace(
+                    outvars=outvars, debug_info=scan.body.debug_info._replace(result_paths=None)
+                )
             )
-        closed = [getattr(scan.eqn.params["jaxpr"], "consts", ()) for scan in (self.scan, self.other)]
+        closed = [
+            getattr(scan.eqn.params["jaxpr"], "consts", ()) for scan in (self.scan, self.other)
+        ]
         consts = [self.walk.constant(a, b) for a, b in zip(*closed, strict=True)]
         with self.walk.inside(self.op, bodies[0]):
-            return self.walk.run(bodies[0], bodies[1], consts, [*self.ins[: self.consts], *state, *xs])
+            return self.walk.run(
+                bodies[0], bodies[1], consts, [*self.ins[: self.consts], *state, *xs]
+            )
 
     def next(self, x: Value, out: Value, i: int) -> Value:
         """State `i` after one more step."""
@@ -160,14 +192,25 @@ class _Loop:
         if looped and out.number != x.number:
             faults |= {
                 self.walk.fault(
-                    self.op, FaultKind.COUPLING, "a loop over the examples carries one example's state to the next"
+                    self.op,
+                    FaultKind.COUPLING,
+                    "a loop over the examples carries one example's state to the next",
                 )
             }
-        if self.repeats != 0 and out.number != x.number and not joined.fixed and not looped and i not in self.roles:
+        if (
+            self.repeats != 0
+            and out.number != x.number
+            and not joined.fixed
+            and not looped
+            and i not in self.roles
+        ):
             note = "the number of steps depends on the batch size"
             faults |= {self.walk.fault(self.op, FaultKind.BATCH_SIZE, note)}
         if self.repeats != 0 and out.number != x.number and x.fixed and out.fixed:
-            joined = fixed(IRREGULAR, **{f: getattr(joined, f) for f in ("faults", "params", "origin", "scalar")})
+            joined = fixed(
+                IRREGULAR,
+                **{f: getattr(joined, f) for f in ("faults", "params", "origin", "scalar")},
+            )
         kept = dataclasses.replace(joined.but(scalar=joined.scalar), faults=faults, number=x.number)
         return kept
 
@@ -189,20 +232,30 @@ class _Loop:
         site, faults = self.walk.site(self.op), start.faults | each.faults
         params = start.params or each.params
         if each.index is not None:
-            faults |= {self.walk.fault(self.op, FaultKind.POSITION, "positions of examples are summed")}
+            faults |= {
+                self.walk.fault(self.op, FaultKind.POSITION, "positions of examples are summed")
+            }
         times = Scale(self.repeats)
         if start.fixed and each.rows and each.layout == ONE_EXAMPLE and self.over_examples:
             value = total(site, each.terms | _once(start))
         elif start.fixed and each.fixed:
-            scales = {v.scale * s for v, s in ((start, Scale()), (each, times)) if not v.zero} or {Scale()}
-            value = fixed(scales.pop() if len(scales) == 1 else IRREGULAR, scalar=start.scalar and each.scalar)
+            scales = {v.scale * s for v, s in ((start, Scale()), (each, times)) if not v.zero} or {
+                Scale()
+            }
+            value = fixed(
+                scales.pop() if len(scales) == 1 else IRREGULAR, scalar=start.scalar and each.scalar
+            )
         elif self.repeats == 0:
             value = join(self.walk, self.op, start, each) if not start.zero else each
         elif start.fixed and each.kind is Kind.TOTAL:
             value = total(site, frozenset(t.times(times) for t in each.terms) | _once(start))
         else:
-            value = self.walk.couple(self.op, [start, each], note="a loop adds up parts of the examples")
-        return dataclasses.replace(value.but(scalar=value.scalar), faults=value.faults | faults, params=params)
+            value = self.walk.couple(
+                self.op, [start, each], note="a loop adds up parts of the examples"
+            )
+        return dataclasses.replace(
+            value.but(scalar=value.scalar), faults=value.faults | faults, params=params
+        )
 
     def stacked(self, y: Value, *, changes: bool) -> Value:
         """A result of every step, along a new first axis."""
@@ -220,7 +273,13 @@ class _Loop:
         faults: frozenset[Fault] = frozenset()
         if self.repeats != 0 and (changes or y.index is not None):
             faults = frozenset(
-                [self.walk.fault(self.op, FaultKind.POSITION, "the result depends on the position of an example")]
+                [
+                    self.walk.fault(
+                        self.op,
+                        FaultKind.POSITION,
+                        "the result depends on the position of an example",
+                    )
+                ]
             )
         if y.summary and self.repeats != 0:
             coupled = self.walk.couple(self.op, [y], note="a statistic for each example")
@@ -251,7 +310,7 @@ def scan(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     return _Loop(walk, op, ins).run()
 
 
-# -- while ------------------------------------------------------------------------------------------------------------
+# -- while -----------------------------------------------------------------------------------------
 
 
 @rule("while", complete=True)
@@ -264,14 +323,18 @@ def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     changed = [False] * len(state)
     for _ in range(_ROUNDS):
         outs = walk.body(op, body, [*ins[n : n + k], *state])
-        changed = [was or x.number != out.number for was, x, out in zip(changed, state, outs, strict=True)]
+        changed = [
+            was or x.number != out.number for was, x, out in zip(changed, state, outs, strict=True)
+        ]
         (holds,) = walk.body(op, test, [*ins[:n], *state])
         new = [_after(walk, op, x, out, holds=holds) for x, out in zip(state, outs, strict=True)]
         if [_signature(x) for x in new] == [_signature(x) for x in state]:
             break
         state = new
     else:
-        state = [numbered(walk, walk.unknown(op, "a loop whose state does not settle")) for _ in state]
+        state = [
+            numbered(walk, walk.unknown(op, "a loop whose state does not settle")) for _ in state
+        ]
     return [numbered(walk, x) for x in state]
 
 
@@ -282,7 +345,9 @@ def _after(walk: Walk, op: Op, x: Value, out: Value, *, holds: Value) -> Value:
         return joined
     if holds.rows and holds.layout is not None and joined.fixed and joined.scale.trivial:
         joined = dataclasses.replace(joined, kind=Kind.ROWS, layout=holds.layout)
-    own = holds.rows and joined.rows and joined.layout == holds.layout  # a vmapped loop: JAX holds finished rows still
+    own = (
+        holds.rows and joined.rows and joined.layout == holds.layout
+    )  # a vmapped loop: JAX holds finished rows still
     if not holds.fixed and not own:
         note = "the number of steps depends on the data of the batch"
         return dataclasses.replace(
@@ -290,7 +355,13 @@ def _after(walk: Walk, op: Op, x: Value, out: Value, *, holds: Value) -> Value:
         )
     if holds.fixed and not holds.scale.trivial:
         if joined.fixed:
-            return dataclasses.replace(joined, terms=frozenset([Term(IRREGULAR)]), faults=joined.faults | holds.faults)
+            return dataclasses.replace(
+                joined, terms=frozenset([Term(IRREGULAR)]), faults=joined.faults | holds.faults
+            )
         note = "the number of steps depends on the batch size"
-        return dataclasses.replace(joined, faults=joined.faults | {walk.fault(op, FaultKind.BATCH_SIZE, note)})
-    return dataclasses.replace(joined, faults=joined.faults | holds.faults, params=joined.params or holds.params)
+        return dataclasses.replace(
+            joined, faults=joined.faults | {walk.fault(op, FaultKind.BATCH_SIZE, note)}
+        )
+    return dataclasses.replace(
+        joined, faults=joined.faults | holds.faults, params=joined.params or holds.params
+    )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jaxaccum._audit.lattice import ONE_EXAMPLE, PLAIN, FaultKind, Index, Layout, Sizes, Value, fixed, rows
+from jaxaccum._audit.lattice import (
+    ONE_EXAMPLE,
+    PLAIN,
+    FaultKind,
+    Index,
+    Layout,
+    Sizes,
+    Value,
+    fixed,
+    rows,
+)
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
@@ -41,11 +51,15 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _is_the_only_example(walk: Walk, op: Op, layout: Layout) -> bool:
-    """Whether ``x[0]`` reads all that a microbatch of one example has: a loss that is written for one example."""
+    """Whether ``x[0]`` reads all that a microbatch of one example has: a loss that is written for
+    one example."""
     if not walk.one_by_one or not layout.plain:
         return False
     (axis,) = layout.axes
-    taken = {(e.params["start_indices"][axis], e.params["limit_indices"][axis]) for e in (op.eqn, op.other)}
+    taken = {
+        (e.params["start_indices"][axis], e.params["limit_indices"][axis])
+        for e in (op.eqn, op.other)
+    }
     return taken == {(0, 1)}
 
 
@@ -56,7 +70,9 @@ def _step(op: Op, layout: Layout) -> int:
     (axis,) = layout.axes
     steps = {eqn.params["strides"][axis] for eqn in (op.eqn, op.other)}
     step = steps.pop()
-    whole = all(old[axis] == step * new[axis] for old, new in zip(op.shapes(), op.out_shapes(), strict=True))
+    whole = all(
+        old[axis] == step * new[axis] for old, new in zip(op.shapes(), op.out_shapes(), strict=True)
+    )
     return step if whole and not steps else 1
 
 
@@ -69,7 +85,13 @@ def _kept(op: Op, axis: int, layout: Layout, sizes: Sizes) -> int | None:
         step = (eqn.params["strides"] or (1,) * (axis + 1))[axis]
         if step == 1 and (start, stop) == (0, whole):
             found.append((0, layout.outer))
-        elif step == 1 and start % unit == 0 and stop % unit == 0 and len(layout.axes) == 1 and not layout.looped:
+        elif (
+            step == 1
+            and start % unit == 0
+            and stop % unit == 0
+            and len(layout.axes) == 1
+            and not layout.looped
+        ):
             found.append((start // unit, stop // unit - start // unit))
         else:
             return None
@@ -82,7 +104,11 @@ def split(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
     (x,), axis, count = ins, op.params["axis"], op.num_outs
     if x.layout is None or axis not in x.layout.axes:
         return [moved(x, x.layout) if x.layout is not None else x.but()] * count
-    if len(set(op.params["sizes"])) == 1 and x.layout.outer % count == 0 and len(x.layout.axes) == 1:
+    if (
+        len(set(op.params["sizes"])) == 1
+        and x.layout.outer % count == 0
+        and len(x.layout.axes) == 1
+    ):
         return [moved(x, dataclasses.replace(x.layout, outer=x.layout.outer // count))] * count
     note = "the batch axis is split by place"
     return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=x.layout)
@@ -104,7 +130,11 @@ def unstack(walk: Walk, op: Op, ins: list[Value]) -> list[Value] | Value:
 def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Arrays side by side: features of the same examples, or views of all of them."""
     axis, last = op.params["dimension"], len(op.out_shapes()[0]) - 1
-    if axis == last and any(v.index is Index.ROW for v in ins) and all(v.aval.shape[-1] == 1 for v in op.eqn.invars):
+    if (
+        axis == last
+        and any(v.index is Index.ROW for v in ins)
+        and all(v.aval.shape[-1] == 1 for v in op.eqn.invars)
+    ):
         return _indices(walk, op, ins)
     if axis in varying(op.out_shapes()) and not any(v.summary for v in ins):
         return _views(walk, op, ins, axis)
@@ -114,7 +144,9 @@ def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return combine(walk, op, ins)
     (layout,) = {v.layout for v in ins if v.rows}
     if layout is None or axis in layout.axes:
-        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="the batch axis is extended", layout=layout)
+        return walk.couple(
+            op, ins, kind=FaultKind.UNKNOWN, note="the batch axis is extended", layout=layout
+        )
     return rows(layout, terms=_union(ins), origin=origin_of(ins))
 
 
@@ -136,19 +168,27 @@ def _indices(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _views(walk: Walk, op: Op, ins: list[Value], axis: int) -> Value:
     """Arrays one after the other along the axis of the examples, each with all of them."""
     layouts = [v.layout if v.rows else _uniform(op, i, axis, walk.sizes) for i, v in enumerate(ins)]
-    if any(v.index for v in ins) or any(each is None or each.axes != (axis,) or each.looped for each in layouts):
+    if any(v.index for v in ins) or any(
+        each is None or each.axes != (axis,) or each.looped for each in layouts
+    ):
         if all(v.fixed for v in ins):
             note = "a table with a row for each place in the batch"
             return fixed(faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))
         layout = layout_of(ins)
-        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is extended", layout=layout)
+        return walk.couple(
+            op, ins, kind=FaultKind.SELECTION, note="the batch axis is extended", layout=layout
+        )
     known = [each for each in layouts if each is not None]
     inners = {each.inner for each, v in zip(known, ins, strict=True) if v.rows} or {1}
     if len(inners) > 1:
-        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts")
+        return walk.couple(
+            op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts"
+        )
     inner = inners.pop()
     if any(op.eqn.invars[i].aval.shape[axis] % (walk.sizes.first * inner) for i in range(len(ins))):
-        return walk.couple(op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts")
+        return walk.couple(
+            op, ins, kind=FaultKind.UNKNOWN, note="views of the batch with different layouts"
+        )
     outer = sum(v.aval.shape[axis] for v in op.eqn.invars) // (walk.sizes.first * inner)
     return rows(Layout((axis,), outer, inner), terms=_union(ins), origin=origin_of(ins))
 
@@ -156,7 +196,11 @@ def _views(walk: Walk, op: Op, ins: list[Value], axis: int) -> Value:
 def _uniform(op: Op, i: int, axis: int, sizes: Sizes) -> Layout | None:
     """The layout of a piece that is uniform along the axis: any that fits."""
     first, second = (shape[axis] for shape in op.shapes(i))
-    fits = first % sizes.first == 0 and second % sizes.second == 0 and first // sizes.first == second // sizes.second
+    fits = (
+        first % sizes.first == 0
+        and second % sizes.second == 0
+        and first // sizes.first == second // sizes.second
+    )
     return Layout((axis,), first // sizes.first) if fits and first else None
 
 
@@ -168,12 +212,15 @@ def stack(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return dataclasses.replace(added(walk, op, ins), known=None, scalar=False, weight=None)
     if any(v.summary for v in ins) or not same_layout(ins):
         return combine(walk, op, ins)
-    return rows(layout.at(*(a + (a >= axis) for a in layout.axes)), terms=_union(ins), origin=origin_of(ins))
+    return rows(
+        layout.at(*(a + (a >= axis) for a in layout.axes)), terms=_union(ins), origin=origin_of(ins)
+    )
 
 
 @rule("tile", uniform=True)
 def tile(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """An array repeated along its axes: further views of all examples, or of what is the same for each."""
+    """An array repeated along its axes: further views of all examples, or of what is the same for
+    each."""
     (x,), (first, second) = ins, (op.params["reps"], op.other.params["reps"])
     changing = [a for a, (r, s) in enumerate(zip(first, second, strict=True)) if r != s]
     if x.rows and x.layout is not None:
@@ -181,7 +228,9 @@ def tile(walk: Walk, op: Op, ins: list[Value]) -> Value:
         if not repeated and all(op.shapes()[0][a] == 1 for a in changing):
             return moved(x, x.layout)
         if not repeated or len(x.layout.axes) != 1 or x.layout.looped or changing:
-            return walk.unknown(op, "the batch axis is repeated in a way that the analysis cannot follow")
+            return walk.unknown(
+                op, "the batch axis is repeated in a way that the analysis cannot follow"
+            )
         return moved(x, dataclasses.replace(x.layout, outer=x.layout.outer * first[repeated[0]]))
     (shape, _) = op.shapes()
     if x.scalar or all(shape[a] == 1 for a in changing):
@@ -201,7 +250,9 @@ def pad(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if x.layout is None or border.summary or x.summary or not same_layout(ins):
         return combine(walk, op, ins)
     if any(tuple(op.params["padding_config"][a]) != (0, 0, 0) for a in x.layout.axes):
-        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is padded", layout=x.layout)
+        return walk.couple(
+            op, ins, kind=FaultKind.SELECTION, note="the batch axis is padded", layout=x.layout
+        )
     return rows(x.layout, terms=_union(ins), origin=x.origin)
 
 

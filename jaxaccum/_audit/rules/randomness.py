@@ -1,4 +1,5 @@
-"""Random numbers: keys of the examples' own give rows, and one key for all of them draws by the split."""
+"""Random numbers: keys of the examples' own give rows, and one key for all of them draws by the
+split."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _by_example(op: Op, ins: list[Value]) -> Settled | None:
-    """What becomes of a key that holds those of the examples, which draw along the axis that grows with them."""
+    """What becomes of a key that holds those of the examples, which draw along the axis that grows
+    with them."""
     if not any(is_joined(v.aval.dtype) for v in op.eqn.invars) or not all(v.fixed for v in ins):
         return None
     faults = frozenset().union(*(v.faults for v in ins))
@@ -73,7 +75,8 @@ def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
 
 
 def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
-    """That one key draws for all examples: one that every microbatch sees as it is, where it has a name."""
+    """That one key draws for all examples: one that every microbatch sees as it is, where it has a
+    name."""
     name = next((v.closure for v in ins if v.closure), "")
     if not name:
         return walk.fault(op, FaultKind.RANDOM, _ONE_KEY)
@@ -107,5 +110,7 @@ def _by_split(op: Op, ins: list[Value]) -> bool:
     """Whether the draw has the batch's size, or its key is made of an example's place."""
     grows = any(varying(op.out_shapes(i)) for i in range(op.num_outs))
     grown = any(varying(op.shapes(i)) for i in range(len(ins)))
-    placed = any(v.index is not None or any(f.kind is FaultKind.POSITION for f in v.faults) for v in ins)
+    placed = any(
+        v.index is not None or any(f.kind is FaultKind.POSITION for f in v.faults) for v in ins
+    )
     return placed or (grows and not grown) or not all(v.scale.trivial for v in ins)

@@ -1,4 +1,5 @@
-"""Reductions, windows and scans of values along an axis: where examples are summed, and where they meet otherwise."""
+"""Reductions, windows and scans of values along an axis: where examples are summed, and where they
+meet otherwise."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def _extremum(op: Op) -> str | None:
     return named.get(op.name)
 
 
-@rule("reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin", uniform=True)
+@rule(
+    "reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin", uniform=True
+)
 def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A reduction that is no sum."""
     x, axes = ins[0], {int(a) for a in op.params["axes"]}
@@ -69,7 +72,11 @@ def reduce_otherwise(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return statistic(x.origin, extremum=x.extremum)
     if op.name in ("reduce_prod", "reduce_xor") and axes & set(beyond(op.shapes(), x)):
         note = "a product along an axis of the batch's size"
-        return fixed(IRREGULAR) if x.fixed else walk.couple(op, ins, kind=FaultKind.BATCH_SIZE, note=note)
+        return (
+            fixed(IRREGULAR)
+            if x.fixed
+            else walk.couple(op, ins, kind=FaultKind.BATCH_SIZE, note=note)
+        )
     if x.fixed:
         return combine(walk, op, ins)
     value = combine(walk, op, ins)
@@ -93,7 +100,11 @@ def reduce_by(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if layout is not None and axes & set(layout.axes):
         return walk.couple(op, ins, note="reduce runs along the batch axis")
     value = combine(walk, op, ins)
-    return value if not value.rows or value.layout is None else moved(value, without(value.layout, axes))
+    return (
+        value
+        if not value.rows or value.layout is None
+        else moved(value, without(value.layout, axes))
+    )
 
 
 @rule("cumsum cumprod cummax cummin cumlogsumexp sort top_k approx_top_k")
@@ -101,9 +112,15 @@ def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Something that runs along one axis: along that of the examples it couples them."""
     axis = _axis(op)
     layout = layout_of(ins)
-    if layout is not None and not any(v.summary for v in ins) and any(v.layout and axis in v.layout.axes for v in ins):
+    if (
+        layout is not None
+        and not any(v.summary for v in ins)
+        and any(v.layout and axis in v.layout.axes for v in ins)
+    ):
         kind = FaultKind.COUPLING if same_layout(ins) else FaultKind.PAIRWISE
-        return walk.couple(op, ins, kind=kind, note=f"{op.name} runs along the batch axis", layout=layout)
+        return walk.couple(
+            op, ins, kind=kind, note=f"{op.name} runs along the batch axis", layout=layout
+        )
     if op.name == "cumsum" and not ins[0].fixed and ins[0].kind is not Kind.STATISTIC:
         grows = axis in varying(op.shapes())
         return combine(walk, op, ins) if grows else ins[0].but()
@@ -113,7 +130,12 @@ def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _axis(op: Op) -> int:
     ndim = len(op.shapes()[0])
     given = next(
-        (op.params[k] for k in ("axis", "dimension", "reduction_dimension", "operand_axis") if k in op.params), -1
+        (
+            op.params[k]
+            for k in ("axis", "dimension", "reduction_dimension", "operand_axis")
+            if k in op.params
+        ),
+        -1,
     )
     return int(given) % max(ndim, 1)
 
@@ -123,21 +145,36 @@ def window(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A reduction over windows, as pooling is."""
     x = ins[0]
     if not x.rows or x.layout is None or not all(v.fixed for v in ins[1:]):
-        return combine(walk, op, ins[:1]) if all(v.fixed for v in ins) else _linear_window(walk, op, ins)
+        return (
+            combine(walk, op, ins[:1])
+            if all(v.fixed for v in ins)
+            else _linear_window(walk, op, ins)
+        )
     if not _alone(op, x.layout):
         return walk.couple(op, ins, note="a window spans several examples", layout=x.layout)
     if op.name == "reduce_window_sum":
         return moved(x, x.layout)
     value = combine(walk, op, ins[:1])
-    return rows(value.layout, faults=value.faults, origin=value.origin) if value.layout is not None else value
+    return (
+        rows(value.layout, faults=value.faults, origin=value.origin)
+        if value.layout is not None
+        else value
+    )
 
 
 @rule("select_and_scatter_add select_and_gather_add", scales=True)
 def window_derivative(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """The derivative of a maximum over windows: linear in the first operand, which the second one picks from."""
+    """The derivative of a maximum over windows: linear in the first operand, which the second one
+    picks from."""
     given, picks = ins
     layout = layout_of(ins)
-    if layout is None or given.summary or not same_layout(ins) or not picks.scale.trivial or picks.summary:
+    if (
+        layout is None
+        or given.summary
+        or not same_layout(ins)
+        or not picks.scale.trivial
+        or picks.summary
+    ):
         return combine(walk, op, ins)
     if not _alone(op, layout):
         return walk.couple(op, ins, note="a window spans several examples", layout=layout)
@@ -149,10 +186,13 @@ def _alone(op: Op, layout: Layout) -> bool:
     of = op.params
     steps = [of["window_dimensions"], of["window_strides"], of.get("base_dilation")]
     return all(
-        tuple(of["padding"][a]) == (0, 0) and all(step is None or step[a] == 1 for step in steps) for a in layout.axes
+        tuple(of["padding"][a]) == (0, 0) and all(step is None or step[a] == 1 for step in steps)
+        for a in layout.axes
     )
 
 
 def _linear_window(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    linear = op.name == "reduce_window_sum" and ins[0].kind is Kind.TOTAL and not varying(op.shapes())
+    linear = (
+        op.name == "reduce_window_sum" and ins[0].kind is Kind.TOTAL and not varying(op.shapes())
+    )
     return ins[0].but() if linear else combine(walk, op, ins)

@@ -30,18 +30,28 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if all(v.fixed for v in ins):
         value = dataclasses.replace(added(walk, op, [x, updates]), known=None, scalar=False)
         evenly = (
-            all(_inside(op, a) for a in varying(op.shapes())) and indices.index is None and not any(indices.columns)
+            all(_inside(op, a) for a in varying(op.shapes()))
+            and indices.index is None
+            and not any(indices.columns)
         )
         faults = frozenset().union(*(v.faults for v in ins))
-        return Settled([dataclasses.replace(value, faults=faults)]) if evenly and not varying(op.shapes(1)) else value
+        return (
+            Settled([dataclasses.replace(value, faults=faults)])
+            if evenly and not varying(op.shapes(1))
+            else value
+        )
     if updates.layout == ONE_EXAMPLE and indices.index is Index.STEP and op.name == "scatter":
         return _written_at_a_step(walk, op, ins)
     if (layout := _scattered(op, ins)) is not None:
         if not adds and op.name != "scatter":
-            value = combine(walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins])
+            value = combine(
+                walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins]
+            )
             return value
         faults = frozenset().union(*(v.faults for v in ins))
-        return Settled([rows(layout, terms=terms_of([x, updates]), faults=faults, origin=origin_of(ins))])
+        return Settled(
+            [rows(layout, terms=terms_of([x, updates]), faults=faults, origin=origin_of(ins))]
+        )
     if (
         adds
         and x.fixed
@@ -68,7 +78,9 @@ def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Val
     ):
         return RULES["*"].apply(walk, op, ins)
     faults = x.faults | updates.faults | indices.faults
-    return Settled([rows(layout, terms=terms_of([x, updates]), faults=faults, origin=updates.origin)])
+    return Settled(
+        [rows(layout, terms=terms_of([x, updates]), faults=faults, origin=updates.origin)]
+    )
 
 
 def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
@@ -76,10 +88,28 @@ def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, _, updates = ins
     layout = layout_of(ins)
     repeats = max(len(varying(op.shapes(i))) for i in (1, 2)) > 1
-    if layout is None or layout.looped or len(layout.axes) != 1 or repeats or _window_holds(op, ins):
+    if (
+        layout is None
+        or layout.looped
+        or len(layout.axes) != 1
+        or repeats
+        or _window_holds(op, ins)
+    ):
         return RULES["*"].apply(walk, op, ins)
-    own = frozenset() if x.zero else frozenset(dataclasses.replace(term, fixed=True) for term in x.terms)
-    return Settled([total(walk.site(op), updates.terms | own, faults=frozenset().union(*(v.faults for v in ins)))])
+    own = (
+        frozenset()
+        if x.zero
+        else frozenset(dataclasses.replace(term, fixed=True) for term in x.terms)
+    )
+    return Settled(
+        [
+            total(
+                walk.site(op),
+                updates.terms | own,
+                faults=frozenset().union(*(v.faults for v in ins)),
+            )
+        ]
+    )
 
 
 def _window_holds(op: Op, ins: list[Value]) -> bool:
@@ -105,7 +135,11 @@ def _scattered(op: Op, ins: list[Value]) -> Layout | None:
                 return None
             found.add(v.layout if axis is None else v.layout.at(axis))
     layout = found.pop() if len(found) == 1 else None
-    if layout is None or beyond(op.shapes(), rows(layout)) or len(varying(op.shapes(2))) > len(layout.axes):
+    if (
+        layout is None
+        or beyond(op.shapes(), rows(layout))
+        or len(varying(op.shapes(2))) > len(layout.axes)
+    ):
         return None
     return layout if _owned(op, layout, indices) else None
 
@@ -117,9 +151,14 @@ def _owned(op: Op, layout: Layout, indices: Value) -> bool:
 
 
 def _inside(op: Op, axis: int) -> bool:
-    """Whether an axis of the operand lies inside the windows that are written, and no index reaches along it."""
+    """Whether an axis of the operand lies inside the windows that are written, and no index reaches
+    along it."""
     numbers = op.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims, *numbers.scatter_dims_to_operand_dims}
+    gone = {
+        *numbers.inserted_window_dims,
+        *numbers.operand_batching_dims,
+        *numbers.scatter_dims_to_operand_dims,
+    }
     return axis not in gone
 
 

@@ -18,7 +18,12 @@ def placed(x: Value) -> bool:
 def moved(x: Value, layout: Layout, *, columns: tuple[bool, ...] = ()) -> Value:
     """The same rows or indices, on other axes."""
     return dataclasses.replace(
-        x.but(scalar=x.scalar), layout=layout, index=x.index, columns=columns, known=x.known, extremum=x.extremum
+        x.but(scalar=x.scalar),
+        layout=layout,
+        index=x.index,
+        columns=columns,
+        known=x.known,
+        extremum=x.extremum,
     )
 
 
@@ -62,8 +67,14 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if x.rows and not _kept_apart(shapes, outs, beyond(shapes, x)):
         return walk.unknown(op, _MERGED)
     if layout is None:
-        return walk.unknown(op, "a reshape divides the batch axis in a way that the analysis cannot follow")
-    out = moved(x, layout, columns=_columns(x, outs[0]) or (x.columns if shapes[0][-1:] == outs[0][-1:] else ()))
+        return walk.unknown(
+            op, "a reshape divides the batch axis in a way that the analysis cannot follow"
+        )
+    out = moved(
+        x,
+        layout,
+        columns=_columns(x, outs[0]) or (x.columns if shapes[0][-1:] == outs[0][-1:] else ()),
+    )
     splits = len(layout.axes) == 2 and x.layout != layout
     if splits:
         walk.groups.add(outs[0][layout.axes[1]])
@@ -80,7 +91,8 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
 
 
 def _kept_apart(shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], axes: list[int]) -> bool:
-    """Whether a reshape leaves these axes alone, each whole and by itself, so that what is uniform there stays so."""
+    """Whether a reshape leaves these axes alone, each whole and by itself, so that what is uniform
+    there stays so."""
     pairs = list(zip(shapes, outs, strict=True))
     places = [{_whole(shape, out, a) for shape, out in pairs} for a in axes]
     return all(len(place) == 1 and None not in place for place in places)
@@ -89,16 +101,29 @@ def _kept_apart(shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], axes: li
 def _whole(shape: Shape, out: Shape, axis: int) -> int | None:
     """The axis of the result that an axis of the operand is."""
     before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    return next((b for b in range(len(out)) if (math.prod(out[:b]), math.prod(out[b + 1 :])) == (before, after)), None)
+    return next(
+        (
+            b
+            for b in range(len(out))
+            if (math.prod(out[:b]), math.prod(out[b + 1 :])) == (before, after)
+        ),
+        None,
+    )
 
 
 def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
-    """Where an axis that varies merges with one along which the value is not uniform, it has rows."""
+    """Where an axis that varies merges with one along which the value is not uniform, it has
+    rows."""
     axes = varying(op.shapes())
     if x.scalar or not axes:
         return reshaped(x)
     layouts = [
-        relaid(Layout((a,), *_around(op.shapes(), a, walk.sizes)), op.shapes(), op.out_shapes(), walk.sizes)
+        relaid(
+            Layout((a,), *_around(op.shapes(), a, walk.sizes)),
+            op.shapes(),
+            op.out_shapes(),
+            walk.sizes,
+        )
         for a in axes
     ]
     if all(layout is not None and layout.plain for layout in layouts):
@@ -106,7 +131,9 @@ def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
     if len(layouts) == 1 and layouts[0] is not None:
         return rows(layouts[0], terms=x.terms)
     note = "a table over the places of the batch is reshaped"
-    return dataclasses.replace(reshaped(x), faults=frozenset([walk.fault(op, FaultKind.POSITION, note)]))
+    return dataclasses.replace(
+        reshaped(x), faults=frozenset([walk.fault(op, FaultKind.POSITION, note)])
+    )
 
 
 def _around(shapes: tuple[Shape, Shape], axis: int, sizes: Sizes) -> tuple[int, int]:
@@ -114,13 +141,16 @@ def _around(shapes: tuple[Shape, Shape], axis: int, sizes: Sizes) -> tuple[int, 
     return max(shapes[0][axis] // sizes.first, 1), 1
 
 
-def relaid(layout: Layout, shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], sizes: Sizes) -> Layout | None:
+def relaid(
+    layout: Layout, shapes: tuple[Shape, Shape], outs: tuple[Shape, Shape], sizes: Sizes
+) -> Layout | None:
     """The layout after a reshape, the same at both sizes; None where there is none."""
     if not layout.axes:
         return layout
     pairs = zip(shapes, outs, (sizes.first, sizes.second), strict=True)
     first, second = (
-        _relaid(layout, shape, out, shape[layout.axes[0]] if layout.looped else n) for shape, out, n in pairs
+        _relaid(layout, shape, out, shape[layout.axes[0]] if layout.looped else n)
+        for shape, out, n in pairs
     )
     return first if first == second else None
 
@@ -132,10 +162,21 @@ def _relaid(layout: Layout, shape: Shape, out: Shape, size: int) -> Layout | Non
     stride = layout.inner * math.prod(shape[last + 1 :])
     for axis in range(len(out)):
         after = math.prod(out[axis + 1 :])
-        if after and stride % after == 0 and out[axis] % (size * (stride // after)) == 0 and out[axis]:
+        if (
+            after
+            and stride % after == 0
+            and out[axis] % (size * (stride // after)) == 0
+            and out[axis]
+        ):
             inner = stride // after
-            return dataclasses.replace(layout.at(axis), outer=out[axis] // (size * inner), inner=inner)
-        splits = axis + 1 < len(out) and out[axis] * out[axis + 1] == size and math.prod(out[axis + 2 :]) == stride
+            return dataclasses.replace(
+                layout.at(axis), outer=out[axis] // (size * inner), inner=inner
+            )
+        splits = (
+            axis + 1 < len(out)
+            and out[axis] * out[axis + 1] == size
+            and math.prod(out[axis + 2 :]) == stride
+        )
         if splits and not layout.looped:
             return Layout((axis, axis + 1))
     return None
@@ -172,5 +213,7 @@ def rev(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """Axes reversed."""
     (x,) = ins
     if x.layout is not None and set(x.layout.axes) & set(op.params["dimensions"]):
-        return walk.couple(op, ins, kind=FaultKind.SELECTION, note="the batch axis is reversed", layout=x.layout)
+        return walk.couple(
+            op, ins, kind=FaultKind.SELECTION, note="the batch axis is reversed", layout=x.layout
+        )
     return x.but(scalar=x.scalar)
