@@ -1,4 +1,5 @@
-"""Docstrings as Markdown: a block of code is opened by one colon, and an example is shown as code."""
+"""Docstrings as Markdown: a block of code is opened by one colon, and an example is shown as
+code."""
 
 from __future__ import annotations
 
@@ -19,13 +20,16 @@ class Markdown(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
         """Show how a record is made: tags and named tuples, whose constructors nobody wrote."""
-        made_by = [str(decorator.value) for decorator in cls.decorators] + [str(base) for base in cls.bases]
+        made_by = [str(decorator.value) for decorator in cls.decorators] + [
+            str(base) for base in cls.bases
+        ]
         if {"_tag", "NamedTuple"} & set(made_by):
             cls.set_member("__init__", constructor(cls))
 
 
 def shown(text: str) -> str:
-    """``It equals::`` is reStructuredText, and ``Example:`` or a bare ``>>>`` is griffe's section of examples."""
+    """``It equals::`` is reStructuredText, and ``Example:`` or a bare ``>>>`` is griffe's section
+    of examples."""
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     bare = re.search(r"^>>> ", text, flags=re.MULTILINE)
@@ -37,5 +41,11 @@ def shown(text: str) -> str:
 def constructor(cls: griffe.Class) -> griffe.Function:
     """A function of the fields, in their order."""
     kind = griffe.ParameterKind.positional_or_keyword
-    fields = [griffe.Parameter(name, kind=kind, default=x.value) for name, x in cls.attributes.items() if x.annotation]
-    return griffe.Function("__init__", parameters=griffe.Parameters(griffe.Parameter("self", kind=kind), *fields))
+    fields = [
+        griffe.Parameter(name, kind=kind, default=x.value)
+        for name, x in cls.attributes.items()
+        if x.annotation
+    ]
+    return griffe.Function(
+        "__init__", parameters=griffe.Parameters(griffe.Parameter("self", kind=kind), *fields)
+    )

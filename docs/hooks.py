@@ -1,7 +1,8 @@
-"""What the site needs beyond mkdocs: files from outside of ``pages``, equations as MathML, drawings in the page.
+"""What the site needs beyond mkdocs: files from outside of ``pages``, equations as MathML, drawings
+in the page.
 
-Pages link to files of the repository by relative paths, which also lead there in the repository itself. In the site a
-picture is such a file, and a Python file is a page that shows its source.
+Pages link to files of the repository by relative paths, which also lead there in the repository
+itself. In the site a picture is such a file, and a Python file is a page that shows its source.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "pages"
 _OUTSIDE = re.compile(r"\]\(((?:\.\./){2,}[\w./-]+)\)")
 """The target of a Markdown link that leaves ``pages``."""
-_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
+_EQUATION = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL
+)
 _DRAWING = re.compile(r'<img alt="([^"]*)" src="(drawings/[\w-]+\.svg)" />')
 
 
@@ -46,7 +49,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Equations become MathML, which browsers draw by themselves; drawings follow the reader's light or dark."""
+    """Equations become MathML, which browsers draw by themselves; drawings follow the reader's
+    light or dark."""
     content = _EQUATION.sub(lambda match: _mathml(match[3], block=match[2] == "["), content)
     return _DRAWING.sub(lambda match: f"<figure>{(PAGES / match[2]).read_text()}</figure>", content)
 

@@ -1,1 +1,2 @@
-"""Experiments: one claim per file, each ends in a check and writes one JSON file and one picture."""
+"""Experiments: one claim per file, each ends in a check and writes one JSON file and one
+picture."""

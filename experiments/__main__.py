@@ -1,4 +1,5 @@
-"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a check does."""
+"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a
+check does."""
 
 import argparse
 import importlib
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser().error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(names())}")
     chosen = options.names or DEFAULT
-    for name in chosen:  # before any runs: `public` asks for several host devices, and JAX must not have begun
+    for name in (
+        chosen
+    ):  # before any runs: `public` asks for several host devices, and JAX must not have begun
         importlib.import_module(f"experiments.{name}")
     passed = [run(name, options) for name in chosen]
     return 0 if all(passed) else 1
@@ -31,28 +34,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, options: argparse.Namespace) -> bool:
     """One experiment, shown and saved; whether its checks held."""
     start = time.perf_counter()
-    record = importlib.import_module(f"experiments.{name}").run(full=options.full, track=_report.bar)
+    record = importlib.import_module(f"experiments.{name}").run(
+        full=options.full, track=_report.bar
+    )
     _report.show(record)
     _report.save(record, options.out)
     if options.save_docs:
         _report.save_picture(record, PICTURES)
-    print(f"{name}: {time.perf_counter() - start:.0f} s, {options.out / name}.json, {options.out / name}.png")
+    print(
+        f"{name}: {time.perf_counter() - start:.0f} s, {options.out / name}.json, "
+        f"{options.out / name}.png"
+    )
     return record.passed
 
 
 def names() -> list[str]:
     """Every experiment: a module of this package without a leading underscore."""
     modules = pkgutil.iter_modules(experiments.__path__)
-    return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
+    return [
+        module.name for module in modules if not module.ispkg and not module.name.startswith("_")
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    made.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(names())}; none: {', '.join(DEFAULT)}")
-    made.add_argument("--full", action="store_true", help="the long form of an experiment, where it has one")
-    made.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="where JSON and pictures go")
-    made.add_argument("--save-docs", action="store_true", help="also renew the pictures that the README shows")
+    made.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(names())}; none: {', '.join(DEFAULT)}"
+    )
+    made.add_argument(
+        "--full", action="store_true", help="the long form of an experiment, where it has one"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where JSON and pictures go",
+    )
+    made.add_argument(
+        "--save-docs", action="store_true", help="also renew the pictures that the README shows"
+    )
     return made
 
 

@@ -1,7 +1,9 @@
-"""The models that `bench` measures: for each a loss as a total and a weight, its parameters, and a batch.
+"""The models that `bench` measures: for each a loss as a total and a weight, its parameters, and a
+batch.
 
-The models are plain functions of a dict of arrays, so that `_bench_torch` can state the same ones line for line. The
-digits and the text are real. A loss is `total / weight`, over the rows that it is given.
+The models are plain functions of a dict of arrays, so that `_bench_torch` can state the same ones
+line for line. The digits and the text are real. A loss is `total / weight`, over the rows that it
+is given.
 """
 
 import dataclasses
@@ -27,8 +29,10 @@ HEADS = 4
 class Case:
     """A loss and its data. `terms(params, rows)` is the loss of these rows as `(total, weight)`.
 
-    `weighted`: microbatches have unequal weights, so that the mean of their means is not the mean of the batch.
-    `coupled`: the examples of a batch interact; `loop_loss` is the loss with collectives over the loop's axis.
+    `weighted`: microbatches have unequal weights, so that the mean of their means is not the mean
+    of the batch.
+    `coupled`: the examples of a batch interact; `loop_loss` is the loss with collectives over the
+    loop's axis.
     """
 
     name: str
@@ -41,7 +45,8 @@ class Case:
     has_torch: bool = True
 
     def mean(self, params: Params, rows: Batch) -> jax.Array:
-        """The loss of the rows at hand: what the full batch minimizes, and what the usual loop averages."""
+        """The loss of the rows at hand: what the full batch minimizes, and what the usual loop
+        averages."""
         total, weight = self.terms(params, rows)
         return total / weight
 
@@ -56,7 +61,9 @@ def bytes_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def mean_of(loss_of_rows: Callable[[Params, Batch], jax.Array]) -> Callable[[Params, Batch], tuple[jax.Array, Any]]:
+def mean_of(
+    loss_of_rows: Callable[[Params, Batch], jax.Array],
+) -> Callable[[Params, Batch], tuple[jax.Array, Any]]:
     """Terms of a loss that gives one number per entry, each of which counts as 1."""
 
     def terms(params: Params, rows: Batch) -> tuple[jax.Array, Any]:
@@ -66,7 +73,7 @@ def mean_of(loss_of_rows: Callable[[Params, Batch], jax.Array]) -> Callable[[Par
     return terms
 
 
-# -- layers -----------------------------------------------------------------------------------------------------------
+# -- layers ----------------------------------------------------------------------------------------
 
 
 def normal(rng: np.random.Generator, *shape: int, scale: float | None = None) -> np.ndarray:
@@ -96,7 +103,12 @@ def block(layer: Params, x: jax.Array, *, causal: bool) -> jax.Array:
 
 def block_params(rng: np.random.Generator, width: int) -> Params:
     """The four matrices of a transformer layer."""
-    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    shapes = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
     return {name: normal(rng, *shape) for name, shape in shapes.items()}
 
 
@@ -106,10 +118,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-# -- the cases --------------------------------------------------------------------------------------------------------
+# -- the cases -------------------------------------------------------------------------------------
 
 
-def transformer(*, layers: int = 3, width: int = 256, length: int = 32, batch_size: int = 16) -> Case:
+def transformer(
+    *, layers: int = 3, width: int = 256, length: int = 32, batch_size: int = 16
+) -> Case:
     """Pre-norm layers, one after another."""
     rng = np.random.default_rng(0)
 
@@ -123,7 +137,14 @@ def transformer(*, layers: int = 3, width: int = 256, length: int = 32, batch_si
     return Case("transformer", mean_of(squares), params, batch)
 
 
-def bert(*, layers: int = 2, width: int = 128, length: int = 64, batch_size: int = 16, vocabulary: int = 4096) -> Case:
+def bert(
+    *,
+    layers: int = 2,
+    width: int = 128,
+    length: int = 64,
+    batch_size: int = 16,
+    vocabulary: int = 4096,
+) -> Case:
     """BERT on real text: the masks make the weights of microbatches unequal."""
     corpus = _text.corpus(length=length, vocabulary=vocabulary)
     (batch,) = _text.batches(corpus, steps=1, batch_size=batch_size, seed=0)
@@ -171,7 +192,8 @@ def deep(layers: int, width: int, batch_size: int) -> tuple[Params, Batch]:
 
 
 def cnn(*, channels: tuple[int, ...] = (32, 64, 128), batch_size: int = 64, size: int = 32) -> Case:
-    """Three convolutions, of which the last two halve the image; 32 x 32 x 3 pixels, ten classes."""
+    """Three convolutions, of which the last two halve the image; 32 x 32 x 3 pixels, ten
+    classes."""
     rng = np.random.default_rng(0)
 
     def entries(params: Params, rows: Batch) -> jax.Array:
@@ -179,7 +201,9 @@ def cnn(*, channels: tuple[int, ...] = (32, 64, 128), batch_size: int = 64, size
         for i, kernel in enumerate(params["kernels"]):
             stride = (1, 1) if i == 0 else (2, 2)
             dimensions = ("NHWC", "HWIO", "NHWC")
-            x = lax.conv_general_dilated(x, kernel, stride, [(1, 1), (1, 1)], dimension_numbers=dimensions)
+            x = lax.conv_general_dilated(
+                x, kernel, stride, [(1, 1), (1, 1)], dimension_numbers=dimensions
+            )
             x = jax.nn.relu(x)
         return cross_entropy(jnp.mean(x, axis=(1, 2)) @ params["head"], labels)
 
@@ -190,7 +214,8 @@ def cnn(*, channels: tuple[int, ...] = (32, 64, 128), batch_size: int = 64, size
 
 
 def images(batch_size: int, size: int) -> Batch:
-    """scikit-learn's digits, enlarged, as they are and shifted by a pixel in two ways; and their classes."""
+    """scikit-learn's digits, enlarged, as they are and shifted by a pixel in two ways; and their
+    classes."""
     rows, labels = digits()
     small = np.asarray(rows[:batch_size]).reshape(-1, 8, 8)
     large = np.kron(small, np.ones((1, size // 8, size // 8), np.float32))
@@ -198,7 +223,9 @@ def images(batch_size: int, size: int) -> Batch:
     return pixels, np.asarray(labels[:batch_size])
 
 
-def embedding(*, rows: int = 50_000, width: int = 128, length: int = 32, batch_size: int = 64) -> Case:
+def embedding(
+    *, rows: int = 50_000, width: int = 128, length: int = 32, batch_size: int = 64
+) -> Case:
     """A large table of which a batch reads a few rows, and a small classifier of their mean."""
     rng = np.random.default_rng(0)
 
@@ -217,7 +244,9 @@ def embedding(*, rows: int = 50_000, width: int = 128, length: int = 32, batch_s
     return Case("embedding", mean_of(entries), params, batch)
 
 
-def tied_lm(*, layers: int = 2, width: int = 128, length: int = 32, batch_size: int = 16, tokens: int = 8192) -> Case:
+def tied_lm(
+    *, layers: int = 2, width: int = 128, length: int = 32, batch_size: int = 16, tokens: int = 8192
+) -> Case:
     """A decoder of real text whose table is read twice: for the words and for their scores."""
     rng = np.random.default_rng(0)
     corpus = _text.corpus(length=128, vocabulary=tokens)

@@ -1,8 +1,10 @@
-"""The ways to a batch's gradient that `bench` compares, and a training step of each: compiled, measured, run.
+"""The ways to a batch's gradient that `bench` compares, and a training step of each: compiled,
+measured, run.
 
-Each way is a function of a case and a number of microbatches. Where the weights of microbatches are unequal, the ways
-that leave the division to the user are written as a careful user writes them: each microbatch's total is divided by the
-weight of the whole batch. The usual loop, `optax.MultiSteps` and Accelerate average the microbatches' means.
+Each way is a function of a case and a number of microbatches. Where the weights of microbatches are
+unequal, the ways that leave the division to the user are written as a careful user writes them:
+each microbatch's total is divided by the weight of the whole batch. The usual loop,
+`optax.MultiSteps` and Accelerate average the microbatches' means.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ OPTIMIZER = optax.adamw(1e-3)
 FIRST_MOMENT = 0.1  # AdamW's first moment after one step, over the gradient
 
 
-# -- gradients --------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 def with_jaxaccum(case: Case, n: int) -> Gradient:
@@ -72,7 +74,8 @@ def with_usual_scan(case: Case, n: int) -> Gradient:
 
 
 def with_refs(case: Case, n: int) -> Gradient:
-    """The recipe of JAX's documentation: the backward pass adds to references. (docs.jax.dev, "Autodiff with refs".)"""
+    """The recipe of JAX's documentation: the backward pass adds to references. (docs.jax.dev,
+    "Autodiff with refs".)"""
 
     def gradient(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         share = share_of(case, batch, n)
@@ -132,17 +135,22 @@ def with_optax(case: Case, n: int) -> Gradient:
 
 
 def with_grad_cache(case: Case, n: int) -> Gradient:
-    """Two passes by hand: the gradient of all features, kept; then that of the towers, microbatch by microbatch."""
+    """Two passes by hand: the gradient of all features, kept; then that of the towers, microbatch
+    by microbatch."""
 
     def gradient(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
         parts = cut(batch, n)
         features = lax.map(lambda part: contrastive.embed(params, part), parts)
         of_all = jax.value_and_grad(contrastive.of_features, argnums=(0, 1, 2))
-        value, (scale, *cotangents) = of_all(params["scale"], *(z.reshape(-1, z.shape[-1]) for z in features))
+        value, (scale, *cotangents) = of_all(
+            params["scale"], *(z.reshape(-1, z.shape[-1]) for z in features)
+        )
 
         def add(sums: Params, x: Any) -> tuple[Params, None]:
             part, own = x
-            _, pull = jax.vjp(lambda towers: contrastive.embed({"towers": towers}, part), params["towers"])
+            _, pull = jax.vjp(
+                lambda towers: contrastive.embed({"towers": towers}, part), params["towers"]
+            )
             return jax.tree.map(jnp.add, sums, pull(tuple(own))[0]), None
 
         sums = jax.tree.map(jnp.zeros_like, params["towers"])
@@ -174,16 +182,19 @@ def zeros(params: Params) -> tuple[jax.Array, Params]:
     return jnp.zeros((), jax.tree.leaves(params)[0].dtype), jax.tree.map(jnp.zeros_like, params)
 
 
-# -- training steps ---------------------------------------------------------------------------------------------------
+# -- training steps --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Way:
-    """A training step: `run` makes one; the rest was measured when it was compiled, or is read off its first step."""
+    """A training step: `run` makes one; the rest was measured when it was compiled, or is read off
+    its first step."""
 
     run: Callable[[], None]
     gradient: Callable[[], Params]  # after the first step
-    memory: int | None  # bytes beyond parameters, AdamW's state and the batch; None where nobody tells
+    memory: (
+        int | None
+    )  # bytes beyond parameters, AdamW's state and the batch; None where nobody tells
     trace: float | None = None  # seconds
     compile: float | None = None
 
@@ -233,7 +244,13 @@ def host_loop(multi_steps: Callable[..., Any], case: Case, n: int) -> Way:
         jax.block_until_ready((held[0], values))
 
     sums = bytes_of(state[1]) - bytes_of(jax.eval_shape(OPTIMIZER.init, case.params))
-    return Way(run, lambda: gradient_in(held[0][1].inner_opt_state), temporary(program) + sums, trace, compile_)
+    return Way(
+        run,
+        lambda: gradient_in(held[0][1].inner_opt_state),
+        temporary(program) + sums,
+        trace,
+        compile_,
+    )
 
 
 def own_state(optimizer: Any, case: Case) -> Any:
@@ -250,7 +267,8 @@ def microbatches(batch: Batch, n: int) -> Iterator[Batch]:
 
 
 def compiled(step: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:
-    """The program, and the seconds that tracing and compiling took, with nothing known from before."""
+    """The program, and the seconds that tracing and compiling took, with nothing known from
+    before."""
     jax.clear_caches()
     start = time.perf_counter()
     traced = jax.jit(step, donate_argnums=0).trace(*args)
@@ -290,7 +308,8 @@ HOST_LOOPS: dict[str, Callable[..., Any]] = {
 
 
 def names(case: Case) -> list[str]:
-    """The ways that apply to a case. Loops change a coupled loss: of these the usual scan alone, to be seen."""
+    """The ways that apply to a case. Loops change a coupled loss: of these the usual scan alone, to
+    be seen."""
     if case.coupled:
         return [OURS, FULL, "GradCache", USUAL]
     others = {"GradCache"} if case.weighted else {"GradCache", USUAL}

@@ -1,7 +1,9 @@
-"""Times that a busy machine does not spoil: pairs of runs, one right after the other, and the ratios of each pair.
+"""Times that a busy machine does not spoil: pairs of runs, one right after the other, and the
+ratios of each pair.
 
-A round visits every rival. Beside each of its runs there is one of ours, before it in even rounds and after it in odd
-ones, so that both meet the same state of the machine. What is reported is the median of these ratios, with quartiles.
+A round visits every rival. Beside each of its runs there is one of ours, before it in even rounds
+and after it in odd ones, so that both meet the same state of the machine. What is reported is the
+median of these ratios, with quartiles.
 """
 
 import dataclasses
@@ -18,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 Run = Callable[[], None]
-SHORTEST = 0.02  # seconds: a shorter run is repeated, so that the clock and the scheduler do not count
+SHORTEST = (
+    0.02  # seconds: a shorter run is repeated, so that the clock and the scheduler do not count
+)
 FEWEST, OF_SLOW = 7, 3  # pairs per rival; of one that takes ten times as long as ours
 
 
@@ -49,7 +53,8 @@ class Pairs:
 
     @property
     def cpu_ratio(self) -> float:
-        """The median ratio of the processor's seconds, which other programs on the machine hardly change."""
+        """The median ratio of the processor's seconds, which other programs on the machine hardly
+        change."""
         ratios = [own.cpu / other.cpu for own, other in zip(self.ours, self.rival, strict=True)]
         return median(ratios)
 
@@ -59,12 +64,17 @@ def walls(times: Sequence[Seconds]) -> np.ndarray:
     return np.array([one.wall for one in times])
 
 
-def in_pairs(ours: Run, rivals: Mapping[str, Run], *, rounds: int, seconds: float) -> dict[str, Pairs]:
-    """Pairs of every rival: at most `rounds`, in about `seconds` for each rival, and never fewer than seven."""
+def in_pairs(
+    ours: Run, rivals: Mapping[str, Run], *, rounds: int, seconds: float
+) -> dict[str, Pairs]:
+    """Pairs of every rival: at most `rounds`, in about `seconds` for each rival, and never fewer
+    than seven."""
     lengths = {name: clocked(run).wall for name, run in rivals.items()}
     own = clocked(ours).wall
     repeats = max(1, math.ceil(SHORTEST / own))
-    count = lambda length: max(OF_SLOW if length > 10 * own else FEWEST, int(seconds / (repeats * (own + length))))
+    count = lambda length: max(
+        OF_SLOW if length > 10 * own else FEWEST, int(seconds / (repeats * (own + length)))
+    )
     counts = {name: min(rounds, count(length)) for name, length in lengths.items()}
     found: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in rivals}
     for i in range(max(counts.values(), default=0)):
@@ -95,18 +105,20 @@ def clocked(run: Run, repeats: int = 1) -> Seconds:
     return Seconds((time.perf_counter() - start) / repeats, (time.process_time() - cpu) / repeats)
 
 
-# -- the machine ------------------------------------------------------------------------------------------------------
+# -- the machine -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What this machine reaches at its best: operations a second of a matrix product, bytes a second of a long sum."""
+    """What this machine reaches at its best: operations a second of a matrix product, bytes a
+    second of a long sum."""
 
     flops: float
     bytes: float
 
     def seconds(self, flops: float, moved: float) -> float:
-        """No step takes less: its operations and its bytes at the peak, one hidden behind the other."""
+        """No step takes less: its operations and its bytes at the peak, one hidden behind the
+        other."""
         return max(flops / self.flops, moved / self.bytes)
 
 
@@ -137,7 +149,9 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "devices": jax.device_count(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "python": platform.python_version(),
     }
 
@@ -146,7 +160,9 @@ def processor() -> str:
     """The processor's name, where Linux tells it."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor()

@@ -1,6 +1,8 @@
-"""The same models in PyTorch, line for line, and three loops: eager, `torch.compile`, Accelerate's `accumulate`.
+"""The same models in PyTorch, line for line, and three loops: eager, `torch.compile`, Accelerate's
+`accumulate`.
 
-Run as a program it prints the peak of resident memory of one step, in a process that does nothing else:
+Run as a program it prints the peak of resident memory of one step, in a process that does nothing
+else:
 
     python -m experiments._bench_torch CASE N LOOP OPTIONS
 """
@@ -25,7 +27,8 @@ LOOPS = ("torch eager", "torch.compile", "Accelerate")
 
 
 def loops(case: Case, *, full: bool) -> tuple[str, ...]:
-    """Those that run here. Compiling takes torch a minute or so for each program: with `full` alone."""
+    """Those that run here. Compiling takes torch a minute or so for each program: with `full`
+    alone."""
     if not case.has_torch or importlib.util.find_spec("torch") is None:
         return ()
     accelerate = LOOPS[2:] if importlib.util.find_spec("accelerate") else ()
@@ -43,7 +46,9 @@ def loop(name: str, case: Case, n: int) -> tuple[Callable[[], None], Callable[[]
     import torch
 
     model = module(case)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4, fused=True)  # optax's defaults
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-3, weight_decay=1e-4, fused=True
+    )  # optax's defaults
     parts = [jax.tree.map(torch.from_numpy, rows) for rows in rows_of(case.batch, n)]
     run = accelerated(model, optimizer, parts) if name == "Accelerate" else eager(
         torch.compile(model) if name == "torch.compile" else model, optimizer, parts
@@ -106,13 +111,15 @@ def accelerated(model: Any, optimizer: Any, parts: list[Any]) -> Callable[[], No
 
 def rows_of(batch: Batch, n: int) -> Iterator[Batch]:
     """The rows of each microbatch; torch wants labels of 64 bits."""
-    wide = lambda leaf: leaf.astype(np.int64) if np.issubdtype(leaf.dtype, np.integer) else np.array(leaf)
+    wide = lambda leaf: (
+        leaf.astype(np.int64) if np.issubdtype(leaf.dtype, np.integer) else np.array(leaf)
+    )
     parts = jax.tree.map(wide, cut(batch, n))
     for i in range(n):
         yield jax.tree.map(lambda leaf, i=i: leaf[i], parts)
 
 
-# -- the models -------------------------------------------------------------------------------------------------------
+# -- the models ------------------------------------------------------------------------------------
 
 
 def norm(x: Any) -> Any:
@@ -201,11 +208,12 @@ LOSSES: dict[str, Callable[[Params, Any], Any]] = {
 }
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def peak_resident(name: str, case: Case, n: int, options: dict[str, Any]) -> int | None:
-    """Bytes beyond parameters, AdamW's state and the batch, at the peak of the second step; None if not told."""
+    """Bytes beyond parameters, AdamW's state and the batch, at the peak of the second step; None if
+    not told."""
     arguments = [case.name, str(n), name, json.dumps(options)]
     command = [sys.executable, "-m", "experiments._bench_torch", *arguments]
     root = Path(__file__).parent.parent
@@ -214,7 +222,8 @@ def peak_resident(name: str, case: Case, n: int, options: dict[str, Any]) -> int
 
 
 def measured(run: Callable[[], None]) -> int | None:
-    """How far a step raises what is resident. The first step makes AdamW's state, and loads what torch loads."""
+    """How far a step raises what is resident. The first step makes AdamW's state, and loads what
+    torch loads."""
     run()
     gc.collect()
     try:

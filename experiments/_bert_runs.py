@@ -1,7 +1,9 @@
-"""The runs of the BERT experiment: three ways to a batch's gradient in Flax, and the causes that set them apart.
+"""The runs of the BERT experiment: three ways to a batch's gradient in Flax, and the causes that
+set them apart.
 
-A cause is one thing that the usual accumulation loop does and one pass over the batch does not. The hand-written loop
-takes them as switches at run time, so that one compilation serves every combination.
+A cause is one thing that the usual accumulation loop does and one pass over the batch does not. The
+hand-written loop takes them as switches at run time, so that one compilation serves every
+combination.
 """
 
 import dataclasses
@@ -21,7 +23,9 @@ from experiments.models.bert import BertForMaskedLM, Config, Rate
 Params = Any
 Batch = dict[str, Any]  # numpy outside, traced inside
 Switches = dict[str, Any]  # cause -> whether the usual loop has it
-Gradient = Callable[..., Params]  # (params, batch, key, dropout, causes) -> the gradient that reaches the optimizer
+Gradient = Callable[
+    ..., Params
+]  # (params, batch, key, dropout, causes) -> the gradient that reaches the optimizer
 
 CAUSES = {  # name in the code -> name in the table, and what the usual loop does
     "keys": ("dropout keys", "a key for each microbatch, not for each example"),
@@ -66,7 +70,8 @@ class Run(NamedTuple):
 
 
 class Runner:
-    """Trains one model from the same weights on the same batches, each way compiled once for each dtype."""
+    """Trains one model from the same weights on the same batches, each way compiled once for each
+    dtype."""
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -78,7 +83,9 @@ class Runner:
             "loop": usual_loop(loss, num_microbatches=n, max_norm=max_norm),
         }
         self.gradients = {name: jax.jit(gradient) for name, gradient in self.gradients.items()}
-        self.evaluate = jax.jit(lambda params, batch: _ratio(loss(params, batch, _no_keys(batch), dropout=0.0)))
+        self.evaluate = jax.jit(
+            lambda params, batch: _ratio(loss(params, batch, _no_keys(batch), dropout=0.0))
+        )
 
     def run(
         self,
@@ -91,7 +98,8 @@ class Runner:
         dropout: float = 0.1,
         seed: int = 0,
     ) -> Run:
-        """Train in float64, or in float32 where rounding is among the causes; losses are evaluated in float64."""
+        """Train in float64, or in float32 where rounding is among the causes; losses are evaluated
+        in float64."""
         dtype = jnp.float32 if "rounding" in causes else jnp.float64
         ticks = self.recipe.num_microbatches if "ticks" in causes else 1
         rates = self.recipe.learning_rates(len(batches), ticks=ticks)
@@ -101,7 +109,9 @@ class Runner:
         key, first, losses = jax.random.key(seed), None, [self.loss(params, held_out)]
         for step, (batch, rate) in enumerate(zip(batches, rates, strict=True), start=1):
             step_key = jax.random.fold_in(key, step)
-            grads = self.gradients[way](params, batch, step_key, np.float32(dropout), causes=switches)
+            grads = self.gradients[way](
+                params, batch, step_key, np.float32(dropout), causes=switches
+            )
             first = grads if first is None else first
             params, state = adamw(params, state, grads, rate, ticks * self.recipe.weight_decay)
             if step % self.recipe.evaluate_every == 0 or step == len(batches):
@@ -114,11 +124,14 @@ class Runner:
 
 
 def masked_loss(model: BertForMaskedLM) -> Callable[..., jaxaccum.Mean]:
-    """The cross-entropy of the tokens to predict, over their number; `keys` holds one dropout key an example."""
+    """The cross-entropy of the tokens to predict, over their number; `keys` holds one dropout key
+    an example."""
 
     def loss(params: Params, batch: Batch, keys: jax.Array, dropout: Rate) -> jaxaccum.Mean:
         def scores(ids: jax.Array, attention: jax.Array, key: jax.Array) -> jax.Array:
-            out: Any = model.apply(params, ids[None], attention[None], dropout=dropout, rngs={"dropout": key})
+            out: Any = model.apply(
+                params, ids[None], attention[None], dropout=dropout, rngs={"dropout": key}
+            )
             return out[0]
 
         log_probs = jax.nn.log_softmax(jax.vmap(scores)(batch["ids"], batch["attention"], keys))
@@ -135,17 +148,24 @@ def full_batch(loss: Callable[..., jaxaccum.Mean], *, max_norm: float) -> Gradie
     return lambda *args, causes: clipped(grad(*args), max_norm)
 
 
-def microbatched(loss: Callable[..., jaxaccum.Mean], *, num_microbatches: int, max_norm: float) -> Gradient:
+def microbatched(
+    loss: Callable[..., jaxaccum.Mean], *, num_microbatches: int, max_norm: float
+) -> Gradient:
     """B = 2, N = 4, exact: the one line that changes."""
     grad = jaxaccum.grad(loss, num_microbatches=num_microbatches, in_axes=IN_AXES)
     return lambda *args, causes: clipped(grad(*args), max_norm)
 
 
-def usual_loop(loss: Callable[..., jaxaccum.Mean], *, num_microbatches: int, max_norm: float) -> Gradient:
-    """B = 2, N = 4 as it is usually written; with every cause off, the same loop put right by hand."""
+def usual_loop(
+    loss: Callable[..., jaxaccum.Mean], *, num_microbatches: int, max_norm: float
+) -> Gradient:
+    """B = 2, N = 4 as it is usually written; with every cause off, the same loop put right by
+    hand."""
     n = num_microbatches
 
-    def gradient(params: Params, batch: Batch, key: jax.Array, dropout: Rate, *, causes: Switches) -> Params:
+    def gradient(
+        params: Params, batch: Batch, key: jax.Array, dropout: Rate, *, causes: Switches
+    ) -> Params:
         dtype = jax.tree.leaves(params)[0].dtype
         share = jnp.sum(batch["weight"]).astype(dtype) / n
         limit = jnp.where(causes["clipping"], max_norm, jnp.inf).astype(dtype)
@@ -172,20 +192,28 @@ def clipped(grads: Params, limit: Any) -> Params:
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def adamw(params: Params, state: Any, grads: Params, rate: float, decay: float) -> tuple[Params, Any]:
+def adamw(
+    params: Params, state: Any, grads: Params, rate: float, decay: float
+) -> tuple[Params, Any]:
     """AdamW's step p − rate · (u + decay · p), its rate and decay from the host."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
         updates, state = ADAM.update(grads, state)
 
     def step(leaf: jax.Array, update: jax.Array) -> jax.Array:
-        return leaf - jnp.asarray(rate, leaf.dtype) * (update + jnp.asarray(decay, leaf.dtype) * leaf)
+        return leaf - jnp.asarray(rate, leaf.dtype) * (
+            update + jnp.asarray(decay, leaf.dtype) * leaf
+        )
 
     return jax.tree.map(step, params, updates), state
 
 
-def _loop_keys(key: jax.Array, examples: int, *, num_microbatches: int, per_microbatch: jax.Array) -> jax.Array:
+def _loop_keys(
+    key: jax.Array, examples: int, *, num_microbatches: int, per_microbatch: jax.Array
+) -> jax.Array:
     # The fold of the example's index is EXAMPLE_KEY's own rule, written out.
-    of_example = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(examples)).reshape(num_microbatches, -1)
+    of_example = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(examples)).reshape(
+        num_microbatches, -1
+    )
     of_microbatch = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_microbatches))
     drawn = jax.vmap(lambda key: jax.random.split(key, examples // num_microbatches))(of_microbatch)
     return jnp.where(per_microbatch, drawn, of_example)

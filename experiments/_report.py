@@ -1,4 +1,5 @@
-"""What an experiment hands back, and how it is shown: a progress bar, a table, a JSON file and a picture."""
+"""What an experiment hands back, and how it is shown: a progress bar, a table, a JSON file and a
+picture."""
 
 import dataclasses
 import importlib.metadata
@@ -18,7 +19,9 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
 LIBRARIES = ("jax", "flax", "optax", "numpy", "torch", "transformers")
 
-Track = Callable[[Sequence[Any], str], Iterable[Any]]  # the items, while a bar with this title advances
+Track = Callable[
+    [Sequence[Any], str], Iterable[Any]
+]  # the items, while a bar with this title advances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An experiment's outcome: `rows` are the table, `data` what the picture shows, `text` is printed as it stands."""
+    """An experiment's outcome: `rows` are the table, `data` what the picture shows, `text` is
+    printed as it stands."""
 
     name: str
     question: str
@@ -78,7 +82,9 @@ def show(record: Record) -> None:
     console.print(table)
     for check in record.checks:
         mark = "[green]holds[/green]" if check.passed else "[red]FAILS[/red]"
-        console.print(f"{mark}  {check.claim}: {check.value:.3g} ≤ {check.bound:.3g}", highlight=False)
+        console.print(
+            f"{mark}  {check.claim}: {check.value:.3g} ≤ {check.bound:.3g}", highlight=False
+        )
 
 
 def save(record: Record, directory: Path) -> None:
@@ -100,15 +106,20 @@ def as_json(record: Record) -> dict[str, Any]:
         "question": record.question,
         "settings": dict(record.settings),
         "rows": [dict(row) for row in record.rows],
-        "checks": [{**dataclasses.asdict(check), "passed": check.passed} for check in record.checks],
+        "checks": [
+            {**dataclasses.asdict(check), "passed": check.passed} for check in record.checks
+        ],
         "passed": record.passed,
         "data": dict(record.data),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)},
+        "versions": {
+            name: importlib.metadata.version(name) for name in LIBRARIES if _installed(name)
+        },
     }
 
 
 def panels(count: int, *, rows: int = 1, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` of `count` panels side by side, wide enough that a README column keeps the letters legible."""
+    """A figure of `rows` of `count` panels side by side, wide enough that a README column keeps the
+    letters legible."""
     figure = Figure(figsize=(4.8 * count, height * rows), layout="constrained")
     axes = [figure.add_subplot(rows, count, i + 1) for i in range(rows * count)]
     for panel in axes:

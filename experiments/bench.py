@@ -1,22 +1,23 @@
 """Is any other way to accumulate gradients faster or smaller than jaxaccum, and is it right?
 
-Nine models, from one that is all dispatch to one that is all convolutions; each against a hand-written `lax.scan`, the
-recipe with references of JAX's documentation, an unrolled loop, the gradient of a checkpointed scan,
-`optax.microbatching`, `optax.MultiSteps` in a host loop, PyTorch's eager loop, `torch.compile`, Accelerate's
-`accumulate`, for the contrastive loss GradCache, and the full batch for scale. Of each way:
+Nine models, from one that is all dispatch to one that is all convolutions; each against a
+hand-written `lax.scan`, the recipe with references of JAX's documentation, an unrolled loop, the
+gradient of a checkpointed scan, `optax.microbatching`, `optax.MultiSteps` in a host loop, PyTorch's
+eager loop, `torch.compile`, Accelerate's `accumulate`, for the contrastive loss GradCache, and the
+full batch for scale. Of each way:
 
 - the time of an AdamW step with donated state, in pairs with ours;
-- the bytes beyond parameters, AdamW's state and the batch (as compiled; of torch, the peak of resident memory);
+- the bytes beyond parameters, AdamW's state and the batch (as compiled; of torch, the peak of
+  resident memory);
 - the seconds of tracing and compiling;
 - the error of the gradient, of the very program that is timed, against the full batch in float64.
 
 A way whose gradient is wrong is shown, and competes with nobody.
 
-Command   python -m experiments bench [--full]
-Cost      about ten minutes on two free cores: 8 microbatches, and half of the ways at 2; an hour or more with --full,
-          which takes every way at 1 to 16, and compiles with torch
-Expected  no way that is right is faster by more than 3 % at equal memory; ours needs at most 1.1 times the bytes of one
-          accumulator and one microbatch's step
+Command   python -m experiments bench [--full] Cost      about ten minutes on two free cores: 8
+microbatches, and half of the ways at 2; an hour or more with --full, which takes every way at 1 to
+16, and compiles with torch Expected  no way that is right is faster by more than 3 % at equal
+memory; ours needs at most 1.1 times the bytes of one accumulator and one microbatch's step
 """
 
 import dataclasses
@@ -37,20 +38,27 @@ from jaxaccum._jaxpr.flops import flops
 from jaxaccum.testing.bounds import normwise
 
 ROUNDING = 2**8 * float(jnp.finfo(jnp.float32).eps)
-"""Normwise, in float32: sums of some thousand products, in another order. A wrong rule is far beyond it."""
+"""Normwise, in float32: sums of some thousand products, in another order. A wrong rule is far
+beyond it."""
 TIME, EQUAL, MEMORY = 1.03, 1.05, 1.1
-FEW = (rivals.OURS, rivals.FULL, rivals.SCAN, rivals.REFS, "GradCache")  # the ways beside the main number, by default
+FEW = (
+    rivals.OURS,
+    rivals.FULL,
+    rivals.SCAN,
+    rivals.REFS,
+    "GradCache",
+)  # the ways beside the main number, by default
 MAIN = 8
 MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What to measure by: one accumulator and what a microbatch's gradient needs alone, or what its whole step needs;
-    the operations of the full batch and the bytes of AdamW at the machine's peak.
+    """What to measure by: one accumulator and what a microbatch's gradient needs alone, or what its
+    whole step needs; the operations of the full batch and the bytes of AdamW at the machine's peak.
 
-    `allowed` is one accumulator and the whole step of one microbatch: inside of a loop, gradients of single matrices
-    are made before they are added.
+    `allowed` is one accumulator and the whole step of one microbatch: inside of a loop, gradients
+    of single matrices are made before they are added.
     """
 
     memory: int
@@ -69,14 +77,17 @@ def run(
     seconds: float = 3.0,
     torch: bool = True,
 ) -> _report.Record:
-    """Measure every case at every number of microbatches; `sizes` are options of the cases, by their names."""
+    """Measure every case at every number of microbatches; `sizes` are options of the cases, by
+    their names."""
     options = sizes or {}
     numbers = numbers or ((1, 2, 4, 8, 16) if full else (2, MAIN))
     peak = timing.peak()
     rows: list[dict[str, Any]] = []
     for name, n in track([(name, n) for name in cases for n in numbers], "bench"):
         bench = Bench(CASES[name](**options.get(name, {})), n, options.get(name, {}), peak)
-        rows += bench.rows(bench.names(full=full, torch=torch), rounds=rounds, seconds=seconds * (3 if full else 1))
+        rows += bench.rows(
+            bench.names(full=full, torch=torch), rounds=rounds, seconds=seconds * (3 if full else 1)
+        )
     best = {"peak GFLOP/s": peak.flops / 1e9, "peak GB/s": peak.bytes / 1e9}
     return record(rows, {**timing.machine(), **best, "numbers": list(numbers), "sizes": options})
 
@@ -91,11 +102,12 @@ def record(rows: list[dict[str, Any]], settings: dict[str, Any]) -> _report.Reco
         checks=checks(rows),
         figure=picture(rows),
         data={"rows": rows},
-        text="\n".join(won(row) for row in rows if row["verdict"] in WINS) or "No way that is right wins anywhere.",
+        text="\n".join(won(row) for row in rows if row["verdict"] in WINS)
+        or "No way that is right wins anywhere.",
     )
 
 
-# -- one case at one number of microbatches ---------------------------------------------------------------------------
+# -- one case at one number of microbatches --------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +134,14 @@ class Bench:
         for name, way in ways.items():
             way.run()
             errors[name] = normwise(way.gradient(), wanted)
-        runs = {name: way.run for name, way in ways.items()}  # ours too: beside itself, it shows what chance does
+        runs = {
+            name: way.run for name, way in ways.items()
+        }  # ours too: beside itself, it shows what chance does
         pairs = timing.in_pairs(ways[rivals.OURS].run, runs, rounds=rounds, seconds=seconds)
-        rows = [self.row(name, ways[name], errors[name], pairs=pairs[name], limit=limit) for name in names]
+        rows = [
+            self.row(name, ways[name], errors[name], pairs=pairs[name], limit=limit)
+            for name in names
+        ]
         return [row | {"verdict": verdict(row, rows[0])} for row in rows]
 
     def made(self, name: str) -> rivals.Way:
@@ -133,7 +150,9 @@ class Bench:
             return _bench_torch.made(name, self.case, self.n, self.options)
         return rivals.made(name, self.case, self.n)
 
-    def row(self, name: str, way: rivals.Way, error: float, *, pairs: timing.Pairs, limit: Limit) -> dict[str, Any]:
+    def row(
+        self, name: str, way: rivals.Way, error: float, *, pairs: timing.Pairs, limit: Limit
+    ) -> dict[str, Any]:
         """What was measured of one way."""
         low, middle, high = pairs.quartiles
         return {
@@ -160,7 +179,9 @@ class Bench:
         """Compiled from one microbatch alone, and counted."""
         rows = jax.tree.map(lambda leaf: leaf[: len(leaf) // self.n], self.case.batch)
         own = jax.jit(jax.value_and_grad(self.case.mean)).lower(self.case.params, rows).compile()
-        step = rivals.compiled_step(jax.value_and_grad(self.case.mean), dataclasses.replace(self.case, batch=rows))
+        step = rivals.compiled_step(
+            jax.value_and_grad(self.case.mean), dataclasses.replace(self.case, batch=rows)
+        )
         whole = jax.make_jaxpr(jax.grad(self.case.mean))(self.case.params, self.case.batch)
         size = self.case.parameter_bytes
         # AdamW reads and writes parameters and two moments; the gradient is written and read.
@@ -181,7 +202,7 @@ def wide(leaf: np.ndarray) -> jax.Array:
     return jnp.asarray(leaf, jnp.float64 if np.issubdtype(leaf.dtype, np.floating) else leaf.dtype)
 
 
-# -- who wins ---------------------------------------------------------------------------------------------------------
+# -- who wins --------------------------------------------------------------------------------------
 
 WRONG, REFERENCE, EVEN = "wrong gradient", "reference", ""
 FASTER, SMALLER, BOTH = "faster, with more memory", "smaller", "faster at equal memory"
@@ -189,8 +210,8 @@ WINS = (FASTER, SMALLER, BOTH)
 
 
 def verdict(row: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Whether a way beats ours. It is faster where three of four pairs say so by more than 3 %, by more than chance
-    makes ours beside itself, and where the processor's seconds say so too.
+    """Whether a way beats ours. It is faster where three of four pairs say so by more than 3 %, by
+    more than chance makes ours beside itself, and where the processor's seconds say so too.
     """
     if row["error"] > ROUNDING:
         return WRONG
@@ -208,7 +229,10 @@ def verdict(row: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def won(row: dict[str, Any]) -> str:
     """A win of a rival, in words."""
-    place = f"{row['case']}, N = {row['N']}: {row['way']} is {row['verdict']} ({row['ours / its']:.2f} in time)"
+    place = (
+        f"{row['case']}, N = {row['N']}: {row['way']} is {row['verdict']} ({row['ours / its']:.2f} "
+        "in time)"
+    )
     return f"{place}: {why(row['case'], row['way'])}"
 
 
@@ -217,7 +241,11 @@ def checks(rows: list[dict[str, Any]]) -> list[_report.Check]:
     ours = [row for row in rows if row["way"] == rivals.OURS]
     equal = [row for row in rows if row["verdict"] == BOTH]
     found = [
-        _report.Check("jaxaccum: largest error of a gradient, float32", max(row["error"] for row in ours), ROUNDING),
+        _report.Check(
+            "jaxaccum: largest error of a gradient, float32",
+            max(row["error"] for row in ours),
+            ROUNDING,
+        ),
         _report.Check(
             "a right way at equal memory: lower quartile of ours / its",
             max((row["quartiles"][0] for row in equal), default=0.0),
@@ -225,17 +253,24 @@ def checks(rows: list[dict[str, Any]]) -> list[_report.Check]:
         ),
         _report.Check(
             "jaxaccum: bytes / (one accumulator and the step of one microbatch)",
-            max((row["bytes"] / row["allowed bytes"] for row in ours if row["bytes"] > MIB), default=0.0),
+            max(
+                (row["bytes"] / row["allowed bytes"] for row in ours if row["bytes"] > MIB),
+                default=0.0,
+            ),
             MEMORY,
         ),
     ]
     usual = [row["error"] for row in rows if row["way"] == rivals.USUAL]
     if usual:
-        found.append(_report.Check("rounding / the usual scan's error, where it is wrong", ROUNDING / min(usual), 0.1))
+        found.append(
+            _report.Check(
+                "rounding / the usual scan's error, where it is wrong", ROUNDING / min(usual), 0.1
+            )
+        )
     return found
 
 
-# -- what is shown ----------------------------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +310,8 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Time and memory against N, a pair of panels for each case; dotted, what no way can do without."""
+    """Time and memory against N, a pair of panels for each case; dotted, what no way can do
+    without."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure, axes = _report.panels(4, rows=-(-len(cases) // 2), height=2.8)
     for panel in axes[2 * len(cases) :]:
@@ -286,25 +322,43 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
         for way, style in STYLES.items():
             points = [row for row in own if row["way"] == way]
             draw(times, points, "seconds", way, style, 1e3)
-            draw(sizes, [row for row in points if row["bytes"] is not None], "bytes", way, style, 1 / MIB)
+            draw(
+                sizes,
+                [row for row in points if row["bytes"] is not None],
+                "bytes",
+                way,
+                style,
+                1 / MIB,
+            )
         ours = [row for row in own if row["way"] == rivals.OURS]
         draw(times, ours, "limit seconds", "limit", LIMIT, 1e3)
         draw(sizes, ours, "limit bytes", "limit", LIMIT, 1 / MIB)
         finish(times, ours, f"{case}: ms a step")
         finish(sizes, ours, f"{case}: MiB beyond the state")
     lines = {str(line.get_label()): line for panel in axes for line in panel.get_lines()}
-    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=6, frameon=False
+    )
     return figure
 
 
 LIMIT: dict[str, Any] = {"color": _report.BLACK, "linestyle": ":", "linewidth": 1.6}
 
 
-def draw(panel: Any, rows: list[dict[str, Any]], key: str, label: str, style: dict[str, Any], scale: float) -> None:
+def draw(
+    panel: Any,
+    rows: list[dict[str, Any]],
+    key: str,
+    label: str,
+    style: dict[str, Any],
+    scale: float,
+) -> None:
     """One way's line."""
     if rows:
         heights = [scale * row[key] for row in rows]
-        panel.plot([row["N"] for row in rows], heights, label=label, markerfacecolor="none", **style)
+        panel.plot(
+            [row["N"] for row in rows], heights, label=label, markerfacecolor="none", **style
+        )
 
 
 def finish(panel: Any, rows: list[dict[str, Any]], title: str) -> None:

@@ -1,17 +1,19 @@
-"""Can a contrastive loss, which compares every example with all others, be accumulated over microbatches?
+"""Can a contrastive loss, which compares every example with all others, be accumulated over
+microbatches?
 
-Two towers, for the upper and the lower half of scikit-learn's digits, learn to tell which halves belong together; the
-loss is CLIP's, with a learned logit scale. Four ways divide the batch: exact (jaxaccum, the loss written as data
-parallelism writes it, with `all_gather`), naive (each microbatch contrasted with itself), open_clip's rule
-(`--accum-freq k`: features first, then the whole loss back-propagated once for each replayed microbatch), and GradCache
-(arXiv 2101.06983: the gradient of the features first, then of the towers, by hand).
+Two towers, for the upper and the lower half of scikit-learn's digits, learn to tell which halves
+belong together; the loss is CLIP's, with a learned logit scale. Four ways divide the batch: exact
+(jaxaccum, the loss written as data parallelism writes it, with `all_gather`), naive (each
+microbatch contrasted with itself), open_clip's rule (`--accum-freq k`: features first, then the
+whole loss back-propagated once for each replayed microbatch), and GradCache (arXiv 2101.06983: the
+gradient of the features first, then of the towers, by hand).
 
-Command   python -m experiments contrastive
-Cost      about a minute: some twenty compilations and five gradients
-Expected  in float64: exact and GradCache the full batch's gradient to rounding; naive off by a quarter; open_clip's
-          towers exact and its logit scale's gradient k times too large. Temporary memory of the exact gradient grows
-          with the batch by features and rows of logits alone: at a batch of 2048 in 32 microbatches at most 0.10 of the
-          full batch's, where GradCache and open_clip hold all logits
+Command   python -m experiments contrastive Cost      about a minute: some twenty compilations and
+five gradients Expected  in float64: exact and GradCache the full batch's gradient to rounding;
+naive off by a quarter; open_clip's towers exact and its logit scale's gradient k times too large.
+Temporary memory of the exact gradient grows with the batch by features and rows of logits alone: at
+a batch of 2048 in 32 microbatches at most 0.10 of the full batch's, where GradCache and open_clip
+hold all logits
 """
 
 from collections.abc import Callable
@@ -46,7 +48,8 @@ def run(
     microbatch_size: int = 64,
     batches: tuple[int, ...] = (256, 512, 1024, 2048),
 ) -> _report.Record:
-    """Compare the gradients of every way, compile each for growing batches, and check the exact one."""
+    """Compare the gradients of every way, compile each for growing batches, and check the exact
+    one."""
     del full  # neither gradients nor compiled sizes depend on how long one waits
     with jax.enable_x64(True):
         params = towers(width, layers, jnp.float64)
@@ -65,29 +68,55 @@ def run(
     for way, b in track(points, "contrastive: memory"):
         n = b // microbatch_size
         gradient = jax.grad(clip) if way == "full batch" else WAYS[way](n)
-        memory.setdefault(way, {})[b] = temporary_bytes(gradient, towers(width, layers, jnp.float32), b)
+        memory.setdefault(way, {})[b] = temporary_bytes(
+            gradient, towers(width, layers, jnp.float32), b
+        )
     largest = max(batches)
     ratio = memory["exact"][largest] / memory["full batch"][largest]
     for row in rows:
         row[f"temporary MiB, batch {largest}"] = memory[row["way"]][largest] / 2**20
     empty = dict.fromkeys(rows[0])
     rows.append(
-        {**empty, "way": "full batch", f"temporary MiB, batch {largest}": memory["full batch"][largest] / 2**20}
+        {
+            **empty,
+            "way": "full batch",
+            f"temporary MiB, batch {largest}": memory["full batch"][largest] / 2**20,
+        }
     )
     found = {row["way"]: row for row in rows}
     delta, scale = "Δ gradient of the towers", "gradient of the logit scale / full batch's"
     return _report.Record(
         name="contrastive",
         question="Can a contrastive loss be accumulated over microbatches?",
-        settings={"width": width, "layers": layers, "batch_size": batch_size, "k": k, "microbatch": microbatch_size},
+        settings={
+            "width": width,
+            "layers": layers,
+            "batch_size": batch_size,
+            "k": k,
+            "microbatch": microbatch_size,
+        },
         rows=rows,
         checks=[
             _report.Check("exact: gradient error of the towers", found["exact"][delta], BOUND),
-            _report.Check("exact: logit scale's gradient, off 1 by", abs(found["exact"][scale] - 1), BOUND),
-            _report.Check("GradCache: gradient error of the towers", found["GradCache"][delta], BOUND),
-            _report.Check("naive: 1 / gradient error of the towers", 1 / found["naive"][delta], 10.0),
-            _report.Check(f"open_clip: logit scale's gradient, off {k} by", abs(found["open_clip"][scale] - k), 1e-9),
-            _report.Check(f"exact: temporary memory over the full batch's, batch {largest}", ratio, MEMORY_BOUND),
+            _report.Check(
+                "exact: logit scale's gradient, off 1 by", abs(found["exact"][scale] - 1), BOUND
+            ),
+            _report.Check(
+                "GradCache: gradient error of the towers", found["GradCache"][delta], BOUND
+            ),
+            _report.Check(
+                "naive: 1 / gradient error of the towers", 1 / found["naive"][delta], 10.0
+            ),
+            _report.Check(
+                f"open_clip: logit scale's gradient, off {k} by",
+                abs(found["open_clip"][scale] - k),
+                1e-9,
+            ),
+            _report.Check(
+                f"exact: temporary memory over the full batch's, batch {largest}",
+                ratio,
+                MEMORY_BOUND,
+            ),
         ],
         figure=picture(rows, memory, k, microbatch_size),
         data={"temporary bytes": memory, "logit scale": scales},
@@ -95,10 +124,15 @@ def run(
 
 
 def towers(width: int, layers: int, dtype: Any) -> Params:
-    """Two residual networks, and the logarithm of the logit scale, which starts at CLIP's 1 / 0.07."""
+    """Two residual networks, and the logarithm of the logit scale, which starts at CLIP's 1 /
+    0.07."""
     random = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape) / shape[-2] ** 0.5, dtype)
-    tower = lambda: {"in": normal(32, width), "layers": normal(layers, width, width), "out": normal(width, FEATURES)}
+    tower = lambda: {
+        "in": normal(32, width),
+        "layers": normal(layers, width, width),
+        "out": normal(width, FEATURES),
+    }
     return {"towers": [tower(), tower()], "scale": jnp.asarray(np.log(1 / 0.07), dtype)}
 
 
@@ -147,7 +181,10 @@ def exact(k: int) -> Gradient:
         a, b = embed(params, batch)
         first = lax.axis_index(AXIS) * len(a)
         all_a, all_b = (lax.all_gather(z, AXIS, tiled=True) for z in (a, b))
-        return (cross_entropy(params["scale"], a, all_b, first) + cross_entropy(params["scale"], b, all_a, first)) / 2
+        return (
+            cross_entropy(params["scale"], a, all_b, first)
+            + cross_entropy(params["scale"], b, all_a, first)
+        ) / 2
 
     return jaxaccum.grad(loss, num_microbatches=k)
 
@@ -158,7 +195,8 @@ def naive(k: int) -> Gradient:
 
 
 def open_clip(k: int) -> Gradient:
-    """All features without gradients, then for each microbatch the whole loss, of its features computed again."""
+    """All features without gradients, then for each microbatch the whole loss, of its features
+    computed again."""
 
     def gradient(params: Params, batch: Any) -> Params:
         parts = divided(batch, k)
@@ -166,7 +204,10 @@ def open_clip(k: int) -> Gradient:
 
         def replayed(params: Params, j: jax.Array, part: Any) -> jax.Array:
             own = zip(cached, embed(params, part), strict=True)
-            a, b = (lax.dynamic_update_index_in_dim(old, z, j, 0).reshape(-1, FEATURES) for old, z in own)
+            a, b = (
+                lax.dynamic_update_index_in_dim(old, z, j, 0).reshape(-1, FEATURES)
+                for old, z in own
+            )
             return of_features(params["scale"], a, b)
 
         def body(total: Params, x: Any) -> tuple[Params, None]:
@@ -223,18 +264,36 @@ def temporary_bytes(gradient: Gradient, params: Params, batch_size: int) -> int:
     return analysis.temp_size_in_bytes
 
 
-def picture(rows: list[dict[str, Any]], memory: dict[str, dict[int, int]], k: int, microbatch_size: int) -> Figure:
+def picture(
+    rows: list[dict[str, Any]], memory: dict[str, dict[int, int]], k: int, microbatch_size: int
+) -> Figure:
     """The gradient of the logit scale by way, and temporary memory against the batch."""
     figure, (scales, sizes) = _report.panels(2)
-    colors = dict(zip(memory, (_report.BLACK, _report.BLUE, _report.RED, _report.PINK, _report.GREEN), strict=True))
+    colors = dict(
+        zip(
+            memory,
+            (_report.BLACK, _report.BLUE, _report.RED, _report.PINK, _report.GREEN),
+            strict=True,
+        )
+    )
     measured = [row for row in rows if row["way"] in WAYS]
     values = [row["gradient of the logit scale / full batch's"] for row in measured]
-    scales.bar([row["way"] for row in measured], values, color=[colors[row["way"]] for row in measured])
+    scales.bar(
+        [row["way"] for row in measured], values, color=[colors[row["way"]] for row in measured]
+    )
     scales.axhline(1, color=_report.BLACK, linestyle="--", linewidth=1.2)
     scales.set_title(f"gradient of the logit scale / full batch's, k = {k}", fontsize=10)
     for way, points in memory.items():
-        style: dict[str, Any] = {"linestyle": "--"} if way == "full batch" else {"marker": "o", "markersize": 5}
-        sizes.plot(list(points), [b / 2**20 for b in points.values()], color=colors[way], label=way, **style)
+        style: dict[str, Any] = (
+            {"linestyle": "--"} if way == "full batch" else {"marker": "o", "markersize": 5}
+        )
+        sizes.plot(
+            list(points),
+            [b / 2**20 for b in points.values()],
+            color=colors[way],
+            label=way,
+            **style,
+        )
     ticks = list(memory["full batch"])
     sizes.set_xscale("log", base=2)
     sizes.set(

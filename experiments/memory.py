@@ -1,13 +1,13 @@
 """How much temporary memory does a training step need, against the number of microbatches?
 
-An AdamW step with donated state on a model that scans over 12 layers of width 1024, batch size 16, compiled for the
-present device and never run. Two lengths of sequence: one token, where parameters dominate and each further copy of the
-gradients shows, and many, where activations dominate and microbatches save them.
+An AdamW step with donated state on a model that scans over 12 layers of width 1024, batch size 16,
+compiled for the present device and never run. Two lengths of sequence: one token, where parameters
+dominate and each further copy of the gradients shows, and many, where activations dominate and
+microbatches save them.
 
-Command   python -m experiments memory
-Cost      about a minute: some thirty compilations
-Expected  in units of the parameters' bytes, at N = 8 and one token: jaxaccum at most 1.2, close to the full batch; a
-          hand-written scan, which adds trees of gradients, and `optax.microbatching` about 2.1
+Command   python -m experiments memory Cost      about a minute: some thirty compilations Expected
+in units of the parameters' bytes, at N = 8 and one token: jaxaccum at most 1.2, close to the full
+batch; a hand-written scan, which adds trees of gradients, and `optax.microbatching` about 2.1
 """
 
 from collections.abc import Callable
@@ -51,7 +51,14 @@ def run(
         batch = jax.ShapeDtypeStruct((batch_size, length, width), jnp.float32)
         gradient = WAYS[way](n) if way in WAYS else jax.grad(mean_square)
         temporary = temporary_bytes(gradient, params, batch)
-        rows.append({"way": way, "tokens": length, "N": n, "temporary / parameters": temporary / size(params)})
+        rows.append(
+            {
+                "way": way,
+                "tokens": length,
+                "N": n,
+                "temporary / parameters": temporary / size(params),
+            }
+        )
     ours = measured(rows, "jaxaccum", lengths[0])[8]
     return _report.Record(
         name="memory",
@@ -65,7 +72,9 @@ def run(
             "parameter_bytes": size(params),
         },
         rows=[pivoted(rows, way, length) for length in lengths for way in (*WAYS, "full batch")],
-        checks=[_report.Check(f"temporary memory / parameters, N = 8, {lengths[0]} token", ours, BOUND)],
+        checks=[
+            _report.Check(f"temporary memory / parameters, N = 8, {lengths[0]} token", ours, BOUND)
+        ],
         figure=picture(rows, lengths),
         data={"points": rows},
     )
@@ -109,7 +118,9 @@ def with_optax(n: int) -> Gradient:
 
     def gradient(params: Params, batch: jax.Array) -> Params:
         mean = optax.microbatching.AccumulationType.MEAN
-        return optax.microbatching.microbatch(jax.grad(mean_square), 1, len(batch) // n, mean)(params, batch)
+        return optax.microbatching.microbatch(jax.grad(mean_square), 1, len(batch) // n, mean)(
+            params, batch
+        )
 
     return gradient
 
@@ -124,7 +135,9 @@ WAYS: dict[str, Callable[[int], Gradient]] = {
 def temporary_bytes(gradient: Gradient, params: Params, batch: jax.ShapeDtypeStruct) -> int:
     """What the compiled AdamW step needs beside its arguments and results."""
 
-    def step(params: Params, state: optax.OptState, batch: jax.Array) -> tuple[Params, optax.OptState]:
+    def step(
+        params: Params, state: optax.OptState, batch: jax.Array
+    ) -> tuple[Params, optax.OptState]:
         grads = gradient(params, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
             updates, state = OPTIMIZER.update(grads, state, params)
@@ -144,31 +157,58 @@ def size(params: Params) -> int:
 
 def measured(rows: list[dict[str, Any]], way: str, length: int) -> dict[int, float]:
     """N → temporary memory over the parameters' bytes."""
-    return {row["N"]: row["temporary / parameters"] for row in rows if (row["way"], row["tokens"]) == (way, length)}
+    return {
+        row["N"]: row["temporary / parameters"]
+        for row in rows
+        if (row["way"], row["tokens"]) == (way, length)
+    }
 
 
 def pivoted(rows: list[dict[str, Any]], way: str, length: int) -> dict[str, Any]:
     """A table's row: one column for each N."""
     points = measured(rows, way, length)
     columns = dict.fromkeys(row["N"] for row in rows)
-    return {"temporary / parameters": way, "tokens": length, **{f"N = {n}": points.get(n) for n in columns}}
+    return {
+        "temporary / parameters": way,
+        "tokens": length,
+        **{f"N = {n}": points.get(n) for n in columns},
+    }
 
 
 def picture(rows: list[dict[str, Any]], lengths: tuple[int, ...]) -> Figure:
     """Temporary memory against N, a panel for each length."""
     figure, axes = _report.panels(len(lengths))
-    styles = dict(zip(WAYS, ((_report.BLUE, "o", 6), (_report.RED, "s", 10), (_report.ORANGE, "x", 7)), strict=True))
+    styles = dict(
+        zip(
+            WAYS,
+            ((_report.BLUE, "o", 6), (_report.RED, "s", 10), (_report.ORANGE, "x", 7)),
+            strict=True,
+        )
+    )
     for panel, length in zip(axes, lengths, strict=True):
         (full,) = measured(rows, "full batch", length).values()
-        panel.axhline(full, color=_report.BLACK, linestyle="--", linewidth=1.2, label="full batch, no microbatches")
+        panel.axhline(
+            full,
+            color=_report.BLACK,
+            linestyle="--",
+            linewidth=1.2,
+            label="full batch, no microbatches",
+        )
         for way, (color, marker, points_wide) in styles.items():
             points = measured(rows, way, length)
-            style: dict[str, Any] = {"marker": marker, "markersize": points_wide, "markerfacecolor": "none"}
+            style: dict[str, Any] = {
+                "marker": marker,
+                "markersize": points_wide,
+                "markerfacecolor": "none",
+            }
             panel.plot(*zip(*points.items(), strict=True), color=color, label=way, **style)
         panel.set_xscale("log", base=2)
         ticks = sorted({row["N"] for row in rows})
         panel.set(ylim=(0, None), xticks=ticks, xticklabels=list(map(str, ticks)))
-        panel.set(xlabel="number of microbatches N", title=f"{length} token{'s' * (length > 1)} an example")
+        panel.set(
+            xlabel="number of microbatches N",
+            title=f"{length} token{'s' * (length > 1)} an example",
+        )
     axes[0].set_ylabel("temporary bytes / parameter bytes")
     axes[0].legend(frameon=False, fontsize=9)
     return figure

@@ -1,14 +1,13 @@
 """Does the noise scale that the accumulator measures predict the critical batch size?
 
-A network of one hidden layer learns digits by SGD. Along one run `accumulators.noise_scale` measures S / |G|² from the
-microbatches (arXiv 1812.06162). A sweep over batch sizes, each at its best learning rate, counts the steps and the
-examples that the loss takes to a target; the critical batch size is that of the paper's curve through all of them,
-S = S_min (1 + B_crit / B), fitted to the logarithms.
+A network of one hidden layer learns digits by SGD. Along one run `accumulators.noise_scale`
+measures S / |G|² from the microbatches (arXiv 1812.06162). A sweep over batch sizes, each at its
+best learning rate, counts the steps and the examples that the loss takes to a target; the critical
+batch size is that of the paper's curve through all of them, S = S_min (1 + B_crit / B), fitted to
+the logarithms.
 
-Command   python -m experiments noise_scale
-Cost      two minutes
-Expected  both agree in their order of magnitude, as in the paper (103 and 14); the measured noise scale grows as the
-          loss falls
+Command   python -m experiments noise_scale Cost      two minutes Expected  both agree in their
+order of magnitude, as in the paper (103 and 14); the measured noise scale grows as the loss falls
 """
 
 from typing import Any
@@ -28,7 +27,11 @@ TARGET = 0.3
 
 
 def run(
-    *, full: bool = False, track: _report.Track = _report.quiet, sizes: tuple[int, ...] = SIZES, examples: int = 120_000
+    *,
+    full: bool = False,
+    track: _report.Track = _report.quiet,
+    sizes: tuple[int, ...] = SIZES,
+    examples: int = 120_000,
 ) -> _report.Record:
     """Measure along one run, sweep, compare."""
     sweep = {}
@@ -43,15 +46,25 @@ def run(
         name="noise_scale",
         question="Does the noise scale that the accumulator measures predict the critical batch size?",
         settings={"sizes": sizes, "learning rates": RATES, "target loss": TARGET, "hidden": 32},
-        rows=[{"batch": size, "steps": count, "examples": size * count} for size, count in sweep.items()],
+        rows=[
+            {"batch": size, "steps": count, "examples": size * count}
+            for size, count in sweep.items()
+        ],
         checks=[
             _report.Check(
-                "|log10(mean measured noise scale / critical batch)|", float(abs(np.log10(predicted / critical))), 1.0
+                "|log10(mean measured noise scale / critical batch)|",
+                float(abs(np.log10(predicted / critical))),
+                1.0,
             ),
             _report.Check("noise scale, first tenth over last tenth", growth(scales), 0.5),
         ],
         figure=picture(sweep, losses, scales, critical),
-        data={"noise scale": list(scales), "loss": list(losses), "critical batch": critical, "predicted": predicted},
+        data={
+            "noise scale": list(scales),
+            "loss": list(losses),
+            "critical batch": critical,
+            "predicted": predicted,
+        },
         text=f"mean measured noise scale until the target {predicted:.0f}, critical batch {critical:.0f}",
     )
 
@@ -84,11 +97,14 @@ def steps_to_target(size: int, limit: int) -> np.ndarray:
 def measured(
     steps: int = 400, size: int = 256, rate: float = 0.5, memory: float = 0.95
 ) -> tuple[list[float], list[float]]:
-    """The loss and the noise scale along one run: numerator and denominator are averaged, then divided."""
+    """The loss and the noise scale along one run: numerator and denominator are averaged, then
+    divided."""
     x, y = _digits.data()
     order = jnp.asarray(np.random.default_rng(1).integers(len(x), size=(steps, size)))
     noise = jaxaccum.accumulators.noise_scale()
-    step = jaxaccum.value_and_grad(_digits.loss, in_axes=(None, 0, 0), microbatch_size=8, accumulator=noise)
+    step = jaxaccum.value_and_grad(
+        _digits.loss, in_axes=(None, 0, 0), microbatch_size=8, accumulator=noise
+    )
 
     def body(params: Any, rows: jax.Array) -> tuple[Any, Any]:
         (_, report), grads = step(params, x[rows], y[rows])
@@ -97,7 +113,9 @@ def measured(
 
     _, (losses, traces, norms) = jax.jit(lambda p: lax.scan(body, p, order))(_digits.network(0, 32))
     weights = memory ** np.arange(steps)[::-1]
-    average = lambda values: np.asarray([np.average(values[: i + 1], weights=weights[-i - 1 :]) for i in range(steps)])
+    average = lambda values: np.asarray(
+        [np.average(values[: i + 1], weights=weights[-i - 1 :]) for i in range(steps)]
+    )
     scales = average(np.asarray(traces)) / average(np.asarray(norms))
     return np.asarray(losses).tolist(), scales.tolist()
 
@@ -108,19 +126,34 @@ def growth(scales: list[float]) -> float:
     return float(np.mean(scales[:tenth]) / np.mean(scales[-tenth:]))
 
 
-def picture(sweep: dict[int, int], losses: list[float], scales: list[float], critical: float) -> Figure:
+def picture(
+    sweep: dict[int, int], losses: list[float], scales: list[float], critical: float
+) -> Figure:
     """Left: the measured noise scale; right: examples against steps, where the sweep bends."""
     figure, (left, right) = _report.panels(2)
     left.plot(scales, color=_report.BLUE, label="measured noise scale")
     left.axhline(critical, color=_report.RED, linestyle="--", label="critical batch of the sweep")
-    left.axvline(int(np.argmax(np.asarray(losses) < TARGET)), color=_report.BLACK, linewidth=0.8, label="target loss")
+    left.axvline(
+        int(np.argmax(np.asarray(losses) < TARGET)),
+        color=_report.BLACK,
+        linewidth=0.8,
+        label="target loss",
+    )
     left.set_yscale("log")
     left.set(xlabel="step", ylabel="examples")
     left.legend(frameon=False, fontsize=8)
     steps = list(sweep.values())
-    right.plot(steps, [size * count for size, count in sweep.items()], color=_report.BLUE, marker="o")
+    right.plot(
+        steps, [size * count for size, count in sweep.items()], color=_report.BLUE, marker="o"
+    )
     for size, count in sweep.items():
-        right.annotate(f"B = {size}", (count, size * count), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        right.annotate(
+            f"B = {size}",
+            (count, size * count),
+            textcoords="offset points",
+            xytext=(5, 5),
+            fontsize=8,
+        )
     right.set_xscale("log")
     right.set_yscale("log")
     right.set(xlabel="steps to the target", ylabel="examples to the target")

@@ -1,16 +1,16 @@
 """Can BatchNorm be trained with accumulated gradients, or is GroupNorm the better choice?
 
-The seed's third claim. A network of two convolutions with BatchNorm learns scikit-learn's digits (1437 images to
-train on, 360 to test) in batches of 32, divided into microbatches of 1 to 32. Naive accumulation normalizes each
-microbatch by its own statistics, and what it keeps for evaluation are those of the last microbatch, or running ones
-carried through all of them as PyTorch does. Exact accumulation is the same model with `axis_name="microbatch"`.
-GroupNorm needs no batch.
+The seed's third claim. A network of two convolutions with BatchNorm learns scikit-learn's digits
+(1437 images to train on, 360 to test) in batches of 32, divided into microbatches of 1 to 32. Naive
+accumulation normalizes each microbatch by its own statistics, and what it keeps for evaluation are
+those of the last microbatch, or running ones carried through all of them as PyTorch does. Exact
+accumulation is the same model with `axis_name="microbatch"`. GroupNorm needs no batch.
 
-Command   python -m experiments norms [--full]
-Cost      about 7 minutes on one core, most of them compilation: five seeds at once, 150 steps of SGD with momentum,
-          the rate going to 0 along a cosine; with --full 1000 steps and six sizes, about 15 minutes
-Expected  exact: the full batch's gradient to rounding (float64, at most 1e-12), and its test accuracy within 0.01 at
-          every size; naive: a gradient off by at least a tenth at microbatches of 1
+Command   python -m experiments norms [--full] Cost      about 7 minutes on one core, most of them
+compilation: five seeds at once, 150 steps of SGD with momentum, the rate going to 0 along a cosine;
+with --full 1000 steps and six sizes, about 15 minutes Expected  exact: the full batch's gradient to
+rounding (float64, at most 1e-12), and its test accuracy within 0.01 at every size; naive: a
+gradient off by at least a tenth at microbatches of 1
 """
 
 import functools
@@ -37,7 +37,8 @@ RATE = 0.1
 
 
 class Convolution(nn.Module):
-    """A 3 × 3 convolution as one product of nine shifted images: XLA on a CPU is slow at its gradient in a loop."""
+    """A 3 × 3 convolution as one product of nine shifted images: XLA on a CPU is slow at its
+    gradient in a loop."""
 
     features: int
 
@@ -47,7 +48,9 @@ class Convolution(nn.Module):
         height, width = x.shape[1:3]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        return nn.Dense(self.features, use_bias=False, param_dtype=x.dtype)(jnp.concatenate(shifts, axis=-1))
+        return nn.Dense(self.features, use_bias=False, param_dtype=x.dtype)(
+            jnp.concatenate(shifts, axis=-1)
+        )
 
 
 class Network(nn.Module):
@@ -69,27 +72,38 @@ class Network(nn.Module):
         """The normalization that the way asks for."""
         if self.norm == "group":
             return nn.GroupNorm(4, param_dtype=x.dtype)(x)
-        options: dict[str, Any] = {"use_running_average": not train, "momentum": 0.9, "param_dtype": x.dtype}
+        options: dict[str, Any] = {
+            "use_running_average": not train,
+            "momentum": 0.9,
+            "param_dtype": x.dtype,
+        }
         return jaxaccum.linen.BatchNorm(axis_name=self.axis_name, **options)(x)
 
 
-def loss(network: Network, params: Variables, batch: Any, stats: Variables) -> tuple[jax.Array, Variables]:
+def loss(
+    network: Network, params: Variables, batch: Any, stats: Variables
+) -> tuple[jax.Array, Variables]:
     """Cross entropy of one microbatch, and the new running statistics."""
-    pair: Any = network.apply({"params": params, "batch_stats": stats}, batch["x"], True, mutable=["batch_stats"])
+    pair: Any = network.apply(
+        {"params": params, "batch_stats": stats}, batch["x"], True, mutable=["batch_stats"]
+    )
     logits, new = pair
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], axis=1)
     return -jnp.mean(picked), new.get("batch_stats", {})
 
 
 def carried(network: Network, **options: Any) -> Callable[..., Any]:
-    """State that runs through the microbatches; of a coupled network it is the same in all and updated once."""
+    """State that runs through the microbatches; of a coupled network it is the same in all and
+    updated once."""
 
     def fun(params: Variables, batch: Any, stats: Variables) -> Any:
         value, new = loss(network, params, batch, stats)
         return value, jaxaccum.Carry(new) if new else None
 
     axes = (None, 0, jaxaccum.CARRY)
-    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=axes, audit=None, **options)  # naive ones are inexact
+    return jaxaccum.value_and_grad(
+        fun, has_aux=True, in_axes=axes, audit=None, **options
+    )  # naive ones are inexact
 
 
 def last(network: Network, **options: Any) -> Callable[..., Any]:
@@ -99,7 +113,9 @@ def last(network: Network, **options: Any) -> Callable[..., Any]:
         value, new = loss(network, params, batch, stats)
         return value, jaxaccum.Last(new)
 
-    return jaxaccum.value_and_grad(fun, has_aux=True, in_axes=(None, 0, None), audit=None, **options)
+    return jaxaccum.value_and_grad(
+        fun, has_aux=True, in_axes=(None, 0, None), audit=None, **options
+    )
 
 
 WAYS: dict[str, tuple[Network, Callable[..., Any]]] = {
@@ -119,7 +135,8 @@ def run(
     seeds: int = 5,
     sizes: tuple[int, ...] | None = None,
 ) -> _report.Record:
-    """Train every way at every microbatch size; check the gradient and the accuracy of the exact one."""
+    """Train every way at every microbatch size; check the gradient and the accuracy of the exact
+    one."""
     steps = steps or (1000 if full else 150)
     sizes = sizes or ((1, 2, 4, 8, 16, 32) if full else (1, 4, 32))
     data = digits()
@@ -145,14 +162,20 @@ def run(
         },
         rows=rows,
         checks=[
-            _report.Check("exact: gradient error, any microbatch size", max(r["Δ gradient"] for r in exact), BOUND),
+            _report.Check(
+                "exact: gradient error, any microbatch size",
+                max(r["Δ gradient"] for r in exact),
+                BOUND,
+            ),
             _report.Check(
                 "exact: test accuracy apart from the full batch's",
                 max(abs(r["test accuracy"] - whole) for r in exact),
                 0.01,
             ),
             _report.Check(
-                f"naive: 1 / gradient error, microbatches of {small}", 1 / found["naive", small]["Δ gradient"], 10.0
+                f"naive: 1 / gradient error, microbatches of {small}",
+                1 / found["naive", small]["Δ gradient"],
+                10.0,
             ),
         ],
         figure=picture(rows, curves, sizes),
@@ -167,8 +190,11 @@ def digits() -> dict[str, np.ndarray]:
     return {"x": images[order].reshape(-1, 8, 8, 1) / 16, "y": labels[order]}
 
 
-def trained(way: str, size: int, steps: int, seeds: int, data: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Training losses (seeds, steps) and test accuracies (seeds); all ways see the same batches and first weights."""
+def trained(
+    way: str, size: int, steps: int, seeds: int, data: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training losses (seeds, steps) and test accuracies (seeds); all ways see the same batches and
+    first weights."""
     network, accumulate = WAYS[way]
     optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, steps), momentum=0.9)
     x, y = jnp.asarray(data["x"], jnp.float32), jnp.asarray(data["y"], jnp.int32)
@@ -183,7 +209,11 @@ def trained(way: str, size: int, steps: int, seeds: int, data: dict[str, np.ndar
             chosen = jax.random.choice(key, TRAIN, (BATCH_SIZE,), replace=False)
             (value, new), grads = gradient(params, {"x": x[chosen], "y": y[chosen]}, stats)
             updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), stats if new is None else new, state), value
+            return (
+                optax.apply_updates(params, updates),
+                stats if new is None else new,
+                state,
+            ), value
 
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), steps)
         (params, stats, _), losses = lax.scan(step, (params, stats, optimizer.init(params)), keys)
@@ -196,21 +226,27 @@ def trained(way: str, size: int, steps: int, seeds: int, data: dict[str, np.ndar
 
 
 def gradient_error(way: str, size: int, data: dict[str, np.ndarray]) -> float:
-    """Of the first batch, in float64: the largest difference from the full batch's gradient over its largest entry."""
+    """Of the first batch, in float64: the largest difference from the full batch's gradient over
+    its largest entry."""
     network, accumulate = WAYS[way]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         batch = {"x": jnp.asarray(data["x"][:BATCH_SIZE]), "y": jnp.asarray(data["y"][:BATCH_SIZE])}
         variables = network.init(jax.random.key(0), batch["x"], True)
         params, stats = variables["params"], variables.get("batch_stats", {})
-        whole = jax.grad(lambda params: loss(network.clone(axis_name=None), params, batch, stats)[0])(params)
+        whole = jax.grad(
+            lambda params: loss(network.clone(axis_name=None), params, batch, stats)[0]
+        )(params)
         _, grads = jax.jit(accumulate(network, microbatch_size=size))(params, batch, stats)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True)
         scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(whole))
         return max(float(jnp.max(jnp.abs(a - b))) for a, b in pairs) / scale
 
 
-def picture(rows: list[dict[str, Any]], curves: dict[str, list[float]], sizes: tuple[int, ...]) -> Figure:
-    """Gradient error and accuracy against the microbatch size, and the training loss at the smallest."""
+def picture(
+    rows: list[dict[str, Any]], curves: dict[str, list[float]], sizes: tuple[int, ...]
+) -> Figure:
+    """Gradient error and accuracy against the microbatch size, and the training loss at the
+    smallest."""
     figure, (errors, losses, accuracies) = _report.panels(3)
     for way, color in ((way, COLORS[way]) for way in WAYS):
         own = [row for row in rows if row["way"] == way]
@@ -223,7 +259,11 @@ def picture(rows: list[dict[str, Any]], curves: dict[str, list[float]], sizes: t
         losses.plot(smooth, color=color, label=way)
     for panel in (errors, accuracies):
         panel.set_xscale("log", base=2)
-        panel.set(xticks=list(sizes), xticklabels=list(map(str, sizes)), xlabel="microbatch size (batch 32)")
+        panel.set(
+            xticks=list(sizes),
+            xticklabels=list(map(str, sizes)),
+            xlabel="microbatch size (batch 32)",
+        )
     errors.set(yscale="log", title="gradient error, float64")
     losses.set(yscale="log", xlabel="step", title=f"training loss, microbatches of {min(sizes)}")
     accuracies.set_title("test accuracy, 5 seeds")

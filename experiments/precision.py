@@ -1,12 +1,12 @@
 """How far from the true sum does each accumulator end, against the number of microbatches?
 
-N real gradients in float32 (softmax regression on digits, one example each, drawn with replacement) are averaged by
-`value_and_grad` with each accumulator, and compared, normwise, with their mean in float64.
+N real gradients in float32 (softmax regression on digits, one example each, drawn with replacement)
+are averaged by `value_and_grad` with each accumulator, and compared, normwise, with their mean in
+float64.
 
-Command   python -m experiments precision
-Cost      half a minute
-Expected  at N = 4096: of bfloat16 nothing is right, of float16 one digit; compensated bfloat16, in the bytes of one
-          float32 sum, stays below 1e-3; compensated float32 at the rounding of one float32 number, whatever N
+Command   python -m experiments precision Cost      half a minute Expected  at N = 4096: of bfloat16
+nothing is right, of float16 one digit; compensated bfloat16, in the bytes of one float32 sum, stays
+below 1e-3; compensated float32 at the rounding of one float32 number, whatever N
 """
 
 from collections.abc import Callable
@@ -44,11 +44,21 @@ def run(
     return _report.Record(
         name="precision",
         question="How far from the true sum does each accumulator end, against the number of microbatches?",
-        settings={"numbers": numbers, "gradient": "softmax regression on digits, 64 × 10", "norm": "largest entry"},
-        rows=[{"relative error": way, **{f"N = {n}": errors[way][n] for n in numbers}} for way in WAYS],
+        settings={
+            "numbers": numbers,
+            "gradient": "softmax regression on digits, 64 × 10",
+            "norm": "largest entry",
+        },
+        rows=[
+            {"relative error": way, **{f"N = {n}": errors[way][n] for n in numbers}} for way in WAYS
+        ],
         checks=[
-            _report.Check(f"compensated float32, N = {last}", errors["compensated float32"][last], 2 * eps),
-            _report.Check(f"float32, N = {last}, against N · eps", errors["float32"][last], last * eps),
+            _report.Check(
+                f"compensated float32, N = {last}", errors["compensated float32"][last], 2 * eps
+            ),
+            _report.Check(
+                f"float32, N = {last}, against N · eps", errors["float32"][last], last * eps
+            ),
             _report.Check(
                 "compensated bfloat16 over bfloat16, two arrays for one",
                 errors["compensated bfloat16"][last] / errors["bfloat16"][last],
@@ -56,7 +66,11 @@ def run(
             ),
         ],
         figure=picture(errors),
-        data={"errors": {way: {str(n): e for n, e in points.items()} for way, points in errors.items()}},
+        data={
+            "errors": {
+                way: {str(n): e for n, e in points.items()} for way, points in errors.items()
+            }
+        },
     )
 
 
@@ -89,6 +103,8 @@ def picture(errors: dict[str, dict[int, float]]) -> Figure:
         panel.plot(list(points), values, color=color, marker="o", markersize=4, label=way)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set(xlabel="number of microbatches N", ylabel="error of the mean gradient", ylim=(1e-9, 30))
+    panel.set(
+        xlabel="number of microbatches N", ylabel="error of the mean gradient", ylim=(1e-9, 30)
+    )
     panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     return figure

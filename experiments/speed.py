@@ -1,7 +1,8 @@
 """How long does a training step take, against a hand-written scan?
 
-An AdamW step of a 4-layer transformer over 8 microbatches, float32, on the present device. The two programs run in turn
-in one process, A B B A …, so that a machine whose speed drifts slows both; the ratio is that of the medians.
+An AdamW step of a 4-layer transformer over 8 microbatches, float32, on the present device. The two
+programs run in turn in one process, A B B A …, so that a machine whose speed drifts slows both; the
+ratio is that of the medians.
 
 Command   python -m experiments speed
 Cost      about a minute
@@ -129,7 +130,13 @@ def picture(seconds: dict[str, list[float]]) -> Any:
     """Every pair of runs, in the order in which they ran."""
     figure, (panel,) = _report.panels(1)
     for (name, times), color in zip(seconds.items(), (_report.BLUE, _report.RED), strict=True):
-        panel.plot(range(1, len(times) + 1), times, "o-", color=color, label=f"{name}, median {median(times):.3f} s")
+        panel.plot(
+            range(1, len(times) + 1),
+            times,
+            "o-",
+            color=color,
+            label=f"{name}, median {median(times):.3f} s",
+        )
     panel.set(xlabel="round", ylabel="seconds a step", ylim=(0, None))
     panel.legend(frameon=False, fontsize=9)
     return figure

@@ -1,12 +1,11 @@
 """Does accumulation in JAX give the seed's numbers, bit for bit, as PyTorch does?
 
-One weight w = 1, ŷ = w·x, y = 2·x, squared error; x = 4 and x = 2 as two batches of one, each loss divided by 2 before
-its gradient is added; SGD with learning rate 0.01.
+One weight w = 1, ŷ = w·x, y = 2·x, squared error; x = 4 and x = 2 as two batches of one, each loss
+divided by 2 before its gradient is added; SGD with learning rate 0.01.
 
-Command   python -m experiments toy
-Cost      seconds
-Expected  gradient −16, then −20; weight 1, then 1.2; the same bits from torch, from `jaxaccum.value_and_grad`, from
-          `optax.MultiSteps` in a host loop, and from the two examples as one batch
+Command   python -m experiments toy Cost      seconds Expected  gradient −16, then −20; weight 1,
+then 1.2; the same bits from torch, from `jaxaccum.value_and_grad`, from `optax.MultiSteps` in a
+host loop, and from the two examples as one batch
 """
 
 from collections.abc import Callable
@@ -42,7 +41,12 @@ def run(*, full: bool = False, track: _report.Track = _report.quiet) -> _report.
     return _report.Record(
         name="toy",
         question="Does accumulation in JAX give the seed's numbers, bit for bit, as PyTorch does?",
-        settings={"x": X.tolist(), "weight": 1.0, "learning_rate": LEARNING_RATE, "dtype": "float32"},
+        settings={
+            "x": X.tolist(),
+            "weight": 1.0,
+            "learning_rate": LEARNING_RATE,
+            "dtype": "float32",
+        },
         rows=[summary(name, rows) for name, rows in made.items()],
         checks=[
             _report.Check("ways whose bits differ from torch's", differing, 0),
@@ -59,15 +63,20 @@ def loss(w: jax.Array, x: jax.Array, seen: jax.Array) -> jaxaccum.Mean:
 
 
 def scanned() -> list[Row]:
-    """`value_and_grad` over two microbatches of one; a loop that has seen only the first stands for batch 0."""
+    """`value_and_grad` over two microbatches of one; a loop that has seen only the first stands for
+    batch 0."""
     grad = jax.jit(jaxaccum.grad(loss, num_microbatches=2, in_axes=(None, 0, 0)))
-    return stepped([grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
+    return stepped(
+        [grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])]
+    )
 
 
 def one_batch() -> list[Row]:
     """The two examples in one pass; it has no row for batch 0 of its own."""
     grad = jax.jit(jax.grad(jaxaccum.full_batch(loss, in_axes=(None, 0, 0))))
-    return stepped([grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])])
+    return stepped(
+        [grad(jnp.ones(1, jnp.float32), X, np.array(seen, np.float32)) for seen in ([1, 0], [1, 1])]
+    )
 
 
 def stepped(grads: list[jax.Array]) -> list[Row]:
@@ -80,7 +89,8 @@ def stepped(grads: list[jax.Array]) -> list[Row]:
 
 
 def multi_steps() -> list[Row]:
-    """`optax.MultiSteps` in a host loop, on gradients of the halved loss; it forgets the sum, so a probe keeps it."""
+    """`optax.MultiSteps` in a host loop, on gradients of the halved loss; it forgets the sum, so a
+    probe keeps it."""
     inner = optax.chain(probe(), optax.sgd(LEARNING_RATE))
     optimizer = optax.MultiSteps(inner, every_k_schedule=2, use_grad_mean=False)
     w = jnp.ones(1, jnp.float32)
@@ -123,7 +133,10 @@ WAYS: dict[str, Callable[[], list[Any]]] = {
 def side_by_side(columns: dict[str, list[Any]]) -> str:
     """The seed's printout, one framework a column."""
     printed = [[name, *printout(rows)] for name, rows in columns.items()]
-    return "\n".join("    ".join(f"{line:<50}" for line in lines).rstrip() for lines in zip(*printed, strict=True))
+    return "\n".join(
+        "    ".join(f"{line:<50}" for line in lines).rstrip()
+        for lines in zip(*printed, strict=True)
+    )
 
 
 def printout(rows: list[Any]) -> list[str]:
@@ -137,7 +150,12 @@ def summary(name: str, rows: list[Any]) -> dict[str, Any]:
     numbers = {f"grad, batch {i}": row.grad.item() for i, row in enumerate(rows[:-1])}
     last = rows[-1]
     weight = f"{last.weight.item():g}"
-    return {"way": name, **numbers, "weight": weight, "their bits": f"{_hex(last.grad)} {_hex(last.weight)}"}
+    return {
+        "way": name,
+        **numbers,
+        "weight": weight,
+        "their bits": f"{_hex(last.grad)} {_hex(last.weight)}",
+    }
 
 
 def bits(rows: list[Any]) -> list[bytes]:
@@ -155,9 +173,16 @@ def picture(made: dict[str, list[Any]]) -> Figure:
     """The accumulated gradient and the weight, way upon way."""
     figure, (grads, weights) = _report.panels(2, height=3.0)
     moments = ["batch 0", "batch 1", "step"]
-    markers = zip("sox+", (13, 9, 9, 13), (_report.SKY, _report.BLUE, _report.RED, _report.BLACK), strict=True)
+    markers = zip(
+        "sox+", (13, 9, 9, 13), (_report.SKY, _report.BLUE, _report.RED, _report.BLACK), strict=True
+    )
     for (name, rows), (marker, size, color) in zip(made.items(), markers, strict=True):
-        style: dict[str, Any] = {"marker": marker, "markersize": size, "color": color, "linestyle": "none"}
+        style: dict[str, Any] = {
+            "marker": marker,
+            "markersize": size,
+            "color": color,
+            "linestyle": "none",
+        }
         grads.plot(moments, [row.grad.item() for row in rows], label=name, **style)
         weights.plot(moments, [row.weight.item() for row in rows], label=name, **style)
     grads.set(ylabel="accumulated gradient", ylim=(-21.5, -14.5), xlabel="after")

@@ -1,19 +1,22 @@
-"""What does a training step cost on a TPU pod: memory, collectives inside and outside of loops, seconds?
+"""What does a training step cost on a TPU pod: memory, collectives inside and outside of loops,
+seconds?
 
-An AdamW step under data parallelism, compiled by libtpu for the described topology: no TPU is needed, and none is used.
-Where a TPU or GPU is present, the same steps are compiled for it and run, and the seconds are measured.
+An AdamW step under data parallelism, compiled by libtpu for the described topology: no TPU is
+needed, and none is used. Where a TPU or GPU is present, the same steps are compiled for it and run,
+and the seconds are measured.
 
-Set-up: `scanned` is 12 layers of width 1024 in float32, 64 examples of one token per device; `decoder` has a billion
-bfloat16 parameters in one scan over layers, 64 sequences of 256 tokens a device; `bert` is BERT-base in float32, 64
-sequences of 128 tokens a device. Estimated seconds are the model's operations at the chip's peak, and the bytes of
-collectives over its links, as published; they rank programs and predict no clock. `scanned` fits the on-chip memory of
-v5e and v6e, where XLA puts its buffers and leaves them out of the temporary memory it reports: the peak counts them.
+Set-up: `scanned` is 12 layers of width 1024 in float32, 64 examples of one token per device;
+`decoder` has a billion bfloat16 parameters in one scan over layers, 64 sequences of 256 tokens a
+device; `bert` is BERT-base in float32, 64 sequences of 128 tokens a device. Estimated seconds are
+the model's operations at the chip's peak, and the bytes of collectives over its links, as
+published; they rank programs and predict no clock. `scanned` fits the on-chip memory of v5e and
+v6e, where XLA puts its buffers and leaves them out of the temporary memory it reports: the peak
+counts them.
 
-Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]')
-Cost      some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8; hours
-          with --full, which compiles every N of every model
-Expected  jaxaccum sends its gradients once per step whatever N, outside of loops; a hand-written scan and
-          `optax.microbatching` N times, inside
+Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]') Cost
+some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8;
+hours with --full, which compiles every N of every model Expected  jaxaccum sends its gradients once
+per step whatever N, outside of loops; a hand-written scan and `optax.microbatching` N times, inside
 """
 
 import dataclasses
@@ -50,7 +53,8 @@ EXAMPLES = 64  # a device
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip: bfloat16 operations a second, bytes a second over its links."""
+    """Published figures of one chip: bfloat16 operations a second, bytes a second over its
+    links."""
 
     flops: float
     link: float
@@ -77,9 +81,14 @@ def run(
     num_microbatches: tuple[int, ...] = NUM_MICROBATCHES,
     examples: int = EXAMPLES,
 ) -> _report.Record:
-    """The first model at every N on the first topology, all others at N = 8; with `full`, every N of every model."""
+    """The first model at every N on the first topology, all others at N = 8; with `full`, every N
+    of every model."""
     real = jax.default_backend() in ("tpu", "gpu")
-    places = {"here": np.array(jax.devices())} if real else {name: described(name) for name in topologies}
+    places = (
+        {"here": np.array(jax.devices())}
+        if real
+        else {name: described(name) for name in topologies}
+    )
     first = next(iter(places))
     points = [
         (place, name, n, way)
@@ -92,17 +101,31 @@ def run(
     rows = [measured(place, places[place], name, n=n, way=way, examples=examples, real=real)
             for place, name, n, way in track(points, "tpu")]  # fmt: skip
     ours = [row for row in rows if row["way"].startswith("jaxaccum")]
-    reduced = max(row["gradients sent"] for row in ours)  # float32 sums of bfloat16 parameters count twice
+    reduced = max(
+        row["gradients sent"] for row in ours
+    )  # float32 sums of bfloat16 parameters count twice
     return _report.Record(
         name="tpu",
         question="What does a training step cost on a TPU pod: memory, collectives, seconds?",
-        settings={"topologies": list(places), "examples a device": examples, "compiled by": _compiler(real)},
+        settings={
+            "topologies": list(places),
+            "examples a device": examples,
+            "compiled by": _compiler(real),
+        },
         rows=rows,
         checks=[
-            _report.Check("parameter bytes reduced a step, jaxaccum, over those of the parameters", reduced, 2.0),
-            _report.Check("collectives inside loops, jaxaccum", max(r["inside loops"] for r in ours), 0),
+            _report.Check(
+                "parameter bytes reduced a step, jaxaccum, over those of the parameters",
+                reduced,
+                2.0,
+            ),
+            _report.Check(
+                "collectives inside loops, jaxaccum", max(r["inside loops"] for r in ours), 0
+            ),
         ],
-        figure=picture([row for row in rows if row["topology"] == first], models if full else models[:1]),
+        figure=picture(
+            [row for row in rows if row["topology"] == first], models if full else models[:1]
+        ),
     )
 
 
@@ -121,7 +144,9 @@ def model(name: str) -> Model:
     if name == "decoder":
         config = decoder.Config()
         ids = lambda count: jax.ShapeDtypeStruct((count, 257), jnp.int32)
-        return Model(functools.partial(decoder.loss, config), decoder.shapes(config, jnp.bfloat16), ids)
+        return Model(
+            functools.partial(decoder.loss, config), decoder.shapes(config, jnp.bfloat16), ids
+        )
     if name == "bert":
         sizes = bert.Config(30522, 768, 12, 12, 3072, 512)
         module = bert.BertForMaskedLM(sizes)
@@ -140,10 +165,12 @@ def _scanned(params: Any, x: jax.Array) -> jax.Array:
 
 def _masked(module: bert.BertForMaskedLM, params: Any, ids: jax.Array) -> jax.Array:
     scores: Any = module.apply(params, ids, jnp.ones_like(ids))
-    return jnp.mean(jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, ids[..., None], -1)[..., 0])
+    return jnp.mean(
+        jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, ids[..., None], -1)[..., 0]
+    )
 
 
-# -- the ways ---------------------------------------------------------------------------------------------------------
+# -- the ways --------------------------------------------------------------------------------------
 
 
 def with_jaxaccum(loss: Loss, n: int, mesh: Mesh, **options: Any) -> Gradient:
@@ -166,7 +193,10 @@ def _scan(loss: Loss, n: int, mesh: Mesh, sums: Callable[[Any], Any]) -> Gradien
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, own), None
 
         strided = jnp.swapaxes(batch.reshape(-1, n, *batch.shape[1:]), 0, 1)
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), sums(params)))
+        zeros = (
+            jnp.zeros((), jnp.float32),
+            jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), sums(params)),
+        )
         total, _ = lax.scan(add, zeros, lax.with_sharding_constraint(strided, rows))
         return jax.tree.map(lambda leaf: leaf / n, total)
 
@@ -190,7 +220,9 @@ def with_optax(loss: Loss, n: int, mesh: Mesh) -> Gradient:
 
     def gradient(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         mean = optax.microbatching.AccumulationType.MEAN
-        return optax.microbatching.microbatch(jax.value_and_grad(loss), 1, len(batch) // n, mean)(params, batch)
+        return optax.microbatching.microbatch(jax.value_and_grad(loss), 1, len(batch) // n, mean)(
+            params, batch
+        )
 
     return gradient
 
@@ -204,7 +236,8 @@ OTHER_SUMS: dict[str, Callable[[Loss, int, Mesh], Gradient]] = {
     "jaxaccum, bfloat16 sums": with_narrow_jaxaccum,
     "scan, float32 sums": with_wide_scan,
 }
-"""For bfloat16 parameters, which jaxaccum sums in float32 and the scan in bfloat16: each as the other does."""
+"""For bfloat16 parameters, which jaxaccum sums in float32 and the scan in bfloat16: each as the
+other does."""
 
 
 def ways(name: str) -> dict[str, Callable[[Loss, int, Mesh], Gradient]]:
@@ -213,7 +246,7 @@ def ways(name: str) -> dict[str, Callable[[Loss, int, Mesh], Gradient]]:
     return WAYS | (OTHER_SUMS if low else {})
 
 
-# -- one program ------------------------------------------------------------------------------------------------------
+# -- one program -----------------------------------------------------------------------------------
 
 
 def measured(
@@ -222,7 +255,10 @@ def measured(
     """A table's row: one step compiled, and run where it can be."""
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     one, count = model(name), len(devices)
-    params, state = _laid(one.params, mesh, P()), _laid(jax.eval_shape(OPTIMIZER.init, one.params), mesh, P())
+    params, state = (
+        _laid(one.params, mesh, P()),
+        _laid(jax.eval_shape(OPTIMIZER.init, one.params), mesh, P()),
+    )
     batch = _laid(one.batch(examples * count), mesh, P("data"))
     step = jax.jit(_step(ways(name)[way](one.loss, n, mesh)), donate_argnums=(0, 1))
     traced = step.trace(params, state, batch)
@@ -241,19 +277,31 @@ def measured(
             "inside loops": 0,
             "GB moved": float("nan"),
         }
-        return row | none | {"seconds": float("nan"), "note": needs[0] if needs else "exceeds the device"}
+        return (
+            row
+            | none
+            | {"seconds": float("nan"), "note": needs[0] if needs else "exceeds the device"}
+        )
     analysis = compiled.memory_analysis()
     assert analysis is not None, "this backend does not report its memory"
     found = collectives(compiled)
     large = [c for c in found if c.kind in ("all-reduce", "reduce-scatter") and c.bytes > 1024]
-    moved = sum(c.times * c.bytes * (2 if c.kind == "all-reduce" else 1) * (count - 1) / count for c in found)
+    moved = sum(
+        c.times * c.bytes * (2 if c.kind == "all-reduce" else 1) * (count - 1) / count
+        for c in found
+    )
     chip = CHIPS.get(place.partition(":")[0])
-    estimate = flops(traced.jaxpr.jaxpr, count) / chip.flops + moved / chip.link if chip else float("nan")
+    estimate = (
+        flops(traced.jaxpr.jaxpr, count) / chip.flops + moved / chip.link if chip else float("nan")
+    )
     return row | {
         "temporary / parameters": analysis.temp_size_in_bytes / size,
-        # Buffers that are alive together, beyond the arguments: the size of the temporary area counts its gaps too.
-        "peak / parameters": (analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes) / size,
-        # Layers reduce in pieces inside a scan over them: what counts is how often a whole gradient is sent.
+        # Buffers that are alive together, beyond the arguments: the size of the temporary area
+        # counts its gaps too.
+        "peak / parameters": (analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes)
+        / size,
+        # Layers reduce in pieces inside a scan over them: what counts is how often a whole gradient
+        # is sent.
         "gradients sent": round(sum(c.times * c.bytes for c in large) / size, 3),
         "inside loops": sum(c.loops > 0 for c in large),
         "GB moved": moved / 1e9,
@@ -280,7 +328,9 @@ def _laid(tree: Any, mesh: Mesh, spec: P) -> Any:
 
 def _seconds(compiled: Any, *shapes: Any) -> float:
     """The fastest of five runs, on zeros: what a step takes does not depend on the numbers."""
-    params, state, batch = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes)
+    params, state, batch = jax.tree.map(
+        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), shapes
+    )
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -292,7 +342,9 @@ def _seconds(compiled: Any, *shapes: Any) -> float:
 def _compiler(real: bool) -> str:
     import importlib.metadata
 
-    return jax.devices()[0].device_kind if real else f"libtpu {importlib.metadata.version('libtpu')}"
+    return (
+        jax.devices()[0].device_kind if real else f"libtpu {importlib.metadata.version('libtpu')}"
+    )
 
 
 PANELS = {"peak / parameters": "peak memory / parameters", "gradients sent": "gradients sent"}
@@ -300,8 +352,18 @@ STYLES = {
     "jaxaccum": {"color": _report.BLUE, "marker": "o", "markersize": 6},
     "hand-written scan": {"color": _report.RED, "marker": "s", "markersize": 10},
     "optax.microbatching": {"color": _report.ORANGE, "marker": "x", "markersize": 7},
-    "jaxaccum, bfloat16 sums": {"color": _report.BLUE, "marker": "o", "markersize": 6, "linestyle": "dashed"},
-    "scan, float32 sums": {"color": _report.RED, "marker": "s", "markersize": 10, "linestyle": "dashed"},
+    "jaxaccum, bfloat16 sums": {
+        "color": _report.BLUE,
+        "marker": "o",
+        "markersize": 6,
+        "linestyle": "dashed",
+    },
+    "scan, float32 sums": {
+        "color": _report.RED,
+        "marker": "s",
+        "markersize": 10,
+        "linestyle": "dashed",
+    },
 }
 
 
@@ -313,11 +375,18 @@ def picture(rows: list[dict[str, Any]], models: tuple[str, ...]) -> Figure:
         for panel, (key, label) in zip(axes[2 * i : 2 * i + 2], PANELS.items(), strict=True):
             for way in ways(name):
                 own = [row for row in rows if (row["model"], row["way"]) == (name, way)]
-                own = [row for row in own if np.isfinite(row["peak / parameters"])]  # the others exceed the device
+                own = [
+                    row for row in own if np.isfinite(row["peak / parameters"])
+                ]  # the others exceed the device
                 line = [row["N"] for row in own], [row[key] for row in own]
                 panel.plot(*line, **STYLES[way], markerfacecolor="none", label=way)
             panel.set_xscale("log", base=2)
-            panel.set(ylim=(0, None), xticks=ticks, xticklabels=list(map(str, ticks)), xlabel="microbatches N")
+            panel.set(
+                ylim=(0, None),
+                xticks=ticks,
+                xticklabels=list(map(str, ticks)),
+                xlabel="microbatches N",
+            )
             panel.set_title(f"{name}: {label}")
         axes[2 * i + 1].legend(frameon=False, fontsize=9)
     return figure

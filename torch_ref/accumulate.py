@@ -1,8 +1,10 @@
-"""Three ways to the gradient of one batch in PyTorch: the full batch, the naive `.backward()` loop, and the exact loop.
+"""Three ways to the gradient of one batch in PyTorch: the full batch, the naive `.backward()` loop,
+and the exact loop.
 
-A loss is a function `fun(weights, batch)` of two dicts of tensors. It returns a pair `(total, weight)`, the term
-total / weight, or a dict of such pairs, whose terms are summed, each over its own denominator. A partition is the tuple
-of its microbatches' sizes, in order: `(3, 3, 1)` divides 7 examples.
+A loss is a function `fun(weights, batch)` of two dicts of tensors. It returns a pair `(total,
+weight)`, the term total / weight, or a dict of such pairs, whose terms are summed, each over its
+own denominator. A partition is the tuple of its microbatches' sizes, in order: `(3, 3, 1)` divides
+7 examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +26,15 @@ def full_batch(fun: Loss, weights: Arrays, batch: Arrays) -> ValueAndGrads:
 
 
 def naive_loop(fun: Loss, weights: Arrays, batch: Arrays, *, sizes: Sequence[int]) -> ValueAndGrads:
-    """The usual loop: each microbatch's own mean, divided by the number of microbatches, before `.backward()`."""
+    """The usual loop: each microbatch's own mean, divided by the number of microbatches, before
+    `.backward()`."""
     leaves = as_leaves(weights)
     return backward_naive(fun, leaves, split(as_tensors(batch), sizes)), gradients(leaves)
 
 
 def exact_loop(fun: Loss, weights: Arrays, batch: Arrays, *, sizes: Sequence[int]) -> ValueAndGrads:
-    """The corrected loop: every microbatch's total over the one denominator of the batch, in any partition."""
+    """The corrected loop: every microbatch's total over the one denominator of the batch, in any
+    partition."""
     leaves = as_leaves(weights)
     return backward_exact(fun, leaves, split(as_tensors(batch), sizes)), gradients(leaves)
 
@@ -41,7 +45,8 @@ def backward_full_batch(fun: Loss, leaves: Tensors, batch: Tensors) -> float:
 
 
 def backward_naive(fun: Loss, leaves: Tensors, microbatches: Sequence[Tensors]) -> float:
-    """Add the mean of the microbatches' own gradients into `leaves[…].grad`, and return the mean of their values."""
+    """Add the mean of the microbatches' own gradients into `leaves[…].grad`, and return the mean of
+    their values."""
     value = 0.0
     for microbatch in microbatches:
         loss = sum(total / weight for total, weight in _terms(fun(leaves, microbatch)).values())
@@ -52,10 +57,12 @@ def backward_naive(fun: Loss, leaves: Tensors, microbatches: Sequence[Tensors]) 
 
 
 def backward_exact(fun: Loss, leaves: Tensors, microbatches: Sequence[Tensors]) -> float:
-    """Add the batch's gradient into `leaves[…].grad`, one microbatch at a time, and return its value.
+    """Add the batch's gradient into `leaves[…].grad`, one microbatch at a time, and return its
+    value.
 
-    A first pass sums totals T and weights W; the second adds the gradient of T / W, which is t / W − T w / W² a
-    microbatch. The last part is zero where the weights do not depend on the parameters.
+    A first pass sums totals T and weights W; the second adds the gradient of T / W, which is t / W
+    − T w / W² a microbatch. The last part is zero where the weights do not depend on the
+    parameters.
     """
     totals, weights = denominators(fun, leaves, microbatches)
     for microbatch in microbatches:
@@ -81,7 +88,9 @@ def split(batch: Tensors, sizes: Sequence[int]) -> list[dict[str, torch.Tensor]]
     """The microbatches of the given sizes, in order."""
     examples = {name: len(leaf) for name, leaf in batch.items()}
     if set(examples.values()) != {sum(sizes)}:
-        raise ValueError(f"sizes {tuple(sizes)} add up to {sum(sizes)} examples, but the batch holds {examples}")
+        raise ValueError(
+            f"sizes {tuple(sizes)} add up to {sum(sizes)} examples, but the batch holds {examples}"
+        )
     parts = {name: torch.split(leaf, list(sizes)) for name, leaf in batch.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(sizes))]
 
@@ -98,7 +107,10 @@ def as_tensors(batch: Arrays) -> dict[str, torch.Tensor]:
 
 def gradients(leaves: Tensors) -> dict[str, np.ndarray]:
     """The collected gradients; a weight that the loss does not reach has a gradient of zero."""
-    return {name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).numpy() for name, leaf in leaves.items()}
+    return {
+        name: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).numpy()
+        for name, leaf in leaves.items()
+    }
 
 
 def _terms(loss: Term | dict[str, Term]) -> dict[str, Term]:
@@ -108,7 +120,9 @@ def _terms(loss: Term | dict[str, Term]) -> dict[str, Term]:
 def _share(term: Term, total: float, weight: float) -> torch.Tensor:
     # A total weight of zero gives value 0 and gradient 0, but the graph must exist for backward().
     if weight == 0:
-        return 0.0 * (torch.zeros_like(term[0]) + sum(part.sum() for part in term if part.requires_grad))
+        return 0.0 * (
+            torch.zeros_like(term[0]) + sum(part.sum() for part in term if part.requires_grad)
+        )
     return term[0] / weight - total * (term[1] / weight**2 if term[1].requires_grad else 0.0)
 
 

@@ -1,4 +1,5 @@
-"""BERT for masked-language modelling from Hugging Face, as a loss of numpy weights under Hugging Face's own names."""
+"""BERT for masked-language modelling from Hugging Face, as a loss of numpy weights under Hugging
+Face's own names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +19,17 @@ def weights(config: dict[str, Any], *, seed: int) -> dict[str, np.ndarray]:
     """Hugging Face's initial weights in float32, the decoder tied and so absent."""
     torch.manual_seed(seed)
     named = BertForMaskedLM(_config(config)).named_parameters()
-    return {name: leaf.detach().numpy().copy() for name, leaf in named if not name.startswith(DECODER)}
+    return {
+        name: leaf.detach().numpy().copy() for name, leaf in named if not name.startswith(DECODER)
+    }
 
 
 def loss(config: dict[str, Any], *, dropout: bool = False) -> Loss:
     """The masked tokens' total cross-entropy and their number.
 
-    The batch holds `ids`, `attention` (1 for a token, 0 for padding), `labels` and `weight` (1 where a token is to be
-    predicted), each (examples, length). Dropout draws from torch's global generator.
+    The batch holds `ids`, `attention` (1 for a token, 0 for padding), `labels` and `weight` (1
+    where a token is to be predicted), each (examples, length). Dropout draws from torch's global
+    generator.
     """
     logits_of = logits(config, dropout=dropout)
 
@@ -38,7 +42,9 @@ def loss(config: dict[str, Any], *, dropout: bool = False) -> Loss:
     return fun
 
 
-def logits(config: dict[str, Any], *, dropout: bool = False) -> Callable[[Tensors, Tensors], torch.Tensor]:
+def logits(
+    config: dict[str, Any], *, dropout: bool = False
+) -> Callable[[Tensors, Tensors], torch.Tensor]:
     """The decoder's scores (examples, length, vocabulary)."""
     model = BertForMaskedLM(_config(config)).train(dropout)
     run = _call(model)
@@ -46,7 +52,8 @@ def logits(config: dict[str, Any], *, dropout: bool = False) -> Callable[[Tensor
 
 
 def hidden(config: dict[str, Any]) -> Callable[[Tensors, Tensors], torch.Tensor]:
-    """`BertModel`'s last hidden states (examples, length, width), without dropout; names without the `bert.` prefix."""
+    """`BertModel`'s last hidden states (examples, length, width), without dropout; names without
+    the `bert.` prefix."""
     run = _call(BertModel(_config(config), add_pooling_layer=False).eval())
     return lambda weights, batch: run(weights, batch).last_hidden_state
 
@@ -56,7 +63,8 @@ def _call(model: torch.nn.Module) -> Callable[[Tensors, Tensors], Any]:
         inputs = {"input_ids": batch["ids"].long(), "attention_mask": batch["attention"].long()}
         if "token_types" in batch:
             inputs["token_type_ids"] = batch["token_types"].long()
-        # Strict, so that a weight that is missing or misnamed is an error; the buffers hold indices alone.
+        # Strict, so that a weight that is missing or misnamed is an error; the buffers hold indices
+        # alone.
         tensors = {**dict(model.named_buffers()), **weights}
         return functional_call(model, tensors, (), inputs, tie_weights=True, strict=True)
 

@@ -1,4 +1,5 @@
-"""Losses of the model language in PyTorch: in one pass by PyTorch's own reductions, or as totals and weights.
+"""Losses of the model language in PyTorch: in one pass by PyTorch's own reductions, or as totals
+and weights.
 
 A loss is anything with `.terms, .class_weights, .label_smoothing`.
 """
@@ -30,20 +31,30 @@ def terms(loss: Any, outputs: Tensor, batch: Batch) -> dict[str, tuple[Tensor, T
     return {name: TOTALS[name](loss, outputs, batch) for name in loss.terms}
 
 
-def value_and_gradient(model: Any, loss: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def value_and_gradient(
+    model: Any, loss: Any, batch: dict[str, Any]
+) -> tuple[float, dict[str, Any]]:
     """Value and gradient, in float64, of a whole batch of arrays by one `backward`."""
-    built, tensors = models.build(model), {name: models.tensor(entry) for name, entry in batch.items()}
+    built, tensors = (
+        models.build(model),
+        {name: models.tensor(entry) for name, entry in batch.items()},
+    )
     value = full_batch(loss, built(tensors), tensors)
     value.backward()
     return value.item(), models.read(built, models.gradient)
 
 
 def loop(
-    built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]], rule: Callable[..., Tensor]
+    built: models.Model,
+    loss: Any,
+    microbatches: Sequence[dict[str, Any]],
+    rule: Callable[..., Tensor],
 ) -> tuple[float, dict[str, Any]]:
-    """Value and gradient that a loop of `rule(terms, index).backward()` over microbatches adds up in `built`.
+    """Value and gradient that a loop of `rule(terms, index).backward()` over microbatches adds up
+    in `built`.
 
-    `rule` is given a microbatch's `{name: (total, weight)}` and its index, and returns what is back-propagated.
+    `rule` is given a microbatch's `{name: (total, weight)}` and its index, and returns what is
+    back-propagated.
     """
     value = 0.0
     for index, microbatch in enumerate(microbatches):
@@ -54,8 +65,11 @@ def loop(
     return value, models.read(built, models.gradient)
 
 
-def over_totals(built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]) -> tuple[float, dict[str, Any]]:
-    """The right loop: each term's weights are added up first, and every total is divided by the whole weight."""
+def over_totals(
+    built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]
+) -> tuple[float, dict[str, Any]]:
+    """The right loop: each term's weights are added up first, and every total is divided by the
+    whole weight."""
     counted = weights(built, loss, microbatches)
     whole = {name: sum(each[name] for each in counted) for name in loss.terms}
     return loop(built, loss, microbatches, lambda terms, _: _over(terms, whole))
@@ -66,7 +80,9 @@ def _over(terms: dict[str, tuple[Tensor, Tensor]], whole: dict[str, float]) -> T
 
 
 @torch.no_grad()
-def weights(built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def weights(
+    built: models.Model, loss: Any, microbatches: Sequence[dict[str, Any]]
+) -> list[dict[str, float]]:
     """Each microbatch's weight by term; no running statistic moves."""
     found = []
     for microbatch in microbatches:
@@ -91,7 +107,11 @@ def _squared_error_mean(_: Any, outputs: Tensor, batch: Batch) -> Tensor:
 
 def _labels(outputs: Tensor, batch: Batch) -> Tensor:
     """Labels with `IGNORED` where masked; a pooled example counts where any of its tokens does."""
-    mask = batch["mask"] if outputs.shape[1] == batch["mask"].shape[1] else batch["mask"].any(1, keepdim=True)
+    mask = (
+        batch["mask"]
+        if outputs.shape[1] == batch["mask"].shape[1]
+        else batch["mask"].any(1, keepdim=True)
+    )
     return torch.where(mask, batch["labels"][:, : outputs.shape[1]], IGNORED)
 
 
@@ -99,7 +119,11 @@ def _cross_entropy(loss: Any, outputs: Tensor, batch: Batch, reduction: str) -> 
     labels = _labels(outputs, batch).flatten()
     options: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "ignore_index": IGNORED}
     return F.cross_entropy(
-        outputs.flatten(0, 1), labels, weight=_class_weights(loss, outputs), reduction=reduction, **options
+        outputs.flatten(0, 1),
+        labels,
+        weight=_class_weights(loss, outputs),
+        reduction=reduction,
+        **options,
     )
 
 
@@ -118,7 +142,9 @@ def _example_means(loss: Any, outputs: Tensor, batch: Batch) -> Tensor:
     labels = _labels(outputs, batch)
     options: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "ignore_index": IGNORED}
     pairs = zip(outputs, labels, strict=True)
-    means = [F.cross_entropy(row, label, **options) for row, label in pairs if (label != IGNORED).any()]
+    means = [
+        F.cross_entropy(row, label, **options) for row, label in pairs if (label != IGNORED).any()
+    ]
     return torch.stack(means) if means else outputs.new_zeros(0)
 
 
@@ -141,7 +167,11 @@ TOTALS: dict[str, Callable[[Any, Tensor, Batch], tuple[Tensor, Tensor]]] = {
 
 MEANS: dict[str, Callable[[Any, Tensor, Batch], Tensor]] = {
     "squared_error": _squared_error_mean,
-    "example_cross_entropy": lambda loss, outputs, batch: _example_means(loss, outputs, batch).mean(),
-    "token_cross_entropy": lambda loss, outputs, batch: _cross_entropy(loss, outputs, batch, "mean"),
+    "example_cross_entropy": lambda loss, outputs, batch: _example_means(
+        loss, outputs, batch
+    ).mean(),
+    "token_cross_entropy": lambda loss, outputs, batch: _cross_entropy(
+        loss, outputs, batch, "mean"
+    ),
     "z": lambda loss, outputs, batch: outputs.logsumexp(dim=-1).square().mean(),
 }

@@ -1,4 +1,5 @@
-"""A multi-layer perceptron with a weight for each example: the smallest model whose denominators can go wrong."""
+"""A multi-layer perceptron with a weight for each example: the smallest model whose denominators
+can go wrong."""
 
 from collections.abc import Sequence
 from itertools import pairwise

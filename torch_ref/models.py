@@ -1,7 +1,8 @@
 """Builds the model language in PyTorch, and moves weights between its layout and PyTorch's.
 
-A layer is anything with `.kind, .name, .size, .choice, .layers`; weights are nested dicts of arrays laid out as
-inputs before outputs, features last. A name that appears twice is one module applied twice.
+A layer is anything with `.kind, .name, .size, .choice, .layers`; weights are nested dicts of arrays
+laid out as inputs before outputs, features last. A name that appears twice is one module applied
+twice.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Model(nn.Module):
-    """The named modules of `layers`; called with a batch of tensors it returns the last layer's output."""
+    """The named modules of `layers`; called with a batch of tensors it returns the last layer's
+    output."""
 
     def __init__(self, layers: Sequence[Any], width: int):
         super().__init__()
@@ -63,7 +65,9 @@ class Model(nn.Module):
                     for copy in module:
                         x = copy(batch, x)
                 case "convolution" | "group_norm" | "batch_norm":
-                    x = module(x.transpose(1, 2)).transpose(1, 2)  # PyTorch keeps features in front of the length
+                    x = module(x.transpose(1, 2)).transpose(
+                        1, 2
+                    )  # PyTorch keeps features in front of the length
                 case _:
                     x = module(x)
         return x
@@ -92,7 +96,8 @@ def load(model: Model, weights: dict[str, Any]) -> None:
 
 
 def read(model: Model, of: Callable[[Any], Tensor]) -> dict[str, Any]:
-    """Nested dicts of float64 arrays, in the language's layout, of what `of` finds for each parameter.
+    """Nested dicts of float64 arrays, in the language's layout, of what `of` finds for each
+    parameter.
 
     `read(model, lambda p: p.data)` are the weights and `read(model, gradient)` their gradients.
     """
@@ -102,7 +107,9 @@ def read(model: Model, of: Callable[[Any], Tensor]) -> dict[str, Any]:
             copies: Any = module  # torch's types do not say of what a list is
             values[name] = _stack([read(copy, of) for copy in copies])
         else:
-            values[name] = map_tree(lambda leaf: leaf.detach().double().numpy().copy(), views(module, of))
+            values[name] = map_tree(
+                lambda leaf: leaf.detach().double().numpy().copy(), views(module, of)
+            )
     return values
 
 
@@ -112,7 +119,8 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def views(module: nn.Module, of: Callable[[Any], Tensor]) -> dict[str, Any]:
-    """The module's tensors as views in the language's layout: written to, they change the module."""
+    """The module's tensors as views in the language's layout: written to, they change the
+    module."""
     match module:
         case nn.Linear():
             return {"kernel": of(module.weight).T, "bias": of(module.bias)}
@@ -131,10 +139,13 @@ def views(module: nn.Module, of: Callable[[Any], Tensor]) -> dict[str, Any]:
 
 def running(model: Model) -> dict[str, Any]:
     """The running statistics of every batch normalization, as arrays."""
-    norms = {name: module for name, module in model.named.items() if isinstance(module, nn.BatchNorm1d)}
+    norms = {
+        name: module for name, module in model.named.items() if isinstance(module, nn.BatchNorm1d)
+    }
     number: Callable[[Any], Any] = lambda buffer: buffer.numpy().copy()
     return {
-        name: {"mean": number(module.running_mean), "var": number(module.running_var)} for name, module in norms.items()
+        name: {"mean": number(module.running_mean), "var": number(module.running_var)}
+        for name, module in norms.items()
     }
 
 
@@ -147,12 +158,20 @@ def tensor(array: Any) -> Tensor:
 
 def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Applies `fn` to every leaf of nested dicts."""
-    return {key: map_tree(fn, value) for key, value in tree.items()} if isinstance(tree, dict) else fn(tree)
+    return (
+        {key: map_tree(fn, value) for key, value in tree.items()}
+        if isinstance(tree, dict)
+        else fn(tree)
+    )
 
 
 def flatten(layers: Sequence[Any]) -> list[Any]:
     """The layers, with those of residual blocks in their place."""
-    return [inner for layer in layers for inner in (flatten(layer.layers) if layer.kind == "residual" else [layer])]
+    return [
+        inner
+        for layer in layers
+        for inner in (flatten(layer.layers) if layer.kind == "residual" else [layer])
+    ]
 
 
 def _make(layer: Any, width: int) -> nn.Module:
@@ -180,7 +199,9 @@ def _make(layer: Any, width: int) -> nn.Module:
 
 def _attend(module: nn.MultiheadAttention, x: Tensor, mask: Tensor) -> Tensor:
     forbidden = ~(mask[:, None, :] | torch.eye(mask.shape[1], dtype=torch.bool))
-    outputs, _ = module(x, x, x, attn_mask=forbidden.repeat_interleave(module.num_heads, dim=0), need_weights=False)
+    outputs, _ = module(
+        x, x, x, attn_mask=forbidden.repeat_interleave(module.num_heads, dim=0), need_weights=False
+    )
     return outputs
 
 
@@ -200,7 +221,9 @@ def _attention_views(module: nn.MultiheadAttention, of: Callable[[Any], Tensor])
     pairs = zip(("query", "key", "value"), kernels, biases, strict=True)
     projections = {name: {"kernel": kernel, "bias": bias} for name, kernel, bias in pairs}
     out = module.out_proj
-    return projections | {"out": {"kernel": of(out.weight).T.unflatten(0, heads), "bias": of(out.bias)}}
+    return projections | {
+        "out": {"kernel": of(out.weight).T.unflatten(0, heads), "bias": of(out.bias)}
+    }
 
 
 def _copy(into: Any, values: Any) -> None:
@@ -213,4 +236,8 @@ def _copy(into: Any, values: Any) -> None:
 
 def _stack(trees: list[Any]) -> Any:
     first = trees[0]
-    return {key: _stack([tree[key] for tree in trees]) for key in first} if isinstance(first, dict) else np.stack(trees)
+    return (
+        {key: _stack([tree[key] for tree in trees]) for key in first}
+        if isinstance(first, dict)
+        else np.stack(trees)
+    )

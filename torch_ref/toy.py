@@ -1,4 +1,5 @@
-"""The seed's model: one weight, ŷ = w·x, squared error against y = 2·x, and what its loop prints after each batch."""
+"""The seed's model: one weight, ŷ = w·x, squared error against y = 2·x, and what its loop prints
+after each batch."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,5 @@
-"""Training in PyTorch: AdamW on the clipped gradients of the full batch, of the naive loop, or of the exact one."""
+"""Training in PyTorch: AdamW on the clipped gradients of the full batch, of the naive loop, or of
+the exact one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -32,7 +33,8 @@ def train(
     max_norm: float,
     eps: float,
 ) -> Iterator[Tensors]:
-    """One optimizer step a batch; yields the weights before the first step and after each, the same tensors every time.
+    """One optimizer step a batch; yields the weights before the first step and after each, the same
+    tensors every time.
 
     The naive way clips each microbatch's gradient before it is added, the others the batch's.
     """
@@ -48,7 +50,9 @@ def train(
         yield leaves
 
 
-def backward(fun: Loss, leaves: Tensors, batch: Tensors, *, way: Way, sizes: Sequence[int], max_norm: float) -> None:
+def backward(
+    fun: Loss, leaves: Tensors, batch: Tensors, *, way: Way, sizes: Sequence[int], max_norm: float
+) -> None:
     """Fill `leaves[…].grad` with the batch's gradient."""
     if way == "full batch":
         backward_full_batch(fun, leaves, batch)
@@ -59,7 +63,8 @@ def backward(fun: Loss, leaves: Tensors, batch: Tensors, *, way: Way, sizes: Seq
 
 
 def clip(leaves: Tensors, max_norm: float) -> None:
-    """Scale all gradients so that their joint norm is at most `max_norm`; torch's own adds 1e-6 to the norm."""
+    """Scale all gradients so that their joint norm is at most `max_norm`; torch's own adds 1e-6 to
+    the norm."""
     grads = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
     scale = 1 / torch.clamp(norm / max_norm, min=1)
@@ -76,7 +81,9 @@ def evaluate(fun: Loss, leaves: Tensors, batch: Arrays) -> float:
     return (loss[0] / loss[1]).item()
 
 
-def _backward_clipping_each(fun: Loss, leaves: Tensors, microbatches: Sequence[Tensors], *, max_norm: float) -> None:
+def _backward_clipping_each(
+    fun: Loss, leaves: Tensors, microbatches: Sequence[Tensors], *, max_norm: float
+) -> None:
     sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     for microbatch in microbatches:
         for leaf in leaves.values():

@@ -1,9 +1,12 @@
-"""BERT for masked-language modelling in Flax, layer for layer the one of Hugging Face, whose names its parameters keep.
+"""BERT for masked-language modelling in Flax, layer for layer the one of Hugging Face, whose names
+its parameters keep.
 
-Post-layer-norm encoder, exact gelu, an attention mask, token types, and a decoder tied to the word embeddings. Equal
-names make the transplant of weights a rule, not a table: `from_torch` and `to_torch` are each other's inverse.
+Post-layer-norm encoder, exact gelu, an attention mask, token types, and a decoder tied to the word
+embeddings. Equal names make the transplant of weights a rule, not a table: `from_torch` and
+`to_torch` are each other's inverse.
 
-Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers, https://arxiv.org/abs/1810.04805.
+Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers,
+https://arxiv.org/abs/1810.04805.
 """
 
 # ruff: noqa: D102 (the docstring of a Flax module is that of its call)
@@ -37,9 +40,11 @@ class Config:
 
 
 class BertForMaskedLM(nn.Module):
-    """Scores (examples, length, vocabulary) from `ids` and `attention`, both (examples, length) integers.
+    """Scores (examples, length, vocabulary) from `ids` and `attention`, both (examples, length)
+    integers.
 
-    `dropout` is the rate, of hidden states and attention alike; other than 0.0 it needs the `dropout` key.
+    `dropout` is the rate, of hidden states and attention alike; other than 0.0 it needs the
+    `dropout` key.
     """
 
     config: Config
@@ -49,7 +54,12 @@ class BertForMaskedLM(nn.Module):
         self.cls = Head(self.config)
 
     def __call__(
-        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: Rate = 0.0
+        self,
+        ids: jax.Array,
+        attention: jax.Array,
+        *,
+        token_types: jax.Array | None = None,
+        dropout: Rate = 0.0,
     ) -> jax.Array:
         x = self.bert(ids, attention, token_types=token_types, dropout=dropout)
         return self.cls(x, self.bert.embeddings.word_embeddings.embedding)
@@ -62,10 +72,17 @@ class Bert(nn.Module):
 
     def setup(self) -> None:
         self.embeddings = Embeddings(self.config)
-        self.layers = [Layer(self.config, name=f"layer_{i}") for i in range(self.config.num_hidden_layers)]
+        self.layers = [
+            Layer(self.config, name=f"layer_{i}") for i in range(self.config.num_hidden_layers)
+        ]
 
     def __call__(
-        self, ids: jax.Array, attention: jax.Array, *, token_types: jax.Array | None = None, dropout: Rate = 0.0
+        self,
+        ids: jax.Array,
+        attention: jax.Array,
+        *,
+        token_types: jax.Array | None = None,
+        dropout: Rate = 0.0,
     ) -> jax.Array:
         x = self.embeddings(ids, token_types=token_types, dropout=dropout)
         for layer in self.layers:
@@ -86,11 +103,15 @@ class Embeddings(nn.Module):
         self.LayerNorm = LayerNorm(c.layer_norm_eps)
         self.dropout = Dropout()
 
-    def __call__(self, ids: jax.Array, *, token_types: jax.Array | None, dropout: Rate) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, *, token_types: jax.Array | None, dropout: Rate
+    ) -> jax.Array:
         types = jnp.zeros_like(ids) if token_types is None else token_types
         words = self.word_embeddings(ids)
         # As torch's padding_idx: the row of the padding token gets no gradient from its look-ups.
-        words = jnp.where((ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words)
+        words = jnp.where(
+            (ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(words), words
+        )
         positions = self.position_embeddings(jnp.broadcast_to(jnp.arange(ids.shape[-1]), ids.shape))
         x = self.LayerNorm(words + self.token_type_embeddings(types) + positions)
         return self.dropout(x, rate=dropout)
@@ -123,9 +144,12 @@ class SelfAttention(nn.Module):
 
     def __call__(self, x: jax.Array, attention: jax.Array, *, dropout: Rate) -> jax.Array:
         heads = self.config.num_attention_heads
-        q, k, v = (f(x).reshape(*x.shape[:-1], heads, -1) for f in (self.query, self.key, self.value))
+        q, k, v = (
+            f(x).reshape(*x.shape[:-1], heads, -1) for f in (self.query, self.key, self.value)
+        )
         scores = jnp.einsum("eqhd,ekhd->ehqk", q, k) * q.shape[-1] ** -0.5
-        # The lowest finite number, not −inf: an example of padding alone attends everywhere instead of nowhere.
+        # The lowest finite number, not −inf: an example of padding alone attends everywhere instead
+        # of nowhere.
         scores = jnp.where(attention[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
         probs = self.dropout(nn.softmax(scores), rate=dropout)
         return jnp.einsum("ehqk,ekhd->eqhd", probs, v).reshape(x.shape)
@@ -153,7 +177,9 @@ class Head(nn.Module):
     def setup(self) -> None:
         self.dense = _dense(self.config.hidden_size)
         self.LayerNorm = LayerNorm(self.config.layer_norm_eps)
-        self.bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), jnp.float32)
+        self.bias = self.param(
+            "bias", nn.initializers.zeros, (self.config.vocab_size,), jnp.float32
+        )
 
     def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
         scores = self.LayerNorm(nn.gelu(self.dense(x), approximate=False)) @ embedding.T
@@ -161,7 +187,8 @@ class Head(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose rate may be an input of the compiled program, so that one program runs with and without it."""
+    """Dropout whose rate may be an input of the compiled program, so that one program runs with and
+    without it."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, rate: Rate) -> jax.Array:
@@ -174,7 +201,8 @@ class Dropout(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit variance over the width, in the input's own dtype (Flax's mixes in float32)."""
+    """Zero mean and unit variance over the width, in the input's own dtype (Flax's mixes in
+    float32)."""
 
     eps: float
 
@@ -189,7 +217,9 @@ class LayerNorm(nn.Module):
 
 def from_torch(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Flax parameters of Hugging Face's weights, a dict of numpy arrays by name."""
-    leaves = {_path(name): weight.T if _is_kernel(name) else weight for name, weight in weights.items()}
+    leaves = {
+        _path(name): weight.T if _is_kernel(name) else weight for name, weight in weights.items()
+    }
     return {"params": flax.traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, leaves))}
 
 
@@ -198,7 +228,9 @@ def to_torch(params: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, n
     leaves = flax.traverse_util.flatten_dict(params["params"])
     arrays = {name: np.asarray(leaves.pop(_path(name))) for name in names}
     if leaves:
-        raise ValueError(f"parameters without a name in Hugging Face's BERT: {sorted(map('/'.join, leaves))}")
+        raise ValueError(
+            f"parameters without a name in Hugging Face's BERT: {sorted(map('/'.join, leaves))}"
+        )
     return {name: array.T if _is_kernel(name) else array for name, array in arrays.items()}
 
 
@@ -217,7 +249,9 @@ def _path(name: str) -> tuple[str, ...]:
         path = path.replace(long, short)
     *modules, leaf = path.split(".")
     if leaf == "weight":
-        leaf = "kernel" if _is_kernel(name) else "scale" if modules[-1] == "LayerNorm" else "embedding"
+        leaf = (
+            "kernel" if _is_kernel(name) else "scale" if modules[-1] == "LayerNorm" else "embedding"
+        )
     return (*modules, leaf)
 
 

@@ -1,4 +1,5 @@
-"""A decoder of a billion parameters, its layers one scan: rotary attention, a gated perceptron, tied embeddings."""
+"""A decoder of a billion parameters, its layers one scan: rotary attention, a gated perceptron,
+tied embeddings."""
 
 import dataclasses
 from typing import Any
@@ -24,16 +25,28 @@ class Config:
 def shapes(config: Config, dtype: Any) -> Params:
     """The parameters as shapes; those of the layers are stacked."""
     w, h, n = config.width, config.hidden, config.layers
-    layer = {"qkv": (w, 3 * w), "out": (w, w), "up": (w, 2 * h), "down": (h, w), "norm1": (w,), "norm2": (w,)}
+    layer = {
+        "qkv": (w, 3 * w),
+        "out": (w, w),
+        "up": (w, 2 * h),
+        "down": (h, w),
+        "norm1": (w,),
+        "norm2": (w,),
+    }
     stacked = {name: jax.ShapeDtypeStruct((n, *shape), dtype) for name, shape in layer.items()}
     return {"embedding": jax.ShapeDtypeStruct((config.vocabulary, w), dtype), "layers": stacked}
 
 
 def loss(config: Config, params: Params, ids: jax.Array) -> jax.Array:
-    """The mean cross-entropy of the next token; `ids` are (examples, length), each layer's activations recomputed."""
+    """The mean cross-entropy of the next token; `ids` are (examples, length), each layer's
+    activations recomputed."""
     x = params["embedding"][ids[:, :-1]]
-    x, _ = lax.scan(jax.checkpoint(lambda x, layer: (_layer(config, x, layer), None)), x, params["layers"])
-    logits = jnp.einsum("elw,vw->elv", _norm(x), params["embedding"], preferred_element_type=jnp.float32)
+    x, _ = lax.scan(
+        jax.checkpoint(lambda x, layer: (_layer(config, x, layer), None)), x, params["layers"]
+    )
+    logits = jnp.einsum(
+        "elw,vw->elv", _norm(x), params["embedding"], preferred_element_type=jnp.float32
+    )
     chosen = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
@@ -56,6 +69,9 @@ def _norm(x: jax.Array) -> jax.Array:
 def _rotated(x: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None] * 1e-4 ** (jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle)[None, :, None].astype(x.dtype), jnp.sin(angle)[None, :, None].astype(x.dtype)
+    cos, sin = (
+        jnp.cos(angle)[None, :, None].astype(x.dtype),
+        jnp.sin(angle)[None, :, None].astype(x.dtype),
+    )
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
