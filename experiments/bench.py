@@ -96,7 +96,10 @@ def record(rows: list[dict[str, Any]], settings: dict[str, Any]) -> _report.Reco
     """Table, checks and picture of what was measured."""
     return _report.Record(
         name="bench",
-        question="Is any other way to accumulate gradients faster or smaller than jaxaccum, and is it right?",
+        question=(
+            "Is any other way to accumulate gradients faster or smaller than jaxaccum, and is it "
+            "right?"
+        ),
         settings=settings,
         rows=[shown(row) for row in rows],
         checks=checks(rows),

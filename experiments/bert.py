@@ -81,7 +81,9 @@ def run(
     rows = attribution(runs)
     return _report.Record(
         name="bert",
-        question="Why does BERT with accumulation not train like BERT without, and does it have to?",
+        question=(
+            "Why does BERT with accumulation not train like BERT without, and does it have to?"
+        ),
         settings={
             **dataclasses.asdict(made.config),
             **dataclasses.asdict(made.recipe),

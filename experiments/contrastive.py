@@ -61,7 +61,9 @@ def run(
             scales[way] = float(grads["scale"])
             rows.append({
                 "way": way, "Δ gradient of the towers": apart(grads["towers"], whole["towers"]),
-                "gradient of the logit scale / full batch's": float(grads["scale"] / whole["scale"]),
+                "gradient of the logit scale / full batch's": float(
+                    grads["scale"] / whole["scale"]
+                ),
             })  # fmt: skip
     points = [(way, b) for b in batches for way in ("full batch", *WAYS)]
     memory: dict[str, dict[int, int]] = {}

@@ -62,7 +62,10 @@ def run(
     ours = measured(rows, "jaxaccum", lengths[0])[8]
     return _report.Record(
         name="memory",
-        question="How much temporary memory does a training step need, against the number of microbatches?",
+        question=(
+            "How much temporary memory does a training step need, against the number of "
+            "microbatches?"
+        ),
         settings={
             "layers": layers,
             "width": width,

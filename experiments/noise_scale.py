@@ -44,7 +44,9 @@ def run(
     critical = critical_batch(sweep)
     return _report.Record(
         name="noise_scale",
-        question="Does the noise scale that the accumulator measures predict the critical batch size?",
+        question=(
+            "Does the noise scale that the accumulator measures predict the critical batch size?"
+        ),
         settings={"sizes": sizes, "learning rates": RATES, "target loss": TARGET, "hidden": 32},
         rows=[
             {"batch": size, "steps": count, "examples": size * count}
@@ -65,7 +67,10 @@ def run(
             "critical batch": critical,
             "predicted": predicted,
         },
-        text=f"mean measured noise scale until the target {predicted:.0f}, critical batch {critical:.0f}",
+        text=(
+            f"mean measured noise scale until the target {predicted:.0f}, critical batch "
+            f"{critical:.0f}"
+        ),
     )
 
 

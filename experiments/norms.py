@@ -153,7 +153,10 @@ def run(
     small, whole = min(sizes), found["exact", max(sizes)]["test accuracy"]
     return _report.Record(
         name="norms",
-        question="Can BatchNorm be trained with accumulated gradients, or is GroupNorm the better choice?",
+        question=(
+            "Can BatchNorm be trained with accumulated gradients, or is GroupNorm the better "
+            "choice?"
+        ),
         settings={
             "batch_size": BATCH_SIZE,
             "steps": steps,

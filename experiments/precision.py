@@ -43,7 +43,10 @@ def run(
     eps = float(jnp.finfo(jnp.float32).eps)
     return _report.Record(
         name="precision",
-        question="How far from the true sum does each accumulator end, against the number of microbatches?",
+        question=(
+            "How far from the true sum does each accumulator end, against the number of "
+            "microbatches?"
+        ),
         settings={
             "numbers": numbers,
             "gradient": "softmax regression on digits, 64 × 10",

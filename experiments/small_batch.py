@@ -59,7 +59,9 @@ def run(
     ruled = {row["batch"]: row["loss"] for row in rows if row["β₂ rule"] == "half-life"}
     return _report.Record(
         name="small_batch",
-        question="Is accumulation wasteful? Accumulated batches against small ones at equal examples.",
+        question=(
+            "Is accumulation wasteful? Accumulated batches against small ones at equal examples."
+        ),
         settings={
             "large": LARGE,
             "small": small,

@@ -56,7 +56,8 @@ class BatchNorm(nn.BatchNorm):
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum.linen
         >>> model = jaxaccum.linen.BatchNorm(use_running_average=False, momentum=0.5)
-        >>> x, mask = jnp.array([[0.0], [2.0], [9.0], [4.0]]), jnp.array([True, True, False, True])[:, None]
+        >>> x = jnp.array([[0.0], [2.0], [9.0], [4.0]])
+        >>> mask = jnp.array([True, True, False, True])[:, None]
         >>> variables = model.init(jax.random.key(0), x)
         >>> apply = lambda x, mask: model.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]
         >>> microbatches = x.reshape(2, 2, 1), mask.reshape(2, 2, 1)

@@ -123,15 +123,16 @@ def value_and_grad(
         (3, 1)
         >>> dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
         >>> noisy = lambda models, x: jnp.mean(models[0](models[1](x)))
-        >>> step = lambda n: jaxaccum.nnx.value_and_grad(noisy, num_microbatches=n, example_streams="dropout")
+        >>> options = {"example_streams": "dropout"}
+        >>> step = lambda n: jaxaccum.nnx.value_and_grad(noisy, num_microbatches=n, **options)
         >>> first, second = (step(n)([model, nnx.clone(dropout)], batch["x"])[0] for n in (1, 5))
         >>> bool(jnp.allclose(first, second))
         True
     """
     options: dict[str, Any] = {
         "num_microbatches": num_microbatches, "microbatch_size": microbatch_size, "split": split,
-        "num_examples_argnum": num_examples_argnum, "axis_name": axis_name, "mesh_axes": mesh_axes, "memory": memory,
-        "accumulator": accumulator, "audit": audit,
+        "num_examples_argnum": num_examples_argnum, "axis_name": axis_name, "mesh_axes": mesh_axes,
+        "memory": memory, "accumulator": accumulator, "audit": audit,
     }  # fmt: skip
 
     @functools.wraps(fun)
@@ -205,14 +206,16 @@ def grad(
         >>> import jax.numpy as jnp, jaxaccum.nnx
         >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
         >>> loss = lambda model, x: jnp.mean(model(x))
-        >>> grads = jaxaccum.nnx.grad(loss, microbatch_size=4)(model, jnp.ones((10, 3), jnp.float32))
+        >>> step = jaxaccum.nnx.grad(loss, microbatch_size=4)
+        >>> grads = step(model, jnp.ones((10, 3), jnp.float32))
         >>> grads["bias"].get_value().item()
         1.0
     """
     both = value_and_grad(
-        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
-        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator, audit=audit, example_streams=example_streams,
+        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
+        in_axes=in_axes, split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
+        mesh_axes=mesh_axes, memory=memory, accumulator=accumulator, audit=audit,
+        example_streams=example_streams,
     )  # fmt: skip
 
     @functools.wraps(fun)
@@ -273,7 +276,8 @@ class BatchNorm(nnx.BatchNorm):
         >>> from flax import nnx
         >>> import jax.numpy as jnp, jaxaccum.nnx
         >>> layer = jaxaccum.nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
-        >>> y = layer(jnp.array([[0.0], [2.0], [9.0], [4.0]]), mask=jnp.array([[True], [True], [False], [True]]))
+        >>> mask = jnp.array([[True], [True], [False], [True]])
+        >>> y = layer(jnp.array([[0.0], [2.0], [9.0], [4.0]]), mask=mask)
         >>> layer.mean.get_value()  # half the old one, 0, and half the mean of 0, 2 and 4
         Array([1.], dtype=float32)
     """

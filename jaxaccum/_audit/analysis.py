@@ -339,6 +339,6 @@ def _summed_up(judged: list[Judged], counts: Counter[str]) -> AuditReport:
     findings = tuple(dict.fromkeys(finding for each in judged for finding in each.findings))
     return AuditReport(
         worst, all(each.exact for each in judged), any(each.random for each in judged), findings,
-        terms=tuple((name, each.verdict, each.exact) for name, each in by_name.items()), counts=dict(counts),
-        causes=tuple(each.cause for each in judged if each.cause is not None),
+        terms=tuple((name, each.verdict, each.exact) for name, each in by_name.items()),
+        counts=dict(counts), causes=tuple(each.cause for each in judged if each.cause is not None),
     )  # fmt: skip

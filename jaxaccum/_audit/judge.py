@@ -26,14 +26,14 @@ from jaxaccum._base.source_lines import Frame
 from jaxaccum._program.named_outputs import Output
 
 _VERDICT_OF = {
-    FaultKind.COUPLING: Verdict.COUPLED, FaultKind.PAIRWISE: Verdict.COUPLED, FaultKind.SELECTION: Verdict.COUPLED,
-    FaultKind.STATE: Verdict.COUPLED, FaultKind.BATCH_SIZE: Verdict.MIS_SCALED,
-    FaultKind.DERIVATIVE: Verdict.MIS_SCALED, FaultKind.UNKNOWN: Verdict.UNKNOWN,
-    FaultKind.POSITION: Verdict.POSITION,
+    FaultKind.COUPLING: Verdict.COUPLED, FaultKind.PAIRWISE: Verdict.COUPLED,
+    FaultKind.SELECTION: Verdict.COUPLED, FaultKind.STATE: Verdict.COUPLED,
+    FaultKind.BATCH_SIZE: Verdict.MIS_SCALED, FaultKind.DERIVATIVE: Verdict.MIS_SCALED,
+    FaultKind.UNKNOWN: Verdict.UNKNOWN, FaultKind.POSITION: Verdict.POSITION,
 }  # fmt: skip
 SEVERITY = [
-    Verdict.COUPLED, Verdict.MIS_SCALED, Verdict.UNKNOWN, Verdict.POSITION, Verdict.RATIO, Verdict.SUM, Verdict.MEAN,
-    Verdict.PER_EXAMPLE, Verdict.UNBATCHED,
+    Verdict.COUPLED, Verdict.MIS_SCALED, Verdict.UNKNOWN, Verdict.POSITION, Verdict.RATIO,
+    Verdict.SUM, Verdict.MEAN, Verdict.PER_EXAMPLE, Verdict.UNBATCHED,
 ]  # fmt: skip
 """The worst first."""
 _IGNORED = ("Stack", "Last", "Carry")

@@ -244,8 +244,9 @@ class Value:
         """A new value like this one: what identified the old one does not carry over unless it is
         given."""
         reset: dict[str, Any] = {
-            "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None, "extremum": None,
-            "root": None, "compares": frozenset(), "scalar": False, "overwritten": False,
+            "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None,
+            "extremum": None, "root": None, "compares": frozenset(), "scalar": False,
+            "overwritten": False,
         }  # fmt: skip
         return self.like(**reset | changes)
 

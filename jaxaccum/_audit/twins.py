@@ -91,8 +91,9 @@ def _equal(x: Any, y: Any) -> bool:
 
 
 _MOVES = {
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather", "select_n",
-    "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit", "pjit",
+    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather",
+    "select_n", "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit",
+    "pjit",
 }  # fmt: skip
 """Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
 1."""

@@ -306,10 +306,10 @@ class Walk(Constants):
             faults |= {self.fault(op, FaultKind.UNKNOWN, _REPEATED)}
         number = out.number if out.number >= 0 else self._numbered(op, ins, i)
         size = math.prod(op.out_shapes(i)[0]) if hasattr(op.eqn.outvars[i].aval, "shape") else 1
+        one = size == 1 and not varying(_shapes(op.eqn.outvars[i], op.other.outvars[i]))
         return out.like(
             faults=faults, number=number, params=out.params or any(v.params for v in ins),
-            closure=out.closure or _closure_of(ins),
-            scalar=out.scalar or (size == 1 and not varying(_shapes(op.eqn.outvars[i], op.other.outvars[i]))),
+            closure=out.closure or _closure_of(ins), scalar=out.scalar or one,
         )  # fmt: skip
 
     def _fits(self, shapes: tuple[Shape, Shape], layout: Layout | None) -> bool:

@@ -72,7 +72,8 @@ def dynamic_loss_scale(
         >>> def loss(w, x, scale):  # its own gradient, 2**-28, is 0 in float16
         ...     return scale * jaxaccum.Mean(jnp.sum((x * x * w[None]).astype(jnp.float32)), len(x))
         >>> state = opt.init(w)
-        >>> grads = jaxaccum.grad(loss, microbatch_size=1, in_axes=(None, 0, None))(w, x, state.scale)
+        >>> step = jaxaccum.grad(loss, microbatch_size=1, in_axes=(None, 0, None))
+        >>> grads = step(w, x, state.scale)
         >>> updates, state = opt.update(grads, state, w)
         >>> float(jnp.max(jnp.abs(updates))) <= 2.0**-24, float(state.scale)
         (True, 32768.0)

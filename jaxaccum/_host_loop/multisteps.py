@@ -92,7 +92,8 @@ class MultiSteps(optax.MultiSteps):
         >>> state = opt.init(params)
         >>> for grad, tokens in [(1.0, 6), (5.0, 2)]:
         ...     updates, state = opt.update(jnp.float32(grad), state, params, weight=tokens)
-        >>> updates, state = opt.flush(state, params)  # the data ended after 2 of 3: (6 · 1 + 2 · 5) / 8
+        >>> # The data ended after 2 of 3: (6 · 1 + 2 · 5) / 8.
+        >>> updates, state = opt.flush(state, params)
         >>> float(updates), bool(opt.has_updated(state))
         (-2.0, True)
     """

@@ -52,7 +52,8 @@ def partition(
 
     Example:
         >>> import numpy as np, jaxaccum
-        >>> [rows.tolist() for _, rows in jaxaccum.partition(None, np.arange(5), num_microbatches=2)]
+        >>> parts = jaxaccum.partition(None, np.arange(5), num_microbatches=2)
+        >>> [rows.tolist() for _, rows in parts]
         [[0, 1, 2], [3, 4]]
     """
     check_keywords(kwargs, in_axes, "partition")

@@ -14,10 +14,11 @@ import jax.extend.core as jex
 from jaxaccum._jaxpr.compat import opened
 
 _FREE = {  # what moves, names or makes data, and computes nothing
-    "broadcast_in_dim", "reshape", "transpose", "slice", "squeeze", "concatenate", "pad", "rev", "copy", "copy_p",
-    "convert_element_type", "bitcast_convert_type", "dynamic_slice", "dynamic_update_slice", "gather", "iota",
-    "stop_gradient", "pcast", "pvary", "get", "swap", "ref", "freeze", "empty_ref", "sharding_constraint", "reshard",
-    "random_bits", "random_fold_in", "random_wrap", "random_unwrap", "axis_index", "select_n",
+    "broadcast_in_dim", "reshape", "transpose", "slice", "squeeze", "concatenate", "pad", "rev",
+    "copy", "copy_p", "convert_element_type", "bitcast_convert_type", "dynamic_slice",
+    "dynamic_update_slice", "gather", "iota", "stop_gradient", "pcast", "pvary", "get", "swap",
+    "ref", "freeze", "empty_ref", "sharding_constraint", "reshard", "random_bits", "random_fold_in",
+    "random_wrap", "random_unwrap", "axis_index", "select_n",
 }  # fmt: skip
 
 

@@ -90,8 +90,7 @@ Add = Callable[[Array, Array, Any], Array]
 def _read(
     add: Add, places: tuple[int, ...], values: list[Array], sums: list[Array], where: Any
 ) -> tuple[list[Array], list[Array]]:
-    """The values and the sums; backwards, each value's gradient is added to the sum at its
-    place."""
+    """The values and the sums; backwards, each value's gradient is added to its sum."""
     del add, places, where
     return values, sums
 
@@ -309,8 +308,7 @@ def _is_divided(v: Any, dim: int) -> bool:
 def _run_scan(
     threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
 ) -> list[Array]:
-    """The scan that also carries the sums: a step reads its rows, and backwards adds to one
-    entry."""
+    """The scan that also carries the sums: a step reads rows, and backwards adds to an entry."""
     num_consts, num_carry = scan_arity(eqn.params)
     first_row = num_consts + num_carry
     used = sorted(set(at.values()))
@@ -367,11 +365,9 @@ def _run_gather(
     """Rows of a table: the transpose of ``gather`` is ``scatter_add``, here into the sum instead of
     into zeros."""
     table, indices = values
-    read, options = (
-        eqn.params["dimension_numbers"],
-        {name: eqn.params[name] for name in _GATHER_OPTIONS},
-    )
-    sizes, fill = eqn.params["slice_sizes"], eqn.params["fill_value"]
+    options = {name: eqn.params[name] for name in _GATHER_OPTIONS}
+    read, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    fill = eqn.params["fill_value"]
     rows = lax.gather(table, indices, read, sizes, fill_value=fill, **options)
     written = lax.ScatterDimensionNumbers(
         update_window_dims=read.offset_dims,

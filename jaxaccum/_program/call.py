@@ -44,8 +44,8 @@ class Call:
                 output = output_parts.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=output_parts.is_tag))
             outputs, parts = output_parts.read(
-                output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry, padded=self.padded,
-                constant=self.constant,
+                output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry,
+                padded=self.padded, constant=self.constant,
             )  # fmt: skip
             self.outputs.append(outputs)
             self.shapes.append([jax.typeof(x) for x in parts])

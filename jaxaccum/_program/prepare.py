@@ -90,8 +90,8 @@ def prepare(
         traces = [one.first(len(outputs.parts)) for one in traces]
     slots, arrays = _unwrapped(slots, arrays)
     program = Program(
-        tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes), limit,
-        memory, checked, whole=whole, observed=observed, observe=tracing.observe,
+        tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes),
+        limit, memory, checked, whole=whole, observed=observed, observe=tracing.observe,
     )  # fmt: skip
     _check_padding(program)
     return program, arrays

@@ -40,7 +40,8 @@ def audit(
 
         def exact(fun, params, batch):
             expected = jax.grad(full_batch(fun))(params, batch)
-            return all(grad(fun, num_microbatches=n)(params, batch) == expected for n in range(1, len(batch) + 1))
+            ours = lambda n: grad(fun, num_microbatches=n)(params, batch)
+            return all(ours(n) == expected for n in range(1, len(batch) + 1))
 
     Args:
         fun: the loss, as `value_and_grad` takes it.

@@ -95,8 +95,8 @@ def plan(
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
         >>> loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
-        >>> shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((4096, 64), jnp.float32)
-        >>> plan = jaxaccum.plan(loss, *shapes, memory_bytes=1_800_000)
+        >>> shaped = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        >>> plan = jaxaccum.plan(loss, shaped(64, 64), shaped(4096, 64), memory_bytes=1_800_000)
         >>> plan.best.fits, plan.best.microbatch_size < 4096
         (True, True)
     """
@@ -109,8 +109,8 @@ def plan(
     call = lowering.read(args, kwargs, axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
     limit = _limit(memory_bytes, call)
     options: dict[str, Any] = {
-        "in_axes": axes, "split": split, "num_examples_argnum": num_examples_argnum, "axis_name": axis_name,
-        "mesh_axes": mesh_axes,
+        "in_axes": axes, "split": split, "num_examples_argnum": num_examples_argnum,
+        "axis_name": axis_name, "mesh_axes": mesh_axes,
     }  # fmt: skip
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     asked = any(number is not None for number in given.values())

@@ -97,13 +97,14 @@ def microbatch(
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum
         >>> loss = jaxaccum.microbatch(lambda w, x: jnp.mean((w * x) ** 2), microbatch_size=2)
-        >>> jax.grad(lambda w: loss(w, jnp.arange(5.0)) + w**2)(1.0).item()  # the regularizer counts once
+        >>> # The regularizer counts once.
+        >>> jax.grad(lambda w: loss(w, jnp.arange(5.0)) + w**2)(1.0).item()
         14.0
     """
     options = Options(
-        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
-        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        audit=audit,
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
+        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
+        mesh_axes=mesh_axes, memory=memory, audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)

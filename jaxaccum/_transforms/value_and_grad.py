@@ -112,9 +112,9 @@ def value_and_grad(
         (10.0, -20.0)
     """
     options = Options(
-        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size, split=split,
-        num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        audit=audit,
+        in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
+        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
+        mesh_axes=mesh_axes, memory=memory, audit=audit,
     )  # fmt: skip
     sums = in_place() if accumulator is None else accumulator
 
@@ -217,9 +217,9 @@ def grad(
         2.0
     """
     both = value_and_grad(
-        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size, in_axes=in_axes,
-        split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name, mesh_axes=mesh_axes, memory=memory,
-        accumulator=accumulator, gather=gather, audit=audit,
+        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
+        in_axes=in_axes, split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
+        mesh_axes=mesh_axes, memory=memory, accumulator=accumulator, gather=gather, audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)

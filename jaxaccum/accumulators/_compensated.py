@@ -52,7 +52,8 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
     Example:
         >>> import jax.numpy as jnp, jaxaccum
         >>> fun = lambda w, x: jaxaccum.Mean(jnp.sum(w * x), x.size)
-        >>> x = jnp.array([1.0] + [2.0**-25] * 4095, jnp.float32)  # each too small to change a float32 sum of 1
+        >>> # Each of them is too small to change a float32 sum of 1.
+        >>> x = jnp.array([1.0] + [2.0**-25] * 4095, jnp.float32)
         >>> sums = jaxaccum.accumulators.compensated()
         >>> grad = jaxaccum.grad(fun, microbatch_size=1, accumulator=sums)(jnp.float32(0), x)
         >>> round(grad.item() * 4096, 6)

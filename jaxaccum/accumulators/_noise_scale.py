@@ -68,7 +68,8 @@ def noise_scale(inner: Any = None) -> Accumulator:
     Example:
         >>> import jax.numpy as jnp, jaxaccum
         >>> noise = jaxaccum.accumulators.noise_scale()
-        >>> step = jaxaccum.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=1, accumulator=noise)
+        >>> loss = lambda w, x: jnp.mean(w * x)
+        >>> step = jaxaccum.value_and_grad(loss, microbatch_size=1, accumulator=noise)
         >>> (value, report), grad = step(0.0, jnp.array([1.0, 2.0, 6.0]))
         >>> float(grad), float(report.trace), report.norms.tolist()  # the variance of 1, 2, 6
         (3.0, 7.0, [1.0, 2.0, 6.0])

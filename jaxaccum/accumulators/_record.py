@@ -51,11 +51,12 @@ class Accumulator(NamedTuple):
         >>> import jax, jax.numpy as jnp, jaxaccum
         >>> median = jaxaccum.accumulators.Accumulator(
         ...     init=lambda params: jax.tree.map(jaxaccum.Stack, params),
-        ...     update=lambda state, mean_grads, weight, index: jax.tree.map(jaxaccum.Stack, mean_grads),
+        ...     update=lambda state, grads, weight, index: jax.tree.map(jaxaccum.Stack, grads),
         ...     finalize=lambda state: (jax.tree.map(lambda g: jnp.median(g, axis=0), state), None),
         ... )
         >>> fun = lambda w, x: jnp.mean(w * x)
-        >>> jaxaccum.grad(fun, microbatch_size=1, accumulator=median)(0.0, jnp.array([1.0, 2.0, 9.0])).item()
+        >>> step = jaxaccum.grad(fun, microbatch_size=1, accumulator=median)
+        >>> step(0.0, jnp.array([1.0, 2.0, 9.0])).item()
         2.0
     """
 
@@ -159,7 +160,8 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
         >>> import jax.numpy as jnp, jaxaccum
         >>> fun = lambda w, x: jnp.mean((w * x) ** 2)
         >>> sums = jaxaccum.accumulators.in_place()
-        >>> jaxaccum.grad(fun, num_microbatches=2, accumulator=sums)(1.0, jnp.array([1.0, 3.0])).item()
+        >>> step = jaxaccum.grad(fun, num_microbatches=2, accumulator=sums)
+        >>> step(1.0, jnp.array([1.0, 3.0])).item()
         10.0
     """
     return Sums(in_place=True, dtype=dtype)

@@ -71,7 +71,8 @@ def skip_nonfinite(inner: Any = None) -> Accumulator:
     Example:
         >>> import jax.numpy as jnp, jaxaccum
         >>> skip = jaxaccum.accumulators.skip_nonfinite()
-        >>> step = jaxaccum.value_and_grad(lambda w, x: jnp.mean(w * x), microbatch_size=2, accumulator=skip)
+        >>> loss = lambda w, x: jnp.mean(w * x)
+        >>> step = jaxaccum.value_and_grad(loss, microbatch_size=2, accumulator=skip)
         >>> (value, report), grad = step(2.0, jnp.array([1.0, 3.0, jnp.nan, 1.0, 5.0]))
         >>> float(value), float(grad), report.describe()
         (6.0, 3.0, ['microbatch 1: gradient, loss'])

@@ -65,7 +65,8 @@ def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchS
       A strategy of pytrees of numpy arrays with the batch axis in front.
 
     >>> from hypothesis import given
-    >>> @given(batches({"x": np.zeros(3, np.float32), "label": lambda rng, n: rng.integers(0, 2, n)}))
+    >>> labels = lambda rng, n: rng.integers(0, 2, n)
+    >>> @given(batches({"x": np.zeros(3, np.float32), "label": labels}))
     ... def check(batch):
     ...     assert batch["x"].shape == (len(batch["label"]), 3)
     >>> check()

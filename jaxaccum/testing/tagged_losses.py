@@ -3,8 +3,8 @@
 | term | over | weight |
 |---|---|---|
 | `squared_error` | examples | `batch["weight"]` |
-| `example_cross_entropy`: the mean over an example's tokens | examples | 1, or 0 where all is masked |
-| `token_cross_entropy`, with class weights and label smoothing | tokens | the label's class weight |
+| `example_cross_entropy`: the mean over an example's tokens | examples | 1; 0 if masked |
+| `token_cross_entropy`, with class weights and label smoothing | tokens | the class's weight |
 | `z`: the squared log-partition, an auxiliary term | examples | 1 |
 """
 

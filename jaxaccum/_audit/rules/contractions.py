@@ -140,8 +140,10 @@ def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return combine(walk, op, ins) if grows else x.but()
 
 
-@rule("""cholesky triangular_solve lu qr householder_product svd eigh eig schur hessenberg tridiagonal
-         tridiagonal_solve lu_pivots_to_permutation cholesky_update""")
+@rule("""
+    cholesky triangular_solve lu qr householder_product svd eigh eig schur hessenberg tridiagonal
+    tridiagonal_solve lu_pivots_to_permutation cholesky_update
+""")
 def linear_algebra(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Functions of matrices, one for each entry of the leading axes."""
     layout = layout_of(ins)

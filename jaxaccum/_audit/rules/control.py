@@ -42,8 +42,10 @@ def body_of(op: Op) -> str | None:
 
 
 @rule(
-    """jit pjit closed_call core_call core_closed_call remat remat2 checkpoint custom_lin run_state_inlined composite
-    custom_vmap_call""",
+    """
+        jit pjit closed_call core_call core_closed_call remat remat2 checkpoint custom_lin
+        run_state_inlined composite custom_vmap_call
+    """,
     complete=True,
 )
 def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
@@ -136,7 +138,8 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
     faults, params, origin = x.faults | y.faults, x.params or y.params, x.origin or y.origin
     common: dict[str, Any] = {
         "faults": faults, "params": params, "origin": origin, "scalar": x.scalar and y.scalar,
-        "number": x.number if x.number == y.number else walk.fresh(), "known": x.known if x.known == y.known else None,
+        "number": x.number if x.number == y.number else walk.fresh(),
+        "known": x.known if x.known == y.known else None,
     }  # fmt: skip
     if x.fixed and y.fixed:
         scales = {v.scale for v in (x, y) if not v.zero} or {UNIT}

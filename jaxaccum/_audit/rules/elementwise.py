@@ -25,11 +25,11 @@ from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, Walk
 
 _NONLINEAR = """
-    abs sign floor ceil round nextafter exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos atan sinh cosh
-    asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac igamma_grad_a random_gamma_grad polygamma
-    zeta regularized_incomplete_beta bessel_i0e bessel_i1e cbrt is_finite not xor rem min clamp shift_left mulhi
-    shift_right_logical shift_right_arithmetic bitcast_convert_type population_count clz
-    lt_to le_to eq_to log2 one_minus_square polynomial
+    abs sign floor ceil round nextafter exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos
+    atan sinh cosh asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac
+    igamma_grad_a random_gamma_grad polygamma zeta regularized_incomplete_beta bessel_i0e bessel_i1e
+    cbrt is_finite not xor rem min clamp shift_left mulhi shift_right_logical shift_right_arithmetic
+    bitcast_convert_type population_count clz lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
 _IDENTITY = (
@@ -87,8 +87,8 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 
 _INCREASING = frozenset(
-    ("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sqrt", "cbrt", "erf", "asinh", "sinh", "atan",
-     "sign", "floor", "ceil")
+    ("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sqrt", "cbrt", "erf", "asinh",
+     "sinh", "atan", "sign", "floor", "ceil")
 )  # fmt: skip
 
 

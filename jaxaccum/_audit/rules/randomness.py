@@ -31,8 +31,10 @@ The rest makes all numbers from the first key: what an example gets depends on t
 
 
 @rule(
-    """random_bits random_seed random_split random_fold_in random_wrap random_unwrap random_clone random_gamma
-         threefry2x32 rng_bit_generator rng_uniform""",
+    """
+        random_bits random_seed random_split random_fold_in random_wrap random_unwrap random_clone
+        random_gamma threefry2x32 rng_bit_generator rng_uniform
+    """,
     uniform=True,
 )
 def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:

@@ -13,8 +13,10 @@ from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 
 @rule(
-    """scatter scatter-add scatter_add scatter-sub scatter-mul scatter_mul scatter-min scatter_min scatter-max
-    scatter_max"""
+    """
+        scatter scatter-add scatter_add scatter-sub scatter-mul scatter_mul scatter-min scatter_min
+        scatter-max scatter_max
+    """
 )
 def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Updates written at given indices of an operand; added there, a sum over the examples."""
