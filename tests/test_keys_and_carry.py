@@ -240,3 +240,20 @@ def test_a_coupled_loss_reads_a_carried_key_as_the_full_batch_does():
     state, rows = {"key": jax.random.split(jax.random.key(0), 2)[0]}, data(8, 3)
     actual = ja.microbatch(fun, in_axes=(0, ja.CARRY), num_microbatches=4)(rows, state)
     assert normwise(actual["value"], ja.full_batch(fun, (0, ja.CARRY))(rows, state)["value"]) < EXACT
+
+
+def test_an_error_where_one_key_was_wanted_says_that_there_are_many():
+    """As of a Flax model that is applied to all examples at once."""
+    one_key = lambda w, x, key: jnp.mean((x @ w) ** 2) * jax.random.uniform(key)
+    wanted = lambda w, x, key: one_key(w, x, key) if key.shape == () else no_key()
+
+    def no_key():
+        raise ValueError("rngs should be a PRNGKey")
+
+    step = ja.grad(wanted, num_microbatches=2, in_axes=(None, 0, ja.EXAMPLE_KEY))
+    with pytest.raises(ValueError, match="PRNGKey") as caught:
+        step(jnp.ones(3), jnp.ones((4, 3)), jax.random.key(0))
+    (note,) = [note for note in caught.value.__notes__ if "EXAMPLE_KEY" in note]
+    assert "argument 2" in note
+    assert "2 keys, one per example" in note
+    assert "jax.vmap" in note

@@ -11,7 +11,7 @@ import jax
 
 from jaxaccum._base.types import Fun, PyTree, WithStreams
 from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
-from jaxaccum._program.argument_slots import Layout
+from jaxaccum._program.argument_slots import Layout, Role
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.output_parts import Outputs
@@ -85,8 +85,13 @@ class Call:
         return dataclasses.replace(self, outputs=[], shapes=[], returned=[])
 
     def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
+        slots = () if isinstance(self.fun, WithStreams) else self.layout.slots
         explain = functools.partial(
-            closures.explain, fun=self.fun, size=size, batch_size=self.batch_size
+            closures.explain,
+            fun=self.fun,
+            size=size,
+            batch_size=self.batch_size,
+            keys=[slot.name for slot in slots if slot.role is Role.EXAMPLE_KEY],
         )
         return assignments.call(self.fun, args, kwargs, explain)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dis
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,18 @@ def of_length(fun: Any, size: int) -> list[tuple[str, Any]]:
     return [(name, x) for name, x in closed_over(fun) if x.shape[:1] == (size,)]
 
 
-def explain(error: Exception, fun: Any, *, size: int, batch_size: int) -> None:
-    """Note on an error of the user's function at which size it came up, and what it closes over
-    that may not fit."""
+def explain(
+    error: Exception, fun: Any, *, size: int, batch_size: int, keys: Sequence[str] = ()
+) -> None:
+    """Note on an error of the user's function at which size it came up, and what may not fit it.
+
+    That is an argument that holds keys of examples, or an array that the function closes over.
+    """
+    if keys:
+        error.add_note(
+            f"{keys[0]} is declared EXAMPLE_KEY, so it holds {size} keys, one per example. Where "
+            "one key is wanted, call for each example under jax.vmap."
+        )
     if size == batch_size:
         return
     name = getattr(fun, "__name__", "the function")
