@@ -6,7 +6,17 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 import jaxaccum
-from jaxaccum.testing import batches, losses, masks, model_batches, models, normwise, partitions, sum_bound, weights
+from jaxaccum.testing import (
+    batches,
+    losses,
+    masks,
+    model_batches,
+    models,
+    normwise,
+    partitions,
+    sum_bound,
+    weights,
+)
 
 EXAMPLE = {"x": np.zeros(2, np.float32), "flag": np.zeros((), bool), "id": np.zeros((), np.int32)}
 
