@@ -14,10 +14,11 @@ full batch for scale. Of each way:
 
 A way whose gradient is wrong is shown, and competes with nobody.
 
-Command   python -m experiments bench [--full] Cost      about ten minutes on two free cores: 8
-microbatches, and half of the ways at 2; an hour or more with --full, which takes every way at 1 to
-16, and compiles with torch Expected  no way that is right is faster by more than 3 % at equal
-memory; ours needs at most 1.1 times the bytes of one accumulator and one microbatch's step
+Command   python -m experiments bench [--full]
+Cost      about ten minutes on two free cores: 8 microbatches, and half of the ways at 2; an hour or
+          more with --full, which takes every way at 1 to 16, and compiles with torch
+Expected  no way that is right is faster by more than 3 % at equal memory; ours needs at most 1.1
+          times the bytes of one accumulator and one microbatch's step
 """
 
 import dataclasses

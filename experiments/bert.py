@@ -6,10 +6,12 @@ clipping; the same data order, masks and initial weights throughout, in Flax and
 usual loop departs from the full batch for five causes; each is switched on alone in the exact loop,
 and off alone in the usual one. What none explains is the residual.
 
-Command   python -m experiments bert [--full] Cost      3 minutes on 2 cores, a 2-layer BERT from
-scratch; --full: 51 minutes, the pretrained 6-layer MiniLM Expected  the usual loop ends far from
-the full batch, in both frameworks; `jaxaccum.value_and_grad` and the loop with every cause off lie
-on it to float64's rounding, in float32 to float32's; Flax and torch agree likewise
+Command   python -m experiments bert [--full]
+Cost      3 minutes on 2 cores, a 2-layer BERT from scratch; --full: 51 minutes, the pretrained
+          6-layer MiniLM
+Expected  the usual loop ends far from the full batch, in both frameworks; `jaxaccum.value_and_grad`
+          and the loop with every cause off lie on it to float64's rounding, in float32 to
+          float32's; Flax and torch agree likewise
 """
 
 import dataclasses

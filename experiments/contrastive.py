@@ -8,12 +8,13 @@ microbatch contrasted with itself), open_clip's rule (`--accum-freq k`: features
 whole loss back-propagated once for each replayed microbatch), and GradCache (arXiv 2101.06983: the
 gradient of the features first, then of the towers, by hand).
 
-Command   python -m experiments contrastive Cost      about a minute: some twenty compilations and
-five gradients Expected  in float64: exact and GradCache the full batch's gradient to rounding;
-naive off by a quarter; open_clip's towers exact and its logit scale's gradient k times too large.
-Temporary memory of the exact gradient grows with the batch by features and rows of logits alone: at
-a batch of 2048 in 32 microbatches at most 0.10 of the full batch's, where GradCache and open_clip
-hold all logits
+Command   python -m experiments contrastive
+Cost      about a minute: some twenty compilations and five gradients
+Expected  in float64: exact and GradCache the full batch's gradient to rounding; naive off by a
+          quarter; open_clip's towers exact and its logit scale's gradient k times too large.
+          Temporary memory of the exact gradient grows with the batch by features and rows of logits
+          alone: at a batch of 2048 in 32 microbatches at most 0.10 of the full batch's, where
+          GradCache and open_clip hold all logits
 """
 
 from collections.abc import Callable

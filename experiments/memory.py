@@ -5,9 +5,11 @@ compiled for the present device and never run. Two lengths of sequence: one toke
 dominate and each further copy of the gradients shows, and many, where activations dominate and
 microbatches save them.
 
-Command   python -m experiments memory Cost      about a minute: some thirty compilations Expected
-in units of the parameters' bytes, at N = 8 and one token: jaxaccum at most 1.2, close to the full
-batch; a hand-written scan, which adds trees of gradients, and `optax.microbatching` about 2.1
+Command   python -m experiments memory
+Cost      about a minute: some thirty compilations
+Expected  in units of the parameters' bytes, at N = 8 and one token: jaxaccum at most 1.2, close to
+          the full batch; a hand-written scan, which adds trees of gradients, and
+          `optax.microbatching` about 2.1
 """
 
 from collections.abc import Callable

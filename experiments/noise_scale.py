@@ -6,8 +6,10 @@ best learning rate, counts the steps and the examples that the loss takes to a t
 batch size is that of the paper's curve through all of them, S = S_min (1 + B_crit / B), fitted to
 the logarithms.
 
-Command   python -m experiments noise_scale Cost      two minutes Expected  both agree in their
-order of magnitude, as in the paper (103 and 14); the measured noise scale grows as the loss falls
+Command   python -m experiments noise_scale
+Cost      two minutes
+Expected  both agree in their order of magnitude, as in the paper (103 and 14); the measured noise
+          scale grows as the loss falls
 """
 
 from typing import Any

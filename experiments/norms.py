@@ -6,11 +6,13 @@ accumulation normalizes each microbatch by its own statistics, and what it keeps
 those of the last microbatch, or running ones carried through all of them as PyTorch does. Exact
 accumulation is the same model with `axis_name="microbatch"`. GroupNorm needs no batch.
 
-Command   python -m experiments norms [--full] Cost      about 7 minutes on one core, most of them
-compilation: five seeds at once, 150 steps of SGD with momentum, the rate going to 0 along a cosine;
-with --full 1000 steps and six sizes, about 15 minutes Expected  exact: the full batch's gradient to
-rounding (float64, at most 1e-12), and its test accuracy within 0.01 at every size; naive: a
-gradient off by at least a tenth at microbatches of 1
+Command   python -m experiments norms [--full]
+Cost      about 7 minutes on one core, most of them compilation: five seeds at once, 150 steps of
+          SGD with momentum, the rate going to 0 along a cosine; with --full 1000 steps and six
+          sizes, about 15 minutes
+Expected  exact: the full batch's gradient to rounding (float64, at most 1e-12), and its test
+          accuracy within 0.01 at every size; naive: a gradient off by at least a tenth at
+          microbatches of 1
 """
 
 import functools

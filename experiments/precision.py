@@ -4,9 +4,11 @@ N real gradients in float32 (softmax regression on digits, one example each, dra
 are averaged by `value_and_grad` with each accumulator, and compared, normwise, with their mean in
 float64.
 
-Command   python -m experiments precision Cost      half a minute Expected  at N = 4096: of bfloat16
-nothing is right, of float16 one digit; compensated bfloat16, in the bytes of one float32 sum, stays
-below 1e-3; compensated float32 at the rounding of one float32 number, whatever N
+Command   python -m experiments precision
+Cost      half a minute
+Expected  at N = 4096: of bfloat16 nothing is right, of float16 one digit; compensated bfloat16, in
+          the bytes of one float32 sum, stays below 1e-3; compensated float32 at the rounding of one
+          float32 number, whatever N
 """
 
 from collections.abc import Callable

@@ -5,9 +5,11 @@ Adam on digits, every run over the same number of examples and at its best learn
 mean of two seeds. The half-life of Adam's second moment, counted in examples, is that of the
 accumulated batch: β₂ = ½^(B / half-life) (arXiv 2507.07101).
 
-Command   python -m experiments small_batch Cost      two minutes Expected  at equal examples small
-batches end at half the loss of the accumulated one, under the rule and, on a problem this small,
-under a fixed β₂ too: accumulate for memory or for devices, and not for the loss
+Command   python -m experiments small_batch
+Cost      two minutes
+Expected  at equal examples small batches end at half the loss of the accumulated one, under the
+          rule and, on a problem this small, under a fixed β₂ too: accumulate for memory or for
+          devices, and not for the loss
 """
 
 from typing import Any

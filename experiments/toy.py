@@ -3,9 +3,11 @@
 One weight w = 1, ŷ = w·x, y = 2·x, squared error; x = 4 and x = 2 as two batches of one, each loss
 divided by 2 before its gradient is added; SGD with learning rate 0.01.
 
-Command   python -m experiments toy Cost      seconds Expected  gradient −16, then −20; weight 1,
-then 1.2; the same bits from torch, from `jaxaccum.value_and_grad`, from `optax.MultiSteps` in a
-host loop, and from the two examples as one batch
+Command   python -m experiments toy
+Cost      seconds
+Expected  gradient −16, then −20; weight 1, then 1.2; the same bits from torch, from
+          `jaxaccum.value_and_grad`, from `optax.MultiSteps` in a host loop, and from the two
+          examples as one batch
 """
 
 from collections.abc import Callable

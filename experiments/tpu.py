@@ -13,10 +13,11 @@ published; they rank programs and predict no clock. `scanned` fits the on-chip m
 v6e, where XLA puts its buffers and leaves them out of the temporary memory it reports: the peak
 counts them.
 
-Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]') Cost
-some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models at N = 8;
-hours with --full, which compiles every N of every model Expected  jaxaccum sends its gradients once
-per step whatever N, outside of loops; a hand-written scan and `optax.microbatching` N times, inside
+Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]')
+Cost      some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models
+          at N = 8; hours with --full, which compiles every N of every model
+Expected  jaxaccum sends its gradients once per step whatever N, outside of loops; a hand-written
+          scan and `optax.microbatching` N times, inside
 """
 
 import dataclasses

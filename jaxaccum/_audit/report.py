@@ -54,11 +54,16 @@ class InexactError(ValueError, AssertionError):
 class Finding:
     """One reason for the verdict.
 
-    Attributes: kind: coupling, pairwise, selection, state, batch_size, derivative, position,
-        random, closure, unknown, collective, scale, tag; in an exact report, what it rests on:
-        collective, assumption. origin: the line where examples first meet, or None. use: the line
-        that makes it matter, or None. fix: what to write instead. note: what happens there.
-        fix_lines: the lines that the fix speaks of. output: which output it concerns.
+    Attributes:
+        kind: coupling, pairwise, selection, state, batch_size, derivative, position, random,
+            closure, unknown, collective, scale, tag; in an exact report, what it rests on:
+            collective, assumption.
+        origin: the line where examples first meet, or None.
+        use: the line that makes it matter, or None.
+        fix: what to write instead.
+        note: what happens there.
+        fix_lines: the lines that the fix speaks of.
+        output: which output it concerns.
     """
 
     kind: str
@@ -77,10 +82,13 @@ class Finding:
 class Probe:
     """What the numbers say.
 
-    Attributes: exact: whether the accumulated value and gradient equal the full batch's; None where
-        they could not be computed. rule: how the microbatches' own values combine to the full
-        batch's: "SUM", "MEAN", or None. errors: the largest difference of each leaf, over the
-        largest entry of all. sizes: of the microbatches. note: what went wrong, if anything did.
+    Attributes:
+        exact: whether the accumulated value and gradient equal the full batch's; None where they
+            could not be computed.
+        rule: how the microbatches' own values combine to the full batch's: "SUM", "MEAN", or None.
+        errors: the largest difference of each leaf, over the largest entry of all.
+        sizes: of the microbatches.
+        note: what went wrong, if anything did.
     """
 
     exact: bool | None
@@ -110,11 +118,14 @@ class Probe:
 class AuditReport:
     """The answer of `jaxaccum.audit`.
 
-    Attributes: verdict: how the loss depends on its examples; of a dict, its worst term's. exact:
-        whether ``value_and_grad(fun, …)`` as called equals the full batch, aux included where it is
-        comparable. random: whether random draws depend on how the batch is split. findings: why
-        not, line by line, each with its fix. terms: the verdict of each output by its name. probe:
-        the numeric check, where it was asked for.
+    Attributes:
+        verdict: how the loss depends on its examples; of a dict, its worst term's.
+        exact: whether ``value_and_grad(fun, …)`` as called equals the full batch, aux included
+            where it is comparable.
+        random: whether random draws depend on how the batch is split.
+        findings: why not, line by line, each with its fix.
+        terms: the verdict of each output by its name.
+        probe: the numeric check, where it was asked for.
     """
 
     verdict: Verdict
