@@ -5,40 +5,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum._base.types import CARRY, Array, Audit, Fun, InAxes, Split
+from jaxaccum._base.types import CARRY, Array, Fun
 from jaxaccum._flax import batch_norm
 from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
 from jaxaccum._transforms.value_and_grad import value_and_grad as _value_and_grad
-from jaxaccum.accumulators._record import Sums
 
 __all__ = ["BatchNorm", "grad", "value_and_grad"]
 
 
+@shows_options_of(_value_and_grad)
 def value_and_grad(
     fun: Fun,
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
     *,
-    num_microbatches: int | None = None,
-    microbatch_size: int | None = None,
-    in_axes: InAxes = (None, 0),
-    split: Split = "contiguous",
-    num_examples_argnum: int | None = None,
-    axis_name: str = "microbatch",
-    mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
-    accumulator: Sums | None = None,
-    audit: Audit = "warn",
     example_streams: filterlib.Filter = False,
+    **options: Unpack[GradientOptions],
 ) -> Fun:
     """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over
     microbatches and equal to it.
@@ -87,6 +79,7 @@ def value_and_grad(
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
         example_streams: the random streams of which every example has its own: True for all of
             them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced
@@ -129,11 +122,8 @@ def value_and_grad(
         >>> bool(jnp.allclose(first, second))
         True
     """
-    options: dict[str, Any] = {
-        "num_microbatches": num_microbatches, "microbatch_size": microbatch_size, "split": split,
-        "num_examples_argnum": num_examples_argnum, "axis_name": axis_name, "mesh_axes": mesh_axes,
-        "memory": memory, "accumulator": accumulator, "audit": audit,
-    }  # fmt: skip
+    check_known(options, "nnx.value_and_grad")
+    in_axes = options.get("in_axes", (None, 0))
 
     @functools.wraps(fun)
     def accumulated(*args: Any, **kwargs: Any) -> Any:
@@ -145,12 +135,11 @@ def value_and_grad(
         filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
         _check_models(axes, args, kwargs)
         models = Models.among(args, dict(zip(numbers, filters, strict=True)), example_streams)
-        own: Any = ArgumentAxes(
-            (*axes.positional, *IN_AXES), axes.keywords
-        )  # the states come after the arguments
-        step = _value_and_grad(
-            models.pure(fun, has_aux=has_aux), numbers, has_aux=True, in_axes=own, **options
-        )
+        # The states come after the arguments; no user writes this form of in_axes.
+        own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)
+        given_on: GradientOptions = {**options, "in_axes": own}
+        pure = models.pure(fun, has_aux=has_aux)
+        step = _value_and_grad(pure, numbers, has_aux=True, **given_on)
         (value, (aux, state, streams), *report), grads = step(*models.arguments(args), **kwargs)
         models.update(state, streams)
         values = (value, *([aux] if has_aux else []), *report)
@@ -161,22 +150,14 @@ def value_and_grad(
     return accumulated
 
 
+@shows_options_of(_value_and_grad)
 def grad(
     fun: Fun,
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
     *,
-    num_microbatches: int | None = None,
-    microbatch_size: int | None = None,
-    in_axes: InAxes = (None, 0),
-    split: Split = "contiguous",
-    num_examples_argnum: int | None = None,
-    axis_name: str = "microbatch",
-    mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
-    accumulator: Sums | None = None,
-    audit: Audit = "warn",
     example_streams: filterlib.Filter = False,
+    **options: Unpack[GradientOptions],
 ) -> Fun:
     """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`,
     with its options.
@@ -194,6 +175,7 @@ def grad(
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
         accumulator: how gradients add up.
+        gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
         example_streams: the random streams of which every example has its own.
 
@@ -211,12 +193,8 @@ def grad(
         >>> grads["bias"].get_value().item()
         1.0
     """
-    both = value_and_grad(
-        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
-        in_axes=in_axes, split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
-        mesh_axes=mesh_axes, memory=memory, accumulator=accumulator, audit=audit,
-        example_streams=example_streams,
-    )  # fmt: skip
+    check_known(options, "nnx.grad")
+    both = value_and_grad(fun, argnums, has_aux, example_streams=example_streams, **options)
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:

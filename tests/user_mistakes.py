@@ -5,6 +5,7 @@ from typing import assert_type
 import optax
 
 import jaxaccum
+import jaxaccum.nnx
 import jaxaccum.testing
 
 
@@ -14,6 +15,9 @@ def mistakes(loss, w, batch) -> None:
     jaxaccum.value_and_grad(loss, split="diagonal", num_microbatches=4)  # error: reportArgumentType
     jaxaccum.grad(loss, audit="loud", num_microbatches=4)  # error: reportArgumentType
     jaxaccum.grad(loss, microbatches=4)  # error: reportCallIssue
+    jaxaccum.grad(loss, accumulator="tree", num_microbatches=4)  # error: reportArgumentType
+    jaxaccum.nnx.grad(loss, microbatches=4)  # error: reportCallIssue
+    jaxaccum.nnx.value_and_grad(loss, gather="never")  # error: reportArgumentType
     jaxaccum.Mean(total=1.0)  # error: reportCallIssue
     jaxaccum.mean(1.0, 2.0)  # error: reportAttributeAccessIssue
     jaxaccum.MultiSteps(optax.sgd(0.1))  # error: reportCallIssue

@@ -16,8 +16,9 @@ from jaxaccum._program.program import Options
 from jaxaccum._tools import lowering
 from jaxaccum._tools.plan_table import Plan, Row
 from jaxaccum._tools.progress import Progress, during
+from jaxaccum._transforms.options import GradientOptions, LoopOptions
 from jaxaccum._transforms.value_and_grad import value_and_grad
-from jaxaccum.accumulators._record import Sums
+from jaxaccum.accumulators._record import AccumulatorLike
 
 _SCHEDULES: tuple[Memory, ...] = ("min", None, "store")
 
@@ -36,7 +37,7 @@ def plan(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Memory = None,
-    accumulator: Sums | None = None,
+    accumulator: AccumulatorLike | None = None,
     gather: Gather = "each",
     progress: Progress | None = None,
     **kwargs: Any,
@@ -108,16 +109,17 @@ def plan(
         counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
     call = lowering.read(args, kwargs, axes, traced={*numbers, counted}, mesh_axes=mesh_axes)
     limit = _limit(memory_bytes, call)
-    options: dict[str, Any] = {
-        "in_axes": axes, "split": split, "num_examples_argnum": num_examples_argnum,
-        "axis_name": axis_name, "mesh_axes": mesh_axes,
+    entries: Any = axes  # of this call; no user writes this form of in_axes
+    shared: LoopOptions = {
+        "in_axes": entries, "split": split, "num_examples_argnum": num_examples_argnum,
+        "axis_name": axis_name, "mesh_axes": mesh_axes, "audit": None,
     }  # fmt: skip
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     asked = any(number is not None for number in given.values())
 
     def couples(size: int) -> bool:
-        sized = Options(microbatch_size=size, memory=memory, **options)
-        return call.couples(fun, sized, numbers, has_aux=has_aux)
+        sized: LoopOptions = {**shared, "microbatch_size": size, "memory": memory}
+        return call.couples(fun, Options(**sized), numbers, has_aux=has_aux)
 
     equal = split == "strided" or call.explicit
     every = candidates(call.batch_size, shards=call.shards, equal=equal)
@@ -130,12 +132,13 @@ def plan(
     schedules: tuple[Memory, ...] = (
         (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
     )
-    options |= {"accumulator": accumulator, "gather": gather}
 
     def measure(schedule: Memory, size: int) -> lowering.Cost:
-        step = value_and_grad(
-            fun, argnums, has_aux, microbatch_size=size, memory=schedule, audit=None, **options
-        )
+        options: GradientOptions = {
+            **shared, "microbatch_size": size, "memory": schedule,
+            "accumulator": accumulator, "gather": gather,
+        }  # fmt: skip
+        step = value_and_grad(fun, argnums, has_aux, **options)
         among = f", memory={schedule!r}" if coupled else ""
         with (
             during(f"plan: compiling microbatch_size={size}{among}", progress),

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxaccum import _loop
 from jaxaccum._audit import at_call
 from jaxaccum._base.trees import cast, is_inexact
-from jaxaccum._base.types import Array, Audit, Fun, InAxes, Split
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, Split
 from jaxaccum._devices import varying
 from jaxaccum._program import prepare, reductions
 from jaxaccum._program.argument_slots import Role
@@ -36,7 +36,7 @@ def microbatch(
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
+    memory: Memory = None,
     audit: Audit = "warn",
 ) -> Fun:
     """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.

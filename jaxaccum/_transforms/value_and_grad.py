@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
 from jaxaccum._audit import at_call
-from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, PyTree, Split
+from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, Memory, PyTree, Split
 from jaxaccum._program import output_parts, prepare, validate
 from jaxaccum._program.finalize import finalized
 from jaxaccum._program.program import Options
 from jaxaccum._transforms import custom_accumulator, explicit_mesh, summed_gradients
 from jaxaccum._transforms.eager import once
-from jaxaccum.accumulators._record import Accumulator, Sums, in_place, returned
+from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
+from jaxaccum.accumulators._record import AccumulatorLike, Sums, in_place, returned
 
 
 def value_and_grad(
@@ -31,8 +32,8 @@ def value_and_grad(
     num_examples_argnum: int | None = None,
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
-    accumulator: Sums | Accumulator | Any = None,
+    memory: Memory = None,
+    accumulator: AccumulatorLike | None = None,
     gather: Gather = "each",
     audit: Audit = "warn",
 ) -> Fun:
@@ -170,22 +171,12 @@ def value_and_grad(
     return accumulated
 
 
+@shows_options_of(value_and_grad)
 def grad(
     fun: Fun,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
-    *,
-    num_microbatches: int | None = None,
-    microbatch_size: int | None = None,
-    in_axes: InAxes = (None, 0),
-    split: Split = "contiguous",
-    num_examples_argnum: int | None = None,
-    axis_name: str = "microbatch",
-    mesh_axes: str | Sequence[str] | None = None,
-    memory: Any = None,
-    accumulator: Sums | Accumulator | Any = None,
-    gather: Gather = "each",
-    audit: Audit = "warn",
+    **options: Unpack[GradientOptions],
 ) -> Fun:
     """``jax.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`, with its
     options.
@@ -216,11 +207,8 @@ def grad(
         >>> jaxaccum.grad(loss, microbatch_size=2)(1.0, jnp.arange(5.0)).item()
         2.0
     """
-    both = value_and_grad(
-        fun, argnums, has_aux, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
-        in_axes=in_axes, split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
-        mesh_axes=mesh_axes, memory=memory, accumulator=accumulator, gather=gather, audit=audit,
-    )  # fmt: skip
+    check_known(options, "grad")
+    both = value_and_grad(fun, argnums, has_aux, **options)
 
     @functools.wraps(fun)
     def gradient(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,29 @@ class Accumulator(NamedTuple):
     finalize: Callable[[Any], tuple[PyTree, Any]]
     accepts: Callable[[PyTree, Array], Array] | None = None
     dtype: Any = None
+
+
+class Record(Protocol):
+    """Any object with the three functions of an `Accumulator`, as methods."""
+
+    @property
+    def init(self) -> Callable[[PyTree], Any]:
+        """``init(params) -> state``."""
+        ...
+
+    @property
+    def update(self) -> Callable[[Any, PyTree, Array, Array], Any]:
+        """``update(state, mean_grads, weight, index) -> state``."""
+        ...
+
+    @property
+    def finalize(self) -> Callable[[Any], tuple[PyTree, Any]]:
+        """``finalize(state) -> (grads, report)``."""
+        ...
+
+
+AccumulatorLike = Accumulator | Record
+"""What ``value_and_grad(accumulator=…)`` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
