@@ -78,6 +78,7 @@ def value_and_grad(
         axis_name: the name of the loop's axis.
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
+        unroll: how many microbatches are written out per iteration, or ``"last"``.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
@@ -174,6 +175,7 @@ def grad(
         axis_name: the name of the loop's axis.
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
+        unroll: how many microbatches are written out per iteration, or ``"last"``.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.

@@ -18,6 +18,9 @@ InAxes = Sequence[Axes] | Mapping[str, Axes]
 """``in_axes``: a tuple, one entry per positional argument, or a dict of entries by names of
 arguments."""
 Split = Literal["contiguous", "strided"]
+Unroll = int | bool | Literal["last"]
+"""What is written out instead of looped over: so many microbatches per iteration, all, or the last
+one alone."""
 Memory = int | Literal["min", "store"] | None
 """What a coupled program keeps of the full batch at its cuts: nothing, everything, bytes, what is
 cheap."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxaccum._base.trees import cast, promote
-from jaxaccum._base.types import Array
+from jaxaccum._base.types import Array, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.convolutions import fast_on_cpu, has_convolutions
 from jaxaccum._program import reductions
@@ -28,6 +28,9 @@ from jaxaccum._program.reductions import Reduction
 
 Visit = Callable[..., tuple[list[Array], Any, Any]]
 """``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once per microbatch."""
+
+
+Body = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class Scanned(NamedTuple):
@@ -87,12 +90,33 @@ def scan(
         init = varying.vary((state, sums), program.axes)
         body = fast_on_cpu(step) if has_convolutions(program.traces[g].jaxpr) else step
         body = jax.checkpoint(body) if checkpoint else body
-        (state, sums), (entries, out) = lax.scan(
-            body, init, (indices, rows, extra[g] if extra else None)
-        )
+        xs = (indices, rows, extra[g] if extra else None)
+        adds_up = bool(jax.tree.leaves(sums))
+        is_last = adds_up and g == len(partition.groups) - 1
+        loop = _over_all_but_the_last if program.unroll == "last" and is_last else _over_all
+        (state, sums), (entries, out) = loop(body, init, xs, program.unroll)
         written.append(out)
         stacked.append(entries)
     return Scanned(state.parts(program, stacked), sums, written)
+
+
+def _over_all(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
+    """``lax.scan``, with so many microbatches written out per iteration."""
+    return lax.scan(body, init, xs, unroll=1 if unroll == "last" else unroll)
+
+
+def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
+    """The same, with the last microbatch behind the loop.
+
+    There XLA sees which sums are complete while it differentiates the rest, and can begin to send
+    them. Inside of a loop no sum is complete before the loop ends.
+    """
+    del unroll
+    others = jax.tree.map(lambda x: x[:-1], xs)
+    last = jax.tree.map(lambda x: x[-1], xs)
+    carried, written = lax.scan(body, init, others)
+    carried, entry = body(carried, last)
+    return carried, jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), written, entry)
 
 
 def _is_padding(first: Array, num_examples: Array) -> Array:

@@ -58,6 +58,7 @@ def prepare(
         options.mesh_axes, options.axis_name, [varying.axis_names(x) for x in arrays]
     )
     memory, audited = validate.memory(options.memory), validate.audit(options.audit) is not None
+    unroll = validate.unroll(options.unroll)
     limit = argument_slots.counter(layout.slots, arrays, counted)
     partition = _partition(options, argument_slots.batch_size(layout.slots, arrays, fun))
     given_axes = [varying.varying_axes(x) for x in arrays]
@@ -91,7 +92,7 @@ def prepare(
     slots, arrays = _unwrapped(slots, arrays)
     program = Program(
         tuple(slots), partition, outputs, terms, tuple(traces), axes, mesh_axes, tuple(given_axes),
-        limit, memory, checked, whole=whole, observed=observed, observe=tracing.observe,
+        limit, memory, unroll, checked, whole=whole, observed=observed, observe=tracing.observe,
     )  # fmt: skip
     _check_padding(program)
     return program, arrays

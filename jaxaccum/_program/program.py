@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxaccum._base.types import Array, Audit, InAxes, Memory, Split
+from jaxaccum._base.types import Array, Audit, InAxes, Memory, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import reversible
 from jaxaccum._jaxpr.traces import Trace
@@ -38,6 +38,7 @@ class Options:
     axis_name: str = "microbatch"
     mesh_axes: str | Sequence[str] | None = None
     memory: Memory = None
+    unroll: Unroll = 1
     audit: Audit = "warn"
     device_axes: tuple[str, ...] = ()
     """The axes of an explicit mesh over which the call runs device by device."""
@@ -91,6 +92,8 @@ class Program:
     """The slot that counts the examples that are no padding, if the call has one."""
     memory: Memory = None
     """The budget of a coupled program."""
+    unroll: Unroll = 1
+    """What the loop writes out; see `Unroll`."""
     checked: bool = True
     """Whether JAX could follow which values vary over a mesh; see `without_checks`."""
     shard: Array | None = None

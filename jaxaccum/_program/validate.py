@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import dtype_of, is_array, is_inexact
-from jaxaccum._base.types import MAX_GRAD, Audit, Gather, Memory, Sentinel, Split
+from jaxaccum._base.types import MAX_GRAD, Audit, Gather, Memory, Sentinel, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._program import microbatches
 
@@ -214,6 +214,20 @@ def memory(value: Any) -> Memory:
         )
     if operator.index(value) < 0:
         raise ValueError(f"memory must be at least 0 bytes; got {value!r}.")
+    return operator.index(value)
+
+
+def unroll(value: Any) -> Unroll:
+    """How much of the loop is written out."""
+    if isinstance(value, bool) or (isinstance(value, str) and value == "last"):
+        return value
+    if isinstance(value, str) or not hasattr(value, "__index__"):
+        raise TypeError(
+            "unroll must be a number of microbatches to write out per iteration, True for all of "
+            f'them, or "last" for the last one alone; got {value!r}.'
+        )
+    if operator.index(value) < 1:
+        raise ValueError(f"unroll must be at least 1 microbatch per iteration; got {value!r}.")
     return operator.index(value)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxaccum._base.source_lines import is_ours
-from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split
+from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split, Unroll
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.program import Options
@@ -37,6 +37,7 @@ def plan(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Memory = None,
+    unroll: Unroll = 1,
     accumulator: AccumulatorLike | None = None,
     gather: Gather = "each",
     progress: Progress | None = None,
@@ -79,6 +80,7 @@ def plan(
         mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these
             axes; the sizes are then those of one device's shard.
         memory: restricts the schedules of a coupled loss to this one.
+        unroll: how many microbatches are written out per iteration, or ``"last"``.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         progress: a function that is told of each program before it is compiled, such as ``print``.
@@ -112,7 +114,7 @@ def plan(
     entries: Any = axes  # of this call; no user writes this form of in_axes
     shared: LoopOptions = {
         "in_axes": entries, "split": split, "num_examples_argnum": num_examples_argnum,
-        "axis_name": axis_name, "mesh_axes": mesh_axes, "audit": None,
+        "axis_name": axis_name, "mesh_axes": mesh_axes, "unroll": unroll, "audit": None,
     }  # fmt: skip
     given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
     asked = any(number is not None for number in given.values())

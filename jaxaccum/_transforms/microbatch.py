@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxaccum import _loop
 from jaxaccum._audit import at_call
 from jaxaccum._base.trees import cast, is_inexact
-from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, Split
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._program import prepare, reductions
 from jaxaccum._program.argument_slots import Role
@@ -37,6 +37,7 @@ def microbatch(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Memory = None,
+    unroll: Unroll = 1,
     audit: Audit = "warn",
 ) -> Fun:
     """Spread `fun`, written for one microbatch, over the whole batch: ``jax.vmap`` in time.
@@ -76,6 +77,8 @@ def microbatch(
             batch, a warning says so. Else it changes nothing, but that a value computed again may
             differ by a rounding from its copy in a collective's result: a rank or a comparison of
             the two takes both from the result, or ``"store"``.
+        unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all,
+            and ``"last"`` the last one alone, behind the loop (see `value_and_grad`).
         audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``
             by an `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`,
             or None, not to look. It traces `fun` once more, for the whole batch.
@@ -104,7 +107,7 @@ def microbatch(
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
-        mesh_axes=mesh_axes, memory=memory, audit=audit,
+        mesh_axes=mesh_axes, memory=memory, unroll=unroll, audit=audit,
     )  # fmt: skip
 
     @functools.wraps(fun)

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypedDict, TypeVar
 
-from jaxaccum._base.types import Audit, Gather, InAxes, Memory, Split
+from jaxaccum._base.types import Audit, Gather, InAxes, Memory, Split, Unroll
 from jaxaccum.accumulators._record import AccumulatorLike
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +30,7 @@ class LoopOptions(TypedDict, total=False):
     axis_name: str
     mesh_axes: str | Sequence[str] | None
     memory: Memory
+    unroll: Unroll
     audit: Audit
 
 

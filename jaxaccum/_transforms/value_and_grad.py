@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import jax
 
 from jaxaccum._audit import at_call
-from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, Memory, PyTree, Split
+from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, Memory, PyTree, Split, Unroll
 from jaxaccum._program import output_parts, prepare, validate
 from jaxaccum._program.finalize import finalized
 from jaxaccum._program.program import Options
@@ -33,6 +33,7 @@ def value_and_grad(
     axis_name: str = "microbatch",
     mesh_axes: str | Sequence[str] | None = None,
     memory: Memory = None,
+    unroll: Unroll = 1,
     accumulator: AccumulatorLike | None = None,
     gather: Gather = "each",
     audit: Audit = "warn",
@@ -79,6 +80,11 @@ def value_and_grad(
             batch, a warning says so. Else it changes nothing, but that a value computed again may
             differ by a rounding from its copy in a collective's result: a rank or a comparison of
             the two takes both from the result, or ``"store"``.
+        unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all.
+            It changes the program and no value: unrolled, a step of small microbatches is often
+            faster, compiles longer, and may need more memory or less. ``"last"`` writes out the
+            last microbatch behind the loop: inside ``shard_map`` each layer's gradient can then be
+            sent while the layers below are differentiated.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
             your own, which needs a loss with one denominator; None is ``in_place()``.
         gather: on an explicit mesh, when parameters divided over the batch's axes are gathered.
@@ -97,9 +103,10 @@ def value_and_grad(
         ``in_place(jnp.float32)``, returns that dtype. A report of the accumulator comes last:
         ``((value, report), grads)``, or ``((value, aux, report), grads)``.
 
-    Guarantees: Equal to the full batch in exact arithmetic for any partition; the rounding is that
-        of one sum. `fun` is traced once per size, and once for the audit. One forward and one
-        backward pass over each microbatch. Differentiable in reverse mode.
+    Guarantees:
+        Equal to the full batch in exact arithmetic for any partition; the rounding is that of one
+        sum. `fun` is traced once per size, and once for the audit. One forward and one backward
+        pass over each microbatch. Differentiable in reverse mode.
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.
@@ -115,7 +122,7 @@ def value_and_grad(
     options = Options(
         in_axes=in_axes, num_microbatches=num_microbatches, microbatch_size=microbatch_size,
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
-        mesh_axes=mesh_axes, memory=memory, audit=audit,
+        mesh_axes=mesh_axes, memory=memory, unroll=unroll, audit=audit,
     )  # fmt: skip
     sums = in_place() if accumulator is None else accumulator
 
@@ -193,6 +200,7 @@ def grad(
         axis_name: the name of the loop's axis.
         mesh_axes: the mesh axes to sum over.
         memory: the budget of coupled programs.
+        unroll: how many microbatches are written out per iteration, or ``"last"``.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
