@@ -30,14 +30,19 @@ FIRST_MOMENT = 0.1  # AdamW's first moment after one step, over the gradient
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def with_jaxaccum(case: Case, n: int) -> Gradient:
+def with_jaxaccum(case: Case, n: int, **options: Any) -> Gradient:
     """The library, with the loss as its README writes it."""
 
     def weighted(params: Params, rows: Batch) -> Any:
         return jaxaccum.Mean(*case.terms(params, rows))
 
     loss = case.loop_loss or (weighted if case.weighted else case.mean)
-    return jaxaccum.value_and_grad(loss, num_microbatches=n)
+    return jaxaccum.value_and_grad(loss, num_microbatches=n, **options)
+
+
+def with_unrolled_jaxaccum(case: Case, n: int) -> Gradient:
+    """The same without a loop."""
+    return with_jaxaccum(case, n, unroll=True)
 
 
 def with_full_batch(case: Case, n: int) -> Gradient:
@@ -289,9 +294,11 @@ def gradient_in(opt_state: Any) -> Params:
     return jax.tree.map(lambda leaf: np.asarray(leaf) / np.float32(FIRST_MOMENT), opt_state[0].mu)
 
 
+UNROLLED = "jaxaccum, unroll=True"
 OURS, FULL, SCAN, REFS, USUAL = "jaxaccum", "full batch", "lax.scan", "references", "usual scan"
 GRADIENTS: dict[str, Callable[[Case, int], Gradient]] = {
     OURS: with_jaxaccum,
+    UNROLLED: with_unrolled_jaxaccum,
     FULL: with_full_batch,
     SCAN: with_scan,
     REFS: with_refs,
@@ -301,6 +308,7 @@ GRADIENTS: dict[str, Callable[[Case, int], Gradient]] = {
     USUAL: with_usual_scan,
     "GradCache": with_grad_cache,
 }
+ALL_OURS = (OURS, UNROLLED)
 HOST_LOOPS: dict[str, Callable[..., Any]] = {
     "optax.MultiSteps": optax.MultiSteps,
     "jaxaccum.MultiSteps": jaxaccum.MultiSteps,
