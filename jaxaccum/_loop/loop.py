@@ -109,13 +109,15 @@ def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tu
     """The same, with the last microbatch behind the loop.
 
     There XLA sees which sums are complete while it differentiates the rest, and can begin to send
-    them. Inside of a loop no sum is complete before the loop ends.
+    them. Inside of a loop no sum is complete before the loop ends. The loop reads the rows where
+    they lie: a scan over all but the last would copy them.
     """
     del unroll
-    others = jax.tree.map(lambda x: x[:-1], xs)
-    last = jax.tree.map(lambda x: x[-1], xs)
-    carried, written = lax.scan(body, init, others)
-    carried, entry = body(carried, last)
+    count = len(jax.tree.leaves(xs)[0])
+    read = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), xs)
+    others = jnp.arange(count - 1, dtype=jnp.int32)
+    carried, written = lax.scan(lambda carried, i: body(carried, read(i)), init, others)
+    carried, entry = body(carried, read(count - 1))
     return carried, jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), written, entry)
 
 
