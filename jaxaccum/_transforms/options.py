@@ -3,7 +3,7 @@
 `value_and_grad` and `microbatch`, which users read first, spell them out: an editor then shows each
 option with its default. `grad` and those of `jaxaccum.nnx` take ``**options`` of this type and pass
 them on. `plan` and `audit` spell out theirs, because their keywords are arguments of the loss.
-`tests/test_options.py` compares all of them.
+`tests/plain/test_options.py` compares all of them.
 """
 
 from __future__ import annotations

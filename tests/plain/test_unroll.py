@@ -1,0 +1,166 @@
+"""`unroll` changes the program and no value: more microbatches per iteration, or the last one
+behind the loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum as ja
+from tests.support.helpers import EXACT, data, normwise, refused
+
+W = {"a": data(5, 7), "b": data(7, 3)}
+X = data(10, 5)
+FORMS = [1, 2, 3, 64, True, False, "last"]
+"""That divide the number of microbatches, that do not, and that are more."""
+
+
+def plain(w, x):
+    return jnp.mean(jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]))
+
+
+def centred(w, x, mean=lambda h: lax.pmean(h, "microbatch")):
+    h = jnp.tanh(x @ w["a"])
+    h = h - mean(h.mean(0, keepdims=True))
+    return jnp.mean((h @ w["b"]) ** 2)
+
+
+LOSSES = {
+    "plain": (plain, plain),
+    "coupled": (centred, functools.partial(centred, mean=lambda h: h)),
+}
+
+
+def loops(fun, *args):
+    """How many loops the compiled program holds."""
+    return jax.jit(fun).lower(*args).compile().as_text().count(" while(")
+
+
+@pytest.mark.parametrize("unroll", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_form_equals_the_full_batch(name, unroll):
+    loss, whole = LOSSES[name]
+    of = jax.jit(ja.value_and_grad(loss, num_microbatches=5, unroll=unroll))
+    assert normwise(of(W, X), jax.value_and_grad(whole)(W, X)) < EXACT
+
+
+@pytest.mark.parametrize("unroll", [2, True, "last"])
+def test_microbatches_of_two_sizes(unroll):
+    of = ja.value_and_grad(plain, microbatch_size=4, unroll=unroll)
+    assert normwise(of(W, X), jax.value_and_grad(plain)(W, X)) < EXACT
+
+
+@pytest.mark.parametrize("unroll", [2, True, "last"])
+def test_the_gradient_of_microbatch(unroll):
+    rows = lambda w, x: ja.Concat(jnp.tanh(x @ w["a"]))
+    whole = lambda w, x: jnp.tanh(x @ w["a"])
+    of = lambda f: jax.value_and_grad(lambda w: jnp.sum(f(w, X) ** 3))(W)
+    assert normwise(of(ja.microbatch(rows, num_microbatches=5, unroll=unroll)), of(whole)) < EXACT
+
+
+@pytest.mark.parametrize("unroll", [2, True, "last"])
+def test_outputs_and_states_stay_in_order(unroll):
+    def loss(w, x, state):
+        seen = state + len(x) * jnp.ones(())
+        aux = {
+            "rows": ja.Concat(x),
+            "each": ja.Stack(state),
+            "last": ja.Last(x[0]),
+            "state": ja.Carry(seen),
+        }
+        return plain(w, x), aux
+
+    of = ja.value_and_grad(
+        loss, has_aux=True, num_microbatches=5, in_axes=(None, 0, ja.CARRY), unroll=unroll
+    )
+    (_, aux), _ = of(W, X, jnp.zeros(()))
+    assert jnp.array_equal(aux["rows"], X)
+    assert aux["each"].tolist() == [0, 2, 4, 6, 8]
+    assert jnp.array_equal(aux["last"], X[8])
+    assert float(aux["state"]) == 10
+
+
+@pytest.mark.parametrize("unroll", [2, True, "last"])
+def test_microbatches_of_padding_are_skipped(unroll):
+    def loss(w, batch, count):
+        del count
+        x, real = batch
+        values = jnp.sum(jnp.tanh(x @ w["a"]), axis=1)
+        return ja.Mean(jnp.sum(jnp.where(real, values, 0.0)), jnp.sum(real.astype(x.dtype)))
+
+    of = ja.value_and_grad(
+        loss, in_axes=(None, 0, None), num_examples_argnum=2, num_microbatches=5, unroll=unroll
+    )
+    whole = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x @ w["a"]), axis=1))
+    padded = (X.at[5:].set(7.0), jnp.arange(10) < 5)
+    assert normwise(of(W, padded, 5), jax.value_and_grad(whole)(W, X[:5])) < EXACT
+
+
+@pytest.mark.parametrize("accumulator", ["tree", "compensated", "skip_nonfinite"])
+def test_every_accumulator_takes_it(accumulator):
+    made = getattr(ja.accumulators, accumulator)()
+    value, grads = ja.value_and_grad(plain, num_microbatches=5, accumulator=made, unroll="last")(
+        W, X
+    )
+    value = value[0] if isinstance(value, tuple) else value
+    assert normwise((value, grads), jax.value_and_grad(plain)(W, X)) < EXACT
+
+
+def test_the_loop_is_gone_where_all_is_written_out():
+    of = lambda unroll: ja.value_and_grad(plain, num_microbatches=5, unroll=unroll)
+    assert [loops(of(form), W, X) for form in (1, 2, True, "last")] == [1, 1, 0, 1]
+
+
+def test_under_last_the_last_microbatch_is_behind_the_loop():
+    """Two products of the forward pass and three of the backward pass, in the loop and behind
+    it."""
+    of = lambda unroll: ja.value_and_grad(plain, num_microbatches=5, unroll=unroll, audit=None)
+    products = lambda unroll: str(jax.make_jaxpr(of(unroll))(W, X)).count("dot_general")
+    assert products("last") == 2 * products(1)
+    assert products(1) == products(True)  # `lax.scan` unrolls when it is compiled
+
+
+@pytest.mark.parametrize("unroll", [1, "last"])
+def test_on_a_mesh_the_gradient_is_sent_once(unroll):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    of = ja.value_and_grad(plain, num_microbatches=5, mesh_axes="data", unroll=unroll)
+    step = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    assert normwise(step(W, X), jax.value_and_grad(plain)(W, X)) < EXACT
+
+
+def test_the_last_microbatch_alone_is_another_value():
+    """The classic mistake of a peeled loop: the sums of the loop are dropped, or the last is added
+    twice."""
+    full = jax.grad(plain)(W, X)
+    last = jax.tree.map(lambda g: g / 5, jax.grad(plain)(W, X[8:]))
+    assert normwise(last, full) > EXACT
+    assert normwise(jax.tree.map(jnp.add, full, last), full) > EXACT
+
+
+@pytest.mark.parametrize(
+    ("unroll", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("first", TypeError)]
+)
+def test_what_it_does_not_take_is_refused(unroll, error):
+    call = lambda: ja.grad(plain, num_microbatches=2, unroll=unroll)(W, X)
+    refused(call, "unroll must be", repr(unroll), error=error)
+
+
+def test_the_plan_compiles_the_same_program():
+    rows = {
+        unroll: ja.plan(
+            plain, W, X, num_microbatches=5, memory_bytes=10**9, unroll=unroll
+        ).best.temp_bytes
+        for unroll in (1, True)
+    }
+    compiled = {
+        unroll: jax.jit(ja.value_and_grad(plain, num_microbatches=5, unroll=unroll))
+        .lower(W, X)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for unroll in (1, True)
+    }
+    assert rows == compiled

@@ -1,0 +1,210 @@
+"""`assert_exact` passes what is exact, and of what is not names the leaf, the partition, the error
+and the cause."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import jaxaccum
+from jaxaccum.testing import assert_exact, partitions
+from jaxaccum.testing.exactness import default_sizes
+
+PARAMS = {"w": jnp.array([0.5, -1.0], jnp.float32), "b": jnp.array(0.25, jnp.float32)}
+
+
+def a_batch(size=5):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(size, 2)), rng.normal(size=size)
+    return {"x": np.float32(x), "y": np.float32(y), "weight": np.float32([0, 1, 2, 0.5, 3])[:size]}
+
+
+def errors(params, batch):
+    return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
+
+
+def weighted_mean(params, batch):
+    return jaxaccum.Mean(jnp.sum(errors(params, batch) * batch["weight"]), jnp.sum(batch["weight"]))
+
+
+def several_terms(params, batch):
+    return {
+        "data": weighted_mean(params, batch),
+        "size": jaxaccum.Sum(1e-2 * jnp.sum(errors(params, batch))),
+    }
+
+
+def with_aux(params, batch):
+    each = errors(params, batch)
+    aux = {
+        "errors": jaxaccum.Concat(each),
+        "worst": jaxaccum.Max(jnp.max(each)),
+        "last": jaxaccum.Last(each[-1]),
+        "means": jaxaccum.Stack(jnp.mean(each)),
+    }
+    return jnp.mean(each), aux
+
+
+@given(partitions(5))
+def test_a_users_loss(options):
+    """What a user writes about their own loss."""
+    assert_exact(weighted_mean, PARAMS, a_batch(), partitions=[options])
+
+
+@pytest.mark.parametrize("fun", [weighted_mean, several_terms], ids=lambda fun: fun.__name__)
+def test_exact_losses_pass(fun):
+    assert_exact(fun, PARAMS, a_batch())
+
+
+def test_aux_is_compared_but_for_what_depends_on_the_partition():
+    assert_exact(with_aux, PARAMS, a_batch(), has_aux=True)
+
+
+def test_a_carried_state_is_threaded():
+    def fun(params, state, batch):
+        return jnp.mean(errors(params, batch)), jaxaccum.Carry(state + jnp.sum(batch["y"]))
+
+    assert_exact(
+        fun, PARAMS, jnp.float32(0), a_batch(), in_axes=(None, jaxaccum.CARRY, 0), has_aux=True
+    )
+
+
+def noisy(params, key, batch):
+    """Dropout of half the examples' errors, by one key per example or by one for all."""
+    keys = key if key.ndim else jax.random.split(key, len(batch["y"]))
+    keep = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.mean(jnp.where(keep, errors(params, batch), 0))
+
+
+def test_a_key_for_each_example_is_exact():
+    assert_exact(
+        noisy, PARAMS, jax.random.key(0), a_batch(), in_axes=(None, jaxaccum.EXAMPLE_KEY, 0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
+def test_other_dtypes_pass_within_their_own_rounding(dtype):
+    params, batch = (
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree) for tree in (PARAMS, a_batch())
+    )
+    assert_exact(weighted_mean, params, batch, partitions=[2])
+
+
+def untagged_ratio(params, batch):
+    return jnp.sum(errors(params, batch) * batch["weight"]) / jnp.sum(batch["weight"] + 1e-3)
+
+
+def untagged_sum(params, batch):
+    return jnp.sum(errors(params, batch))
+
+
+def sum_of_means(params, batch):
+    return jaxaccum.Sum(jnp.mean(errors(params, batch)))
+
+
+def mean_of_means(params, batch):
+    return jaxaccum.Mean(weighted := untagged_ratio(params, batch), jnp.ones_like(weighted))
+
+
+def normalized(params, batch):
+    return jnp.mean(
+        errors(params, batch | {"x": batch["x"] - jnp.mean(batch["x"], axis=0, keepdims=True)})
+    )
+
+
+def with_its_own_key(params, batch):
+    noise = jax.random.normal(jax.random.key(0), batch["y"].shape, batch["y"].dtype)
+    return jnp.mean(errors(params, batch | {"y": batch["y"] + noise}))
+
+
+def divided_again(params, batch):
+    return jnp.mean(errors(params, batch)) / jax.lax.axis_size("microbatch")
+
+
+def growing(params, batch):
+    """Later microbatches count for more."""
+    return jnp.mean(errors(params, batch)) * jnp.float32(1 + jax.lax.axis_index("microbatch"))
+
+
+CAUSES = {
+    growing: "none of the known wrong rules",
+    untagged_ratio: "normalizer is not the number of examples",
+    normalized: "examples are coupled",
+    untagged_sum: "return jaxaccum.Sum",
+    sum_of_means: "a factor of the number of microbatches",
+    mean_of_means: "mean of the microbatches' means",
+    with_its_own_key: "a key of its own",
+    divided_again: "value and gradient are 0.333333 times the full batch's, over 3 microbatches",
+}
+
+
+@pytest.mark.parametrize("fun", CAUSES, ids=lambda fun: fun.__name__)
+def test_a_failure_names_its_cause(fun):
+    with pytest.raises(AssertionError, match=re.escape(CAUSES[fun])):
+        assert_exact(fun, PARAMS, a_batch(), partitions=[2])
+
+
+def test_a_key_for_each_microbatch_is_named():
+    with pytest.raises(AssertionError, match="use EXAMPLE_KEY"):
+        assert_exact(
+            noisy,
+            PARAMS,
+            jax.random.key(0),
+            a_batch(),
+            in_axes=(None, jaxaccum.KEY, 0),
+            partitions=[2],
+        )
+
+
+def test_a_failure_names_leaf_partition_error_and_bound():
+    with pytest.raises(AssertionError) as caught:
+        assert_exact(untagged_ratio, PARAMS, a_batch(), partitions=[5, {"num_microbatches": 2}])
+    message = str(caught.value)
+    assert "value_and_grad(fun, num_microbatches=2) is not the full batch's" in message
+    assert re.search(r"leaf +(value|gradient\['[wb]'\])\n", message)
+    assert "num_microbatches=2 of 5 examples" in message
+    assert re.search(r"error +\d[\d.e+-]+ of the largest entry\n +bound +\d[\d.e+-]+\n", message)
+
+
+def test_wrong_aux_is_named():
+    def fun(params, batch):
+        return jnp.mean(errors(params, batch)), {
+            "count": jaxaccum.Max(jnp.float32(len(batch["y"])))
+        }
+
+    with pytest.raises(AssertionError, match=r"aux\['count'\]"):
+        assert_exact(fun, PARAMS, a_batch(), has_aux=True, partitions=[2])
+
+
+def test_batch_norm_without_its_axis_is_caught():
+    model = nn.BatchNorm(use_running_average=False)
+    batch = a_batch()["x"]
+    variables = model.init(jax.random.key(0), batch)
+
+    def fun(params, rows):
+        outputs, _ = model.apply(variables | {"params": params}, rows, mutable=["batch_stats"])
+        return jnp.mean(outputs**3)
+
+    params = {"scale": jnp.ones(2, jnp.float32), "bias": jnp.ones(2, jnp.float32)}
+    with pytest.raises(AssertionError, match="BatchNorm needs axis_name='microbatch'"):
+        assert_exact(fun, params, batch, partitions=[2])
+
+
+def test_no_partition_is_refused():
+    with pytest.raises(ValueError, match="partitions is empty"):
+        assert_exact(weighted_mean, PARAMS, a_batch(), partitions=[])
+
+
+def test_the_audit_reads_the_loss_first(monkeypatch):
+    monkeypatch.delattr(jaxaccum, "audit", raising=False)
+    with pytest.raises(ValueError, match=r"jaxaccum\.audit"):
+        assert_exact(weighted_mean, PARAMS, a_batch(), audit=True)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 7, 8])])
+def test_default_sizes(size, expected):
+    assert default_sizes(size) == expected
