@@ -21,8 +21,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob += [
-        path.name
-        for path in pathlib.Path(__file__).parent.glob("test_*.py")
+        str(path)
+        for path in pathlib.Path(__file__).parent.rglob("test_*.py")
         if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
 

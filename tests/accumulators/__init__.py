@@ -1,0 +1,1 @@
+"""The accumulators, and what they report."""

@@ -1,0 +1,251 @@
+"""What the audit advises: the cause first, the line of the user's, and a fix that fits what is there."""
+
+import functools
+import importlib.util
+import os
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxaccum
+from jaxaccum import EXAMPLE_KEY, KEY
+from tests.support.helpers import EXACT, data, normwise, refused
+
+W, X = data(3, 5), np.asarray(data(8, 3, seed=1))
+
+
+@pytest.fixture(autouse=True)
+def _as_the_libraries_are_used():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# -- BatchNorm that sums over devices already -------------------------------------------------------------------------
+
+
+def linen(axis_name):
+    layer = nn.BatchNorm(use_running_average=False, axis_name=axis_name, param_dtype=jnp.float64)
+    variables = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64).init(jax.random.key(0), X @ W)
+    return lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0]
+
+
+def of_nnx(axis_name):
+    layer = nnx.BatchNorm(5, axis_name=axis_name, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+    wide = lambda: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), state)  # its running averages too
+    return lambda x: nnx.merge(graphdef, wide())(x)
+
+
+LAYER = """
+import jax
+import jax.numpy as jnp
+
+class BatchNorm:
+    def __init__(self, {keyword}=None):
+        self.axes = {keyword}
+
+    def __call__(self, x):
+        mean, square = jnp.mean(x, 0, keepdims=True), jnp.mean(x**2, 0, keepdims=True)
+        if self.axes is not None:
+            mean, square = jax.lax.pmean((mean, square), self.axes)
+        return (x - mean) * jax.lax.rsqrt(square - mean**2 + 1e-3)
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A layer of another library, from a file that lies where the library's own does."""
+
+    def load(path, keyword):
+        file = tmp_path / "site-packages" / path
+        os.makedirs(file.parent)
+        file.write_text(LAYER.format(keyword=keyword))
+        name = f"installed_{keyword}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module.BatchNorm
+
+    return load
+
+
+def normalized(layer):
+    return lambda w, x: jnp.mean(jnp.tanh(layer(x @ w)) ** 2)
+
+
+def reports_on_devices(losses):
+    """What the audit says inside `pmap`, where the axis has a meaning."""
+    found = []
+
+    def step(w, x):
+        found.extend(jaxaccum.audit(loss, w, x) for loss in losses)
+        return jnp.mean(x)
+
+    jax.pmap(step, axis_name="batch", in_axes=(None, 0))(W, np.stack([X, X]))
+    return found
+
+
+@pytest.mark.parametrize("make", [linen, of_nnx])
+def test_a_batch_norm_is_told_to_add_the_loops_axis_to_its_own(make):
+    alone, shared, both = reports_on_devices([normalized(make(n)) for n in (None, "batch", ("batch", "microbatch"))])
+    assert 'axis_name="microbatch":' in alone.findings[0].fix
+    assert 'axis_name=("batch", "microbatch"):' in shared.findings[0].fix
+    assert (alone.exact, shared.exact, both.exact) == (False, False, True)
+    assert alone.findings[0].use.file == shared.findings[0].use.file == __file__
+
+
+def test_haikus_is_told_by_its_own_argument(installed):
+    layer = installed("haiku/_src/batch_norm.py", "cross_replica_axis")
+    names = (None, "batch", ("batch", "microbatch"))
+    losses = [normalized(layer(cross_replica_axis=name)) for name in names]
+    alone, shared, both = reports_on_devices(losses)
+    assert 'cross_replica_axis="microbatch":' in alone.findings[0].fix
+    assert 'cross_replica_axis=("batch", "microbatch"):' in shared.findings[0].fix
+    assert both.exact
+
+
+def test_equinoxs_has_an_axis_of_vmap_which_it_keeps(installed):
+    layer = installed("equinox/nn/_batch_norm.py", "axis_name")
+    report = jaxaccum.audit(normalized(layer()), W, X)
+    assert 'axis_name=("batch", "microbatch"), where "batch" is the axis of your jax.vmap' in report.findings[0].fix
+
+
+def test_an_axis_without_a_meaning_is_one_clear_error():
+    for make in (linen, of_nnx):
+        loss = normalized(make("batch"))
+        refused(lambda loss=loss: jaxaccum.audit(loss, W, X), "the axis 'batch'", __file__, "jax.pmap")
+    with pytest.raises(NameError, match="undefined"):
+        jaxaccum.audit(lambda w, x: undefined, W, X)  # noqa: F821
+
+
+# -- the cause first --------------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def gate(x):
+    return jnp.maximum(x, 0.0)
+
+
+gate.defjvps(lambda t, _, x: jnp.where(x > 0, t, 0.0))  # its rule stands in a file of JAX's
+
+
+def score(w, x, t, key):
+    """The loss of one example of a diffusion model at time t."""
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    std = jnp.sqrt(jnp.maximum(1 - jnp.exp(-t), 1e-5))
+    h = gate((x * jnp.exp(-0.5 * t) + std * noise) @ w)
+    h = jax.nn.gelu((h - jnp.mean(h)) / jnp.sqrt(jnp.var(h) + 1e-5) * t)
+    return (1 - jnp.exp(-t)) * jnp.mean((h + jnp.sum(noise) / std) ** 2)
+
+
+def diffusion(w, x, key):
+    """Times that are spread evenly over the microbatch, and not over the batch."""
+    keys, n = jax.random.split(key, len(x) + 1), len(x)
+    t = jax.random.uniform(keys[0], (n,), x.dtype, 0.0, 10.0 / n)
+    t = t + (10.0 / n) * jnp.arange(1.0 * n)
+    return jnp.mean(jax.vmap(functools.partial(score, w))(x, t, keys[1:]))
+
+
+def scaled(w, x, keys):
+    """Times that depend on the number of examples alone."""
+    t = jnp.full(len(x), 10.0 / len(x))
+    return jnp.mean(jax.vmap(functools.partial(score, w))(x, t, keys))
+
+
+def line(report):
+    """The source of the line that the first finding points to."""
+    frame = report.findings[0].origin
+    with open(frame.file) as source:
+        return source.readlines()[frame.line - 1]
+
+
+def test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own():
+    report = jaxaccum.audit(diffusion, W, X, jax.random.key(0), in_axes=(None, 0, KEY))
+    assert (report.verdict, report.findings[0].kind) == ("POSITION", "position")
+    assert "jnp.arange" in line(report)
+    assert [finding.kind for finding in report.findings[1:]] == ["random"] * (len(report.findings) - 1)
+    report_of_size = jaxaccum.audit(scaled, W, X, jax.random.key(0), in_axes=(None, 0, EXAMPLE_KEY))
+    (finding,) = report_of_size.findings
+    assert finding.kind == "batch_size"
+    for each in (*report.findings, finding):
+        frames = [frame for frame in (each.origin, each.use) if frame is not None]
+        assert all(frame.file == __file__ for frame in frames)
+
+
+def stratified(w, x, key, place=None, size=None):
+    """One time per example, spread evenly over the batch where its `place` and `size` are the batch's."""
+    size = len(x) if size is None else size
+    place = jnp.arange(1.0 * size) if place is None else place
+    t = (jax.random.uniform(key, (), x.dtype) + place) / size
+    return jnp.mean((x @ w * t[:, None]) ** 2)
+
+
+def test_the_fix_of_a_place_names_its_divisor_and_the_shared_key():
+    """Each piece of the advice is needed: what follows half of it is told the other half, at the right line."""
+    key, places = jax.random.key(0), jnp.arange(8.0)
+    keyed = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, KEY), audit="raise")
+    says = "position = jnp.arange(n)", "divide by n", "a key with None in in_axes"
+    refused(lambda: keyed(W, X, key), *says, error=jaxaccum.InexactError)
+    halved = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, None, 0), audit="raise")
+    says = "test_audit_advice.py:", "place) / size\n", "where another value needs the size"
+    refused(lambda: halved(W, X, key, places), *says, error=jaxaccum.InexactError)
+    whole = {"place": places, "size": 8}
+    mended = functools.partial(stratified, size=8)
+    assert jaxaccum.audit(mended, W, X, key, places, in_axes=(None, 0, None, 0)).exact
+    step = jaxaccum.grad(mended, num_microbatches=4, in_axes=(None, 0, None, 0))
+    full = jax.grad(stratified)(W, X, key, **whole)
+    assert normwise(step(W, X, key, places), full) < EXACT
+    unmended = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, None), audit=None)
+    assert normwise(unmended(W, X, key), full) > 1e3 * EXACT
+
+
+def clip(w, x):
+    """Two towers, compared within the rows that there are."""
+    a, b = jnp.tanh(x @ w), jnp.tanh(x @ w[::-1])
+    logits = a @ b.T
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits))
+
+
+def gathered_clip(w, x):
+    """The same as the advice has it."""
+    a, b = jnp.tanh(x @ w), jnp.tanh(x @ w[::-1])
+    others = jax.lax.all_gather(b, "microbatch", tiled=True)
+    return jnp.mean(jax.nn.logsumexp(a @ others.T, axis=1) - jnp.sum(a * b, axis=1))
+
+
+def test_the_fix_of_pairs_is_what_makes_them_exact():
+    fix = jaxaccum.audit(clip, W, X).findings[0].fix
+    assert 'others = jax.lax.all_gather(b, "microbatch", tiled=True)' in fix
+    assert "jnp.sum(a * b, axis=1)" in fix
+    full = jax.grad(clip)(W, X)
+    assert normwise(jaxaccum.grad(gathered_clip, num_microbatches=4)(W, X), full) < EXACT
+    assert normwise(jaxaccum.grad(clip, num_microbatches=4, audit=None)(W, X), full) > 1e3 * EXACT
+
+
+def test_two_causes_come_in_the_order_of_the_program():
+    def loss(w, x):
+        centred = jnp.tanh(x - jnp.mean(x, axis=0, keepdims=True)) @ w
+        scaled = jnp.tanh(x @ w / len(x))
+        return jnp.mean(centred) + jnp.mean(scaled)
+
+    kinds = [finding.kind for finding in jaxaccum.audit(loss, W, X).findings]
+    assert kinds == ["coupling", "batch_size"]
+
+
+def test_a_rule_without_a_file_of_the_users_is_told_of_where_it_is_called():
+    mixing = jax.custom_jvp(lambda x: x)
+    mixing.defjvps(lambda t, _, x: t - jnp.mean(t, axis=0, keepdims=True))
+    (finding,) = jaxaccum.audit(lambda w, x: jnp.mean(mixing(x @ w) ** 2), W, X).findings
+    assert finding.origin.file == __file__
+    assert finding.kind == "coupling"
+
+
+def test_a_report_says_fix_with_a_colon():
+    report = jaxaccum.audit(lambda w, x: jnp.sum(x @ w), W, X)
+    assert f"    fix: {report.findings[0].fix}" in str(report).splitlines()

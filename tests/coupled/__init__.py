@@ -1,0 +1,1 @@
+"""Losses whose examples interact: collectives over the loop's axis."""

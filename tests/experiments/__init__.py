@@ -1,0 +1,1 @@
+"""The experiments, the recipes and the notebook run, and their checks can fail."""

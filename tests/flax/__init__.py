@@ -1,0 +1,1 @@
+"""Models of Flax: nnx, linen, their random streams and normalization layers."""

@@ -1,0 +1,304 @@
+"""Streams of a model that each example has for itself: no partition changes masks and noise."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum as ja
+from tests.flax.streaming import state, step
+from tests.support.helpers import EXACT, data, normwise, refused, same
+
+WIDE = {"param_dtype": jnp.float64}
+X, Y = data(8, 3), data(8, 2, seed=1)
+BATCH = {"x": X, "y": Y}
+OPTIONS = [{"num_microbatches": n} for n in (1, 4, 8)] + [
+    {"microbatch_size": 3},
+    {"num_microbatches": 2, "split": "strided"},
+]
+EQUAL = [options for options in OPTIONS if "microbatch_size" not in options]
+pytestmark = pytest.mark.usefixtures("compiling_fast")
+EVERY = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+class Net(nnx.Module):
+    """A perceptron with dropout, and perhaps the whole batch's statistics, over axes `norm`."""
+
+    def __init__(self, norm=None, impl="threefry2x32"):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(3, 4, rngs=rngs, **WIDE)
+        self.last = nnx.Linear(4, 2, rngs=rngs, **WIDE)
+        self.norm = ja.nnx.BatchNorm(4, axis_name=norm, rngs=rngs, **WIDE) if norm else None
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=jax.random.key(1, impl=impl)))
+
+    def __call__(self, x):
+        x = self.first(x)
+        x = x if self.norm is None else self.norm(x)
+        return self.last(self.dropout(self.dropout(jnp.tanh(x))))
+
+
+def loss(model, batch):
+    return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+
+def keeps(model, size, width):
+    """What the two dropouts keep: a Python loop draws it from each example's own key."""
+    stream = model.dropout.rngs
+    count = int(stream.count.get_value())
+    draw = lambda key, n: jax.random.bernoulli(jax.random.fold_in(key, count + n), 0.5, (width,))
+    keys = jax.random.split(stream.key.get_value(), size)
+    return [jnp.stack([draw(key, n) for key in keys]) for n in range(2)]
+
+
+def by_hand(model):
+    """Value and gradient of `loss` on the whole batch, without nnx."""
+    masks = keeps(model, len(X), 4)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def whole(params):
+        x = X @ params["first"]["kernel"] + params["first"]["bias"][None]
+        if "norm" in params:
+            x = (x - jnp.mean(x, 0)[None]) / jnp.sqrt(jnp.var(x, 0) + model.norm.epsilon)[None]
+            x = x * params["norm"]["scale"][None] + params["norm"]["bias"][None]
+        x = jnp.tanh(x)
+        for keep in masks:
+            x = jnp.where(keep, 2 * x, 0.0)
+        return jnp.mean((x @ params["last"]["kernel"] + params["last"]["bias"][None] - Y) ** 2)
+
+    return jax.value_and_grad(whole)(params)
+
+
+def pure(result):
+    value, grads = result
+    return value, nnx.to_pure_dict(grads)
+
+
+@EVERY
+@pytest.mark.parametrize("compiled", [nnx.jit, lambda f: f], ids=["jit", "eager"])
+def test_every_example_has_the_mask_of_its_own_key(compiled, options):
+    model, twin = Net(), Net()
+    expected = by_hand(model)
+    assert normwise(pure(compiled(step(loss, **options))(model, BATCH)), expected) < EXACT
+    assert (
+        normwise(pure(step(loss, **options, example_streams=False)(twin, BATCH)), expected) > 1e-2
+    )
+    expected = by_hand(model)  # the second call draws other masks
+    assert normwise(pure(compiled(step(loss, **options))(model, BATCH)), expected) < EXACT
+
+
+@pytest.mark.parametrize("options", EQUAL, ids=str)
+@pytest.mark.parametrize("memory", ["min", "store"])
+def test_a_coupled_model_is_exact_with_its_masks(memory, options):
+    model, twin = Net("microbatch"), Net("microbatch")
+    expected = by_hand(model)
+    assert normwise(pure(step(loss, **options, memory=memory)(model, BATCH)), expected) < EXACT
+    if (
+        options["num_microbatches"] < 8
+    ):  # of one example per microbatch, all streams are the example's
+        assert (
+            normwise(pure(step(loss, **options, example_streams=False)(twin, BATCH)), expected)
+            > 1e-2
+        )
+
+
+@EVERY
+@pytest.mark.parametrize("norm", [None, "microbatch"])
+def test_the_state_afterwards_is_that_of_the_full_batch(norm, options):
+    """The streams advance once, by as many draws as the model makes, and hold ordinary keys."""
+    if norm and options not in EQUAL:
+        return
+    model, whole = Net(norm), Net(norm)
+    structure, key = jax.tree.structure(nnx.state(model)), model.dropout.rngs.key.get_value()
+    step(loss, **options)(model, BATCH)
+    loss(whole, BATCH)
+    assert normwise(state(model)["dropout"], state(whole)["dropout"]) == 0
+    assert normwise(state(model), state(whole)) < EXACT
+    assert jax.tree.structure(nnx.state(model)) == structure
+    assert model.dropout.rngs.key.get_value().dtype == key.dtype
+    assert model.dropout.rngs.count.get_value() == 2
+    assert model.dropout.rngs.count.get_value().dtype == jnp.uint32
+
+
+@pytest.mark.parametrize("norm", [None, "microbatch"])
+def test_other_generators_draw_one_example_after_the_other(norm):
+    for options in EQUAL[1:3]:
+        model = Net(norm, impl="rbg")
+        expected = by_hand(model)
+        assert normwise(pure(step(loss, **options)(model, BATCH)), expected) < EXACT
+
+
+# -- devices ----------
+
+
+MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+EXPLICIT = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("norm", [None, ("data", "microbatch")], ids=["plain", "coupled"])
+def test_devices_and_microbatches_draw_the_masks_of_the_full_batch(norm, check_vma):
+    model = Net(norm)
+    expected = by_hand(model)
+    graphdef, variables = nnx.split(model)
+
+    def own(variables, batch, *, n=2, **options):
+        model = nnx.merge(graphdef, variables, copy=True)
+        result = step(loss, num_microbatches=n, mesh_axes="data", **options)(model, batch)
+        return pure(result), state(model)["dropout"]
+
+    specs = {"mesh": MESH, "in_specs": (P(), P("data")), "out_specs": P(), "check_vma": check_vma}
+    actual, streams = jax.jit(jax.shard_map(own, **specs))(variables, BATCH)
+    assert normwise(actual, expected) < EXACT
+    loss(whole := Net(), BATCH)
+    assert normwise(streams, state(whole)["dropout"]) == 0
+    if norm:  # without statistics of all devices, a state that is carried is refused on a mesh
+        threaded = lambda variables, batch: own(variables, batch, n=1, example_streams=False)
+        actual, _ = jax.jit(jax.shard_map(threaded, **specs))(variables, BATCH)
+        assert normwise(actual, expected) > 1e-2
+
+
+@pytest.mark.parametrize("norm", [None, "microbatch"], ids=["plain", "coupled"])
+def test_an_explicit_mesh_draws_the_masks_of_the_full_batch(norm):
+    model, batch = Net(norm), jax.device_put(BATCH, NamedSharding(EXPLICIT, P("data")))
+    expected = by_hand(model)
+    with jax.set_mesh(EXPLICIT):
+        for n in (1, 2):
+            assert (
+                normwise(pure(step(loss, num_microbatches=n)(Net(norm), batch)), expected) < EXACT
+            )
+
+
+def test_gathered_parameters_keep_the_streams_of_the_examples():
+    model, batch = Net(), jax.device_put(BATCH, NamedSharding(EXPLICIT, P("data")))
+    expected = by_hand(model)
+    model.first.kernel.set_value(
+        jax.device_put(model.first.kernel[...], NamedSharding(EXPLICIT, P(None, "data")))
+    )
+    with jax.set_mesh(EXPLICIT):
+        actual = step(loss, num_microbatches=2, audit=None)(model, batch)
+    assert normwise(jax.device_get(pure(actual)), expected) < EXACT
+
+
+# -- what surrounds them ----------
+
+
+def test_keys_pass_the_check_for_keys_used_twice():
+    with jax.debug_key_reuse(True):
+        for options in (OPTIONS[1], OPTIONS[3]):
+            step(loss, **options)(Net(), BATCH)
+        step(loss, **OPTIONS[1])(Net("microbatch"), BATCH)
+
+
+def test_padding_that_is_skipped_leaves_the_streams_as_they_were():
+    def fun(model, batch, count):
+        mask = batch["i"] < count
+        error = jnp.sum((model(batch["x"]) - batch["y"]) ** 2, 1)
+        return ja.Mean(jnp.sum(jnp.where(mask, error, 0.0)), jnp.sum(mask))
+
+    batch = BATCH | {"i": jnp.arange(8)}
+    options = {"in_axes": (None, 0, None), "num_examples_argnum": 2}
+    for count in (8, 5, 0):
+        model, whole = Net(), Net()
+        actual = step(fun, num_microbatches=4, **options)(model, batch, count)
+        assert (
+            normwise(actual, step(fun, num_microbatches=1, **options)(whole, batch, count)) < EXACT
+        )
+        assert normwise(state(model), state(whole)) == 0
+        assert model.dropout.rngs.count.get_value() == (2 if count else 0)
+        assert same(state(model)["dropout"]["rngs"]["key"], state(Net())["dropout"]["rngs"]["key"])
+
+
+def test_streams_are_left_where_every_microbatch_is_skipped():
+    model, batch = Net(), {"x": X * jnp.nan, "y": Y}
+    skip = ja.accumulators.skip_nonfinite()
+    step(loss, num_microbatches=4, accumulator=skip)(model, batch)
+    assert normwise(state(model), state(Net())) == 0
+
+
+def mean_of_the_batch(model, batch):
+    return jnp.mean((model(batch["x"]) - jnp.mean(batch["x"])) ** 2)
+
+
+def mean_of_the_noise(model, batch):
+    noise = jax.random.normal(model.dropout.rngs(), batch["x"].shape, jnp.float64)
+    return jnp.mean(model(batch["x"])) * jnp.mean(noise)
+
+
+@pytest.mark.parametrize("fun", [mean_of_the_batch, mean_of_the_noise])
+def test_the_audit_still_finds_examples_that_meet(fun):
+    with pytest.raises(ja.InexactError, match="not exact over microbatches"):
+        step(fun, num_microbatches=2, audit="raise")(Net(), BATCH)
+
+
+# -- what cannot be divided among the examples ----------
+
+
+def test_draws_that_belong_to_no_example_are_refused():
+    def call(draw, size=4):
+        def fun(model, batch):
+            drawn = draw(model.dropout.rngs(), batch["x"]).astype(jnp.float64)
+            return jnp.mean(model(batch["x"])) * jnp.mean(drawn)
+
+        return lambda: step(fun, microbatch_size=size, audit=None)(Net(), BATCH)
+
+    merged = lambda key, x: jax.random.bits(key, (3 * len(x),))
+    says = "draw at", __file__, "[12] for 4 examples", "[24] for 8", 'example_streams="dropout"'
+    refused(call(merged), *says)
+    pairs = lambda key, x: jax.random.bits(key, (len(x), len(x)))
+    refused(call(pairs), "[4, 4] for 4", "[8, 8] for 8", "no axis")
+    own = lambda key, x: jax.vmap(lambda key: jax.random.bits(key, (3,)))(
+        jax.random.split(key, len(x))
+    )
+    refused(call(own), "an array of keys, [4] for 4 examples", "all their rows from it at once")
+    refused(call(lambda key, x: jax.random.gamma(key, 1.0, x.shape)), "gamma", "EXAMPLE_KEY")
+    uniform = lambda key, i, shape: jax.random.uniform(jax.random.fold_in(key, i), shape)
+    both = lambda key, x: jnp.mean(uniform(key, 0, (4, 3))) * uniform(key, 1, x.shape)
+    refused(call(both), "cannot be told apart", "another microbatch size")
+    call(both, size=2)()
+    often = lambda key, x: sum(
+        jax.random.bits(jax.random.fold_in(key, i), (3,)) for i in range(len(x))
+    )
+    refused(call(often), "6 times for 4 examples and 10 times for 8")
+
+
+def test_a_fun_of_one_size_is_refused_and_other_errors_are_its_own():
+    def fixed(model, batch):
+        return loss(model, batch) * jnp.mean(batch["x"] + jnp.ones((4, 3)))
+
+    refused(
+        lambda: step(fixed, num_microbatches=2, audit=None)(Net(), BATCH),
+        "for 4 examples",
+        "does not run on 8",
+    )
+    broken = lambda model, batch: loss(model, batch) + batch["z"]
+    with pytest.raises(KeyError, match="z"):
+        step(broken, num_microbatches=2)(Net(), BATCH)
+    refused(
+        lambda: step(lambda m, b: loss(m, b)[None], num_microbatches=2)(Net(), BATCH),
+        "scalar",
+        error=TypeError,
+    )
+
+
+def test_a_stream_keeps_its_kind():
+    def replacing(model, batch):
+        model.dropout.rngs.key.set_value(jax.random.key(5))
+        return loss(model, batch)
+
+    refused(
+        lambda: step(replacing, num_microbatches=2)(Net(), BATCH),
+        "another key into",
+        "dropout",
+        "before the call",
+    )
+
+    def growing(model, batch):
+        stream = model.dropout.rngs
+        stream.count.set_value(jnp.zeros((2,), jnp.uint32))
+        return jnp.mean(model.first(batch["x"]))
+
+    refused(
+        lambda: step(growing, num_microbatches=2)(Net(), BATCH), "count", "uint32[]", "uint32[2]"
+    )

@@ -1,0 +1,224 @@
+"""Where a model with example streams draws: behind transformations, from several streams, for all."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxaccum as ja
+from tests.flax.streaming import state, step
+from tests.support.helpers import EXACT, data, normwise, refused
+
+pytestmark = pytest.mark.usefixtures("compiling_fast")
+WIDE = {"param_dtype": jnp.float64}
+X = data(8, 3)
+OPTIONS = [{"num_microbatches": 1}, {"microbatch_size": 3}]
+
+
+def alone(fun, model, batch):
+    """Value and gradient of the examples one by one, each as if it were alone in its batch."""
+    total, size = None, len(jax.tree.leaves(batch)[0])
+    for i in range(size):
+        own = copy.deepcopy(model)
+        for path, variable in nnx.to_flat_state(nnx.state(own, nnx.RngKey)):
+            del path
+            split = lambda key, i=i: jax.random.split(key, size)[i]
+            keys = variable.get_value()
+            mapped = (
+                jax.vmap(split)(keys.reshape(-1)).reshape(keys.shape) if keys.ndim else split(keys)
+            )
+            variable.set_value(mapped)
+        result = nnx.value_and_grad(fun)(own, jax.tree.map(lambda x, i=i: x[i : i + 1], batch))
+        total = result if total is None else jax.tree.map(jnp.add, total, result)
+    return jax.tree.map(lambda x: x / size, total)
+
+
+class Drawing(nnx.Module):
+    """A model that draws behind a transformation of nnx, or from streams of several kinds."""
+
+    def __init__(self, how):
+        self.how, rngs = how, nnx.Rngs(0)
+        self.linear, self.rngs = nnx.Linear(3, 3, rngs=rngs, **WIDE), nnx.Rngs(noise=5)
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.key = nnx.RngKey(jax.random.key(2), tag="own")
+        layer = lambda rngs: nnx.Dropout(0.5, rngs=rngs)
+        self.layers = nnx.vmap(layer, in_axes=0, out_axes=0)(nnx.Rngs(7).split(3))
+
+    def __call__(self, x):
+        return DRAWS[self.how](self, self.linear(x))
+
+
+def noise(key, x):
+    return x * (1 + jax.random.normal(key, x.shape, x.dtype))
+
+
+def splitting(model, x):
+    key, own = jax.random.split(model.key.get_value())
+    model.key.set_value(key)
+    return noise(own, x)
+
+
+def layered(body):
+    return lambda model, x: nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x, model.layers
+    )
+
+
+def drop_path(model, x):
+    """One number per example, as stochastic depth draws it."""
+    return jnp.where(jax.random.bernoulli(model.rngs.noise(), 0.5, (len(x), 1)), x, 0.0)
+
+
+def time_major(model, x):
+    """Dropout where the examples lie on the second axis, as recurrent layers have them."""
+    x = jnp.stack([x, 2 * x])
+    return jnp.mean(model.dropout(x), 0)
+
+
+def forked(model, x):
+    return noise(model.rngs.fork().noise(), noise(model.rngs.noise(), x))
+
+
+DRAWS = {
+    "checkpoint": lambda model, x: nnx.remat(lambda m, x: m.dropout(x))(model, x),
+    "jit": lambda model, x: nnx.jit(lambda m, x: m.dropout(x))(model, x),
+    "layers in a scan": layered(lambda x, layer: jnp.sin(layer(x))),
+    "checkpointed layers": layered(nnx.remat(lambda x, layer: jnp.sin(layer(x)))),
+    "a key that is split": splitting,
+    "a fork": forked,
+    "one number per example": drop_path,
+    "the second axis": time_major,
+    "two streams": lambda model, x: noise(model.rngs.noise(), model.dropout(x)),
+    "given to the layer": lambda model, x: model.dropout(x, rngs=model.rngs.noise()),
+}
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_wherever_a_model_draws_an_example_draws_as_if_it_were_alone(how):
+    fun = lambda model, x: jnp.mean(model(x) ** 2)
+    expected = alone(fun, Drawing(how), X)
+    for options in OPTIONS:
+        model, whole = Drawing(how), Drawing(how)
+        assert normwise(step(fun, **options)(model, X), expected) < EXACT
+        fun(whole, X)
+        assert normwise(state(model), state(whole)) == 0
+    assert normwise(step(fun, **options, example_streams=False)(Drawing(how), X), expected) > 1e-2
+
+
+# -- draws that all examples share ----------
+
+
+class Sharing(nnx.Module):
+    """A model whose draws are the batch's: noise on a weight, or one mask for all examples."""
+
+    def __init__(self, how):
+        self.how, rngs = how, nnx.Rngs(0)
+        self.linear, self.rngs = nnx.Linear(4, 4, rngs=rngs, **WIDE), nnx.Rngs(1)
+        self.dropout = nnx.Dropout(0.5, broadcast_dims=(0,), rngs=rngs)
+        heads = {
+            "num_heads": 2,
+            "in_features": 4,
+            "decode": False,
+            "dropout_rate": 0.5,
+            "deterministic": False,
+        }
+        self.attention = nnx.MultiHeadAttention(**heads, rngs=rngs, **WIDE)
+
+    def __call__(self, x):
+        match self.how:
+            case "a weight":
+                kernel = self.linear.kernel[...]
+                return x @ (
+                    kernel * (1 + jax.random.normal(self.rngs(), kernel.shape, kernel.dtype))
+                )
+            case "a number":
+                return self.linear(x) * jax.random.uniform(self.rngs(), (), jnp.float64)
+            case "gamma":
+                return (
+                    self.linear(x)
+                    * jax.random.gamma(self.rngs(), 2.0, (4,), jnp.float64)[None, None]
+                )
+            case "a mask":
+                return self.dropout(self.linear(x))
+            case _:  # Flax shares the mask of attention by default
+                return self.attention(x)
+
+
+@pytest.mark.parametrize("how", ["a weight", "a number", "gamma", "a mask", "attention"])
+def test_what_all_examples_share_is_drawn_once_for_the_batch(how):
+    """Also where a microbatch is as long as the weight, or has one example."""
+    fun = lambda model, x: jnp.mean(model(x) ** 2)
+    tokens, whole = data(8, 4, 4), Sharing(how)
+    expected = nnx.value_and_grad(fun)(whole, tokens)
+    one = {
+        "num_microbatches": 8,
+        "audit": None,
+    }  # of one example JAX broadcasts nothing, which the audit cannot follow
+    for options in (one, {"num_microbatches": 2}, {"microbatch_size": 3}):
+        model = Sharing(how)
+        assert normwise(step(fun, **options)(model, tokens), expected) < EXACT
+        assert normwise(state(model), state(whole)) == 0
+    assert (
+        normwise(step(fun, **options, example_streams=False)(Sharing(how), tokens), expected) > 1e-2
+    )
+
+
+# -- which streams ----------
+
+
+def test_a_filter_says_which_streams():
+    fun = lambda model, x: jnp.mean(model(x) ** 2)
+    for selected in ("noise", nnx.PathContains("rngs"), lambda path, x: x.tag == "noise"):
+        model = Drawing("two streams")
+        step(fun, num_microbatches=4, example_streams=selected)(model, X)
+        assert model.rngs.noise.count.get_value() == 1
+        assert model.dropout.rngs.count.get_value() == (
+            1 if isinstance(selected, nnx.PathContains) else 4
+        )
+    both = step(fun, num_microbatches=4, example_streams=("noise", "default"))(
+        Drawing("two streams"), X
+    )
+    assert normwise(both, alone(fun, Drawing("two streams"), X)) < EXACT
+    none = step(fun, num_microbatches=4, example_streams=None)(Drawing("two streams"), X)
+    assert (
+        normwise(none, ja.nnx.value_and_grad(fun, num_microbatches=4)(Drawing("two streams"), X))
+        == 0
+    )
+    wrong = step(fun, num_microbatches=2, example_streams="dropout")
+    says = "'dropout'", "none", "'default', 'noise', 'own'"
+    refused(lambda: wrong(Drawing("two streams"), X), *says)
+
+
+def test_a_model_without_streams_has_none():
+    fun = lambda model, x: jnp.mean(model(x) ** 2)
+    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0), **WIDE)
+    assert (
+        normwise(step(fun, num_microbatches=4)(linear, X), nnx.value_and_grad(fun)(linear, X))
+        < EXACT
+    )
+
+
+def test_streams_may_be_an_argument_and_aux_comes_out():
+    model, rngs = nnx.Linear(3, 3, rngs=nnx.Rngs(0), **WIDE), nnx.Rngs(dropout=1)
+
+    def fun(model, x, rngs):
+        y = noise(rngs.dropout(), model(x))
+        return jnp.mean(y**2), ja.Concat(y)
+
+    keys = jax.random.split(rngs.dropout.key.get_value(), 8)
+    draws = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(key, 0), (3,), jnp.float64) for key in keys]
+    )
+    for options in OPTIONS:
+        (_, rows), _ = step(fun, **options, has_aux=True, in_axes=(None, 0, None))(
+            model, X, nnx.Rngs(dropout=1)
+        )
+        assert normwise(rows, model(X) * (1 + draws)) < EXACT
+    grads, rows = ja.nnx.grad(
+        fun, num_microbatches=4, has_aux=True, in_axes=(None, 0, None), example_streams="dropout"
+    )(model, X, rngs)
+    assert normwise(rows, model(X) * (1 + draws)) < EXACT
+    assert rngs.dropout.count.get_value() == 1
+    assert set(grads) == {"kernel", "bias"}

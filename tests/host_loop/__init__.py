@@ -1,0 +1,1 @@
+"""The loop on the host: `MultiSteps`, and checkpoints of a run."""

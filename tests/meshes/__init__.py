@@ -1,0 +1,1 @@
+"""Batches and parameters divided over devices and processes."""

@@ -1,0 +1,1 @@
+"""The plain path: arguments, partition, tags, weights, keys, state, errors and memory."""

@@ -1,0 +1,106 @@
+"""Equal equations become calls of one function: the same numbers, the same derivatives, and one derivation per kind."""
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxaccum._jaxpr.derived_once import as_calls
+from tests.support.helpers import data
+
+X, W = data(4, 3), data(3, 3, seed=1)
+
+
+def layers(w, x):
+    for _ in range(12):
+        x = jnp.tanh(x @ w) + 0.5 * lax.integer_pow(x, 2)
+    return jnp.sum(x)
+
+
+PROGRAMS = {
+    "layers": layers,
+    "a scan": lambda w, x: jnp.sum(lax.scan(lambda h, _: (jnp.sin(h @ w), None), x, None, length=3)[0]),
+    "a branch": lambda w, x: jnp.sum(lax.cond(x[0, 0] > 0, lambda h: h @ w, lambda h: jnp.cos(h), x)),
+    "a rule": lambda w, x: jnp.sum(jax.nn.relu(x @ w) + jax.nn.softplus(x)),
+    "indices": lambda w, x: jnp.sum(w[jnp.array([0, 2, 2])] * x[jnp.array([1, 1, 3])]),
+    "linear algebra": lambda w, x: jnp.sum(jnp.linalg.solve(w + 5 * jnp.eye(3), x.T)),
+    "random numbers": lambda w, x: jnp.sum(x @ w * jax.random.normal(jax.random.key(0), (4, 3), x.dtype)),
+    "weak types": lambda w, x: jnp.sum(jnp.where(x > 0, 2.0, w[0, 0]) * 3),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_same_numbers_and_the_same_derivatives(name):
+    loss = PROGRAMS[name]
+    closed = jax.make_jaxpr(loss)(W, X)
+    calls = as_calls(closed.jaxpr)
+    ours = lambda w, x: jax.core.eval_jaxpr(calls, closed.consts, w, x)[0]
+    for transform in (lambda f: f, jax.value_and_grad, jax.hessian):
+        expected, actual = (jax.jit(transform(f))(W, X) for f in (loss, ours))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_one_function_for_all_equations_of_a_kind():
+    jaxpr = as_calls(jax.make_jaxpr(layers)(W, X).jaxpr)
+    held = [id(eqn.params["jaxpr"]) for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
+    assert len(held) == len(jaxpr.eqns) >= 5 * 12
+    assert len(set(held)) == 6  # dot, tanh, power, half of it, sum of the two; and the last sum
+
+
+def test_calls_vanish_from_what_comes_out():
+    jaxpr = as_calls(jax.make_jaxpr(layers)(W, X).jaxpr)
+    again = jax.make_jaxpr(lambda w, x: jax.core.eval_jaxpr(jaxpr, [], w, x))(W, X)
+    plain = jax.make_jaxpr(layers)(W, X)
+    assert [eqn.primitive for eqn in again.eqns] == [eqn.primitive for eqn in plain.eqns]
+
+
+SIGNED = {
+    # two programs that differ in one number alone
+    "the sign of zero": [lambda x, z=z: jnp.arctan2(lax.full_like(x, z), x) for z in (0.0, -0.0)],
+    "another literal": [lambda x, k=k: x * k for k in (2.0, 3.0)],
+    "another power": [lambda x, k=k: lax.integer_pow(x, k) for k in (2, 3)],
+    "another axis": [lambda x, k=k: jnp.cumsum(x, axis=k) for k in (0, 1)],
+    "another length": [lambda x, k=k: x[:k] * 2.0 for k in (2, 3)],
+    "another dtype": [lambda x, d=d: x.astype(d) * 2 for d in (jnp.float32, jnp.float64)],
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_what_differs_in_a_number_is_another_kind(name):
+    for fun in SIGNED[name]:
+        jaxpr = jax.make_jaxpr(fun)(-X)
+        (out,) = jax.core.eval_jaxpr(as_calls(jaxpr.jaxpr), jaxpr.consts, -X)
+        expected = fun(-X)
+        assert out.dtype == expected.dtype
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
+
+
+def test_effects_and_programs_stay_as_they_are():
+    def fun(x):
+        jax.debug.print("{}", x[0, 0])
+        return lax.fori_loop(0, 2, lambda _, h: jnp.sin(h), x)
+
+    jaxpr = jax.make_jaxpr(fun)(X).jaxpr
+    pairs = zip(jaxpr.eqns, as_calls(jaxpr).eqns, strict=True)
+    kept = [eqn.primitive.name for eqn, new in pairs if eqn is new]
+    assert {"debug_callback", "debug_print"} & set(kept)
+    assert {"while", "scan"} & set(kept)
+
+
+def test_on_each_mesh_its_own():
+    """The types of values inside shard_map name its mesh."""
+    fun = lambda x: jnp.sin(x) * 2.0
+    for count in (2, 4):
+        mesh = jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+
+        def one(x):
+            jaxpr = jax.make_jaxpr(fun)(x)
+            assert isinstance(jaxpr.jaxpr, jex.Jaxpr)
+            return jax.core.eval_jaxpr(as_calls(jaxpr.jaxpr), jaxpr.consts, x)[0]
+
+        over = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
+        np.testing.assert_allclose(over(X), fun(X), rtol=1e-15)

@@ -1,0 +1,1 @@
+"""`jaxaccum.testing`: what users test their own losses with."""

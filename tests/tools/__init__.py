@@ -1,0 +1,1 @@
+"""The tools: the plan, and what a notebook shows."""
