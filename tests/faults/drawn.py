@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print(*(f"{file}:{fault}" for fault in every), sep="\n")
             continue
-        tests = [f"tests/{test}" for test in TESTS[pathlib.Path(file).name]]
+        tests = [f"tests/{test}" for test in TESTS[file.removeprefix("jaxaccum/")]]
         with tempfile.TemporaryDirectory() as folder:
             copy_tree(pathlib.Path(folder))
             survived += len(survivors(pathlib.Path(folder), file, tests, timeout=options.timeout))

@@ -1,172 +1,290 @@
-"""Deliberate faults in how gradients add up and in the derivatives of `microbatch`; rows for tests/faults/listed.py."""
+"""Deliberate faults in how gradients add up and in the derivatives of `microbatch`."""
 
-ROWS = [
-    (
-        "a declared maximum is summed", "_program/argument_slots.py",
-        "overwritten=axis is MAX_GRAD or _OVERWRITTEN in name", "overwritten=_OVERWRITTEN in name",
+from tests.faults.fault import Fault
+
+FAULTS = [
+    Fault(
+        "a declared maximum is summed",
+        "_slot",
+        "overwritten=axis is MAX_GRAD or _OVERWRITTEN in name",
+        "overwritten=_OVERWRITTEN in name",
         "flax/test_float8.py::test_a_declared_maximum_is_the_full_batchs",
     ),
-    (
-        "maxima of a coupled loss are summed", "_coupled/gradient.py",
-        "return jnp.maximum(old, new) if v in self.overwritten else old + new", "return old + new",
+    Fault(
+        "maxima of a coupled loss are summed",
+        "Reverse.combined",
+        "return jnp.maximum(old, new) if v in self.overwritten else old + new",
+        "return old + new",
         "flax/test_float8.py::test_of_a_coupled_loss_too",
     ),
-    (
-        "a maximum that has seen no example overwrites the value", "_loop/maxima.py",
-        "jnp.where(maximum == _lowest(maximum.dtype), cast(value, maximum.dtype), maximum)", "maximum",
+    Fault(
+        "a maximum that has seen no example overwrites the value",
+        "or_kept",
+        "jnp.where(maximum == _lowest(maximum.dtype), cast(value, maximum.dtype), maximum)",
+        "maximum",
         "flax/test_float8.py::test_an_argument_of_its_own_and_where_all_examples_are_padding",
     ),
-    (
-        "a maximum is one device's", "_transforms/summed_gradients.py",
+    Fault(
+        "a maximum is one device's",
+        "_largest",
         "        maximum, value = lax.pmax((maximum, value), names)\n",
         "        maximum, value = lax.pmin((maximum, value), names)\n",
         "flax/test_float8.py::test_over_devices_it_is_the_largest_of_all",
     ),
-    (
-        "a parameter read twice counts once", "_jaxpr/running_sums.py",
-        "sums[place] = add(sums[place], ", "sums[place] = add(cotangents[1][place], ",
+    Fault(
+        "a parameter read twice counts once",
+        "_read_backward",
+        "sums[place] = add(sums[place], ",
+        "sums[place] = add(cotangents[1][place], ",
         "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
-    (
-        "a scan adds to the first layer", "_jaxpr/running_sums.py",
-        "indices = jnp.arange(eqn.params[\"length\"], dtype=jnp.int32)",
-        "indices = jnp.zeros(eqn.params[\"length\"], jnp.int32)",
+    Fault(
+        "a scan adds to the first layer",
+        "_run_scan",
+        'indices = jnp.arange(eqn.params["length"], dtype=jnp.int32)',
+        'indices = jnp.zeros(eqn.params["length"], jnp.int32)',
         "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
-    (
-        "a scan in reverse runs forwards", "_jaxpr/running_sums.py",
-        'for name in ("length", "reverse", "unroll")', 'for name in ("length", "unroll")',
+    Fault(
+        "a scan in reverse runs forwards",
+        "_run_scan",
+        'for name in ("length", "reverse", "unroll")',
+        'for name in ("length", "unroll")',
         "programs/test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
     ),
-    (
-        "two scanned parameters change places", "_jaxpr/running_sums.py",
+    Fault(
+        "two scanned parameters change places",
+        "_run_scan.body",
         "for i, row in zip(scanned, read, strict=True):",
         "for i, row in zip(scanned, read[::-1], strict=True):",
         "programs/test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
     ),
-    (
-        "what a loop scans and closes over has one gradient", "_jaxpr/running_sums.py",
+    Fault(
+        "what a loop scans and closes over has one gradient",
+        "_run_scan.body",
         'outs = inner.called(eqn.params["jaxpr"], operands, shared)',
         'outs = inner.called(eqn.params["jaxpr"], operands, {} if scanned else shared)',
         "programs/test_nested_programs.py::test_the_shortest_plain_program_of_each_form_is_exact",
     ),
-    (
-        "a slice adds to the start", "_jaxpr/running_sums.py",
+    Fault(
+        "a slice adds to the start",
+        "_run_slice",
         'where = [jnp.int32(start) for start in eqn.params["start_indices"]]',
         'where = [jnp.int32(0) for _ in eqn.params["start_indices"]]',
         "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
-    (
-        "what a scan carries is threaded", "_jaxpr/running_sums.py",
-        "return [i for i in found if i < num_consts] + rows", "return found",
+    Fault(
+        "what a scan carries is threaded",
+        "_threads_of_scan",
+        "return [i for i in found if i < num_consts] + rows",
+        "return found",
         "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
-    (
-        "a checkpoint drops its sums", "_jaxpr/running_sums.py",
-        "return inner.called(eqn.params[\"jaxpr\"], values, local), inner.sums",
-        "return inner.called(eqn.params[\"jaxpr\"], values, local), sums",
+    Fault(
+        "a checkpoint drops its sums",
+        "_run_checkpoint.body",
+        'return inner.called(eqn.params["jaxpr"], values, local), inner.sums',
+        'return inner.called(eqn.params["jaxpr"], values, local), sums',
         "programs/test_running_sums.py::test_a_stack_of_layers_is_never_added_whole",
     ),
-    (
-        "an output that is a parameter passes no gradient", "_jaxpr/running_sums.py",
-        "found = {v for v in jaxpr.outvars if _holds(v, places)}", "found = set()",
+    Fault(
+        "an output that is a parameter passes no gradient",
+        "_read_by_value",
+        "found = {v for v in jaxpr.outvars if _holds(v, places)}",
+        "found = set()",
         "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
     ),
-    (
-        "a backward rule sees the cotangent 1", "_transforms/microbatch.py",
-        "        if (\n            len(reached) == 1\n            and _is_scalar_sum(program, reached[0])\n            and not program.has_backward_rule\n        ):\n", "        if len(reached) == 1 and _is_scalar_sum(program, reached[0]):\n",
+    Fault(
+        "a backward rule sees the cotangent 1",
+        "_differentiable.rule",
+        "        if (\n"
+        "            len(reached) == 1\n"
+        "            and _is_scalar_sum(program, reached[0])\n"
+        "            and not program.has_backward_rule\n"
+        "        ):\n",
+        "        if len(reached) == 1 and _is_scalar_sum(program, reached[0]):\n",
         "programs/test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
     ),
-    (
-        "a backward rule sees its microbatch's weight", "_transforms/custom_accumulator.py",
-        "return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)", "return weight",
+    Fault(
+        "a backward rule sees its microbatch's weight",
+        "_divisor",
+        "return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)",
+        "return weight",
         "programs/test_user_rules.py::test_a_backward_rule_sees_the_cotangent_of_the_full_batch",
     ),
-    (
-        "a while loop is taken for reversible", "_jaxpr/reversible.py",
-        'if name == "while":\n        return False', 'if name == "while":\n        return True',
+    Fault(
+        "a while loop is taken for reversible",
+        "_eqn_is_reversible",
+        'if name == "while":\n        return False',
+        'if name == "while":\n        return True',
         "programs/test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
     ),
-    (
-        "every linear solve is taken for reversible", "_jaxpr/reversible.py",
-        'return eqn.params["jaxprs"].transpose_solve is not None', "return True",
+    Fault(
+        "every linear solve is taken for reversible",
+        "_eqn_is_reversible",
+        'return eqn.params["jaxprs"].transpose_solve is not None',
+        "return True",
         "programs/test_user_rules.py::test_forward_mode_needs_no_reverse_rule",
     ),
-    (
-        "gradients keep the dtype of their sum", "accumulators/_record.py",
-        "return grad if explicit else cast(grad, parameter.dtype)", "return grad",
+    Fault(
+        "gradients keep the dtype of their sum",
+        "returned",
+        "return grad if explicit else cast(grad, parameter.dtype)",
+        "return grad",
         "accumulators/test_accumulators.py::test_gradients_have_the_dtype_of_their_parameters",
     ),
-    (
-        "named tuples of programs become tuples", "_jaxpr/equations.py",
-        "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)", "tuple(new)",
+    Fault(
+        "named tuples of programs become tuples",
+        "changed_param",
+        "jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)",
+        "tuple(new)",
         "programs/test_user_rules.py::test_a_check_and_a_solve",
     ),
-    (
-        "a constant state is a Python scalar", "_coupled/cut.py",
-        "[jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]", "list(values)",
+    Fault(
+        "a constant state is a Python scalar",
+        "Fragment._as_arrays",
+        "[jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]",
+        "list(values)",
         "programs/test_user_rules.py::test_a_coupled_state_may_become_a_constant",
     ),
-    (
-        "checks of a microbatch are dropped", "_transforms/microbatch.py",
-        "if program.has_checks:", "if False:",
+    Fault(
+        "checks of a microbatch are dropped",
+        "_differentiable",
+        "if program.has_checks:",
+        "if False:",
         "programs/test_user_rules.py::test_checks_inside_the_loss_are_reported",
     ),
-    (
-        "float8 maxima are summed", "_loop/maxima.py",
-        "[jnp.maximum(old, cast(new, old.dtype))", "[old + cast(new, old.dtype)",
+    Fault(
+        "float8 maxima are summed",
+        "combine",
+        "[jnp.maximum(old, cast(new, old.dtype))",
+        "[old + cast(new, old.dtype)",
         "flax/test_float8.py::test_scales_and_maxima_are_those_of_the_full_batch",
     ),
-    (
-        "an empty state is no state", "_program/argument_slots.py",
-        "carry, bool(states))", "carry, any(slot.role is Role.CARRY for slot in slots))",
+    Fault(
+        "an empty state is no state",
+        "read",
+        "carry, bool(states))",
+        "carry, any(slot.role is Role.CARRY for slot in slots))",
         "plain/test_arguments_as_they_come.py::test_a_state_without_leaves_is_carried",
     ),
-    (
-        "batch groups of a convolution are its batch", "_jaxpr/convolutions.py",
+    Fault(
+        "batch groups of a convolution are its batch",
+        "_canonical",
         "x = _batch_groups_as_feature_groups(x, groups)",
         "x = x.reshape(len(x) // groups, *x.shape[1:-1], groups * x.shape[-1])",
         "programs/test_convolutions.py::test_any_convolution_and_both_of_its_gradients",
     ),
-    (
-        "a convolution comes back in the fast layout", "_jaxpr/convolutions.py",
+    Fault(
+        "a convolution comes back in the fast layout",
+        "_canonical",
         "return jnp.transpose(y, _places(numbers.out_spec))",
         "return y.reshape([y.shape[i] for i in _places(numbers.out_spec)])",
         "programs/test_convolutions.py::test_any_convolution_and_both_of_its_gradients",
     ),
-    (
-        "every device has the layout of the CPU", "_jaxpr/convolutions.py",
-        "cpu=canonical, default=as_it_is", "cpu=canonical, default=canonical",
+    Fault(
+        "every device has the layout of the CPU",
+        "_call.convolve",
+        "cpu=canonical, default=as_it_is",
+        "cpu=canonical, default=canonical",
         "programs/test_convolutions.py::test_on_other_devices_the_program_is_what_it_was[tpu]",
     ),
-    (
-        "convolutions in the loop stay as they are", "_loop/loop.py",
-        "fast_on_cpu(step) if has_convolutions", "step if has_convolutions",
-        "programs/test_convolutions.py::test_on_cpu_every_convolution_in_the_loop_has_the_fast_layout",
+    Fault(
+        "convolutions in the loop stay as they are",
+        "scan",
+        "fast_on_cpu(step) if has_convolutions",
+        "step if has_convolutions",
+        "programs/test_convolutions.py::"
+        "test_on_cpu_every_convolution_in_the_loop_has_the_fast_layout",
     ),
-    (
-        "a kept program is taken for another of its shapes", "_jaxpr/structure.py",
-        "operands = _operands(eqn.invars, place)", "operands = ()",
+    Fault(
+        "a kept program is taken for another of its shapes",
+        "_key",
+        "operands = _operands(eqn.invars, place)",
+        "operands = ()",
         "plain/test_eager.py::test_what_the_function_reads_may_change_between_calls",
     ),
-    (
-        "negative zero is zero", "_jaxpr/structure.py",
-        "return v.aval, np.asarray(v.val).tobytes()", "return v.aval, np.asarray(v.val).tolist()",
+    Fault(
+        "negative zero is zero",
+        "literal_key",
+        "return v.aval, np.asarray(v.val).tobytes()",
+        "return v.aval, np.asarray(v.val).tolist()",
         "plain/test_eager.py::test_the_sign_of_zero_is_seen",
     ),
-    (
-        "every eager call compiles", "_transforms/eager.py",
-        "run = _compiled(_Keyed(key_of(jaxpr), jaxpr))", "run = _compiled(_Keyed(id(jaxpr), jaxpr))",
+    Fault(
+        "every eager call compiles",
+        "once",
+        "run = _compiled(_Keyed(key_of(jaxpr), jaxpr))",
+        "run = _compiled(_Keyed(id(jaxpr), jaxpr))",
         "plain/test_eager.py::test_the_second_call_compiles_nothing",
     ),
-    (
-        "a kept program is run under settings of an earlier call", "_jaxpr/structure.py",
-        "context = compat.context_key(eqn)", "context = ()",
+    Fault(
+        "a kept program is run under settings of an earlier call",
+        "_key",
+        "context = compat.context_key(eqn)",
+        "context = ()",
         "plain/test_eager.py::test_settings_of_jax_may_change_between_calls",
     ),
-    (
-        "an array of numpy is what it was", "_jaxpr/structure.py",
-        "return held.shape, held.dtype, held.tobytes()", "return held.shape, held.dtype",
+    Fault(
+        "an array of numpy is what it was",
+        "_const_key",
+        "return held.shape, held.dtype, held.tobytes()",
+        "return held.shape, held.dtype",
         "plain/test_eager.py::test_an_array_of_numpy_may_change_in_place",
     ),
-]  # fmt: skip
+    Fault(
+        "one denominator for all terms",
+        "total_seed",
+        "ratio(one, known[term.weight])",
+        "ratio(one, known[program.terms[0].weight])",
+        "plain/test_value_and_grad.py::test_argnums_name_parameters_and_the_batch",
+    ),
+    Fault(
+        "a weight passes no gradient",
+        "_moving_weights",
+        "return [term.weight] if program.depends([term.weight], wrt) else []",
+        "return []",
+        "plain/test_value_and_grad.py::test_argnums_name_parameters_and_the_batch",
+    ),
+    Fault(
+        "a reader forgets the sum",
+        "_add_whole",
+        "return total + gradient",
+        "return gradient",
+        "programs/test_running_sums.py::test_the_sum_grows_by_the_gradient",
+    ),
+    Fault(
+        "gradients stay on their device",
+        "over_shards",
+        "        axes.append(\n"
+        "            varying.gradient_axes(grad, program.given_axes[i], "
+        "program.mesh_axes)\n"
+        "            if is_summed\n"
+        "            else ()\n"
+        "        )\n",
+        "        axes.append(())\n",
+        "meshes/test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
+    ),
+    Fault(
+        "a denominator of one device's examples",
+        "known_first",
+        "totals = _over_mesh(restricted, engine.run(restricted, arrays))",
+        "totals = engine.run(restricted, arrays)",
+        "meshes/test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
+    ),
+    Fault(
+        "side effects happen twice",
+        "known_first",
+        "program.pure().only(",
+        "program.only(",
+        "plain/test_value_and_grad.py::test_side_effects_happen_once_a_microbatch",
+    ),
+    Fault(
+        "a coupled cotangent counts once per device",
+        "_run_with_gradient",
+        "return typed(result, program.axes)",
+        "return varying.vary(result, program.axes)",
+        "coupled/test_on_meshes.py::"
+        "test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside",
+    ),
+]

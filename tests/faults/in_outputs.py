@@ -1,97 +1,178 @@
 """Deliberate faults in what a call takes in and gives back: weights, dtypes, keys, models."""
 
-ROWS = [
-    (
-        "a weight of the index is taken for a constant", "_transforms/summed_gradients.py",
-        "variables.isdisjoint(trace.jaxpr.invars)", "variables.isdisjoint(trace.jaxpr.invars[1:])",
+from tests.faults.fault import Fault
+
+FAULTS = [
+    Fault(
+        "a weight of the index is taken for a constant",
+        "_is_constant",
+        "variables.isdisjoint(trace.jaxpr.invars)",
+        "variables.isdisjoint(trace.jaxpr.invars[1:])",
         "plain/test_weights.py::test_a_weight_of_the_index_is_that_of_each_microbatch",
     ),
-    (
-        "a weight of the device is taken for a constant", "_transforms/summed_gradients.py",
-        "not trace.other_axes and variables", "variables",
+    Fault(
+        "a weight of the device is taken for a constant",
+        "_is_constant",
+        "not trace.other_axes and variables",
+        "variables",
         "plain/test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
     ),
-    (
-        "skipped microbatches count", "_transforms/summed_gradients.py",
-        "if program.coupled or program.limit is not None:", "if program.coupled:",
+    Fault(
+        "skipped microbatches count",
+        "_is_static",
+        "if program.coupled or program.limit is not None:",
+        "if program.coupled:",
         "plain/test_weights.py::test_constant_weights_count_as_often_as_their_totals_do",
     ),
-    (
-        "a weight counts padding", "_program/prepare.py",
-        "if program.depends([leaf.part], rows):", "if False:",
+    Fault(
+        "a weight counts padding",
+        "_check_padding",
+        "if program.depends([leaf.part], rows):",
+        "if False:",
         "plain/test_weights.py::test_a_weight_that_counts_padding_is_refused",
     ),
-    (
-        "the place of a device keeps its type", "_devices/without_checks.py",
-        "return eqn.replace(primitive=_index)", "return eqn",
+    Fault(
+        "the place of a device keeps its type",
+        "with_exchanges.change",
+        "return eqn.replace(primitive=_index)",
+        "return eqn",
         "plain/test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
     ),
-    (
-        "narrow integers are summed as they are", "_base/trees.py",
-        "return jax.dtypes.canonicalize_dtype(widest)", "return dtype",
+    Fault(
+        "narrow integers are summed as they are",
+        "widen",
+        "return jax.dtypes.canonicalize_dtype(widest)",
+        "return dtype",
         "plain/test_weights.py::test_integers_of_any_width_are_counted",
     ),
-    (
-        "weights are counted in integers", "_program/output_parts.py",
+    Fault(
+        "weights are counted in integers",
+        "_Reader.weight",
         "self.part(name, Reduction.SUM, cast(x, floating(dtype_of(x))))",
         "self.part(name, Reduction.SUM, x)",
         "plain/test_weights.py::test_token_counts_beyond_32_bits",
     ),
-    (
-        "a maximum starts at an infinity that is none", "_program/reductions.py",
-        "if not np.isnan(np.asarray(infinity).astype(dtype)):", "if True:",
+    Fault(
+        "a maximum starts at an infinity that is none",
+        "_extreme",
+        "if not np.isnan(np.asarray(infinity).astype(dtype)):",
+        "if True:",
         "plain/test_weights.py::test_extrema_of_dtypes_without_an_infinity",
     ),
-    (
-        "keys of every generator are folded together", "_program/example_keys.py",
-        'in ("threefry2x32", "rbg")', 'in ("threefry2x32", "rbg", "unsafe_rbg")',
-        "plain/test_keys_and_carry.py::test_example_keys_of_every_generator_depend_on_the_example_alone",
+    Fault(
+        "keys of every generator are folded together",
+        "example_keys",
+        'in ("threefry2x32", "rbg")',
+        'in ("threefry2x32", "rbg", "unsafe_rbg")',
+        "plain/test_keys_and_carry.py::"
+        "test_example_keys_of_every_generator_depend_on_the_example_alone",
     ),
-    (
-        "the loop holds typed keys", "_program/prepare.py",
-        "slots, arrays = _unwrapped(slots, arrays)", "slots, arrays = list(slots), list(arrays)",
+    Fault(
+        "the loop holds typed keys",
+        "prepare",
+        "slots, arrays = _unwrapped(slots, arrays)",
+        "slots, arrays = list(slots), list(arrays)",
         "plain/test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
     ),
-    (
-        "an argument handed on is its own", "_program/assignments.py",
-        "return [place == i for i, place", "return [place is not None for i, place",
+    Fault(
+        "an argument handed on is its own",
+        "unchanged",
+        "return [place == i for i, place",
+        "return [place is not None for i, place",
         "flax/test_nnx_arguments.py::test_parameters_that_change_places_are_assigned_to",
     ),
-    (
-        "what a scan carries is changed", "_program/assignments.py",
-        "carry = [i if i == consts + k else None", "carry = [None",
+    Fault(
+        "what a scan carries is changed",
+        "_scan",
+        "carry = [i if i == consts + k else None",
+        "carry = [None",
         "flax/test_nnx_arguments.py::test_a_model_goes_through_transformations_of_nnx",
     ),
-    (
-        "what a scan reads and writes is changed", "_program/assignments.py",
-        "written = [i if i is not None and i >= consts + carried else None", "written = [None",
+    Fault(
+        "what a scan reads and writes is changed",
+        "_scan",
+        "written = [i if i is not None and i >= consts + carried else None",
+        "written = [None",
         "flax/test_nnx_arguments.py::test_a_model_goes_through_transformations_of_nnx",
     ),
-    (
-        "assignments to a model are lost", "_program/assignments.py",
-        "if (name := _assigned(fun, before, treedef)) is not None:", "if False:",
+    Fault(
+        "assignments to a model are lost",
+        "call",
+        "if (name := _assigned(fun, before, treedef)) is not None:",
+        "if False:",
         "flax/test_nnx_arguments.py::test_an_assignment_that_would_be_lost_is_refused",
     ),
-    (
-        "a filter selects outside of models too", "_flax/nnx_models.py",
-        "path in outside or accepts(path, variable)", "accepts(path, variable)",
+    Fault(
+        "a filter selects outside of models too",
+        "_selector",
+        "path in outside or accepts(path, variable)",
+        "accepts(path, variable)",
         "flax/test_nnx_arguments.py::test_gradients_are_those_of_nnx_for_whatever_holds_variables",
     ),
-    (
-        "an empty gradient passes", "_flax/nnx_models.py",
-        "if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):", "if False:",
+    Fault(
+        "an empty gradient passes",
+        "_check_selected",
+        "if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):",
+        "if False:",
         "flax/test_nnx_arguments.py::test_an_argument_without_anything_to_differentiate_is_refused",
     ),
-    (
-        "the report of a model's gradient is dropped", "nnx.py",
+    Fault(
+        "the report of a model's gradient is dropped",
+        "nnx:grad.gradient",
         "return (grads, *value[1:]) if isinstance(value, tuple) else grads",
         "return (grads, value[1]) if has_aux else grads",
         "flax/test_nnx_arguments.py::test_a_report_comes_last",
     ),
-    (
-        "strided rows are merged along the first axis", "_program/microbatches.py",
+    Fault(
+        "strided rows are merged along the first axis",
+        "Partition.merge_rows",
         'after = axis + 1 if self.split == "strided" else axis',
         'after = 1 if self.split == "strided" else axis',
         "plain/test_partition.py::test_rows_return_to_their_places_along_any_axis",
     ),
-]  # fmt: skip
+    Fault(
+        "the running variance is biased",
+        "Moments.unbiased_variance",
+        "jnp.maximum(self.counted - 1, 0)",
+        "self.counted",
+        "flax/test_norms.py::test_running_statistics_of_torch_are_unbiased[linen]",
+    ),
+    Fault(
+        "the variance is that within microbatches",
+        "_together",
+        "total(parts.squares + weighted(_square(apart)))",
+        "total(parts.squares)",
+        "flax/test_norms.py::"
+        "test_masked_microbatches_have_the_statistics_of_the_whole_batch[2-linen]",
+    ),
+    Fault(
+        "the rounding of the mean stays",
+        "_about",
+        "jnp.maximum(squares - counted * _square(error), 0)",
+        "squares",
+        "flax/test_norms.py::test_the_rounding_of_the_mean_leaves_the_variance",
+    ),
+    Fault(
+        "an empty batch moves running statistics",
+        "update.moved",
+        "jnp.where(new.counted > 0, average, before)",
+        "average",
+        "flax/test_norms.py::test_an_empty_batch_moves_nothing_and_has_gradient_zero[linen]",
+    ),
+    Fault(
+        "statistics of low precision",
+        "BatchNorm.__call__",
+        "batch_norm.at_least_float32 if self.force_float32_reductions else jnp.dtype",
+        "jnp.dtype",
+        "flax/test_norms.py::test_statistics_of_low_precision_are_float32[bfloat16-linen]",
+    ),
+    Fault(
+        "the model forgets its state",
+        "value_and_grad.accumulated",
+        "        models.update(state, streams)\n",
+        "",
+        "flax/test_nnx.py::"
+        "test_it_is_the_host_loop_of_nnx_with_all_of_its_state["
+        "jit-{'num_microbatches': 3}]",
+    ),
+]

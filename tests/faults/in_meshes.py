@@ -1,0 +1,59 @@
+"""Deliberate faults on meshes of devices."""
+
+from tests.faults.fault import Fault
+
+FAULTS = [
+    Fault(
+        "every device takes every n-th row",
+        "_Spread._own_options",
+        "mesh_axes=(*outer, *self.axes),",
+        'split="strided", mesh_axes=(*outer, *self.axes),',
+        "meshes/test_data_parallel.py::test_groups_of_adjacent_rows_stay_together",
+    ),
+    Fault(
+        "global arrays are cut across their shards",
+        "_Spread.globally",
+        "dataclasses.replace(self.options, blocks=self.shards)",
+        "self.options",
+        "meshes/test_data_parallel.py::"
+        "test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says",
+    ),
+    Fault(
+        "a gradient has the type of its parameter",
+        "as_cotangent",
+        "unreduced=own.reduced, reduced=own.unreduced",
+        "unreduced=own.unreduced, reduced=own.reduced",
+        "meshes/test_data_parallel.py::"
+        "test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types",
+    ),
+    Fault(
+        "every device takes a whole microbatch",
+        "_Spread._own_options",
+        "min(size, whole) // self.shards",
+        "min(size, whole // self.shards)",
+        "meshes/test_data_parallel.py::"
+        "test_sizes_are_those_of_the_whole_batch[{'microbatch_size': 16}]",
+    ),
+    Fault(
+        "parts of a parameter are added up",
+        "gradient_axes",
+        "(varying_axes(grad) | set(mesh_axes)) - given_axes",
+        "varying_axes(grad) | set(mesh_axes)",
+        "meshes/test_mesh.py::test_parameters_divided_over_another_axis[divided-value_and_grad]",
+    ),
+    Fault(
+        "the sum before the first microbatch has no layout",
+        "full",
+        "out_sharding=sharding if abstract else None",
+        "out_sharding=None",
+        "meshes/test_data_parallel.py::"
+        "test_outputs_are_laid_out_as_the_parameters_that_they_come_from",
+    ),
+    Fault(
+        "a collective over the mesh alone is transposed where types are checked",
+        "with_exchanges",
+        "return changed(jaxpr, change)",
+        "return jaxpr",
+        "coupled/test_on_meshes.py::test_gathered_losses_are_transformed_from_outside",
+    ),
+]
