@@ -1,1 +1,2 @@
-"""The tests, in folders that mirror the library's rooms; `support` holds what several folders share."""
+"""The tests, in folders that mirror the library's rooms; `support` holds what several folders
+share."""

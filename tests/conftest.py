@@ -5,7 +5,9 @@ import os
 import pathlib
 import re
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,7 +19,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Without torch (an environment of the other supported versions) its files are no tests; the rest is.
+# Without torch (an environment of the other supported versions) its files are no tests; the rest
+# is.
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob += [
@@ -26,7 +29,11 @@ if importlib.util.find_spec("torch") is None:
         if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
 
-_ALWAYS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
+_ALWAYS = {
+    "deadline": None,
+    "suppress_health_check": list(hypothesis.HealthCheck),
+    "print_blob": True,
+}
 hypothesis.settings.register_profile("dev", max_examples=25, **_ALWAYS)
 hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **_ALWAYS)
 hypothesis.settings.register_profile("deep", max_examples=1000, **_ALWAYS)
@@ -35,11 +42,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture
 def compiling_fast():
-    """XLA without most of its optimizations: for tests of numbers, where every program runs once and compilation is
-    nearly all of the time.
+    """XLA without most of its optimizations: for tests of numbers, where every program runs once
+    and compilation is nearly all of the time.
 
-    Not where a maximum of computed float32 numbers is differentiated: on CPU XLA then may compute these twice, with two
-    roundings, so that none equals the maximum, and JAX's rule divides by how many do. No jaxaccum is needed for that.
+    Not where a maximum of computed float32 numbers is differentiated: on CPU XLA then may compute
+    these twice, with two roundings, so that none equals the maximum, and JAX's rule divides by how
+    many do. No jaxaccum is needed for that.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -48,8 +56,8 @@ def compiling_fast():
 
 @pytest.fixture(autouse=True)
 def forgotten_programs():
-    """After each test of a deep run, no compiled program: past some 65,000 mapped pieces of memory, Linux's limit, XLA
-    for CPU crashes when it compiles.
+    """After each test of a deep run, no compiled program: past some 65,000 mapped pieces of memory,
+    Linux's limit, XLA for CPU crashes when it compiles.
     """
     yield
     if hypothesis.settings.default.max_examples > 100:

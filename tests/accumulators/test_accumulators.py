@@ -1,4 +1,5 @@
-"""Accumulators: each equals the full batch, or the batch without what it leaves out, and reports what it saw."""
+"""Accumulators: each equals the full batch, or the batch without what it leaves out, and reports
+what it saw."""
 
 import itertools
 import types
@@ -11,14 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from jaxaccum import accumulators as acc
-from tests.support.helpers import EXACT, INEXACT, data, normwise, refused, same, sizes_of
+from tests.support.helpers import EXACT, INEXACT, data, normwise, same, sizes_of
 
-W, X, M = {"a": data(3), "b": data(3, 2, seed=1)}, data(7, 3, seed=2), jnp.asarray([1.0, 0.0, 2.0, 0.5, 3.0, 0.0, 1.0])
+W, X, M = (
+    {"a": data(3), "b": data(3, 2, seed=1)},
+    data(7, 3, seed=2),
+    jnp.asarray([1.0, 0.0, 2.0, 0.5, 3.0, 0.0, 1.0]),
+)
 AXES = (None, 0, 0)
 
 
@@ -62,7 +68,9 @@ def without_report(value_and_grads):
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("options", [{"microbatch_size": 3}, {"num_microbatches": 7}, {"num_microbatches": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"microbatch_size": 3}, {"num_microbatches": 7}, {"num_microbatches": 1}], ids=str
+)
 def test_every_accumulator_equals_the_full_batch(name, options):
     step = jax.jit(ja.value_and_grad(loss, in_axes=AXES, accumulator=MADE[name](), **options))
     assert normwise(without_report(step(W, X, M)), jax.value_and_grad(expected)(W, X, M)) < EXACT
@@ -72,7 +80,9 @@ def test_a_mean_that_ignores_weights_is_another_number():
     wrong = plain_mean()
     right, wrong.update = wrong.update, lambda s, g, w, i: right(s, g, jnp.ones_like(w), i)
     own = types.SimpleNamespace(**(vars(wrong) | {"update": wrong.update}))
-    value, grads = ja.value_and_grad(loss, in_axes=AXES, microbatch_size=2, accumulator=own)(W, X, M)
+    value, grads = ja.value_and_grad(loss, in_axes=AXES, microbatch_size=2, accumulator=own)(
+        W, X, M
+    )
     truth = jax.value_and_grad(expected)(W, X, M)
     assert normwise(value, truth[0]) < EXACT
     assert normwise(grads, truth[1]) > 0.01
@@ -80,32 +90,51 @@ def test_a_mean_that_ignores_weights_is_another_number():
 
 @pytest.mark.parametrize("name", CUSTOM)
 def test_a_record_driven_by_hand_equals_the_loop(name):
-    made, microbatches = MADE[name](), [(W, X[i : i + 2], M[i : i + 2]) for i in (0, 2, 4)] + [(W, X[6:], M[6:])]
+    made, microbatches = (
+        MADE[name](),
+        [(W, X[i : i + 2], M[i : i + 2]) for i in (0, 2, 4)] + [(W, X[6:], M[6:])],
+    )
     state = made.init(W)
     for i, (w, x, m) in enumerate(microbatches):
-        mean = jax.tree.map(jnp.nan_to_num, jax.grad(expected)(w, x, m)) if float(jnp.sum(m)) else None
-        state = made.update(state, mean or jax.tree.map(jnp.zeros_like, w), jnp.sum(m), jnp.int32(i))
+        mean = (
+            jax.tree.map(jnp.nan_to_num, jax.grad(expected)(w, x, m)) if float(jnp.sum(m)) else None
+        )
+        state = made.update(
+            state, mean or jax.tree.map(jnp.zeros_like, w), jnp.sum(m), jnp.int32(i)
+        )
     grads, _ = made.finalize(state)
     assert normwise(grads, jax.grad(expected)(W, X, M)) < EXACT
 
 
 def test_argnums_aux_and_reports_keep_their_places():
-    fun = lambda w, x, m, scale: (ja.Mean(jnp.sum(scale * per_example(w, x) * m), jnp.sum(m)), ja.Concat(m))
-    options = {"in_axes": (None, 0, 0, None), "argnums": (0, 3), "has_aux": True, "microbatch_size": 2}
+    fun = lambda w, x, m, scale: (
+        ja.Mean(jnp.sum(scale * per_example(w, x) * m), jnp.sum(m)),
+        ja.Concat(m),
+    )
+    options = {
+        "in_axes": (None, 0, 0, None),
+        "argnums": (0, 3),
+        "has_aux": True,
+        "microbatch_size": 2,
+    }
     for made, has_report in ((acc.noise_scale(), True), (acc.compensated(), False)):
-        (value, aux, *report), grads = ja.value_and_grad(fun, accumulator=made, **options)(W, X, M, 2.0)
+        (value, aux, *report), grads = ja.value_and_grad(fun, accumulator=made, **options)(
+            W, X, M, 2.0
+        )
         assert len(report) == has_report
         assert same(aux, M)
         truth = jax.value_and_grad(lambda w, s: s * expected(w, X, M), argnums=(0, 1))(W, 2.0)
         assert normwise((value, grads), truth) < EXACT
         again = ja.grad(fun, accumulator=made, **options)(W, X, M, 2.0)
         assert same(again, (grads, aux, *report))
-    grads, report = ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale())(W, X, M)
+    grads, report = ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale())(
+        W, X, M
+    )
     assert report.norms.shape == (4,)
     assert normwise(grads, jax.grad(expected)(W, X, M)) < EXACT
 
 
-# -- around the loop --------------------------------------------------------------------------------------------------
+# -- around the loop -------------------------------------------------------------------------------
 
 square = lambda tree: sum(jnp.sum(x**3) for x in jax.tree.leaves(tree))
 
@@ -127,7 +156,9 @@ AROUND = {
         jax.tree.map(lambda x: jnp.stack([x, 2 * x]), W), X, jnp.stack([M, M[::-1]])
     ),
     "three scanned steps and their gradient": three_steps,
-    "reverse over checkpointed reverse": lambda f: jax.grad(jax.checkpoint(lambda w: square(f(w, X, M)[1])))(W),
+    "reverse over checkpointed reverse": lambda f: jax.grad(
+        jax.checkpoint(lambda w: square(f(w, X, M)[1]))
+    )(W),
     "hessian": lambda f: jax.jit(jax.jacfwd(lambda w: f(w, X, M)[1]))(W),
 }
 
@@ -142,17 +173,27 @@ def test_transformations_around(around, name):
 
 @pytest.mark.parametrize(
     ("name", "bad"),
-    [("compensated", False), ("skip_nonfinite", True), ("noise of skip", False), ("noise of skip", True)],
+    [
+        ("compensated", False),
+        ("skip_nonfinite", True),
+        ("noise of skip", False),
+        ("noise of skip", True),
+    ],
 )
 def test_shards_of_one_batch(name, bad):
-    """Over a mesh the result is the mean of the devices' own, by weight; a device whose rows are all bad counts not."""
+    """Over a mesh the result is the mean of the devices' own, by weight; a device whose rows are
+    all bad counts not."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    ours = ja.value_and_grad(loss, in_axes=AXES, microbatch_size=2, mesh_axes="data", accumulator=MADE[name]())
+    ours = ja.value_and_grad(
+        loss, in_axes=AXES, microbatch_size=2, mesh_axes="data", accumulator=MADE[name]()
+    )
     step = lambda *args: without_report(ours(*args))
     x, m = jnp.concatenate([X, X[:1]]), jnp.concatenate([M, M[:1]])
     if bad:
         x = x.at[0, 0].set(jnp.nan).at[3, 0].set(jnp.inf)
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P()))
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=(P(), P())
+    )
     truth = jax.value_and_grad(expected)(W, *((x[4:], m[4:]) if bad else (x, m)))
     assert normwise(jax.jit(sharded)(W, x, m), truth) < EXACT
 
@@ -160,22 +201,27 @@ def test_shards_of_one_batch(name, bad):
 def test_padding_is_no_microbatch():
     fun = lambda w, x, m, count: loss(w, x, m)
     for made in (acc.noise_scale(), acc.skip_nonfinite(), acc.compensated()):
-        step = ja.value_and_grad(fun, in_axes=(*AXES, None), microbatch_size=2, num_examples_argnum=3, accumulator=made)
+        step = ja.value_and_grad(
+            fun, in_axes=(*AXES, None), microbatch_size=2, num_examples_argnum=3, accumulator=made
+        )
         (x, m), mask = ja.pad_batch((X, M), to=12)
         got = jax.jit(step)(W, x, jnp.where(mask, m, 0.0), 7)
         assert normwise(without_report(got), jax.value_and_grad(expected)(W, X, M)) < EXACT
         if isinstance(got[0], tuple):
             report = got[0][1]
-            entries = getattr(report, "norms", None) if hasattr(report, "norms") else report.microbatches
+            entries = (
+                getattr(report, "norms", None) if hasattr(report, "norms") else report.microbatches
+            )
             assert entries.shape == (6,)
             assert not entries[4:].any()
 
 
-# -- skip_nonfinite ---------------------------------------------------------------------------------------------------
+# -- skip_nonfinite --------------------------------------------------------------------------------
 
 
 def faulty(w, x, m, poison, bump):
-    """The loss, whose gradient of leaf a or b, or whose value alone, is not finite where poison is not 0."""
+    """The loss, whose gradient of leaf a or b, or whose value alone, is not finite where poison is
+    not 0."""
     value = jnp.sum(per_example(w, x) * m)
     bad_a = jnp.sum(w["a"]) * jnp.sum(poison[:, 0]) + jnp.sum(w["b"]) * jnp.sum(poison[:, 1])
     return value + bad_a - lax.stop_gradient(bad_a) + jnp.sum(poison[:, 2]) + 0 * bump
@@ -183,7 +229,8 @@ def faulty(w, x, m, poison, bump):
 
 @given(
     sizes=st.sampled_from([{"microbatch_size": 2}, {"microbatch_size": 3}]),
-    row=st.integers(0, 6), where=st.integers(0, 2), value=st.sampled_from([np.nan, np.inf, -np.inf]),
+    row=st.integers(0, 6), where=st.integers(0, 2),
+    value=st.sampled_from([np.nan, np.inf, -np.inf]),
 )  # fmt: skip
 def test_a_bad_microbatch_is_as_if_it_had_not_been_there(sizes, row, where, value):
     poison = jnp.zeros((7, 3)).at[row, where].set(value)
@@ -191,8 +238,10 @@ def test_a_bad_microbatch_is_as_if_it_had_not_been_there(sizes, row, where, valu
     def fun(w, x, m, poison, state):
         total = faulty(w, x, m, poison, 0.0)
         aux = {
-            "mean": ja.Mean(jnp.sum(m), len(m)), "sum": ja.Sum(jnp.sum(x)), "max": ja.Max(jnp.max(x)),
-            "rows": ja.Concat(x), "state": ja.Carry(0.5 * state + jnp.sum(x)), "last": ja.Last(jnp.sum(m)),
+            "mean": ja.Mean(jnp.sum(m), len(m)), "sum": ja.Sum(jnp.sum(x)),
+            "max": ja.Max(jnp.max(x)),
+            "rows": ja.Concat(x), "state": ja.Carry(0.5 * state + jnp.sum(x)),
+            "last": ja.Last(jnp.sum(m)),
         }  # fmt: skip
         return ja.Mean(total, jnp.sum(m)), aux
 
@@ -200,7 +249,8 @@ def test_a_bad_microbatch_is_as_if_it_had_not_been_there(sizes, row, where, valu
     key = tuple(sizes.items())
     if key not in _skipping:
         _skipping[key] = [
-            jax.jit(ja.value_and_grad(fun, accumulator=a, **options)) for a in (acc.skip_nonfinite(), None)
+            jax.jit(ja.value_and_grad(fun, accumulator=a, **options))
+            for a in (acc.skip_nonfinite(), None)
         ]
     skipping, default = _skipping[key]
     (loss_value, aux, report), grads = skipping(W, X, M, poison, jnp.float64(0))
@@ -214,7 +264,12 @@ def test_a_bad_microbatch_is_as_if_it_had_not_been_there(sizes, row, where, valu
     for i, part in enumerate(parts):
         state = state if i == index else 0.5 * state + np.sum(X[part])
     last = parts[-1 if index != len(parts) - 1 else -2]
-    sums = {"mean": np.mean(M[kept]), "sum": np.sum(X[kept]), "max": np.max(X[kept]), "state": state}
+    sums = {
+        "mean": np.mean(M[kept]),
+        "sum": np.sum(X[kept]),
+        "max": np.max(X[kept]),
+        "state": state,
+    }
     assert normwise({name: aux[name] for name in sums}, sums) < EXACT
     assert float(aux["last"]) == float(np.sum(M[last]))
     assert same(aux["rows"], X)
@@ -234,26 +289,31 @@ _skipping = {}
 
 
 def test_where_nothing_is_finite_value_and_gradient_are_zero():
-    step = ja.value_and_grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.skip_nonfinite())
+    step = ja.value_and_grad(
+        loss, in_axes=AXES, microbatch_size=2, accumulator=acc.skip_nonfinite()
+    )
     (value, report), grads = step(W, X * jnp.nan, M)
     assert same((value, grads), (jnp.zeros(()), jax.tree.map(jnp.zeros_like, W)))
     assert report.microbatches.all()
     assert int(report.num_skipped) == 4
 
 
-# -- noise_scale ------------------------------------------------------------------------------------------------------
+# -- noise_scale -----------------------------------------------------------------------------------
 
 
 def test_the_noise_scale_is_unbiased():
-    """Its mean over every division of 6 examples into pairs is the sample covariance's trace, a direct estimate."""
+    """Its mean over every division of 6 examples into pairs is the sample covariance's trace, a
+    direct estimate."""
     x = X[:6]
-    each = np.stack([np.concatenate([np.ravel(g) for g in jax.tree.leaves(jax.grad(expected)(W, r, jnp.ones(1)))])
-                     for r in x[:, None]])  # fmt: skip
+    each = np.stack(
+        [ravel_pytree(jax.grad(expected)(W, row, jnp.ones(1)))[0] for row in x[:, None]]
+    )
     trace = np.trace(np.cov(each.T))
     step = jax.jit(ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale()))
-    reports = [step(W, x[np.asarray(p)], jnp.ones(6))[1] for p in itertools.permutations(range(6)) if p[0] < p[1]
-               and p[2] < p[3] and p[4] < p[5]]  # fmt: skip
-    assert len(reports) == 90
+    orders = itertools.permutations(range(6))
+    pairs = [p for p in orders if p[0] < p[1] and p[2] < p[3] and p[4] < p[5]]
+    assert len(pairs) == 90
+    reports = [step(W, x[np.asarray(p)], jnp.ones(6))[1] for p in pairs]
     assert normwise(np.mean([r.trace for r in reports]), trace) < EXACT
     square = np.sum(each.mean(0) ** 2) - trace / 6
     assert normwise(np.mean([r.squared_norm for r in reports]), square) < EXACT
@@ -273,7 +333,9 @@ def test_the_noise_scale_of_microbatches_of_many_weights():
     assert normwise(report.trace, trace) < EXACT
     assert normwise(report.squared_norm, np.sum(flat(grads) ** 2) - trace / weights.sum()) < EXACT
     assert normwise(report.norms, np.linalg.norm(own, axis=1)) < EXACT
-    _, alone = ja.grad(loss, in_axes=AXES, num_microbatches=1, accumulator=acc.noise_scale())(W, X, M)
+    _, alone = ja.grad(loss, in_axes=AXES, num_microbatches=1, accumulator=acc.noise_scale())(
+        W, X, M
+    )
     assert np.isnan(alone.trace)
 
 
@@ -282,7 +344,9 @@ def test_a_skipped_microbatch_makes_no_noise():
     x = X.at[2, 0].set(jnp.nan)
     _, report = ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=noise)(W, x, M)
     kept = np.asarray([0, 1, 4, 5, 6])
-    _, truth = ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale())(W, X[kept], M[kept])
+    _, truth = ja.grad(loss, in_axes=AXES, microbatch_size=2, accumulator=acc.noise_scale())(
+        W, X[kept], M[kept]
+    )
     assert normwise(report[:3], truth[:3]) < EXACT
     assert report.inner.microbatches.tolist() == [False, True, False, False]
     assert np.isnan(report.norms).tolist() == [False, True, False, False]
@@ -297,21 +361,27 @@ def test_a_microbatch_without_weight_makes_no_noise():
     assert normwise(report[:3], truth[:3]) < EXACT
 
 
-# -- compensated ------------------------------------------------------------------------------------------------------
+# -- compensated -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("jitted", [True, False])
 def test_the_error_of_a_compensated_sum_does_not_grow(dtype, jitted):
-    """4096 microbatches: within two roundings of float64, where the plain sum of that dtype is lost."""
+    """4096 microbatches: within two roundings of float64, where the plain sum of that dtype is
+    lost."""
     fun, n = lambda w, x: ja.Mean(jnp.sum(w * x[0]), 1.0), 4096
     x = jnp.asarray(1 + 0.1 * np.random.default_rng(0).normal(size=(n, 8)), dtype)
     w, truth = jnp.zeros(8, dtype), np.asarray(x, np.float64).mean(0)
     error = lambda made: normwise(
-        (jax.jit if jitted else lambda f: f)(ja.grad(fun, microbatch_size=1, accumulator=made))(w, x), truth
+        (jax.jit if jitted else lambda f: f)(ja.grad(fun, microbatch_size=1, accumulator=made))(
+            w, x
+        ),
+        truth,
     )
     eps = float(jnp.finfo(jnp.float32).eps)
-    wide = acc.compensated()._replace(dtype=jnp.float32)  # the sum itself, before it is cast to the parameter's dtype
+    wide = acc.compensated()._replace(
+        dtype=jnp.float32
+    )  # the sum itself, before it is cast to the parameter's dtype
     assert error(wide) < (n * 2.0**-16 * 2.0**-8 if dtype == jnp.bfloat16 else eps)
     assert error(acc.tree(dtype)) > (0.5 if dtype == jnp.bfloat16 else 4 * eps)
 
@@ -330,7 +400,8 @@ def dtype_of_gradients(accumulator, parameters):
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=["bare", "skip_nonfinite", "noise_scale"])
 @pytest.mark.parametrize("make", MAKERS)
 def test_gradients_have_the_dtype_of_their_parameters(make, wrap, dtype):
-    """So that the one line that is changed changes no type; an explicit dtype is what the caller asked for."""
+    """So that the one line that is changed changes no type; an explicit dtype is what the caller
+    asked for."""
     w = jnp.ones(3, dtype)
     assert dtype_of_gradients(wrap(make()), w) == dtype
     assert dtype_of_gradients(wrap(make(jnp.float32)), w) == jnp.float32
@@ -354,7 +425,10 @@ def test_a_scanned_donated_adamw_step_of_low_precision_runs_unchanged():
         with jax.numpy_dtype_promotion("standard"):
             return jax.jit(run, donate_argnums=(0, 1))(w, optimizer.init(w))
 
-    ours, theirs = trained(ja.value_and_grad(loss, num_microbatches=2)), trained(jax.value_and_grad(loss))
+    ours, theirs = (
+        trained(ja.value_and_grad(loss, num_microbatches=2)),
+        trained(jax.value_and_grad(loss)),
+    )
     dtypes = lambda result: [x.dtype for x in jax.tree.leaves(result)]
     assert dtypes(ours) == dtypes(theirs)
     assert normwise(ours[0][0], theirs[0][0]) < 2 * float(jnp.finfo(jnp.bfloat16).eps)
@@ -362,7 +436,9 @@ def test_a_scanned_donated_adamw_step_of_low_precision_runs_unchanged():
 
 @INEXACT
 def test_compensation_in_dtypes():
-    fun = lambda w, x: ja.Mean(jnp.sum(jnp.sum(x) * sum(jnp.sum(p.astype(jnp.float32)) for p in w)), len(x))
+    fun = lambda w, x: ja.Mean(
+        jnp.sum(jnp.sum(x) * sum(jnp.sum(p.astype(jnp.float32)) for p in w)), len(x)
+    )
     w = [jnp.zeros(2, d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)]
     x = data(4, 1, dtype=jnp.float32)
     state = acc.compensated().init(w)
@@ -373,64 +449,3 @@ def test_compensation_in_dtypes():
     own = lambda z, x: ja.Mean(jnp.sum(jnp.real((1 + 2j) * z)) * jnp.sum(x), 1.0)
     actual = ja.grad(own, microbatch_size=1, accumulator=acc.compensated())(z, data(5, 1))
     assert normwise(actual, np.full(2, (1 + 2j) * float(jnp.mean(data(5, 1))))) < EXACT
-
-
-# -- a researcher's own -----------------------------------------------------------------------------------------------
-
-
-def agreement_filter(threshold):
-    """Gradient agreement filtering (arXiv 2412.18052): take in a microbatch whose cosine to the sum is high enough."""
-    dot = lambda a, b: sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-    def update(state, g, weight, index):
-        total, count = state
-        cosine = dot(total, g) / jnp.sqrt(dot(total, total) * dot(g, g))
-        agrees = (count == 0) | (cosine >= threshold)
-        return jax.tree.map(lambda t, x: jnp.where(agrees, t + x, t), total, g), count + agrees.astype(count.dtype)
-
-    finalize = lambda state: (jax.tree.map(lambda t: t / state[1], state[0]), {"agreed": state[1]})
-    return acc.Accumulator(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.zeros(())), update, finalize)
-
-
-def test_gradient_agreement_filtering_in_ten_lines():
-    ones = jnp.ones(7)
-    step = jax.jit(ja.grad(loss, in_axes=AXES, microbatch_size=1, accumulator=agreement_filter(0.2)))
-    grads, report = step(W, X, ones)
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-    total, count = np.zeros(9), 0
-    for row in X[:, None]:
-        g = flat(jax.grad(expected)(W, row, jnp.ones(1)))
-        if count == 0 or total @ g >= 0.2 * np.linalg.norm(total) * np.linalg.norm(g):
-            total, count = total + g, count + 1
-    assert 1 < count < 7
-    assert int(report["agreed"]) == count
-    assert normwise(flat(grads), total / count) < EXACT
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fun", "says"),
-    [
-        (lambda w, x, m: {"a": loss(w, x, m), "b": loss(w, x, m)}, "2 terms"),
-        (lambda w, x, m: ja.Sum(jnp.sum(per_example(w, x))), "Sum"),
-        (lambda w, x, m: ja.Mean(jnp.sum(x), jnp.sum(w["a"]) ** 2), "stop_gradient"),
-        (lambda w, x, m: ja.Mean(lax.psum(jnp.sum(w["a"]) * jnp.sum(x), "microbatch"), 1.0), "collective"),
-    ],
-)
-def test_one_denominator_is_needed(fun, says):
-    step = ja.value_and_grad(fun, in_axes=AXES, num_microbatches=1, accumulator=acc.compensated())
-    refused(lambda: step(W, X, M), "custom accumulator", says)
-
-
-def test_what_is_no_record_and_what_breaks_its_word():
-    run = lambda a, **o: ja.value_and_grad(loss, in_axes=AXES, microbatch_size=2, accumulator=a, **o)(W, X, M)
-    own = lambda **functions: types.SimpleNamespace(**(vars(plain_mean()) | functions))
-    refused(lambda: run("mean"), "accumulator", "'mean'", "init", "in_place()")
-    refused(lambda: run(acc.in_place), "accumulator", "update")
-    refused(lambda: run(own(update=lambda s, g, w, i: s[0])), "update", "structure")
-    refused(lambda: run(own(update=lambda s, g, w, i: (s[0], i))), "update", "int32", "float")
-    refused(lambda: run(own(finalize=lambda s: s[0])), "finalize", "(grads, report)")
-    refused(lambda: run(own(finalize=lambda s: ([s[1]], None))), "finalize", "structure")
-    refused(lambda: run(acc.compensated(), argnums=1), "argument 1", "argnums")

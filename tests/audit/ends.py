@@ -1,4 +1,5 @@
-"""How a random program for the audit ends: one number, or tagged ones, of the rows `h` and the context `c`."""
+"""How a random program for the audit ends: one number, or tagged ones, of the rows `h` and the
+context `c`."""
 
 from typing import Any
 
@@ -28,11 +29,17 @@ ENDS: dict[str, Any] = {
     "ratio_by_size": lambda h, c: Mean(jnp.sum(h), h.size),
     "ratio_of_parameters": lambda h, c: Mean(jnp.sum(h), jnp.sum(jnp.exp(0.1 * h))),
     "ratio_guarded": lambda h, c: Mean(jnp.sum(h), jnp.sum(c.mask) + 0.5),
-    "ratio_chosen": lambda h, c: Mean(jnp.sum(jnp.where(c.mask[:, None] > 0, h, 0.0)), jnp.sum(c.mask > 0)),
+    "ratio_chosen": lambda h, c: (
+        Mean(jnp.sum(jnp.where(c.mask[:, None] > 0, h, 0.0)), jnp.sum(c.mask > 0))
+    ),
     "ratio_of_means": lambda h, c: Mean(jnp.mean(h), 1.0),
     "ratio_untagged": lambda h, c: jnp.sum(h * c.mask[:, None]) / jnp.sum(c.mask),
-    "ratio_where": lambda h, c: jnp.where(c.mask.sum() > 0, jnp.sum(h * c.mask[:, None]) / c.mask.sum(), 0.0),
-    "terms": lambda h, c: {"a": jnp.mean(h), "b": Sum(jnp.sum(h**2)), "c": Mean(h[:, 0] @ c.mask, jnp.sum(c.mask))},
+    "ratio_where": lambda h, c: (
+        jnp.where(c.mask.sum() > 0, jnp.sum(h * c.mask[:, None]) / c.mask.sum(), 0.0)
+    ),
+    "terms": lambda h, c: (
+        {"a": jnp.mean(h), "b": Sum(jnp.sum(h**2)), "c": Mean(h[:, 0] @ c.mask, jnp.sum(c.mask))}
+    ),
     "mean_and_sum": lambda h, c: jnp.mean(h) + jnp.sum(h**2),
     "unbiased": lambda h, c: jnp.sum(h) / (c.n - 0.5),
     "root_of_mean": lambda h, c: jnp.sqrt(1.0 + jnp.mean(h**2)),

@@ -1,4 +1,5 @@
-"""What the audit advises: the cause first, the line of the user's, and a fix that fits what is there."""
+"""What the audit advises: the cause first, the line of the user's, and a fix that fits what is
+there."""
 
 import functools
 import importlib.util
@@ -25,19 +26,23 @@ def _as_the_libraries_are_used():
         yield
 
 
-# -- BatchNorm that sums over devices already -------------------------------------------------------------------------
+# -- BatchNorm that sums over devices already ------------------------------------------------------
 
 
 def linen(axis_name):
     layer = nn.BatchNorm(use_running_average=False, axis_name=axis_name, param_dtype=jnp.float64)
-    variables = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64).init(jax.random.key(0), X @ W)
+    variables = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64).init(
+        jax.random.key(0), X @ W
+    )
     return lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0]
 
 
 def of_nnx(axis_name):
     layer = nnx.BatchNorm(5, axis_name=axis_name, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(layer)
-    wide = lambda: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), state)  # its running averages too
+    wide = lambda: jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float64), state
+    )  # its running averages too
     return lambda x: nnx.merge(graphdef, wide())(x)
 
 
@@ -93,7 +98,9 @@ def reports_on_devices(losses):
 
 @pytest.mark.parametrize("make", [linen, of_nnx])
 def test_a_batch_norm_is_told_to_add_the_loops_axis_to_its_own(make):
-    alone, shared, both = reports_on_devices([normalized(make(n)) for n in (None, "batch", ("batch", "microbatch"))])
+    alone, shared, both = reports_on_devices(
+        [normalized(make(n)) for n in (None, "batch", ("batch", "microbatch"))]
+    )
     assert 'axis_name="microbatch":' in alone.findings[0].fix
     assert 'axis_name=("batch", "microbatch"):' in shared.findings[0].fix
     assert (alone.exact, shared.exact, both.exact) == (False, False, True)
@@ -113,18 +120,23 @@ def test_haikus_is_told_by_its_own_argument(installed):
 def test_equinoxs_has_an_axis_of_vmap_which_it_keeps(installed):
     layer = installed("equinox/nn/_batch_norm.py", "axis_name")
     report = jaxaccum.audit(normalized(layer()), W, X)
-    assert 'axis_name=("batch", "microbatch"), where "batch" is the axis of your jax.vmap' in report.findings[0].fix
+    assert (
+        'axis_name=("batch", "microbatch"), where "batch" is the axis of your jax.vmap'
+        in report.findings[0].fix
+    )
 
 
 def test_an_axis_without_a_meaning_is_one_clear_error():
     for make in (linen, of_nnx):
         loss = normalized(make("batch"))
-        refused(lambda loss=loss: jaxaccum.audit(loss, W, X), "the axis 'batch'", __file__, "jax.pmap")
+        refused(
+            lambda loss=loss: jaxaccum.audit(loss, W, X), "the axis 'batch'", __file__, "jax.pmap"
+        )
     with pytest.raises(NameError, match="undefined"):
         jaxaccum.audit(lambda w, x: undefined, W, X)  # noqa: F821
 
 
-# -- the cause first --------------------------------------------------------------------------------------------------
+# -- the cause first -------------------------------------------------------------------------------
 
 
 @jax.custom_jvp
@@ -169,7 +181,9 @@ def test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own():
     report = jaxaccum.audit(diffusion, W, X, jax.random.key(0), in_axes=(None, 0, KEY))
     assert (report.verdict, report.findings[0].kind) == ("POSITION", "position")
     assert "jnp.arange" in line(report)
-    assert [finding.kind for finding in report.findings[1:]] == ["random"] * (len(report.findings) - 1)
+    assert [finding.kind for finding in report.findings[1:]] == ["random"] * (
+        len(report.findings) - 1
+    )
     report_of_size = jaxaccum.audit(scaled, W, X, jax.random.key(0), in_axes=(None, 0, EXAMPLE_KEY))
     (finding,) = report_of_size.findings
     assert finding.kind == "batch_size"
@@ -179,7 +193,8 @@ def test_the_first_finding_is_the_cause_and_no_line_is_jaxs_own():
 
 
 def stratified(w, x, key, place=None, size=None):
-    """One time per example, spread evenly over the batch where its `place` and `size` are the batch's."""
+    """One time per example, spread evenly over the batch where its `place` and `size` are the
+    batch's."""
     size = len(x) if size is None else size
     place = jnp.arange(1.0 * size) if place is None else place
     t = (jax.random.uniform(key, (), x.dtype) + place) / size
@@ -187,12 +202,15 @@ def stratified(w, x, key, place=None, size=None):
 
 
 def test_the_fix_of_a_place_names_its_divisor_and_the_shared_key():
-    """Each piece of the advice is needed: what follows half of it is told the other half, at the right line."""
+    """Each piece of the advice is needed: what follows half of it is told the other half, at the
+    right line."""
     key, places = jax.random.key(0), jnp.arange(8.0)
     keyed = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, KEY), audit="raise")
     says = "position = jnp.arange(n)", "divide by n", "a key with None in in_axes"
     refused(lambda: keyed(W, X, key), *says, error=jaxaccum.InexactError)
-    halved = jaxaccum.grad(stratified, num_microbatches=4, in_axes=(None, 0, None, 0), audit="raise")
+    halved = jaxaccum.grad(
+        stratified, num_microbatches=4, in_axes=(None, 0, None, 0), audit="raise"
+    )
     says = "test_audit_advice.py:", "place) / size\n", "where another value needs the size"
     refused(lambda: halved(W, X, key, places), *says, error=jaxaccum.InexactError)
     whole = {"place": places, "size": 8}

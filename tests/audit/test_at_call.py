@@ -1,18 +1,16 @@
-"""The audit at the call: what is inexact is said when it is traced, with the line and what to write."""
+"""The audit at the call: what is inexact is said when it is traced, with the line and what to
+write."""
 
 import functools
 import pathlib
 import re
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 import jaxaccum.linen
@@ -32,7 +30,7 @@ def line(text):
     return next(i for i, own in enumerate(lines, 1) if text in own)
 
 
-# -- losses as they are written for one batch, and as the warning says ------------------------------------------------
+# -- losses as they are written for one batch, and as the warning says -----------------------------
 
 
 def root_mean_square(w, b):
@@ -71,9 +69,24 @@ def total_mended(w, b):
 
 LOSSES = {
     # the loss: (as it is, mended, its line, what the warning says to write)
-    "root": (root_mean_square, root_mean_square_mended, "# the root", r"jax\.lax\.pmean\(mean, .microbatch.\)"),
-    "token mean": (token_mean, token_mean_mended, "# the token mean", r"return jaxaccum\.Mean\(total, weight\)"),
-    "advantages": (advantages, advantages_mended, "# the advantages", r"compute it once on the full batch"),
+    "root": (
+        root_mean_square,
+        root_mean_square_mended,
+        "# the root",
+        r"jax\.lax\.pmean\(mean, .microbatch.\)",
+    ),
+    "token mean": (
+        token_mean,
+        token_mean_mended,
+        "# the token mean",
+        r"return jaxaccum\.Mean\(total, weight\)",
+    ),
+    "advantages": (
+        advantages,
+        advantages_mended,
+        "# the advantages",
+        r"compute it once on the full batch",
+    ),
     "sum": (total, total_mended, "# the sum", r"return jaxaccum\.Sum\(x\)"),
 }
 CALLS = {
@@ -81,9 +94,11 @@ CALLS = {
     "grad": lambda f, **o: jaxaccum.grad(f, **o),
     "microbatch": lambda f, **o: jax.grad(jaxaccum.microbatch(f, **o)),
     "jit": lambda f, **o: jax.jit(jaxaccum.grad(f, **o)),
-    "scan": lambda f, **o: lambda w, b: jax.lax.scan(
-        lambda c, _: (c, jaxaccum.grad(f, **o)(w, b)), 0, None, length=1
-    )[1][0],
+    "scan": lambda f, **o: (
+        lambda w, b: jax.lax.scan(lambda c, _: (c, jaxaccum.grad(f, **o)(w, b)), 0, None, length=1)[
+            1
+        ][0]
+    ),
     "vmap": lambda f, **o: lambda w, b: jax.vmap(lambda w: jaxaccum.grad(f, **o)(w, b))(w[None])[0],
 }
 
@@ -172,7 +187,8 @@ def test_a_loss_that_changes_its_mind_is_looked_at_again():
 
 
 class Softmax:
-    """A loss with a setting that is no argument: its program has the same operations for either axis."""
+    """A loss with a setting that is no argument: its program has the same operations for either
+    axis."""
 
     axis = -1
 
@@ -200,7 +216,8 @@ def test_a_number_of_the_closure_is_looked_at_again():
 
 
 def test_numbers_that_are_nan_are_looked_at_again():
-    """`nanmean` is exact where nothing is NaN, which the report of a first call cannot promise for the next."""
+    """`nanmean` is exact where nothing is NaN, which the report of a first call cannot promise for
+    the next."""
     loss = lambda w, b: jnp.nanmean((b["x"] @ w) ** 2 + 0 * b["mask"])
     assert not warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4)(W, BATCH))
     holed = {"x": X, "mask": jnp.where(jnp.arange(8) == 3, jnp.nan, MASK)}
@@ -219,13 +236,18 @@ def test_an_effect_without_a_result_is_no_fault_of_the_audit(capfd):
 
 def test_the_fix_names_the_axis_of_the_call():
     loss = lambda w, x: jnp.sqrt(jnp.mean((x @ w) ** 2))
-    (said,) = warnings_of(lambda: jaxaccum.grad(loss, num_microbatches=4, axis_name="accumulate")(W, X))
+    (said,) = warnings_of(
+        lambda: jaxaccum.grad(loss, num_microbatches=4, axis_name="accumulate")(W, X)
+    )
     assert 'jax.lax.pmean(mean, "accumulate")' in said
 
 
 def test_a_loss_written_for_one_size_alone_may_be_inexact():
     loss = lambda w, x: jnp.mean((x.reshape(2, 3) @ w) ** 2)
-    with pytest.warns(InexactWarning, match="may not be exact over microbatches: it cannot be traced with 8 examples"):
+    with pytest.warns(
+        InexactWarning,
+        match="may not be exact over microbatches: it cannot be traced with 8 examples",
+    ):
         jaxaccum.grad(loss, num_microbatches=4)(W, X)
 
 
@@ -235,12 +257,14 @@ def test_a_fault_of_the_audit_does_not_stop_the_call(monkeypatch):
 
     monkeypatch.setattr(at_call, "report_on", broken)
     loss = lambda w, x: jnp.mean((x @ w) ** 2)
-    with pytest.warns(InexactWarning, match="may not be exact .* the audit failed \\(KeyError: 'a rule'\\)"):
+    with pytest.warns(
+        InexactWarning, match="may not be exact .* the audit failed \\(KeyError: 'a rule'\\)"
+    ):
         actual = jaxaccum.grad(loss, num_microbatches=4)(W, X)
     assert normwise(actual, jax.grad(loss)(W, X)) <= EXACT
 
 
-# -- aux, keys and state ----------------------------------------------------------------------------------------------
+# -- aux, keys and state ---------------------------------------------------------------------------
 
 
 def test_aux_is_warned_of_by_its_name():
@@ -267,7 +291,10 @@ def dropped_by_example(w, x, keys):
 def test_a_key_that_every_microbatch_shares_is_warned_of():
     key = jax.random.key(3)
     closed = lambda w, x: dropped(w, x, key)
-    with pytest.warns(InexactWarning, match="closes over the key `key`, so every microbatch draws the same numbers"):
+    with pytest.warns(
+        InexactWarning,
+        match="closes over the key `key`, so every microbatch draws the same numbers",
+    ):
         jaxaccum.grad(closed, num_microbatches=4)(W, X)
     with pytest.warns(InexactWarning, match="one key draws for the whole microbatch") as caught:
         jaxaccum.grad(dropped, num_microbatches=4, in_axes=(None, 0, None))(W, X, key)
@@ -295,154 +322,19 @@ def test_a_carried_key_is_a_random_stream_and_a_carried_number_is_not():
         jaxaccum.grad(scaled, **options)(W, X, 1.0)
 
 
-# -- the models of training code --------------------------------------------------------------------------------------
-
-IMAGES = data(8, 4, seed=3, dtype=jnp.float32)
-
-
-class Linen(nn.Module):
-    """A network with a BatchNorm, of the microbatch's statistics or of all of them."""
-
-    norm: type
-    options: tuple = ()
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(4)(x)
-        x = self.norm(use_running_average=False, **dict(self.options))(x)  # linen's norm
-        return nn.Dense(1)(x)
-
-
-def linen_step(model):
-    variables = model.init(jax.random.key(0), IMAGES)
-    params, state = variables["params"], {"batch_stats": variables["batch_stats"]}
-
-    def loss(params, state, x):
-        y, state = model.apply({"params": params, **state}, x, mutable=["batch_stats"])
-        return jnp.mean(y**2), Carry(state)
-
-    options = {"has_aux": True, "num_microbatches": 4, "in_axes": (None, CARRY, 0)}
-    return lambda audit: jaxaccum.grad(loss, audit=audit, **options)(params, state, IMAGES)
-
-
-class Nnx(nnx.Module):
-    """The same of nnx, with dropout."""
-
-    def __init__(self, norm, **options):
-        rngs = nnx.Rngs(0)
-        self.first, self.last = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
-        self.norm, self.dropout = norm(4, rngs=rngs, **options), nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.norm(self.first(x))  # nnx's norm
-        return self.last(self.dropout(x))
-
-
-def nnx_step(norm, **options):
-    loss = lambda model, x: jnp.mean(model(x) ** 2)
-    return lambda audit: jaxaccum.nnx.grad(loss, num_microbatches=4, audit=audit)(Nnx(norm, **options), IMAGES)
-
-
-MODELS = {
-    # the model: (as it is, mended, its line, what the warning says to write)
-    "linen": (
-        linen_step(Linen(nn.BatchNorm)),
-        linen_step(Linen(jaxaccum.linen.BatchNorm)),
-        "# linen's norm",
-        'axis_name="microbatch"',
-    ),
-    "nnx": (nnx_step(nnx.BatchNorm), nnx_step(jaxaccum.nnx.BatchNorm), "# nnx's norm", 'axis_name="microbatch"'),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_batch_norm_is_warned_of_until_it_spans_the_microbatches(name):
-    step, mended, mark, write = MODELS[name]
-    with pytest.warns(InexactWarning) as caught:
-        step("warn")
-    said = [str(one.message) for one in caught if issubclass(one.category, InexactWarning)]
-    assert f":{line(mark)} in " in said[0]
-    assert write in said[0]
-    mended("raise")
-
-
-def test_inside_pmap_and_shard_map():
-    """The batch of one device is what the audit sees; what the devices are to sum is declared by `mesh_axes`."""
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    own = lambda f, **options: jaxaccum.grad(f, num_microbatches=2, mesh_axes="devices", **options)
-    spec = {"mesh": mesh, "in_specs": (P(), P("devices")), "out_specs": P()}
-    over = {
-        "shard_map": lambda f, **options: jax.jit(jax.shard_map(own(f, **options), **spec)),
-        "pmap": lambda f, **options: lambda w, b: jax.pmap(own(f, **options), "devices", in_axes=(None, 0))(
-            w, jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), b)
-        )[0],
-    }
-    expected = jax.grad(token_mean)(W, BATCH)
-    for run in over.values():
-        with pytest.warns(InexactWarning, match="token_mean is not exact"):
-            run(token_mean)(W, BATCH)
-        assert normwise(run(token_mean_mended, audit="raise")(W, BATCH), expected) <= EXACT
-
-
-def test_a_statistic_of_one_device_is_warned_of_even_without_microbatches():
-    """Two devices with one microbatch each are two parts of the batch."""
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    spec = {"mesh": mesh, "in_specs": (P(), P("devices")), "out_specs": P()}
-    grad = jaxaccum.grad(root_mean_square, num_microbatches=1, mesh_axes="devices")
-    with pytest.warns(InexactWarning, match="root_mean_square is not exact"):
-        jax.shard_map(grad, **spec)(W, BATCH)
-
-
-def test_one_microbatch_on_each_device_of_a_loss_that_spans_the_devices_is_the_whole_batch():
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-
-    def centred(w, x):
-        y = x @ w
-        return jnp.mean((y - jax.lax.pmean(jnp.mean(y), "devices")) ** 2)
-
-    def grad(count, audit):
-        own = jaxaccum.grad(centred, num_microbatches=count, mesh_axes="devices", audit=audit)
-        return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
-
-    expected = jax.grad(lambda w: jnp.var(X @ w))(W)
-    assert normwise(grad(1, "raise")(W, X), expected) <= EXACT
-    with pytest.warns(InexactWarning, match="centred is not exact"):
-        assert normwise(grad(2, "warn")(W, X), expected) > EXACT
-
-
-def test_other_outputs_that_are_inexact_are_named():
-    """One warning speaks of one cause; the others are not left to be found one by one."""
-    aux = lambda x: {"largest": jnp.max(x), "count": Mean(jnp.sum(x), len(x)), "deviation": jnp.std(x)}
-    loss = lambda w, x: (jnp.mean((x @ w) ** 2), aux(x))
-    with pytest.warns(InexactWarning) as caught:
-        jaxaccum.grad(loss, num_microbatches=2, has_aux=True)(W, X)
-    first = str(caught[0].message).splitlines()[0]
-    assert "aux['deviation']" in first
-    assert "aux['largest']" in first
-    assert "aux['count']" not in first
-
-
-def test_what_key_draws_is_no_remedy_for_a_place():
-    def loss(w, x, key):
-        times = (jax.random.uniform(key, ()) + jnp.arange(float(len(x)))) / len(x)
-        return jnp.mean((x @ w) * times)
-
-    for role, said in ((jaxaccum.KEY, True), (None, False)):
-        with pytest.warns(InexactWarning) as caught:
-            jaxaccum.grad(loss, num_microbatches=2, in_axes=(None, 0, role))(W, X, jax.random.key(0))
-        assert ("EXAMPLE_KEY" in str(caught[0].message)) is said
-
-
-# -- closures ---------------------------------------------------------------------------------------------------------
+# -- closures --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_an_array_of_the_closure_is_named_where_it_does_not_fit(size):
-    """Of the batch's length: a microbatch of one example is repeated, a larger one cannot be traced."""
+    """Of the batch's length: a microbatch of one example is repeated, a larger one cannot be
+    traced."""
     loss = lambda w, x: Mean(jnp.sum((x @ w) ** 2 * MASK), jnp.sum(MASK))
     grad = jaxaccum.grad(loss, microbatch_size=size)
     if size == 1:
-        with pytest.warns(InexactWarning, match=r"closes over MASK, float64\[8\].*\n.*\n.*make MASK an argument"):
+        with pytest.warns(
+            InexactWarning, match=r"closes over MASK, float64\[8\].*\n.*\n.*make MASK an argument"
+        ):
             grad(W, X)
     else:
         with pytest.raises(TypeError) as caught:
@@ -452,7 +344,7 @@ def test_an_array_of_the_closure_is_named_where_it_does_not_fit(size):
         assert "make MASK an argument" in notes
 
 
-# -- silence ----------------------------------------------------------------------------------------------------------
+# -- silence ---------------------------------------------------------------------------------------
 
 
 def safe(w, b):
@@ -462,12 +354,19 @@ def safe(w, b):
 SILENT = {
     "mean": lambda w, b: jnp.mean((b["x"] @ w) ** 2),
     "mean and penalty": lambda w, b: jnp.mean((b["x"] @ w) ** 2) + 0.1 * jnp.sum(w**2),
-    "dict": lambda w, b: {"a": Mean(jnp.sum(b["x"] @ w * b["mask"]), jnp.sum(b["mask"])), "b": Sum(jnp.sum(w @ w))},
+    "dict": lambda w, b: {
+        "a": Mean(jnp.sum(b["x"] @ w * b["mask"]), jnp.sum(b["mask"])),
+        "b": Sum(jnp.sum(w @ w)),
+    },
     "maximum of a count": lambda w, b: jnp.sum(b["x"] @ w) / jnp.maximum(len(b["x"]), 1),
-    "divide_no_nan": lambda w, b: (lambda n: jnp.where(n > 0, jnp.sum(b["x"] @ w) / n, 0.0))(len(b["x"])),
+    "divide_no_nan": lambda w, b: (lambda n: jnp.where(n > 0, jnp.sum(b["x"] @ w) / n, 0.0))(
+        len(b["x"])
+    ),
     "norm": lambda w, b: jnp.linalg.norm(b["x"] @ w) ** 2 / len(b["x"]),
     "einsum": lambda w, b: jnp.einsum("bi,i->", b["x"], w) / len(b["x"]),
-    "optax": lambda w, b: jnp.mean(optax.losses.sigmoid_binary_cross_entropy(b["x"] @ w, b["mask"])),
+    "optax": lambda w, b: jnp.mean(
+        optax.losses.sigmoid_binary_cross_entropy(b["x"] @ w, b["mask"])
+    ),
     "safe": safe,
     "coupled": lambda w, b: jnp.sqrt(jax.lax.pmean(jnp.mean((b["x"] @ w) ** 2), "microbatch")),
     "partial": functools.partial(lambda scale, w, b: scale * jnp.mean(b["x"] @ w), 2.0),
@@ -491,5 +390,7 @@ def test_padding_is_no_news():
         return Mean(jnp.sum(jnp.where(mask, b["x"] @ w, 0.0)), jnp.sum(mask))
 
     batch = {"x": X, "index": np.arange(8, dtype=np.int32)}
-    grad = jaxaccum.grad(loss, num_microbatches=4, in_axes=(None, 0, None), num_examples_argnum=2, audit="raise")
+    grad = jaxaccum.grad(
+        loss, num_microbatches=4, in_axes=(None, 0, None), num_examples_argnum=2, audit="raise"
+    )
     grad(W, batch, jnp.int32(5))

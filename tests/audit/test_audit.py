@@ -1,4 +1,5 @@
-"""What the audit says of tags, arguments and aux; every answer of "exact" or not is that of the numbers, too."""
+"""What the audit says of tags, arguments and aux; every answer of "exact" or not is that of the
+numbers, too."""
 
 import pathlib
 import subprocess
@@ -37,10 +38,14 @@ LOSSES = {
     "sum": (lambda w, b: jnp.sum(errors(w, b)), "SUM", False),
     "ratio": (lambda w, b: masked(w, b) / jnp.sum(b["mask"]), "RATIO", False),
     "rms": (lambda w, b: jnp.sqrt(jnp.mean(errors(w, b))), "COUPLED", False),
-    "sum + mean": (lambda w, b: jnp.sum(errors(w, b)) + jnp.mean(errors(w, b)), "MIS_SCALED", False),
+    "sum + mean": (
+        lambda w, b: jnp.sum(errors(w, b)) + jnp.mean(errors(w, b)), "MIS_SCALED", False,
+    ),
     "sum + penalty": (lambda w, b: jnp.sum(errors(w, b)) + jnp.sum(w**2), "MIS_SCALED", False),
     "size": (lambda w, b: jnp.sum(w) * len(b["y"]), "MIS_SCALED", False),
-    "places": (lambda w, b: jnp.mean(errors(w, b) * jnp.arange(1.0 * len(b["y"]))), "POSITION", False),
+    "places": (
+        lambda w, b: jnp.mean(errors(w, b) * jnp.arange(1.0 * len(b["y"]))), "POSITION", False,
+    ),
     "a constant of the size": (
         lambda w, b: jnp.mean(b["x"] @ (w * (np.arange(3.0) / len(b["y"])))), "MIS_SCALED", False,
     ),
@@ -48,25 +53,47 @@ LOSSES = {
     "Sum": (lambda w, b: Sum(jnp.sum(errors(w, b))), "SUM", True),
     "Sum of a mean": (lambda w, b: Sum(jnp.mean(errors(w, b))), "MIS_SCALED", False),
     "Sum of a penalty": (lambda w, b: Sum(jnp.sum(w**2)), "MIS_SCALED", False),
-    "Sum with a penalty": (lambda w, b: Sum(jnp.sum(errors(w, b)) + jnp.sum(w**2)), "MIS_SCALED", False),
-    "Sum with a penalty each": (lambda w, b: Sum(jnp.sum(errors(w, b) + jnp.sum(w**2))), "SUM", True),
+    "Sum with a penalty": (
+        lambda w, b: Sum(jnp.sum(errors(w, b)) + jnp.sum(w**2)), "MIS_SCALED", False,
+    ),
+    "Sum with a penalty each": (
+        lambda w, b: Sum(jnp.sum(errors(w, b) + jnp.sum(w**2))), "SUM", True,
+    ),
     "Mean": (lambda w, b: Mean(masked(w, b), jnp.sum(b["mask"])), "RATIO", True),
     "Mean by size": (lambda w, b: Mean(jnp.sum(errors(w, b)), b["y"].size), "RATIO", True),
-    "Mean by ones": (lambda w, b: Mean(jnp.sum(errors(w, b)), jnp.sum(jnp.ones_like(b["y"]))), "RATIO", True),
+    "Mean by ones": (
+        lambda w, b: Mean(jnp.sum(errors(w, b)), jnp.sum(jnp.ones_like(b["y"]))), "RATIO", True,
+    ),
     "Mean by 1": (lambda w, b: Mean(jnp.sum(errors(w, b)), 1.0), "MIS_SCALED", False),
-    "Mean by size - 1": (lambda w, b: Mean(jnp.sum(errors(w, b)), b["y"].size - 1), "MIS_SCALED", False),
+    "Mean by size - 1": (
+        lambda w, b: Mean(jnp.sum(errors(w, b)), b["y"].size - 1), "MIS_SCALED", False,
+    ),
     "Mean of a mean": (lambda w, b: Mean(jnp.mean(errors(w, b)), 1.0), "MIS_SCALED", False),
-    "Mean of a ratio": (lambda w, b: Mean(masked(w, b) / jnp.sum(b["mask"]), jnp.sum(b["mask"])), "MIS_SCALED", False),
+    "Mean of a ratio": (
+        lambda w, b: Mean(masked(w, b) / jnp.sum(b["mask"]), jnp.sum(b["mask"])),
+        "MIS_SCALED", False,
+    ),
     "Mean, guarded": (lambda w, b: Mean(masked(w, b), jnp.sum(b["mask"]) + 1.0), "RATIO", False),
-    "Mean, clipped": (lambda w, b: Mean(masked(w, b), jnp.maximum(jnp.sum(b["mask"]), 2.0)), "RATIO", False),
+    "Mean, clipped": (
+        lambda w, b: Mean(masked(w, b), jnp.maximum(jnp.sum(b["mask"]), 2.0)), "RATIO", False,
+    ),
     "Mean by a weight with parameters": (
         lambda w, b: Mean(masked(w, b), jnp.sum(jnp.exp(b["x"] @ w))), "RATIO", True,
     ),
-    "Mean of a root": (lambda w, b: Mean(jnp.sqrt(jnp.sum(errors(w, b))), b["y"].size), "COUPLED", False),
+    "Mean of a root": (
+        lambda w, b: Mean(jnp.sqrt(jnp.sum(errors(w, b))), b["y"].size), "COUPLED", False,
+    ),
     "2 Mean": (lambda w, b: 2.0 * Mean(masked(w, b), jnp.sum(b["mask"])), "RATIO", True),
-    "dict": (lambda w, b: {"a": jnp.mean(errors(w, b)), "b": Mean(masked(w, b), jnp.sum(b["mask"]))}, "RATIO", True),
-    "dict with a sum": (lambda w, b: {"a": jnp.sum(errors(w, b)), "b": jnp.mean(errors(w, b))}, "SUM", False),
-    "dict of Sum": (lambda w, b: {"a": Sum(jnp.sum(errors(w, b))), "b": jnp.mean(errors(w, b))}, "SUM", True),
+    "dict": (
+        lambda w, b: {"a": jnp.mean(errors(w, b)), "b": Mean(masked(w, b), jnp.sum(b["mask"]))},
+        "RATIO", True,
+    ),
+    "dict with a sum": (
+        lambda w, b: {"a": jnp.sum(errors(w, b)), "b": jnp.mean(errors(w, b))}, "SUM", False,
+    ),
+    "dict of Sum": (
+        lambda w, b: {"a": Sum(jnp.sum(errors(w, b))), "b": jnp.mean(errors(w, b))}, "SUM", True,
+    ),
 }  # fmt: skip
 
 
@@ -85,11 +112,16 @@ def test_verdict_and_exactness_are_those_of_the_numbers(name):
     report = jaxaccum.audit(loss, W, BATCH)
     assert (report.verdict, report.exact, report.random) == (verdict, exact, False)
     assert is_exact(loss) == exact
-    assert exact or (report.findings and report.findings[0].fix and report.findings[0].fix in str(report))
+    assert exact or (
+        report.findings and report.findings[0].fix and report.findings[0].fix in str(report)
+    )
 
 
 def test_the_fix_of_an_untagged_sum_and_ratio_is_the_tag_and_its_lines_are_apart():
-    for loss, tag in ((LOSSES["sum"][0], "jaxaccum.Sum"), (LOSSES["ratio"][0], "jaxaccum.Mean(total, weight)")):
+    for loss, tag in (
+        (LOSSES["sum"][0], "jaxaccum.Sum"),
+        (LOSSES["ratio"][0], "jaxaccum.Mean(total, weight)"),
+    ):
         (finding,) = jaxaccum.audit(loss, W, BATCH).findings
         assert finding.origin is None
         assert finding.use is None
@@ -104,8 +136,16 @@ def test_the_fix_of_an_untagged_sum_and_ratio_is_the_tag_and_its_lines_are_apart
         (LOSSES["sum + penalty"][0], "outside"),
         (LOSSES["sum + mean"][0], "dict"),
         (LOSSES["Mean, guarded"][0], "guard"),
-        (lambda w, b: jnp.mean((b["x"] - b["x"].mean(0, keepdims=True)) @ w), "once on the full batch"),
-        (lambda w, b: jnp.mean(jax.random.normal(jax.random.key(0), b["y"].shape) * (b["x"] @ w)), "EXAMPLE_KEY"),
+        (
+            lambda w, b: jnp.mean((b["x"] - b["x"].mean(0, keepdims=True)) @ w),
+            "once on the full batch",
+        ),
+        (
+            lambda w, b: jnp.mean(
+                jax.random.normal(jax.random.key(0), b["y"].shape) * (b["x"] @ w)
+            ),
+            "EXAMPLE_KEY",
+        ),
         (lambda w, b: jax.nn.logsumexp(b["x"] @ jnp.diag(w) @ b["x"].T), "all_gather"),
     ],
 )
@@ -133,7 +173,7 @@ def test_assert_exact_reads_the_loss_first():
     assert_exact(LOSSES["Mean"][0], W, BATCH, audit=True)
 
 
-# -- arguments --------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def dropped(w, x, key, shape):
@@ -144,12 +184,18 @@ def test_keys():
     shared = lambda w, x, key: jnp.mean(dropped(w, x, key, (len(x),)))
     own = lambda w, x, keys: jnp.mean(jax.vmap(lambda x, key: dropped(w, x, key, ()))(x, keys))
     key = jax.random.key(0)
-    for loss, axes, random in ((shared, None, True), (shared, KEY, True), (own, EXAMPLE_KEY, False)):
+    for loss, axes, random in (
+        (shared, None, True),
+        (shared, KEY, True),
+        (own, EXAMPLE_KEY, False),
+    ):
         for given in (key, jax.random.key_data(key)):
             report = jaxaccum.audit(loss, W, BATCH["x"], given, in_axes=(None, 0, axes))
             assert (report.verdict, report.random, report.exact) == ("MEAN", random, not random)
     noise = lambda w, x, key: jnp.mean(x @ (w + jax.random.normal(key, w.shape)))
-    assert jaxaccum.audit(noise, W, BATCH["x"], key, in_axes=(None, 0, None)).exact  # the same for every microbatch
+    assert jaxaccum.audit(
+        noise, W, BATCH["x"], key, in_axes=(None, 0, None)
+    ).exact  # the same for every microbatch
     assert jaxaccum.audit(noise, W, BATCH["x"], key, in_axes=(None, 0, KEY)).random
     unused = lambda w, x, key: jnp.mean(x @ w)
     assert jaxaccum.audit(unused, W, BATCH["x"], key, in_axes=(None, 0, KEY)).exact
@@ -178,12 +224,17 @@ def test_keys_of_a_generator_that_draws_for_all_of_them_together(impl):
 
 
 def test_keys_that_are_split_alone_stay_apart():
-    """Of `rbg` keys only the numbers are drawn together, and a key made for each example is its own."""
+    """Of `rbg` keys only the numbers are drawn together, and a key made for each example is its
+    own."""
     keys = jax.random.split(jax.random.key(7, impl="rbg"), 8)
     draw = lambda key: jax.random.normal(key, (3,), jnp.float64)
-    own = lambda keys: lax.map(draw, jax.vmap(lambda key: jax.random.fold_in(jax.random.split(key)[0], 3))(keys))
+    own = lambda keys: lax.map(
+        draw, jax.vmap(lambda key: jax.random.fold_in(jax.random.split(key)[0], 3))(keys)
+    )
     assert np.array_equal(own(keys)[3:], own(keys[3:]))
-    assert jaxaccum.audit(lambda w, b: jnp.mean((b["x"] * own(b["k"])) @ w), W, {"x": BATCH["x"], "k": keys}).exact
+    assert jaxaccum.audit(
+        lambda w, b: jnp.mean((b["x"] * own(b["k"])) @ w), W, {"x": BATCH["x"], "k": keys}
+    ).exact
 
 
 def test_keys_made_of_the_place_in_the_batch():
@@ -202,22 +253,36 @@ def test_a_carried_state_matters_where_the_loss_reads_it():
     unread = lambda w, x, s: (jnp.mean(x @ w), Carry(s + 1.0))
     read = lambda w, x, s: (jnp.mean(x @ w * s), Carry(s + 1.0))
     kept = lambda w, x, s: (jnp.mean(x @ w * s), Carry(s))
-    for loss, verdict, exact in ((unread, "MEAN", True), (read, "COUPLED", False), (kept, "MEAN", True)):
+    for loss, verdict, exact in (
+        (unread, "MEAN", True),
+        (read, "COUPLED", False),
+        (kept, "MEAN", True),
+    ):
         report = jaxaccum.audit(loss, W, BATCH["x"], 1.0, in_axes=(None, 0, CARRY), has_aux=True)
         assert (report.verdict, report.exact) == (verdict, exact)
 
 
 def test_a_state_that_comes_back_elsewhere_is_changed():
     """Swapped, or as aux beside the new one: the next microbatch reads another."""
-    states = {"numbers": (jnp.float64(1.0), jnp.float64(2.0)), "keys": (jax.random.key(0), jax.random.key(1))}
-    scale = lambda s: s if jnp.issubdtype(s.dtype, jnp.floating) else jax.random.uniform(s, (), jnp.float64)
+    states = {
+        "numbers": (jnp.float64(1.0), jnp.float64(2.0)),
+        "keys": (jax.random.key(0), jax.random.key(1)),
+    }
+    scale = lambda s: (
+        s if jnp.issubdtype(s.dtype, jnp.floating) else jax.random.uniform(s, (), jnp.float64)
+    )
     swapped = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[1], s[0])))
-    beside = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), {"new": Carry((s[1], s[1])), "old": Last(s[0])})
+    beside = lambda w, x, s: (
+        jnp.mean(x @ w) * scale(s[0]),
+        {"new": Carry((s[1], s[1])), "old": Last(s[0])},
+    )
     kept = lambda w, x, s: (jnp.mean(x @ w) * scale(s[0]), Carry((s[0], s[1])))
     for name, state in states.items():
         kind = "random" if name == "keys" else "state"
         for loss, exact in ((swapped, False), (beside, False), (kept, True)):
-            report = jaxaccum.audit(loss, W, BATCH["x"], state, in_axes=(None, 0, CARRY), has_aux=True)
+            report = jaxaccum.audit(
+                loss, W, BATCH["x"], state, in_axes=(None, 0, CARRY), has_aux=True
+            )
             assert report.exact is exact
             assert [f.kind for f in report.findings] == ([] if exact else [kind])
 
@@ -225,11 +290,14 @@ def test_a_state_that_comes_back_elsewhere_is_changed():
 def test_a_carried_key_that_comes_back_is_no_changed_state():
     def noisy(w, x, state, change):
         scale = jax.random.uniform(state["key"], (), x.dtype)
-        return jnp.mean(x @ w) * scale, Carry({"key": jax.random.split(state["key"])[0] if change else state["key"]})
+        return jnp.mean(x @ w) * scale, Carry(
+            {"key": jax.random.split(state["key"])[0] if change else state["key"]}
+        )
 
     for change in (False, True):
         report = jaxaccum.audit(
-            lambda w, x, s, change=change: noisy(w, x, s, change), W, BATCH["x"], {"key": jax.random.key(0)},
+            lambda w, x, s, change=change: noisy(w, x, s, change),
+            W, BATCH["x"], {"key": jax.random.key(0)},
             in_axes=(None, 0, CARRY), has_aux=True,
         )  # fmt: skip
         assert report.exact is not change
@@ -239,8 +307,10 @@ def test_a_carried_key_that_comes_back_is_no_changed_state():
 
 def test_aux_is_judged_by_its_tags():
     x = BATCH["x"]
-    own = lambda z: {"rows": Concat(z), "sum": Sum(jnp.sum(z)), "top": Max(jnp.max(z)), "low": Min(jnp.min(z)),
-                     "mean": jnp.mean(z), "any": Stack(jnp.sqrt(jnp.mean(z))), "end": Last(jnp.std(z))}  # fmt: skip
+    own = lambda z: {
+        "rows": Concat(z), "sum": Sum(jnp.sum(z)), "top": Max(jnp.max(z)), "low": Min(jnp.min(z)),
+        "mean": jnp.mean(z), "any": Stack(jnp.sqrt(jnp.mean(z))), "end": Last(jnp.std(z)),
+    }  # fmt: skip
     assert jaxaccum.audit(lambda w, x: (jnp.mean(x @ w), own(x @ w)), W, x, has_aux=True).exact
     wrong = {
         "a sum": lambda z: jnp.sum(z), "Max of a sum": lambda z: Max(jnp.sum(z)),
@@ -249,7 +319,10 @@ def test_aux_is_judged_by_its_tags():
     }  # fmt: skip
     for name, aux in wrong.items():
         report = jaxaccum.audit(
-            lambda w, x, name=name, aux=aux: (jnp.mean(x @ w), {name: aux(x @ w)}), W, x, has_aux=True
+            lambda w, x, name=name, aux=aux: (jnp.mean(x @ w), {name: aux(x @ w)}),
+            W,
+            x,
+            has_aux=True,
         )
         assert report.verdict == "MEAN"
         assert not report.exact, name
@@ -263,12 +336,17 @@ def test_axes_shapes_and_sizes():
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (W, batch))
     for given in ((W, batch), shapes):
         for count in (1, 2, 4, 9):  # 4: microbatches of 3 and of 2
-            assert jaxaccum.audit(loss, *given, in_axes=(None, *axes), num_microbatches=count).verdict == "MEAN"
+            assert (
+                jaxaccum.audit(loss, *given, in_axes=(None, *axes), num_microbatches=count).verdict
+                == "MEAN"
+            )
     coupled = lambda w, b: jnp.mean((b["x"] - b["x"].mean(1, keepdims=True)).T @ w)
     assert jaxaccum.audit(coupled, W, batch, in_axes=(None, *axes)).verdict == "COUPLED"
     assert jaxaccum.audit(lambda w, x: jnp.mean(w * x), 1.0, jnp.ones(4)).exact
     refused(
-        lambda: jaxaccum.audit(loss, W, batch, in_axes=(None, *axes), num_microbatches=10), "num_microbatches=10", "9"
+        lambda: jaxaccum.audit(loss, W, batch, in_axes=(None, *axes), num_microbatches=10),
+        "num_microbatches=10",
+        "9",
     )
     refused(lambda: jaxaccum.audit(lambda w, x: (x, x), W, BATCH["x"]), "has_aux=True")
 
@@ -292,7 +370,8 @@ SAME_PRIMITIVES = {
     # the same primitives in the same order, and another function at each size
     "operands swapped": either(lambda h, w: h - jnp.sin(h), lambda h, w: jnp.sin(h) - h),
     "another intermediate value": either(
-        lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][0], lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][1]
+        lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][0],
+        lambda h, w: h * [jnp.sum(w), jnp.sum(w**2)][1]
     ),
     "another entry": either(lambda h, w: h * w[0], lambda h, w: h * w[1]),
     "other columns": either(lambda h, w: h[:, :2], lambda h, w: h[:, 1:]),
@@ -301,7 +380,8 @@ SAME_PRIMITIVES = {
     ),
     "another power": either(lambda h, w: h**2, lambda h, w: h**3),
     "another permutation": either(
-        lambda h, w: h @ jnp.outer(w, w**2).transpose(0, 1), lambda h, w: h @ jnp.outer(w, w**2).transpose(1, 0)
+        lambda h, w: h @ jnp.outer(w, w**2).transpose(0, 1),
+        lambda h, w: h @ jnp.outer(w, w**2).transpose(1, 0)
     ),
     "another result": either(
         lambda h, w: h * lax.sort((w, w**2))[0][0], lambda h, w: h * lax.sort((w, w**2))[1][0]
@@ -328,85 +408,7 @@ def test_the_last_and_smaller_microbatches_are_judged_too():
         assert (report.verdict, report.exact) == (verdict, verdict == "MEAN")
 
 
-# -- collectives ------------------------------------------------------------------------------------------------------
-
-
-def normalized(w, x):
-    z = x * w[None]
-    mean = lax.pmean(jnp.mean(z, 0), "microbatch")
-    var = lax.pmean(jnp.mean(z**2, 0), "microbatch") - mean**2
-    return jnp.mean(jnp.tanh((z - mean[None]) / jnp.sqrt(var + 1e-3)[None]))
-
-
-def contrastive(w, x):
-    z = jnp.tanh(x * w[None])
-    every = lax.all_gather(z, "microbatch", tiled=True)
-    own = lax.axis_index("microbatch") * len(x) + jnp.arange(len(x), dtype=jnp.int32)
-    logits = z @ every.T
-    picked = jnp.take_along_axis(logits, own[:, None], axis=1)[:, 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
-
-
-COLLECTIVES = {
-    "batch norm": (normalized, True),
-    "contrastive": (contrastive, True),
-    "untiled": (
-        lambda w, x: jnp.mean(x * lax.all_gather(x * w[None], "microbatch").reshape(-1, 3).mean(0)[None]),
-        True,
-    ),
-    "summed": (lambda w, x: jnp.mean(x * lax.all_gather(x * w[None], "microbatch").mean((0, 1))[None]), True),
-    "total": (lambda w, x: Sum(jnp.sum(x * w[None]) / lax.psum(jnp.sum(x**2), "microbatch")), True),
-    "maximum": (lambda w, x: jnp.mean(x * w[None]) * lax.pmax(jnp.max(x), "microbatch"), True),
-    "rows": (lambda w, x: jnp.mean(lax.psum(x * w[None], "microbatch")), False),
-    "a root": (lambda w, x: jnp.mean(x * w[None]) * lax.psum(jnp.sqrt(jnp.sum(x**2)), "microbatch"), False),
-    "shift": (lambda w, x: jnp.mean(lax.ppermute(x * w[None], "microbatch", [(0, 0)])), False),
-    "and a sum": (lambda w, x: jnp.sum(x * w[None]) - lax.pmean(jnp.mean(x), "microbatch"), False),
-}
-
-
-def around(x):
-    """Each microbatch has what its neighbour had."""
-    count = lax.axis_size("microbatch")
-    return lax.ppermute(x, "microbatch", [(i, (i + 1) % count) for i in range(count)])
-
-
-def test_what_every_microbatch_has_alike_may_go_around():
-    """A parameter is the same everywhere; of rows nobody knows whom they meet."""
-    assert jaxaccum.audit(lambda w, x: jnp.mean(x * around(w)[None]), W, BATCH["x"]).exact
-    report = jaxaccum.audit(lambda w, x: jnp.mean(around(x * w[None]) * x), W, BATCH["x"])
-    assert (report.verdict, report.exact, report.causes[0].kind) == ("UNKNOWN", False, "unknown")
-
-
-@pytest.mark.parametrize("name", COLLECTIVES)
-def test_a_collective_is_coupled_and_exact_where_it_makes_the_batchs_own_statistic(name):
-    loss, exact = COLLECTIVES[name]
-    if name == "and a sum":
-        assert not jaxaccum.audit(loss, W, BATCH["x"]).exact
-        return
-    report = jaxaccum.audit(loss, W, BATCH["x"])
-    assert (report.verdict, report.exact) == ("COUPLED", exact)
-    assert any(finding.origin.file == __file__ for finding in report.findings)
-
-
-def test_declared_statistics_equal_the_batchs_by_vmap_over_microbatches():
-    """The oracle: microbatches as devices, every collective by JAX's own vmap."""
-    x = BATCH["x"]
-    for name, (loss, exact) in COLLECTIVES.items():
-        if name in ("shift", "and a sum"):
-            continue
-        plain = lambda *args, loss=loss: loss(*args).x if isinstance(loss(*args), Sum) else loss(*args)
-        combine = jnp.sum if name == "total" else jnp.mean
-        spread = jax.vmap(lambda x, f=plain: f(W, x), axis_name="microbatch")
-        values = [combine(spread(x.reshape(n, 8 // n, 3))) for n in (1, 4)]
-        assert np.isclose(*values, rtol=1e-9) == exact, name
-
-
-def test_unequal_microbatches_refuse_a_collective():
-    report = jaxaccum.audit(normalized, W, BATCH["x"], num_microbatches=3)
-    assert (report.verdict, report.exact) == ("COUPLED", False)
-
-
-# -- the probe and the command line -----------------------------------------------------------------------------------
+# -- the probe and the command line ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mean", "sum", "ratio", "rms", "Mean", "Sum"])
@@ -439,11 +441,18 @@ unsure = lambda: (lambda w, x: jnp.mean(x @ w) if len(x) > 4 else jnp.mean(x), w
 def test_the_command_line_exits_by_verdict(tmp_path):
     (tmp_path / "train.py").write_text(MODULE)
     root = str(pathlib.Path(__file__).parents[2])
-    statuses = {"good": (0, "MEAN"), "bad": (1, "train.py"), "unsure": (3, "UNKNOWN"), "none": (2, "none")}
+    statuses = {
+        "good": (0, "MEAN"),
+        "bad": (1, "train.py"),
+        "unsure": (3, "UNKNOWN"),
+        "none": (2, "none"),
+    }
     environment = {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     for name, (status, says) in statuses.items():
         command = [sys.executable, "-m", "jaxaccum", "audit", f"train:{name}"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == status, done.stderr
         assert says in done.stdout + done.stderr
 

@@ -1,4 +1,5 @@
-"""The audit of BERT: masked-language modelling with and without its tag, with dropout from one key and from many."""
+"""The audit of BERT: masked-language modelling with and without its tag, with dropout from one key
+and from many."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,12 @@ MODEL = BertForMaskedLM(
     )
 )
 IDS = jax.ShapeDtypeStruct((8, 9), jnp.int32)
-BATCH = {"ids": IDS, "attention": IDS, "labels": IDS, "weight": jax.ShapeDtypeStruct((8, 9), jnp.float32)}
+BATCH = {
+    "ids": IDS,
+    "attention": IDS,
+    "labels": IDS,
+    "weight": jax.ShapeDtypeStruct((8, 9), jnp.float32),
+}
 PARAMS = jax.eval_shape(MODEL.init, jax.random.key(0), IDS, IDS)
 KEY = jax.eval_shape(jax.random.key, 0)
 
@@ -45,7 +51,9 @@ def shared(params, batch, key):
 
 def own(params, batch, keys):
     def one(row, key):
-        return total_and_weight(params, jax.tree.map(lambda x: x[None], row), dropout=0.1, rngs={"dropout": key})
+        return total_and_weight(
+            params, jax.tree.map(lambda x: x[None], row), dropout=0.1, rngs={"dropout": key}
+        )
 
     return jaxaccum.Mean(*map(jnp.sum, jax.vmap(one)(batch, keys)))
 
@@ -59,5 +67,7 @@ def own(params, batch, keys):
 )  # fmt: skip
 def test_bert(loss, axes, exact, random):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        report = jaxaccum.audit(loss, PARAMS, BATCH, *([KEY] if axes else []), in_axes=(None, 0, *axes))
+        report = jaxaccum.audit(
+            loss, PARAMS, BATCH, *([KEY] if axes else []), in_axes=(None, 0, *axes)
+        )
     assert (report.verdict, report.exact, report.random) == ("RATIO", exact, random), report

@@ -66,7 +66,9 @@ def test_microbatches_of_one_example_repeat_it():
     """JAX stretches one row to the length of the array: a number comes out, and it is wrong."""
     for loss in (weighted(WEIGHT), lambda w, x: Sum(jnp.sum((x @ w) ** 2 * WEIGHT))):
         full = jaxaccum.full_batch(loss)(W, X)
-        assert normwise(jaxaccum.microbatch(loss, microbatch_size=1, audit=None)(W, X), full) > EXACT
+        assert (
+            normwise(jaxaccum.microbatch(loss, microbatch_size=1, audit=None)(W, X), full) > EXACT
+        )
         assert not jaxaccum.audit(loss, W, X, num_microbatches=6).exact
 
 
@@ -119,7 +121,7 @@ def test_it_is_found_inside_jit_too():
     assert reports[2].exact  # a number of the closure is the same at every size
 
 
-# -- keys -------------------------------------------------------------------------------------------------------------
+# -- keys ------------------------------------------------------------------------------------------
 
 LEGACY = jax.random.PRNGKey(5)
 
@@ -153,7 +155,10 @@ def test_a_key_is_named_where_every_microbatch_draws_the_same_numbers(name):
     assert not report.exact
     (finding,) = report.findings
     assert finding.kind == "random"
-    assert f"closes over the key `{called}`, so every microbatch draws the same numbers" in finding.note
+    assert (
+        f"closes over the key `{called}`, so every microbatch draws the same numbers"
+        in finding.note
+    )
     assert f"make {called} an argument" in finding.fix
     full = jaxaccum.full_batch(loss)(W, X)
     assert normwise(jaxaccum.microbatch(loss, num_microbatches=2, audit=None)(W, X), full) > EXACT
@@ -167,12 +172,14 @@ def test_a_key_of_the_parameters_own_noise_is_no_finding():
 
 
 def test_a_key_made_inside_is_not_called_a_closure():
-    loss = lambda w, x: jnp.mean((x @ w + jax.random.normal(jax.random.key(0), x.shape[:1], x.dtype)) ** 2)
+    loss = lambda w, x: jnp.mean(
+        (x @ w + jax.random.normal(jax.random.key(0), x.shape[:1], x.dtype)) ** 2
+    )
     (finding,) = jaxaccum.audit(loss, W, X).findings
     assert "closes over" not in finding.note
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def test_names_are_those_of_the_source():
@@ -189,7 +196,7 @@ def test_names_are_those_of_the_source():
     assert {"argument 0 of a partial", "scale", "later"} <= set(partial)
 
 
-# -- too few arguments ------------------------------------------------------------------------------------------------
+# -- too few arguments -----------------------------------------------------------------------------
 
 
 def test_a_batch_that_is_closed_over_is_named_with_the_line_to_write():
@@ -198,7 +205,9 @@ def test_a_batch_that_is_closed_over_is_named_with_the_line_to_write():
     def loss_fn(params):
         return jnp.mean((batch["image"] @ params) * batch["label"])
 
-    said = r"loss_fn closes over batch\['image'\] \(float64\[6, 3\]\), batch\['label'\] \(int64\[6\]\)"
+    said = (
+        r"loss_fn closes over batch\['image'\] \(float64\[6, 3\]\), batch\['label'\] \(int64\[6\]\)"
+    )
     for options, first in (
         ({}, r"called with 1 positional argument, and in_axes=\(None, 0\) has 2 entries"),
         ({"in_axes": (None,)}, "no argument has a batch axis"),

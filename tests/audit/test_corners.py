@@ -1,4 +1,5 @@
-"""Losses at the corners of the audit's rules: "exact" is never said of one that the numbers refute."""
+"""Losses at the corners of the audit's rules: "exact" is never said of one that the numbers
+refute."""
 
 import jax
 import jax.numpy as jnp
@@ -66,45 +67,71 @@ LOSSES = {
     "Sum of a root": (lambda w, b: Sum(root(w, b)), "COUPLED", False),
     "a batch of devices": (lambda w, b: jnp.mean(by_device(each_of)(w, b)), "MEAN", True),
     "a sum over devices": (
-        lambda w, b: Sum(by_device(lambda w, x: lax.psum(jnp.sum(each_of(w, x)), "data"), SHARED)(w, b)), "SUM", True,
+        lambda w, b: (
+            Sum(by_device(lambda w, x: lax.psum(jnp.sum(each_of(w, x)), "data"), SHARED)(w, b))
+        ),
+        "SUM", True,
     ),
     "each device's own mean": (
-        lambda w, b: jnp.mean(by_device(lambda w, x: (each_of(w, x) - jnp.mean(each_of(w, x))) ** 2)(w, b)),
+        lambda w, b: (
+            jnp.mean(by_device(lambda w, x: (each_of(w, x) - jnp.mean(each_of(w, x))) ** 2)(w, b))
+        ),
         "COUPLED", False,
     ),
     "a maximum over devices": (
-        lambda w, b: jnp.mean(by_device(lambda w, x: each_of(w, x) * lax.pmax(jnp.max(x), "data"))(w, b)),
+        lambda w, b: (
+            jnp.mean(by_device(lambda w, x: each_of(w, x) * lax.pmax(jnp.max(x), "data"))(w, b))
+        ),
         "COUPLED", False,
     ),
     "the index of a device": (
-        lambda w, b: jnp.mean(by_device(lambda w, x: each_of(w, x) * lax.axis_index("data").astype(x.dtype))(w, b)),
+        lambda w, b: (
+            jnp.mean(
+                by_device(lambda w, x: each_of(w, x) * lax.axis_index("data").astype(x.dtype))(w, b)
+            )
+        ),
         "POSITION", False,
     ),
     "parameters on devices": (
-        lambda w, b: jnp.mean(rows(w, b)) * jnp.sum(by_device(lambda w, x: w * lax.psum(1.0, "data"), SHARED)(w, b)),
+        lambda w, b: (
+            jnp.mean(rows(w, b))
+            * jnp.sum(by_device(lambda w, x: w * lax.psum(1.0, "data"), SHARED)(w, b))
+        ),
         "MEAN", True,
     ),
     "a scan that adds": (lambda w, b: Sum(added(w, b)), "SUM", True),
     "a scan that counts": (lambda w, b: jnp.mean(numbered(w, b)), "POSITION", False),
     "chunks": (
-        lambda w, b: jnp.mean(lax.map(lambda x: jnp.tanh(x @ w), b["x"].reshape(-1, 2, 3))), "MEAN", True,
+        lambda w, b: jnp.mean(lax.map(lambda x: jnp.tanh(x @ w), b["x"].reshape(-1, 2, 3))),
+        "MEAN", True,
     ),
     "a branch by size": (
-        lambda w, b: lax.cond(jnp.sum(w) * len(b["y"]) > 1, jnp.sin, jnp.cos, jnp.sum(w)) * jnp.mean(rows(w, b)),
+        lambda w, b: (
+            lax.cond(jnp.sum(w) * len(b["y"]) > 1, jnp.sin, jnp.cos, jnp.sum(w))
+            * jnp.mean(rows(w, b))
+        ),
         "MIS_SCALED", False,
     ),
     "a branch by data": (
-        lambda w, b: lax.cond(jnp.sum(b["y"]) > 0, jnp.sin, jnp.cos, jnp.sum(w)) * jnp.mean(rows(w, b)),
+        lambda w, b: (
+            lax.cond(jnp.sum(b["y"]) > 0, jnp.sin, jnp.cos, jnp.sum(w)) * jnp.mean(rows(w, b))
+        ),
         "COUPLED", False,
     ),
     "either of two kinds": (
-        lambda w, b: lax.cond(w[0] > 0, lambda: jnp.mean(rows(w, b)), lambda: jnp.max(rows(w, b))), "UNKNOWN", False,
+        lambda w, b: lax.cond(w[0] > 0, lambda: jnp.mean(rows(w, b)), lambda: jnp.max(rows(w, b))),
+        "UNKNOWN", False,
     ),
     "either total": (
-        lambda w, b: Sum(lax.cond(w[0] > 0, lambda: jnp.sum(rows(w, b)), lambda: 2 * jnp.sum(rows(w, b)))), "SUM", True,
+        lambda w, b: (
+            Sum(lax.cond(w[0] > 0, lambda: jnp.sum(rows(w, b)), lambda: 2 * jnp.sum(rows(w, b))))
+        ),
+        "SUM", True,
     ),
     "as many steps as examples": (
-        lambda w, b: jnp.mean(rows(w, b)) * lax.fori_loop(0, len(b["y"]), lambda _, s: s * 0.9, jnp.sum(w)),
+        lambda w, b: (
+            jnp.mean(rows(w, b)) * lax.fori_loop(0, len(b["y"]), lambda _, s: s * 0.9, jnp.sum(w))
+        ),
         "MIS_SCALED", False,
     ),
     "until the data says so": (
@@ -112,13 +139,20 @@ LOSSES = {
             lambda s: s < lax.stop_gradient(jnp.sum(b["y"] ** 2)), lambda s: 2 * s, jnp.ones(())
         ), "UNKNOWN", False,
     ),
-    "a forward rule of its own": (lambda w, b: jnp.mean(mistaken(rows(w, b)) ** 2), "COUPLED", False),
+    "a forward rule of its own": (
+        lambda w, b: jnp.mean(mistaken(rows(w, b)) ** 2), "COUPLED", False,
+    ),
     "a backward rule that fails": (lambda w, b: jnp.mean(failing(rows(w, b))), "UNKNOWN", False),
-    "a table of the size": (lambda w, b: jnp.mean(rows(w, b) * np.full(len(b["y"]), 2.0)), "MEAN", True),
-    "a table of places": (lambda w, b: jnp.mean(rows(w, b) * np.arange(1.0 * len(b["y"]))), "POSITION", False),
+    "a table of the size": (
+        lambda w, b: jnp.mean(rows(w, b) * np.full(len(b["y"]), 2.0)), "MEAN", True,
+    ),
+    "a table of places": (
+        lambda w, b: jnp.mean(rows(w, b) * np.arange(1.0 * len(b["y"]))), "POSITION", False,
+    ),
     "an entry of a total": (lambda w, b: Sum(jnp.sum(b["x"] * w[None], axis=0)[1]), "SUM", True),
     "an entry by another total": (
-        lambda w, b: jnp.mean(rows(w, b)) * w[jnp.sum(b["y"] > 0).astype(int) % 3], "COUPLED", False,
+        lambda w, b: jnp.mean(rows(w, b)) * w[jnp.sum(b["y"] > 0).astype(int) % 3],
+        "COUPLED", False,
     ),
     "padded": (lambda w, b: jnp.mean(jnp.pad(rows(w, b), (1, 1))), "COUPLED", False),
     "halves": (
@@ -129,32 +163,43 @@ LOSSES = {
         lambda w, b: jnp.sum(b["x"] * w[None], 0) @ jnp.sum(b["x"], 0), "COUPLED", False,
     ),
     "a matrix of examples": (
-        lambda w, b: jnp.linalg.slogdet(jnp.eye(len(b["y"])) + jnp.outer(rows(w, b), rows(w, b)))[1], "COUPLED", False,
+        lambda w, b: (
+            jnp.linalg.slogdet(jnp.eye(len(b["y"])) + jnp.outer(rows(w, b), rows(w, b)))[1]
+        ),
+        "COUPLED", False,
     ),
     "keys of a total": (
-        lambda w, b: jnp.mean(rows(w, b)) * jax.random.normal(jax.random.key(jnp.sum(b["y"] > 0))), "COUPLED", False,
+        lambda w, b: jnp.mean(rows(w, b)) * jax.random.normal(jax.random.key(jnp.sum(b["y"] > 0))),
+        "COUPLED", False,
     ),
     "repeated": (lambda w, b: jnp.mean(jnp.tile(rows(w, b), 3)), "MEAN", True),
     "other outputs": (
-        lambda w, b: {name: jnp.mean(rows(w, b)) for name in ("a", "b")[: len(b["y"]) // 4]}, "UNKNOWN", False,
+        lambda w, b: {name: jnp.mean(rows(w, b)) for name in ("a", "b")[: len(b["y"]) // 4]},
+        "UNKNOWN", False,
     ),
     "another function": (
-        lambda w, b: jnp.mean((jnp.sin if len(b["y"]) > 4 else jnp.cos)(rows(w, b))), "UNKNOWN", False,
+        lambda w, b: jnp.mean((jnp.sin if len(b["y"]) > 4 else jnp.cos)(rows(w, b))),
+        "UNKNOWN", False,
     ),
     "another constant": (
-        lambda w, b: jnp.mean(rows(w, b)) * jnp.sum(np.ones(3) if len(b["y"]) > 4 else w), "UNKNOWN", False,
+        lambda w, b: jnp.mean(rows(w, b)) * jnp.sum(np.ones(3) if len(b["y"]) > 4 else w),
+        "UNKNOWN", False,
     ),
     "a number for a parameter": (
-        lambda w, b: jnp.mean(rows(w, b) * (2.0 if len(b["y"]) > 4 else jnp.sum(w))) + jnp.sum(w), "UNKNOWN", False,
+        lambda w, b: jnp.mean(rows(w, b) * (2.0 if len(b["y"]) > 4 else jnp.sum(w))) + jnp.sum(w),
+        "UNKNOWN", False,
     ),
-    "a penalty repeated": (lambda w, b: jnp.mean(rows(w, b) + jnp.tile(jnp.sum(w)[None], len(b["y"]))), "MEAN", True),
+    "a penalty repeated": (
+        lambda w, b: jnp.mean(rows(w, b) + jnp.tile(jnp.sum(w)[None], len(b["y"]))), "MEAN", True,
+    ),
     "a table reshaped": (
-        lambda w, b: jnp.mean(rows(w, b) * (jnp.sum(w) * jnp.ones((len(b["y"]), 1))).reshape(-1)), "MEAN", True,
+        lambda w, b: jnp.mean(rows(w, b) * (jnp.sum(w) * jnp.ones((len(b["y"]), 1))).reshape(-1)),
+        "MEAN", True,
     ),
 }  # fmt: skip
 
 
-# -- backward passes that are not linear in the cotangent --------------------------------------------------------------
+# -- backward passes that are not linear in the cotangent ------------------------------------------
 
 
 def ruled(backward, function=lambda x: x):
@@ -177,8 +222,14 @@ BACKWARD = {
 APPLIED = {
     # where the function is applied: whether every microbatch hands it the full batch's cotangent
     "to the mean": (lambda f, w, b: f(jnp.mean(rows(w, b))), False),
-    "to a mean under a Mean": (lambda f, w, b: Mean(f(jnp.mean(rows(w, b))) * b["y"].size, b["y"].size), False),
-    "to rows divided by their number": (lambda f, w, b: jnp.sum(f(rows(w, b) / len(b["y"]))), False),
+    "to a mean under a Mean": (
+        lambda f, w, b: Mean(f(jnp.mean(rows(w, b))) * b["y"].size, b["y"].size),
+        False,
+    ),
+    "to rows divided by their number": (
+        lambda f, w, b: jnp.sum(f(rows(w, b) / len(b["y"]))),
+        False,
+    ),
     "to a mean and a penalty": (lambda f, w, b: f(jnp.mean(rows(w, b)) + jnp.sum(w**2)), False),
     "to the parameters": (lambda f, w, b: jnp.mean(rows(f(w), b)), False),
     "to the rows": (lambda f, w, b: jnp.mean(f(rows(w, b))), True),

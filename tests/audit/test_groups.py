@@ -1,4 +1,5 @@
-"""Groups of adjacent examples, such as pairs or completions of one prompt, and microbatches of one example."""
+"""Groups of adjacent examples, such as pairs or completions of one prompt, and microbatches of one
+example."""
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,9 @@ def test_what_the_audit_says_is_what_the_numbers_say(name, split):
         whole_groups = bool(group) and split == "contiguous" and 16 // number % group == 0
         options = {"num_microbatches": number, "split": split}
         silent = jaxaccum.grad(loss, audit=None, **options)(W, BATCH)
-        kept_by_chance = loss is halves and split == "strided"  # i and i + 8 stay together; the audit is careful
+        kept_by_chance = (
+            loss is halves and split == "strided"
+        )  # i and i + 8 stay together; the audit is careful
         assert (normwise(silent, expected) <= EXACT) == (whole_groups or kept_by_chance)
         if whole_groups:
             jaxaccum.grad(loss, audit="raise", **options)(W, BATCH)
@@ -126,10 +129,14 @@ def test_a_size_that_breaks_groups_is_noted():
 
 
 def test_batch_norm_of_one_device_is_no_batch_norm_of_all():
-    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
 
     def grad(axis_name, audit):
-        norm = jaxaccum.linen.BatchNorm(use_running_average=False, axis_name=axis_name, param_dtype=jnp.float64)
+        norm = jaxaccum.linen.BatchNorm(
+            use_running_average=False, axis_name=axis_name, param_dtype=jnp.float64
+        )
         variables = norm.init(jax.random.key(0), BATCH["x"] @ W)
 
         def loss(w, x):
@@ -150,15 +157,22 @@ ONE = {
     "mean": (lambda w, b: jnp.mean((b["x"][0] @ w) ** 2), "mean"),
     "root": (lambda w, b: jnp.sqrt(jnp.mean((b["x"][0] @ w) ** 2)), "mean"),
     "sum": (lambda w, b: jaxaccum.Sum(jnp.sqrt(jnp.mean((b["x"][0] @ w) ** 2))), "sum"),
-    "tokens": (lambda w, b: Mean(jnp.sum((b["x"][0] @ w) ** 2 * b["mask"][0]), jnp.sum(b["mask"][0])), "tokens"),
-    "a count of its own": (lambda w, b: Mean(jnp.sum((b["x"] @ w) ** 2), b["mask"][0, 1] + 1), "tokens"),
+    "tokens": (
+        lambda w, b: Mean(jnp.sum((b["x"][0] @ w) ** 2 * b["mask"][0]), jnp.sum(b["mask"][0])),
+        "tokens",
+    ),
+    "a count of its own": (
+        lambda w, b: Mean(jnp.sum((b["x"] @ w) ** 2), b["mask"][0, 1] + 1),
+        "tokens",
+    ),
     "squeezed": (lambda w, b: jnp.mean(jnp.squeeze(b["x"], 0) @ w), "mean"),
 }
 
 
 @pytest.mark.parametrize("name", ONE)
 def test_a_loss_that_is_written_for_one_example(name):
-    """As of padded graphs, stacked and cut one by one: the microbatch is the example, and ``x[0]`` is all of it."""
+    """As of padded graphs, stacked and cut one by one: the microbatch is the example, and ``x[0]``
+    is all of it."""
     loss, kind = ONE[name]
     w = data(3, seed=6)
 
@@ -190,7 +204,10 @@ def test_any_and_all_are_extrema():
     fun = lambda x: (jaxaccum.Max(jnp.any(x)), jaxaccum.Min(jnp.all(x)))
     for n in (2, 3):
         options = {"in_axes": (0,), "num_microbatches": n, "audit": "raise"}
-        assert jaxaccum.microbatch(fun, **options)(flags) == (bool(jnp.any(flags)), bool(jnp.all(flags)))
+        assert jaxaccum.microbatch(fun, **options)(flags) == (
+            bool(jnp.any(flags)),
+            bool(jnp.all(flags)),
+        )
     bits = lambda x: jaxaccum.Max(jnp.bitwise_or.reduce(x))
     with pytest.warns(InexactWarning, match="not the maximum"):
         jaxaccum.microbatch(bits, in_axes=(0,), num_microbatches=3)(jnp.arange(6))
@@ -215,7 +232,8 @@ def branching(w, b):
 
 
 def test_microbatches_of_one_example():
-    """JAX writes another program where an axis has size 1; a program that computes something else is another one."""
+    """JAX writes another program where an axis has size 1; a program that computes something else
+    is another one."""
     w = data(3, 5)
     expected = jax.grad(cross_entropy)(w, TOKENS)
     grad = jaxaccum.grad(cross_entropy, microbatch_size=1, audit="raise")

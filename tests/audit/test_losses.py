@@ -1,4 +1,5 @@
-"""Losses as libraries write them: what is exact stays silent, and what is not is said, by the numbers."""
+"""Losses as libraries write them: what is exact stays silent, and what is not is said, by the
+numbers."""
 
 import functools
 
@@ -18,7 +19,8 @@ W = data(FEATURES, CLASSES) / 2
 BATCH = {
     "x": data(N, FEATURES, seed=1), "y": data(N, CLASSES, seed=2), "label": jnp.arange(N) % CLASSES,
     "mask": jnp.asarray(jnp.arange(N) % 3 > 0, jnp.float64), "rewards": data(N, STEPS, seed=3),
-    "states": data(N, STEPS + 1, FEATURES, seed=4), "actions": jnp.arange(N * STEPS).reshape(N, STEPS) % CLASSES,
+    "states": data(N, STEPS + 1, FEATURES, seed=4),
+    "actions": jnp.arange(N * STEPS).reshape(N, STEPS) % CLASSES,
 }  # fmt: skip
 PARTS = 5
 """Microbatches of 3, 3, 2, 2 and 2 examples."""
@@ -40,21 +42,23 @@ def errors(w, b):
     return jnp.mean((logits(w, b) - b["y"]) ** 2, axis=-1)
 
 
-# -- every loss of optax.losses ---------------------------------------------------------------------------------------
+# -- every loss of optax.losses --------------------------------------------------------------------
 
 
 def ctc(w, b, loss=optax.losses.ctc_loss):
     frames = jnp.tanh(b["states"] @ w)
-    return loss(frames, jnp.zeros(frames.shape[:2]), b["actions"][:, :2], jnp.zeros((len(frames), 2)))
+    return loss(
+        frames, jnp.zeros(frames.shape[:2]), b["actions"][:, :2], jnp.zeros((len(frames), 2))
+    )
 
 
 OF_TARGETS = "squared_error l2_loss huber_loss log_cosh cosine_similarity cosine_distance"
-OF_SHARES = """softmax_cross_entropy poly_loss_cross_entropy safe_softmax_cross_entropy kl_divergence
-    convex_kl_divergence generalized_kl_divergence"""
+OF_SHARES = """softmax_cross_entropy poly_loss_cross_entropy safe_softmax_cross_entropy
+    kl_divergence convex_kl_divergence generalized_kl_divergence"""
 OF_BINARY = "sigmoid_binary_cross_entropy sigmoid_focal_loss"
 OF_SIGNS = "hinge_loss perceptron_loss"
-OF_LABELS = """softmax_cross_entropy_with_integer_labels multiclass_hinge_loss multiclass_perceptron_loss
-    multiclass_sparsemax_loss"""
+OF_LABELS = """softmax_cross_entropy_with_integer_labels multiclass_hinge_loss
+    multiclass_perceptron_loss multiclass_sparsemax_loss"""
 
 
 def of(name, targets):
@@ -85,11 +89,15 @@ OPTAX = {
         logits(w, b), binary(b), reduce_fn=None
     ),
     "ctc_loss": ctc,
-    "ctc_loss_with_forward_probs": lambda w, b: ctc(w, b, optax.losses.ctc_loss_with_forward_probs)[0],
+    "ctc_loss_with_forward_probs": lambda w, b: (
+        ctc(w, b, optax.losses.ctc_loss_with_forward_probs)[0]
+    ),
     "dice_loss": lambda w, b: jax.vmap(functools.partial(optax.losses.dice_loss, axis=0))(
         jnp.tanh(b["states"] @ w), jax.nn.softmax(b["states"] @ jnp.ones((FEATURES, CLASSES)))
     ),
-    "binary_dice_loss": lambda w, b: jax.vmap(optax.losses.binary_dice_loss)(logits(w, b), binary(b)),
+    "binary_dice_loss": lambda w, b: (
+        jax.vmap(optax.losses.binary_dice_loss)(logits(w, b), binary(b))
+    ),
     "multiclass_generalized_dice_loss": lambda w, b: jax.vmap(
         lambda z, y: optax.losses.multiclass_generalized_dice_loss(z[None], y[None])
     )(logits(w, b), shares(b)),
@@ -102,13 +110,15 @@ def test_the_table_names_every_loss_of_optax():
     assert {name for name in public if not name.startswith("_")} == set(OPTAX) | set(COUPLED)
 
 
-# -- as other libraries write them -------------------------------------------------------------------------------------
+# -- as other libraries write them -----------------------------------------------------------------
 
 
 def divide_no_nan(x, y):
     """Keras 3's, under its own name."""
     y = jnp.asarray(y, x.dtype)
-    return jnp.where(y == 0, jnp.zeros_like(x), jnp.divide(x, jnp.where(y == 0, jnp.ones_like(y), y)))
+    return jnp.where(
+        y == 0, jnp.zeros_like(x), jnp.divide(x, jnp.where(y == 0, jnp.ones_like(y), y))
+    )
 
 
 def over_batch_size(values):
@@ -219,7 +229,8 @@ EXACT_LOSSES = {
         jnp.asarray(len(b["y"])) > 0, jnp.sum(errors(w, b)) / jnp.maximum(len(b["y"]), 1), 0.0
     ),
     "cond": lambda w, b: lax.cond(
-        jnp.asarray(len(b["y"])) > 0, lambda s: s / len(b["y"]), lambda s: 0.0 * s, jnp.sum(errors(w, b))
+        jnp.asarray(len(b["y"])) > 0, lambda s: s / len(b["y"]), lambda s: 0.0 * s,
+        jnp.sum(errors(w, b))
     ),
     "prod(shape)": lambda w, b: jnp.sum(b["y"] * logits(w, b)) / jnp.prod(jnp.array(b["y"].shape)),
     "size of an axis": lambda w, b: jnp.sum(errors(w, b)) / jnp.array(b["y"].shape)[0],
@@ -227,7 +238,9 @@ EXACT_LOSSES = {
     "nansum / n": lambda w, b: jnp.nansum(errors(w, b)) / len(b["y"]),
     "norm ** 2 / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) ** 2 / len(b["y"]),
     "norm ** 2.0 / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) ** 2.0 / len(b["y"]),
-    "norm * norm / n": lambda w, b: (lambda r: r * r)(jnp.linalg.norm(logits(w, b) - b["y"])) / len(b["y"]),
+    "norm * norm / n": lambda w, b: (
+        (lambda r: r * r)(jnp.linalg.norm(logits(w, b) - b["y"])) / len(b["y"])
+    ),
     "einsum to a scalar": lambda w, b: jnp.einsum("bc,bc->", logits(w, b), b["y"]) / len(b["y"]),
     "einsum of rows": lambda w, b: jnp.einsum("b,b->", errors(w, b), b["mask"]) / len(b["y"]),
     "vdot": lambda w, b: jnp.vdot(logits(w, b) - b["y"], logits(w, b) - b["y"]) / b["y"].size,
@@ -238,7 +251,9 @@ EXACT_LOSSES = {
     "Mean((mean + penalty) * n, n)": lambda w, b: (
         lambda n: Mean((jnp.sum(errors(w, b) * b["mask"]) / n + jnp.sum(w**2)) * n, n)
     )(jnp.sum(b["mask"])),
-    "Mean(mean * n, n) of a size": lambda w, b: Mean(jnp.mean(errors(w, b)) * len(b["y"]), len(b["y"])),
+    "Mean(mean * n, n) of a size": lambda w, b: (
+        Mean(jnp.mean(errors(w, b)) * len(b["y"]), len(b["y"]))
+    ),
     "Mean by maximum(n, 1)": lambda w, b: Mean(jnp.sum(errors(w, b)), jnp.maximum(len(b["y"]), 1)),
     "Mean of what is no NaN": lambda w, b: (
         lambda e: Mean(jnp.nansum(e), jnp.sum(~jnp.isnan(e)))
@@ -246,30 +261,42 @@ EXACT_LOSSES = {
     "a stopped total as a weight": lambda w, b: Mean(
         jnp.sum(errors(w, b) * stopped(errors(w, b))), stopped(jnp.sum(errors(w, b)))
     ),
-    "straight through": lambda w, b: jnp.mean((logits(w, b) + stopped(jnp.round(logits(w, b)) - logits(w, b))) ** 2),
-    "numpy's places beside labels": lambda w, b: -jnp.mean(logits(w, b)[np.arange(size_of(b)), b["label"]]),
+    "straight through": lambda w, b: (
+        jnp.mean((logits(w, b) + stopped(jnp.round(logits(w, b)) - logits(w, b))) ** 2)
+    ),
+    "numpy's places beside labels": lambda w, b: (
+        -jnp.mean(logits(w, b)[np.arange(size_of(b)), b["label"]])
+    ),
 }  # fmt: skip
 INEXACT_LOSSES = {
-    "recurrent, sorted over the examples": lambda w, b: jnp.mean(recurrent(w, b, lambda x: jnp.sort(x, axis=0))),
+    "recurrent, sorted over the examples": lambda w, b: (
+        jnp.mean(recurrent(w, b, lambda x: jnp.sort(x, axis=0)))
+    ),
     "recurrent, the first examples' state": lambda w, b: jnp.mean(
         recurrent(w, b, lambda x: jnp.cumsum(x, axis=0))
     ),
-    # two terms of one size, as VQGAN adapts them: the ratio cancels in the value, and not in the gradient
-    "an adaptive weight": lambda w, b: adaptive(jnp.mean(errors(w, b)), jnp.mean(jnp.abs(logits(w, b)))),
+    # two terms of one size, as VQGAN adapts them: the ratio cancels in the value, and not in the
+    # gradient
+    "an adaptive weight": lambda w, b: (
+        adaptive(jnp.mean(errors(w, b)), jnp.mean(jnp.abs(logits(w, b))))
+    ),
     "a stopped sum times a share": lambda w, b: (
         lambda e: jnp.sum(e**2 / jnp.sum(e)) * stopped(jnp.sum(e)) / len(e)
     )(errors(w, b)),
     "a stopped share times the sum": lambda w, b: (
         lambda e: jnp.sum(stopped(e / jnp.sum(e)) * e) * jnp.sum(e) / len(e)
     )(errors(w, b)),
-    "the diagonal": lambda w, b: -jnp.mean(wide(w, b)[jnp.arange(size_of(b)), jnp.arange(size_of(b))]),
+    "the diagonal": lambda w, b: (
+        -jnp.mean(wide(w, b)[jnp.arange(size_of(b)), jnp.arange(size_of(b))])
+    ),
     "the diagonal written": lambda w, b: jnp.mean(
         wide(w, b).at[jnp.arange(size_of(b)), jnp.arange(size_of(b))].set(-9.0) ** 2
     ),
     # the same forms where a microbatch has another denominator, or other statistics, than the batch
     "optax ntxent": COUPLED["ntxent"],
-    "optax dice of the batch": lambda w, b: optax.losses.binary_dice_loss(logits(w, b), binary(b)).mean() + (
-        jnp.log(jnp.sum(jnp.exp(logits(w, b))))
+    "optax dice of the batch": lambda w, b: (
+        optax.losses.binary_dice_loss(logits(w, b), binary(b)).mean()
+        + jnp.log(jnp.sum(jnp.exp(logits(w, b))))
     ),
     "keras, masked": lambda w, b: over_batch_size(
         errors(w, b) * b["mask"] * (b["mask"].size / (jnp.sum(b["mask"]) + 1e-7))
@@ -277,12 +304,18 @@ INEXACT_LOSSES = {
     "ppo, normalized advantages": lambda w, b: ppo(w, b, normalize=True),
     "token mean": lambda w, b: jnp.sum(errors(w, b) * b["mask"]) / jnp.sum(b["mask"]),
     "maximum(n, 3)": lambda w, b: jnp.sum(errors(w, b)) / jnp.maximum(len(b["y"]), 3),
-    "where(n > 2)": lambda w, b: jnp.sum(errors(w, b)) / jnp.where(jnp.asarray(len(b["y"])) > 2, len(b["y"]), 3),
+    "where(n > 2)": lambda w, b: (
+        jnp.sum(errors(w, b)) / jnp.where(jnp.asarray(len(b["y"])) > 2, len(b["y"]), 3)
+    ),
     "cond of the size": lambda w, b: lax.cond(
         jnp.asarray(len(b["y"])) > 2, lambda s: s / len(b["y"]), lambda s: s, jnp.sum(errors(w, b))
     ),
-    "prod(shape) - 1": lambda w, b: jnp.sum(b["y"] * logits(w, b)) / (jnp.prod(jnp.array(b["y"].shape)) - 1),
-    "nanmean of masked rows": lambda w, b: jnp.nanmean(jnp.where(b["mask"] > 0, errors(w, b), jnp.nan)),
+    "prod(shape) - 1": lambda w, b: (
+        jnp.sum(b["y"] * logits(w, b)) / (jnp.prod(jnp.array(b["y"].shape)) - 1)
+    ),
+    "nanmean of masked rows": lambda w, b: (
+        jnp.nanmean(jnp.where(b["mask"] > 0, errors(w, b), jnp.nan))
+    ),
     "norm / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) / len(b["y"]),
     "norm ** 3 / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) ** 3 / len(b["y"]),
     "root of a square": lambda w, b: jnp.sqrt(jnp.sum(logits(w, b) * b["y"]) ** 2) / len(b["y"]),
@@ -290,7 +323,8 @@ INEXACT_LOSSES = {
         jnp.sum(errors(w, b) * b["mask"]) / jnp.sum(b["mask"]) * len(b["y"]), len(b["y"])
     ),
     "Mean(mean * m, n)": lambda w, b: Mean(
-        jnp.sum(errors(w, b) * b["mask"]) / jnp.sum(b["mask"]) * jnp.sum(b["mask"] + 1), jnp.sum(b["mask"])
+        jnp.sum(errors(w, b) * b["mask"]) / jnp.sum(b["mask"]) * jnp.sum(b["mask"] + 1),
+        jnp.sum(b["mask"])
     ),
     "Mean(mean * n * n, n)": lambda w, b: (
         lambda n: Mean(jnp.sum(errors(w, b) * b["mask"]) / n * n * n, n)
@@ -321,7 +355,11 @@ def test_exact_is_what_the_numbers_say(name):
     parts = jaxaccum.value_and_grad(loss, num_microbatches=PARTS)
     actual, expected = jax.jit(lambda w, b: (parts(w, b), whole(w, b)))(W, BATCH)
     assert (normwise(actual, expected) < EXACT) == exact
-    assert {finding.kind for finding in report.findings} <= {"assumption"} if exact else report.findings
+    assert (
+        {finding.kind for finding in report.findings} <= {"assumption"}
+        if exact
+        else report.findings
+    )
 
 
 def test_a_ratio_behind_a_recurrent_state_is_called_a_ratio():
@@ -352,7 +390,9 @@ def test_a_function_of_an_extremum_is_one_where_it_increases(name):
     loss = lambda w, b: (jnp.mean(errors(w, b)), {"largest": largest(errors(w, b), b["x"])})
     report = jaxaccum.audit(loss, W, BATCH, num_microbatches=PARTS, has_aux=True)
     assert report.exact == exact, report
-    step = lambda n: jaxaccum.value_and_grad(loss, has_aux=True, num_microbatches=n, audit=None)(W, BATCH)[0][1]
+    step = lambda n: jaxaccum.value_and_grad(loss, has_aux=True, num_microbatches=n, audit=None)(
+        W, BATCH
+    )[0][1]
     assert (normwise(step(PARTS), step(1)) < EXACT) == exact
 
 
@@ -368,7 +408,12 @@ LOW = {
 @pytest.mark.parametrize("name", LOW)
 def test_a_size_in_low_precision_is_not_taken_for_its_neighbour(name, dtype):
     loss, size, exact = LOW[name]
-    assert jaxaccum.audit(loss, jnp.ones(3, dtype), jnp.ones((size, 3), dtype), num_microbatches=2).exact == exact
+    assert (
+        jaxaccum.audit(
+            loss, jnp.ones(3, dtype), jnp.ones((size, 3), dtype), num_microbatches=2
+        ).exact
+        == exact
+    )
 
 
 @INEXACT
@@ -379,6 +424,8 @@ def test_an_exact_report_says_that_it_rests_on_numbers_that_are_not_nan():
     assert "NaN" in finding.note
     assert "~jnp.isnan(x)" in finding.fix
     missing = BATCH | {"y": BATCH["y"].at[3, 0].set(jnp.nan)}
-    assert not jaxaccum.audit(loss, W, missing).exact  # the value of jnp.nanmean is one of means then
+    assert not jaxaccum.audit(
+        loss, W, missing
+    ).exact  # the value of jnp.nanmean is one of means then
     whole, parts = loss(W, missing), jaxaccum.microbatch(loss, num_microbatches=PARTS)(W, missing)
     assert normwise(parts, whole) > EXACT

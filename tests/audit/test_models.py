@@ -1,4 +1,5 @@
-"""The audit of every loss in optax, of a residual network, of transformers in linen and nnx; nothing is compiled."""
+"""The audit of every loss in optax, of a residual network, of transformers in linen and nnx;
+nothing is compiled."""
 
 import inspect
 
@@ -40,7 +41,11 @@ OPTAX = {
     "convex_kl_divergence": ("MEAN", losses.convex_kl_divergence, ROWWISE),
     "cosine_distance": ("MEAN", losses.cosine_distance, ROWWISE),
     "cosine_similarity": ("MEAN", losses.cosine_similarity, ROWWISE),
-    "ctc_loss": ("MEAN", lambda z, y: losses.ctc_loss(z, jnp.zeros(z.shape[:2]), y, jnp.zeros(y.shape)), SERIES),
+    "ctc_loss": (
+        "MEAN",
+        lambda z, y: losses.ctc_loss(z, jnp.zeros(z.shape[:2]), y, jnp.zeros(y.shape)),
+        SERIES,
+    ),
     "ctc_loss_with_forward_probs": ("MEAN", ctc, SERIES),
     "dice_loss": ("MEAN", losses.dice_loss, IMAGES),
     "generalized_kl_divergence": ("MEAN", losses.generalized_kl_divergence, ROWWISE),
@@ -51,7 +56,11 @@ OPTAX = {
     "l2_loss": ("MEAN", losses.l2_loss, ROWWISE),
     "log_cosh": ("MEAN", losses.log_cosh, ROWWISE),
     "make_fenchel_young_loss": ("MEAN", fenchel_young, ROWWISE),
-    "multiclass_generalized_dice_loss": ("COUPLED", losses.multiclass_generalized_dice_loss, IMAGES),
+    "multiclass_generalized_dice_loss": (
+        "COUPLED",
+        losses.multiclass_generalized_dice_loss,
+        IMAGES,
+    ),
     "multiclass_hinge_loss": ("MEAN", losses.multiclass_hinge_loss, LABELS),
     "multiclass_perceptron_loss": ("MEAN", losses.multiclass_perceptron_loss, LABELS),
     "multiclass_sparsemax_loss": ("MEAN", losses.multiclass_sparsemax_loss, LABELS),
@@ -62,17 +71,29 @@ OPTAX = {
     "safe_softmax_cross_entropy": ("MEAN", losses.safe_softmax_cross_entropy, ROWWISE),
     "sigmoid_binary_cross_entropy": ("MEAN", losses.sigmoid_binary_cross_entropy, ROWWISE),
     "sigmoid_focal_loss": ("MEAN", losses.sigmoid_focal_loss, ROWWISE),
-    "smooth_labels": ("MEAN", lambda z, y: cross_entropy(z, y) + losses.smooth_labels(z, 0.1).sum(-1), LABELS),
+    "smooth_labels": (
+        "MEAN",
+        lambda z, y: cross_entropy(z, y) + losses.smooth_labels(z, 0.1).sum(-1),
+        LABELS,
+    ),
     "softmax_cross_entropy": ("MEAN", losses.softmax_cross_entropy, ROWWISE),
     "softmax_cross_entropy_with_integer_labels": ("MEAN", cross_entropy, LABELS),
     "sparsemax_loss": ("MEAN", losses.sparsemax_loss, SCALARS),
     "squared_error": ("MEAN", losses.squared_error, ROWWISE),
-    "triplet_margin_loss": ("MEAN", lambda z, y: losses.triplet_margin_loss(z, y, z[:, ::-1]), ROWWISE),
+    "triplet_margin_loss": (
+        "MEAN",
+        lambda z, y: losses.triplet_margin_loss(z, y, z[:, ::-1]),
+        ROWWISE,
+    ),
 }
 
 
 def test_every_loss_of_optax_is_here():
-    public = {name for name, value in vars(losses).items() if inspect.isroutine(value) and not name.startswith("_")}
+    public = {
+        name
+        for name, value in vars(losses).items()
+        if inspect.isroutine(value) and not name.startswith("_")
+    }
     assert public <= set(OPTAX)
 
 
@@ -85,7 +106,7 @@ def test_losses_of_optax(name):
     assert (report.verdict, report.exact) == (verdict, verdict == "MEAN"), report
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -159,7 +180,9 @@ def test_a_transformer_in_nnx():
 
     def loss(params, batch):
         x = nnx.merge(graph, params)(batch["x"])
-        return jaxaccum.Mean(jnp.sum(jnp.square(x).mean(-1) * batch["mask"]), jnp.sum(batch["mask"]))
+        return jaxaccum.Mean(
+            jnp.sum(jnp.square(x).mean(-1) * batch["mask"]), jnp.sum(batch["mask"])
+        )
 
     report = audited(Case(lambda: (loss, params, {"x": f(N, T, H), "mask": f(N, T)}), "RATIO", ()))
     assert (report.verdict, report.exact) == ("RATIO", True), report
@@ -184,7 +207,9 @@ def test_twenty_four_layers_compile_nothing():
         return jaxaccum.Mean(jnp.sum(ce * b["mask"]), jnp.sum(b["mask"]))
 
     compiled: list[str] = []
-    listener = lambda name, duration, **_: compiled.append(name) if "backend_compile" in name else None
+    listener = lambda name, duration, **_: (
+        compiled.append(name) if "backend_compile" in name else None
+    )
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         batch = {"tokens": i(N, T), "targets": i(N, T), "mask": f(N, T)}

@@ -1,6 +1,7 @@
 """What the audit says of each family of primitives, and never "exact" where the numbers differ.
 
-The truth is float64 value and gradient on microbatches of 6 and 2 of 8 examples; the audit has traced 8 and 4.
+The truth is float64 value and gradient on microbatches of 6 and 2 of 8 examples; the audit has
+traced 8 and 4.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum
 from jaxaccum import Concat, Last, Mean, Sum
 from jaxaccum.testing.bounds import normwise
-from tests.audit import cases
+from tests.audit import cases, meeting
 from tests.audit.cases import W
 from tests.audit.truth import APART, differs
 from tests.support.helpers import data, parts_of
@@ -42,14 +43,22 @@ def audited(loss, **options):
 
 CASES = {
     **{name: (mean_of(f), "MEAN", True) for name, f in cases.APART.items()},
-    **{name: (mean_of(f), verdict, False) for name, (f, verdict) in cases.MEETING.items()},
+    **{name: (mean_of(f), verdict, False) for name, (f, verdict) in meeting.MEETING.items()},
     "segment_sum, linear": (
         lambda w, b: Sum(jnp.sum(jax.ops.segment_sum(b["x"] * w[None], b["y"], 3) * W)),
         "SUM",
         True,
     ),
-    "integer quotient of a total": (lambda w, b: Sum(jnp.sum(w) * (jnp.sum(b["y"]) // 4)), "COUPLED", False),
-    "a weight of ones": (lambda w, b: Mean(jnp.sum(b["x"] @ w), jnp.sum(b["y"] >= 0)), "RATIO", True),
+    "integer quotient of a total": (
+        lambda w, b: Sum(jnp.sum(w) * (jnp.sum(b["y"]) // 4)),
+        "COUPLED",
+        False,
+    ),
+    "a weight of ones": (
+        lambda w, b: Mean(jnp.sum(b["x"] @ w), jnp.sum(b["y"] >= 0)),
+        "RATIO",
+        True,
+    ),
     "a complex total": (
         lambda w, b: Sum(jnp.real(lax.complex(jnp.sum(b["x"] @ w), jnp.sum(b["x"])) * (2 + 1j))),
         "SUM",
@@ -70,7 +79,7 @@ def test_exact_is_what_the_numbers_say(name):
     assert (error < APART) == exact, error
 
 
-# -- what has no rule -------------------------------------------------------------------------------------------------
+# -- what has no rule ------------------------------------------------------------------------------
 
 
 def kernel(h):
@@ -86,10 +95,14 @@ def reference(h):
 
 WITHOUT_A_RULE = {
     "pallas_call": kernel,
-    "pure_callback": lambda h: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(h.shape, h.dtype), h),
+    "pure_callback": lambda h: jax.pure_callback(
+        np.tanh, jax.ShapeDtypeStruct(h.shape, h.dtype), h
+    ),
     "io_callback": lambda h: io_callback(np.tanh, jax.ShapeDtypeStruct(h.shape, h.dtype), h),
     "ffi_call": lambda h: jax.ffi.ffi_call("their_tanh", jax.ShapeDtypeStruct(h.shape, h.dtype))(h),
-    "linear_call": lambda h: jax.custom_derivatives.linear_call(lambda _, x: 2.0 * x, lambda _, x: 2.0 * x, (), h),
+    "linear_call": lambda h: jax.custom_derivatives.linear_call(
+        lambda _, x: 2.0 * x, lambda _, x: 2.0 * x, (), h
+    ),
     "new_ref": reference,
 }
 
@@ -128,30 +141,44 @@ def test_an_output_whose_shape_changes_with_the_batch_size_is_not_exact():
         assert report.exact == (tag is Last)
 
 
-# -- devices and microbatches -----------------------------------------------------------------------------------------
+# -- devices and microbatches ----------------------------------------------------------------------
 
 
 def over_devices(body, specs, out=None, **options):
     """The body on two devices, each with half of the examples."""
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
-    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data") if out is None else out, **options)
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=specs, out_specs=P("data") if out is None else out, **options
+    )
 
 
 ROWS = P("data")
 OVER_DEVICES = {
     "rows": (lambda h: over_devices(jnp.tanh, ROWS)(h), "MEAN", True),
-    "replicated weights": (lambda h: over_devices(lambda h, v: h * v[None], (ROWS, P()))(h, W), "MEAN", True),
-    "a psum": (lambda h: over_devices(lambda h: lax.psum(jnp.mean(h), "data") / 2.0, ROWS, P())(h), "MEAN", True),
-    "a pmean, used": (
-        lambda h: over_devices(lambda h: h - lax.pmean(h.mean(0), "data"), ROWS)(h) ** 2, "COUPLED", False,
+    "replicated weights": (
+        lambda h: over_devices(lambda h, v: h * v[None], (ROWS, P()))(h, W), "MEAN", True,
     ),
-    "a device's own mean": (lambda h: over_devices(lambda h: h - h.mean(0), ROWS)(h) ** 2, "COUPLED", False),
-    "a device's place": (lambda h: over_devices(lambda h: h * lax.axis_index("data"), ROWS)(h), "POSITION", False),
+    "a psum": (
+        lambda h: over_devices(lambda h: lax.psum(jnp.mean(h), "data") / 2.0, ROWS, P())(h),
+        "MEAN", True,
+    ),
+    "a pmean, used": (
+        lambda h: over_devices(lambda h: h - lax.pmean(h.mean(0), "data"), ROWS)(h) ** 2,
+        "COUPLED", False,
+    ),
+    "a device's own mean": (
+        lambda h: over_devices(lambda h: h - h.mean(0), ROWS)(h) ** 2, "COUPLED", False,
+    ),
+    "a device's place": (
+        lambda h: over_devices(lambda h: h * lax.axis_index("data"), ROWS)(h), "POSITION", False,
+    ),
     "an exchange": (
-        lambda h: over_devices(lambda h: lax.ppermute(h, "data", [(0, 1), (1, 0)]), ROWS)(h) * h, "COUPLED", False,
+        lambda h: over_devices(lambda h: lax.ppermute(h, "data", [(0, 1), (1, 0)]), ROWS)(h) * h,
+        "COUPLED", False,
     ),
     "divided weights": (
-        lambda h: over_devices(lambda h, v: h * v.sum(), (ROWS, ROWS))(h, jnp.arange(4.0)), "UNKNOWN", False,
+        lambda h: over_devices(lambda h, v: h * v.sum(), (ROWS, ROWS))(h, jnp.arange(4.0)),
+        "UNKNOWN", False,
     ),
 }  # fmt: skip
 
@@ -170,10 +197,15 @@ AXIS = "microbatch"
 NUMBERS = jnp.arange(8.0)[:, None]
 OVER_MICROBATCHES = {
     "a total": (lambda h: h / lax.psum(jnp.sum(h**2), AXIS), True),
-    "the batch's rows": (lambda h: h * jnp.mean(lax.all_gather(h, AXIS, tiled=True) * NUMBERS), True),
-    "the batch's rows, merged": (lambda h: h * jnp.mean(lax.all_gather(h, AXIS).reshape(-1, 3) * NUMBERS), True),
+    "the batch's rows": (
+        lambda h: h * jnp.mean(lax.all_gather(h, AXIS, tiled=True) * NUMBERS), True,
+    ),
+    "the batch's rows, merged": (
+        lambda h: h * jnp.mean(lax.all_gather(h, AXIS).reshape(-1, 3) * NUMBERS), True,
+    ),
     "rows in another order": (
-        lambda h: h * jnp.mean(lax.all_gather(h, AXIS).swapaxes(0, 1).reshape(-1, 3) * NUMBERS), False,
+        lambda h: h * jnp.mean(lax.all_gather(h, AXIS).swapaxes(0, 1).reshape(-1, 3) * NUMBERS),
+        False,
     ),
     "rows gathered inside": (
         lambda h: h * jnp.mean(lax.all_gather(h, AXIS, axis=1).reshape(-1, 3) * NUMBERS), False,
@@ -205,7 +237,9 @@ def test_collectives_over_the_microbatch_axis(name):
 
 def test_a_collective_over_groups_is_unknown():
     groups = lambda: [[i] for i in range(lax.axis_size(AXIS))]
-    report = audited(mean_of(lambda h, b: h / lax.psum(jnp.sum(h**2), AXIS, axis_index_groups=groups())))
+    report = audited(
+        mean_of(lambda h, b: h / lax.psum(jnp.sum(h**2), AXIS, axis_index_groups=groups()))
+    )
     assert (report.verdict, report.exact) == ("UNKNOWN", False)
 
 
@@ -216,9 +250,13 @@ def test_a_collective_over_the_microbatches_on_each_device_apart_is_unknown():
 
 
 def test_a_collective_over_another_axis_is_the_devices_own():
-    """Each device accumulates its share: a sum over devices of the same statistic couples no other examples."""
-    cases = {"rows": lambda h: h * lax.psum(h, "data"), "a mean": lambda h: lax.pmean(h.mean(), "data"),
-             "a mean, used": lambda h: h * lax.pmean(h.mean(), "data")}  # fmt: skip
+    """Each device accumulates its share: a sum over devices of the same statistic couples no other
+    examples."""
+    cases = {
+        "rows": lambda h: h * lax.psum(h, "data"),
+        "a mean": lambda h: lax.pmean(h.mean(), "data"),
+        "a mean, used": lambda h: h * lax.pmean(h.mean(), "data"),
+    }
     reports = {}
 
     def on_each(batch):

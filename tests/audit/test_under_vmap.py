@@ -1,6 +1,8 @@
-"""The audit follows collectives under `jax.vmap`: there an axis with a name has become one of the array's own.
+"""The audit follows collectives under `jax.vmap`: there an axis with a name has become one of the
+array's own.
 
-Flax's and Equinox's BatchNorm under `jax.vmap`, with statistics over ``("example", "microbatch")``, are of this kind.
+Flax's and Equinox's BatchNorm under `jax.vmap`, with statistics over ``("example", "microbatch")``,
+are of this kind.
 """
 
 import jax
@@ -50,7 +52,9 @@ def test_statistics_over_the_examples_alone_are_those_of_a_microbatch(name):
 
 def test_a_sum_that_leaves_vmap_is_one_microbatchs():
     def fun(w, x):
-        total = jax.vmap(lambda row: lax.psum(jnp.tanh(row * w), "example"), axis_name="example", out_axes=None)(x)
+        total = jax.vmap(
+            lambda row: lax.psum(jnp.tanh(row * w), "example"), axis_name="example", out_axes=None
+        )(x)
         return ja.Sum(jnp.sum(total**2))
 
     assert ja.audit(fun, W, X).verdict == "COUPLED"

@@ -1,4 +1,5 @@
-"""Losses as people write them: the verdict, the lines that are reported, and none where there is nothing to report."""
+"""Losses as people write them: the verdict, the lines that are reported, and none where there is
+nothing to report."""
 
 import pathlib
 import re
@@ -27,7 +28,12 @@ def audited(case, **options):
 
 
 def lines(report):
-    frames = [frame for finding in report.findings for frame in (finding.origin, finding.use) if frame is not None]
+    frames = [
+        frame
+        for finding in report.findings
+        for frame in (finding.origin, finding.use)
+        if frame is not None
+    ]
     return {(frame.file, frame.line) for frame in frames if frame.file in SOURCES}
 
 

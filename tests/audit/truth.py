@@ -1,4 +1,5 @@
-"""The truth of a loss: float64 value and gradient of the whole batch, and of microbatches combined by their tags."""
+"""The truth of a loss: float64 value and gradient of the whole batch, and of microbatches combined
+by their tags."""
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ def accumulated(loss, parts):
 
 
 def as_devices(loss, batch, number):
-    """The loss over equal microbatches, each a device under one axis: collectives are those of `jax.vmap`."""
+    """The loss over equal microbatches, each a device under one axis: collectives are those of
+    `jax.vmap`."""
 
     def total(params):
         parts = jax.tree.map(lambda x: x.reshape(number, len(x) // number, *x.shape[1:]), batch)
@@ -43,15 +45,22 @@ def _combined(outputs, parts):
 
 
 def differs(loss, params, batch, parts):
-    """How far the accumulated value and gradient are from the full batch's; None where both are but rounding."""
+    """How far the accumulated value and gradient are from the full batch's; None where both are but
+    rounding."""
     return distance(accumulated(loss, [batch]), accumulated(loss, parts), params)
 
 
 def distance(whole, parts, params):
     """How far the values and gradients of two functions are apart, on the scale of the first."""
-    both = jax.jit(lambda params: [jax.value_and_grad(function)(params) for function in (whole, parts)])
+    both = jax.jit(
+        lambda params: [jax.value_and_grad(function)(params) for function in (whole, parts)]
+    )
     with jax.numpy_dtype_promotion("standard"):
         expected, actual = both(params)
     leaves = [np.abs(x) for x in jax.tree.leaves(expected)]
     largest = max(float(np.max(x)) for x in leaves)
-    return normwise(actual, expected) if all(map(np.all, map(np.isfinite, leaves))) and largest > APART else None
+    return (
+        normwise(actual, expected)
+        if all(map(np.all, map(np.isfinite, leaves))) and largest > APART
+        else None
+    )

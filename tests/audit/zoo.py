@@ -1,4 +1,5 @@
-"""A zoo of losses as people write them, each with its verdict; lines marked ``# <<…`` are those to report."""
+"""A zoo of losses as people write them, each with its verdict; lines marked ``# <<…`` are those to
+report."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def residual(p, b):
 
 def balance(p, b):
     ce, mask = token_losses(p, b), b["mask"]
-    return jnp.where(mask.mean() > 0, (ce * mask).mean() / mask.mean(), 0.0) + 0.1 * optax.tree.norm(p, squared=True)
+    return jnp.where(
+        mask.mean() > 0, (ce * mask).mean() / mask.mean(), 0.0
+    ) + 0.1 * optax.tree.norm(p, squared=True)
 
 
 def two_masks(p, b):
@@ -83,7 +86,9 @@ def flat_weights(p, b):
 
 
 def by_class(p, b):
-    return jnp.average(cross_entropy(b["x"] @ p, b["y"]), weights=jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])[b["y"]])
+    return jnp.average(
+        cross_entropy(b["x"] @ p, b["y"]), weights=jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])[b["y"]]
+    )
 
 
 def views(p, b):
@@ -108,7 +113,9 @@ def routed(p, b):
 
 def layer_norm(p, b):
     h = b["x"] @ p
-    return jnp.mean(((h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)) ** 3)
+    return jnp.mean(
+        ((h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)) ** 3
+    )
 
 
 def two_axes(p, b):
@@ -156,7 +163,9 @@ def rotary_attention(p, b):
 
 def connectionist(p, b):
     logits = b["x"] @ p
-    return optax.ctc_loss(logits, jnp.zeros(logits.shape[:2]), b["y"], jnp.zeros(b["y"].shape)).mean()
+    return optax.ctc_loss(
+        logits, jnp.zeros(logits.shape[:2]), b["y"], jnp.zeros(b["y"].shape)
+    ).mean()
 
 
 def per_sequence(p, b):
@@ -169,7 +178,9 @@ def penalized_logits(p, b):
 
 
 def masked_by_key(p, b):
-    one = lambda x, key: jnp.where(jax.random.bernoulli(jax.random.wrap_key_data(key), 0.5, x.shape), x * p, 0.0)
+    one = lambda x, key: jnp.where(
+        jax.random.bernoulli(jax.random.wrap_key_data(key), 0.5, x.shape), x * p, 0.0
+    )
     return jnp.mean(jax.vmap(one)(b["x"], b["keys"]).sum(-1) ** 2)
 
 
@@ -177,51 +188,77 @@ ATTENTION = {"table": f(11, H), "o": f(16, 11)} | {name: f(H, 4, 4) for name in 
 ROWS_AND_COLUMNS = {"x": 0, "y": 1, "t": None}
 
 one_liners({
-    "squared error": ("MEAN", lambda p, b: jnp.mean((residual(p["w"], b) + p["b"]) ** 2), {"w": f(D), "b": f()}, XY),
-    "dot of residuals": ("SUM", lambda p, b: 0.5 * jnp.vdot(residual(p, b), residual(p, b)), f(D), XY),
+    "squared error": (
+        "MEAN", lambda p, b: jnp.mean((residual(p["w"], b) + p["b"]) ** 2),
+        {"w": f(D), "b": f()}, XY,
+    ),
+    "dot of residuals": (
+        "SUM", lambda p, b: 0.5 * jnp.vdot(residual(p, b), residual(p, b)), f(D), XY,
+    ),
     "cross entropy by index": (
-        "MEAN", lambda p, b: -jax.nn.log_softmax(b["x"] @ p)[jnp.arange(len(b["x"])), b["y"]].mean(), f(D, C), LABELLED,
+        "MEAN",
+        lambda p, b: -jax.nn.log_softmax(b["x"] @ p)[jnp.arange(len(b["x"])), b["y"]].mean(),
+        f(D, C), LABELLED,
     ),
     "masked tokens": (
-        "RATIO", lambda p, b: (token_losses(p, b) * b["mask"]).sum() / b["mask"].sum(), LANGUAGE, TOKENS,
+        "RATIO", lambda p, b: (token_losses(p, b) * b["mask"]).sum() / b["mask"].sum(),
+        LANGUAGE, TOKENS,
     ),
     "masked tokens, flat and guarded": ("RATIO", flat_weights, LANGUAGE, TOKENS),
     "masked tokens, chosen, with decay": ("RATIO", balance, LANGUAGE, TOKENS),
-    "mean where": ("RATIO", lambda p, b: jnp.mean(token_losses(p, b), where=b["mask"] > 0), LANGUAGE, TOKENS),
+    "mean where": (
+        "RATIO", lambda p, b: jnp.mean(token_losses(p, b), where=b["mask"] > 0), LANGUAGE, TOKENS,
+    ),
     "masked mean of each sequence": ("MEAN", per_sequence, LANGUAGE, TOKENS),
     "layer norm by hand": ("MEAN", layer_norm, f(D, H), XY),
     "keys of the examples": (
-        "MEAN", masked_by_key, f(D), {"x": f(N, D), "keys": jax.ShapeDtypeStruct((N, 2), jnp.uint32)},
+        "MEAN", masked_by_key, f(D),
+        {"x": f(N, D), "keys": jax.ShapeDtypeStruct((N, 2), jnp.uint32)},
     ),
     "two views": ("MEAN", views, f(D, H), PAIRS),
     "rotary attention": ("MEAN", rotary_attention, ATTENTION, {"tokens": i(N, T)}),
-    "mean and decay": ("MEAN", lambda p, b: jnp.mean(residual(p, b) ** 2) + 0.1 * jnp.sum(p**2), f(D), XY),
-    "sum and decay": ("MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) + 0.1 * jnp.sum(p**2), f(D), XY),
+    "mean and decay": (
+        "MEAN", lambda p, b: jnp.mean(residual(p, b) ** 2) + 0.1 * jnp.sum(p**2), f(D), XY,
+    ),
+    "sum and decay": (
+        "MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) + 0.1 * jnp.sum(p**2), f(D), XY,
+    ),
     "sum and mean": (
-        "MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) + jnp.mean(jnp.abs(residual(p, b))), f(D), XY,
+        "MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) + jnp.mean(jnp.abs(residual(p, b))),
+        f(D), XY,
     ),
     "two masks": ("MIS_SCALED", two_masks, LANGUAGE, TOKENS),
     "one mask twice": ("RATIO", penalized_logits, LANGUAGE, TOKENS),
-    "unbiased": ("MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) / (len(b["y"]) - 1), f(D), XY),
+    "unbiased": (
+        "MIS_SCALED", lambda p, b: jnp.sum(residual(p, b) ** 2) / (len(b["y"]) - 1), f(D), XY,
+    ),
     "each example": ("PER_EXAMPLE", each, f(D), XY),
     "each example's mean": ("MEAN", lambda p, b: each(p, b).mean(), f(D), XY),
-    "second axis": ("MEAN", lambda p, x: jnp.mean(jnp.tanh(x @ p).sum(0) ** 2), f(D, H), f(T, N, D), 1),
+    "second axis": (
+        "MEAN", lambda p, x: jnp.mean(jnp.tanh(x @ p).sum(0) ** 2), f(D, H), f(T, N, D), 1,
+    ),
     "second axis, merged": ("MEAN", merged, f(D, H), f(T, N, D), 1),
-    "two batch axes": ("MEAN", two_axes, f(D, C), {"x": f(N, D), "y": f(C, N), "t": f()}, ROWS_AND_COLUMNS),
+    "two batch axes": (
+        "MEAN", two_axes, f(D, C), {"x": f(N, D), "y": f(C, N), "t": f()}, ROWS_AND_COLUMNS,
+    ),
     "scan over examples": ("SUM", added_up, f(D), XY),
     "map over examples": (
-        "MEAN", lambda p, b: lax.map(lambda xy: (xy[0] @ p - xy[1]) ** 2, (b["x"], b["y"])).mean(), f(D), XY,
+        "MEAN", lambda p, b: lax.map(lambda xy: (xy[0] @ p - xy[1]) ** 2, (b["x"], b["y"])).mean(),
+        f(D), XY,
     ),
     "a statistic for the log": ("MEAN", unused_statistic, f(D), XY),
     "routed experts": ("MEAN", routed, GATES, {"x": f(N, D), "y": f(N, H)}),
-    "variational": ("MEAN", variational, {"encoder": f(D, 8), "decoder": f(4, D)}, {"x": f(N, D), "noise": f(N, 4)}),
+    "variational": (
+        "MEAN", variational, {"encoder": f(D, 8), "decoder": f(4, D)},
+        {"x": f(N, D), "noise": f(N, 4)},
+    ),
     "ctc": ("MEAN", connectionist, f(D, C), {"x": f(N, T, D), "y": i(N, 3)}),
     "solved systems": ("MEAN", solved, {"s": f(), "w": f(D)}, {"x": f(N, D)}),
     "class weights": ("RATIO", by_class, f(D, C), LABELLED),
 })  # fmt: skip
 
 
-# -- with lines -------------------------------------------------------------------------------------------------------
+# -- with lines ------------------------------------------------------------------------------------
 
 
 def by_hand(p, b):
@@ -240,13 +277,17 @@ def cached(p, b):
 
 
 def split_keys(p, b):
-    one = lambda x, key: jnp.sum(jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x * p, 0.0) ** 2)
+    one = lambda x, key: jnp.sum(
+        jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x * p, 0.0) ** 2
+    )
     keys = jax.random.split(jax.random.key(0), len(b["x"]))  # <<split_keys
     return jax.vmap(one)(b["x"], keys).mean()
 
 
 def clip(p, b):
-    image, text = (u / jnp.linalg.norm(u, axis=-1, keepdims=True) for u in (b["a"] @ p["a"], b["b"] @ p["b"]))
+    image, text = (
+        u / jnp.linalg.norm(u, axis=-1, keepdims=True) for u in (b["a"] @ p["a"], b["b"] @ p["b"])
+    )
     logits = image @ text.T * jnp.exp(p["s"])  # <<clip
     own = jnp.arange(len(logits))
     return (cross_entropy(logits, own).mean() + cross_entropy(logits.T, own).mean()) / 2
@@ -271,7 +312,9 @@ def load_balance(p, b):
     gates = jax.nn.softmax(b["x"] @ p["gate"])
     best = jax.nn.one_hot(jnp.argmax(gates, -1), 4)
     share = best.mean(0)  # <<share
-    return jnp.mean((gates * best @ p["experts"] - b["y"]) ** 2) + 0.04 * jnp.sum(share * gates.mean(0))
+    return jnp.mean((gates * best @ p["experts"] - b["y"]) ** 2) + 0.04 * jnp.sum(
+        share * gates.mean(0)
+    )
 
 
 def root_mean_square(p, b):
@@ -369,7 +412,13 @@ def softmax_over_examples(p, b):
 RECURRENT = ({"x": f(D, H), "h": f(H, H), "o": f(H)}, {"x": f(N, T, D), "y": f(N, T)})
 SQUARE = ({"a": f(D, D), "b": f(D, D)}, {"x": f(N, D)})
 LINED = {
-    "BatchNorm by hand": ("COUPLED", ("hand_mean", "hand_var"), by_hand, {"in": f(D, H), "out": f(H, C)}, XY),
+    "BatchNorm by hand": (
+        "COUPLED",
+        ("hand_mean", "hand_var"),
+        by_hand,
+        {"in": f(D, H), "out": f(H, C)},
+        XY,
+    ),
     "frames of the cache": ("COUPLED", ("cached",), cached, f(D, H), XY),
     "clip": ("COUPLED", ("clip",), clip, {"a": f(D, H), "b": f(D, H), "s": f()}, PAIRS),
     "simclr": ("COUPLED", ("simclr",), simclr, f(D, H), PAIRS),
@@ -377,12 +426,23 @@ LINED = {
     "load balance": ("COUPLED", ("share",), load_balance, GATES, {"x": f(N, D), "y": f(N, H)}),
     "root mean square": ("COUPLED", ("rms",), root_mean_square, f(D), XY),
     "recurrent": ("MEAN", (), partial(time_loop, centered=False), *RECURRENT),
-    "recurrent, centered": ("COUPLED", ("recurrent_mean",), partial(time_loop, centered=True), *RECURRENT),
+    "recurrent, centered": (
+        "COUPLED",
+        ("recurrent_mean",),
+        partial(time_loop, centered=True),
+        *RECURRENT,
+    ),
     "largest": ("COUPLED", ("largest",), largest, f(D, H), XY),
     "standardized inputs": ("COUPLED", ("standardized",), standardized, f(D), XY),
     "moving average": ("COUPLED", ("moving",), moving_average, f(D), XY),
     "expert capacity": ("COUPLED", ("capacity",), capacity, GATES, {"x": f(N, D), "y": f(N, H)}),
-    "advantages": ("COUPLED", ("advantage",), advantages, f(D, C), {"x": f(N, D), "y": i(N), "r": f(N)}),
+    "advantages": (
+        "COUPLED",
+        ("advantage",),
+        advantages,
+        f(D, C),
+        {"x": f(N, D), "y": i(N), "r": f(N)},
+    ),
     "ghosts": ("COUPLED", ("ghosts",), ghosts, f(D, H), XY),
     "own derivative": ("MEAN", (), own_derivative(lambda x, g: (g * jnp.cos(x),)), f(D), XY),
     "own derivative, mixing": ("COUPLED", ("backward",), own_derivative(mixing), f(D), XY),
@@ -392,6 +452,10 @@ LINED = {
 }
 for _name, (_verdict, _marks, *_made) in LINED.items():
     CASES[_name] = Case(lambda made=_made: tuple(made), _verdict, _marks)
-CASES["axis 1, centered"] = Case(lambda: (centered_on_axis_1, f(D, H), f(T, N, D)), "COUPLED", ("axis_1",), axes=1)
-CASES["split keys"] = Case(lambda: (split_keys, f(D), {"x": f(N, D)}), "MEAN", ("split_keys",), random=True)
+CASES["axis 1, centered"] = Case(
+    lambda: (centered_on_axis_1, f(D, H), f(T, N, D)), "COUPLED", ("axis_1",), axes=1
+)
+CASES["split keys"] = Case(
+    lambda: (split_keys, f(D), {"x": f(N, D)}), "MEAN", ("split_keys",), random=True
+)
 CASES["mixup"] = Case(lambda: (mixup, f(D), {"x": f(N, D)}), "COUPLED", ("mixup",), random=True)

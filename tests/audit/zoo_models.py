@@ -1,4 +1,5 @@
-"""The zoo's models, in linen and in nnx: normalization, dropout, convolutions, attention and recurrence."""
+"""The zoo's models, in linen and in nnx: normalization, dropout, convolutions, attention and
+recurrence."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ def linen_case(model, x, *, mutable=False, **keys):
 
     def loss(params, batch):
         out = model.apply(
-            {"params": params, **state}, batch["x"], rngs=names, mutable=["batch_stats"] if mutable else False
+            {"params": params, **state},
+            batch["x"],
+            rngs=names,
+            mutable=["batch_stats"] if mutable else False,
         )
         return cross_entropy(out[0] if mutable else out, batch["y"]).mean()
 
@@ -66,10 +70,14 @@ class Convolutions(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(8, (3, 3))(x)
-        x = nn.GroupNorm(4)(x) if self.group else nn.BatchNorm(use_running_average=False)(x)  # <<first_norm
+        x = (
+            nn.GroupNorm(4)(x) if self.group else nn.BatchNorm(use_running_average=False)(x)
+        )  # <<first_norm
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         y = nn.Conv(8, (3, 3))(x)
-        y = nn.GroupNorm(4)(y) if self.group else nn.BatchNorm(use_running_average=False)(y)  # <<second_norm
+        y = (
+            nn.GroupNorm(4)(y) if self.group else nn.BatchNorm(use_running_average=False)(y)
+        )  # <<second_norm
         return nn.Dense(C)(nn.avg_pool(x + y, (2, 2), (2, 2)).reshape(len(x), -1))
 
 
@@ -78,7 +86,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        x += nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=nn.make_attention_mask(mask, mask))
+        x += nn.MultiHeadDotProductAttention(4)(
+            nn.LayerNorm()(x), mask=nn.make_attention_mask(mask, mask)
+        )
         return x + nn.Dense(H)(nn.gelu(nn.Dense(2 * H)(nn.LayerNorm()(x))))
 
 
@@ -134,7 +144,9 @@ def recurrent(model):
 IMAGES, CELL = f(N, 8, 8, 3), nn.LSTMCell(H, param_dtype=jnp.float64)
 CASES.update({
     "linen perceptron": Case(lambda: linen_case(Perceptron(), f(N, D)), "MEAN", ()),
-    "linen BatchNorm": Case(lambda: linen_case(Trained(True), f(N, D), mutable=True), "COUPLED", ("batch_norm",)),
+    "linen BatchNorm": Case(
+        lambda: linen_case(Trained(True), f(N, D), mutable=True), "COUPLED", ("batch_norm",),
+    ),
     "linen BatchNorm, evaluated": Case(lambda: linen_case(Trained(False), f(N, D)), "MEAN", ()),
     "linen dropout": Case(
         lambda: linen_case(Perceptron(nn.Dropout(0.5, deterministic=False)), f(N, D), dropout=1),
@@ -145,7 +157,8 @@ CASES.update({
     "nnx GroupNorm": Case(lambda: nnx_case(partial(nnx.GroupNorm, num_groups=4)), "MEAN", ()),
     "nnx dropout": Case(lambda: nnx_case(nnx.LayerNorm, 0.3), "MEAN", ("nnx_drop",), random=True),
     "convolutions, BatchNorm": Case(
-        lambda: linen_case(Convolutions(False), IMAGES, mutable=True), "COUPLED", ("first_norm", "second_norm"),
+        lambda: linen_case(Convolutions(False), IMAGES, mutable=True), "COUPLED",
+        ("first_norm", "second_norm"),
     ),
     "convolutions, GroupNorm": Case(lambda: linen_case(Convolutions(True), IMAGES), "MEAN", ()),
     "encoder": Case(lambda: masked_language(Encoder()), "RATIO", ()),

@@ -1,4 +1,5 @@
-"""Coupled programs under and over every transformation of JAX, against the same around the full batch."""
+"""Coupled programs under and over every transformation of JAX, against the same around the full
+batch."""
 
 import functools
 import re
@@ -29,7 +30,10 @@ def layer(h, w, axes=AXIS):
 def loss(w, x):
     """Two normalized layers; a term of its own denominator beside the mean."""
     h = layer(layer(x, w["w"][0])[0], w["w"][1])[0]
-    return {"cube": ja.Mean(jnp.sum(h**3), h.size), "up": ja.Mean(jnp.sum(jnp.where(h > 0, h, 0.0)), jnp.sum(h > 0))}
+    return {
+        "cube": ja.Mean(jnp.sum(h**3), h.size),
+        "up": ja.Mean(jnp.sum(jnp.where(h > 0, h, 0.0)), jnp.sum(h > 0)),
+    }
 
 
 def total(terms):
@@ -75,8 +79,12 @@ AROUND = {
     "vmap over parameters": lambda f: jax.jit(jax.vmap(f, (0, None)))(TWO_W, X),
     "vmap over batches": lambda f: jax.vmap(jax.jit(f), (None, 0))(W, TWO_X),
     "reverse over reverse": lambda f: jax.jit(jax.grad(lambda w: square(f(w, X)[1])))(W),
-    "forward over reverse": lambda f: jax.jit(lambda w: jax.jvp(lambda w: f(w, X)[1], (w,), (w,)))(W),
-    "checkpoint outside": lambda f: jax.jit(jax.grad(jax.checkpoint(lambda w: square(f(w, X)[1]))))(W),
+    "forward over reverse": lambda f: jax.jit(lambda w: jax.jvp(lambda w: f(w, X)[1], (w,), (w,)))(
+        W
+    ),
+    "checkpoint outside": lambda f: jax.jit(jax.grad(jax.checkpoint(lambda w: square(f(w, X)[1]))))(
+        W
+    ),
     "three scanned steps": three_steps,
     "three checkpointed steps": lambda f: three_steps(f, jax.checkpoint),
     "gradient of the batch": lambda f: jax.jit(jax.grad(lambda x: f(W, x)[0]))(X),
@@ -100,7 +108,10 @@ def test_around(ours, name):
 
 def test_forward_mode_of_one_scalar():
     moved = lambda f: jax.jvp(lambda w, x: f(w, x), (W, X), (jax.tree.map(jnp.sin, W), jnp.cos(X)))
-    assert normwise(moved(ja.microbatch(scalar, num_microbatches=3)), moved(ja.full_batch(scalar))) < EXACT
+    assert (
+        normwise(moved(ja.microbatch(scalar, num_microbatches=3)), moved(ja.full_batch(scalar)))
+        < EXACT
+    )
 
 
 INSIDE = {
@@ -110,9 +121,14 @@ INSIDE = {
     "reversed scan of checkpoints": lambda w, x: jnp.mean(
         lax.scan(jax.checkpoint(layer), x, w["w"], reverse=True)[0] ** 3
     ),
-    "fori_loop": lambda w, x: jnp.mean(lax.fori_loop(0, 2, lambda i, h: layer(h, w["w"][i])[0], x) ** 3),
+    "fori_loop": lambda w, x: jnp.mean(
+        lax.fori_loop(0, 2, lambda i, h: layer(h, w["w"][i])[0], x) ** 3
+    ),
     "inner vmap and its axis": lambda w, x: jnp.mean(
-        jax.vmap(lambda row: jnp.tanh(row @ w["w"][0]) - lax.pmean(row, ("row", AXIS)), axis_name="row")(x) ** 3
+        jax.vmap(
+            lambda row: jnp.tanh(row @ w["w"][0]) - lax.pmean(row, ("row", AXIS)), axis_name="row"
+        )(x)
+        ** 3
     ),
     "cond without a collective": lambda w, x: jnp.mean(
         lax.cond(jnp.sum(w["w"]) > 0, jnp.sin, jnp.cos, normalize(x @ w["w"][0])) ** 2
@@ -131,7 +147,7 @@ def test_inside(name):
     assert normwise(actual, jax.jit(jax.value_and_grad(ja.full_batch(INSIDE[name])))(W, X)) < EXACT
 
 
-# -- a second axis ----------------------------------------------------------------------------------------------------
+# -- a second axis ---------------------------------------------------------------------------------
 
 BOTH = ("data", AXIS)
 SHARDED = data(8, 4, seed=3) * jnp.arange(1.0, 9.0)[:, None]
@@ -158,7 +174,10 @@ def test_devices_and_time(check_vma, memory):
     step = ja.value_and_grad(over_both, num_microbatches=2, mesh_axes="data", memory=memory)
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     assert (
-        normwise(jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED), jax.value_and_grad(whole)(W, SHARDED))
+        normwise(
+            jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED),
+            jax.value_and_grad(whole)(W, SHARDED),
+        )
         < EXACT
     )
 
@@ -167,7 +186,9 @@ def test_devices_and_time(check_vma, memory):
 def test_evaluation_on_devices(check_vma):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     evaluate = ja.microbatch(over_both, num_microbatches=2, mesh_axes="data")
-    over = jax.shard_map(evaluate, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma)
+    over = jax.shard_map(
+        evaluate, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=check_vma
+    )
     assert normwise(jax.jit(over)(W, SHARDED), whole(W, SHARDED)) < EXACT
 
 
@@ -190,17 +211,23 @@ def test_jax_differentiates_on_devices_with_keys(check_vma):
     axes = (None, 0, ja.EXAMPLE_KEY)
 
     def fun(w, x, keys):
-        h = jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0)
+        h = jnp.where(
+            jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0
+        )
         mean = lax.pmean(jnp.mean(h, axis=0), BOTH)
         return jnp.mean((h - mean[None]) ** 3)
 
     def truth(w, x, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(8))
-        h = jnp.where(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0)
+        h = jnp.where(
+            jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (4,)))(keys), x @ w["w"][0], 0.0
+        )
         return jnp.mean((h - jnp.mean(h, axis=0)[None]) ** 3)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    step = jax.value_and_grad(ja.microbatch(fun, in_axes=axes, num_microbatches=2, mesh_axes="data"))
+    step = jax.value_and_grad(
+        ja.microbatch(fun, in_axes=axes, num_microbatches=2, mesh_axes="data")
+    )
     specs = {"in_specs": (P(), P("data"), P()), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED, jax.random.key(5))
     assert normwise(actual, jax.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT
@@ -208,7 +235,8 @@ def test_jax_differentiates_on_devices_with_keys(check_vma):
 
 @pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
 def test_one_all_reduce_a_cut_each_way(check_vma):
-    """Two cuts, forward and back, and the one sum of the gradients: five, however many microbatches."""
+    """Two cuts, forward and back, and the one sum of the gradients: five, however many
+    microbatches."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = ja.value_and_grad(over_both, num_microbatches=4, mesh_axes="data", memory="store")
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}

@@ -1,4 +1,5 @@
-"""Coupled programs: collectives over the loop's axis, against the same function under `jax.vmap(axis_name=…)`."""
+"""Coupled programs: collectives over the loop's axis, against the same function under
+`jax.vmap(axis_name=…)`."""
 
 import functools
 
@@ -39,7 +40,12 @@ def network(w, x):
 def loss(w, x):
     """An untagged mean, and one output of every kind."""
     h, means = network(w, x)
-    aux = {"means": ja.Last(means), "rows": ja.Concat(h), "total": ja.Sum(jnp.sum(x)), "max": ja.Max(jnp.max(h))}
+    aux = {
+        "means": ja.Last(means),
+        "rows": ja.Concat(h),
+        "total": ja.Sum(jnp.sum(x)),
+        "max": ja.Max(jnp.max(h)),
+    }
     return jnp.mean(h**3) + jnp.mean(h @ w["b"]), aux
 
 
@@ -49,7 +55,9 @@ def full(fun, **options):
 
 @pytest.mark.parametrize("memory", SETTINGS, ids=str)
 @pytest.mark.parametrize(
-    "options", [{"num_microbatches": 2}, {"microbatch_size": 1}, {"num_microbatches": 4, "split": "strided"}], ids=str
+    "options",
+    [{"num_microbatches": 2}, {"microbatch_size": 1}, {"num_microbatches": 4, "split": "strided"}],
+    ids=str,
 )
 def test_value_gradient_and_aux_are_the_full_batchs(memory, options):
     ours = ja.value_and_grad(loss, argnums=(0, 1), has_aux=True, memory=memory, **options)
@@ -60,17 +68,22 @@ def test_value_gradient_and_aux_are_the_full_batchs(memory, options):
     assert normwise(aux, expected) < EXACT
 
 
-# -- every collective, tags, keys -------------------------------------------------------------------------------------
+# -- every collective, tags, keys ------------------------------------------------------------------
 
 MIXERS = {
     "normalize": lambda w, h: jax.nn.relu(normalize(h @ w["b"])[0]) * w["scale"][None] + h,
     "center": lambda w, h: h - lax.pmean(jnp.mean(h, axis=0), AXIS)[None],
     "attend": lambda w, h: jnp.tanh(
-        jax.nn.softmax(h @ lax.all_gather(h, AXIS, tiled=True).T) @ lax.all_gather(h @ w["b"], AXIS, tiled=True)
+        jax.nn.softmax(h @ lax.all_gather(h, AXIS, tiled=True).T)
+        @ lax.all_gather(h @ w["b"], AXIS, tiled=True)
     ),
-    "shift": lambda w, h: jnp.sin(h + lax.ppermute(h @ w["b"], AXIS, [(i, (i + 1) % N) for i in range(N)])),
+    "shift": lambda w, h: jnp.sin(
+        h + lax.ppermute(h @ w["b"], AXIS, [(i, (i + 1) % N) for i in range(N)])
+    ),
     "exchange": lambda w, h: h * lax.psum_scatter(jnp.tile(h @ w["b"], (N, 1)), AXIS, tiled=True),
-    "bound": lambda w, h: h / (1.0 + lax.pmax(lax.stop_gradient(jnp.max(jnp.abs(h @ w["b"]))), AXIS)),
+    "bound": lambda w, h: (
+        h / (1.0 + lax.pmax(lax.stop_gradient(jnp.max(jnp.abs(h @ w["b"]))), AXIS))
+    ),
     "weigh": lambda w, h: h * (1.0 + lax.axis_index(AXIS).astype(h.dtype)) * w["scale"][None],
 }
 N = 4
@@ -91,7 +104,10 @@ def collectives(w, x):
     exchanged = lax.all_to_all(shifted, AXIS, 0, 0)
     most = lax.pmax(lax.stop_gradient(jnp.max(shifted)), AXIS)
     logsum = most + jnp.log(lax.psum(jnp.sum(jnp.exp(shifted - most)), AXIS))
-    gathered = jnp.sum(lax.all_gather(shifted, AXIS), axis=0) + lax.all_gather(shifted, AXIS, tiled=True)[: len(z)]
+    gathered = (
+        jnp.sum(lax.all_gather(shifted, AXIS), axis=0)
+        + lax.all_gather(shifted, AXIS, tiled=True)[: len(z)]
+    )
     index = 1.0 + lax.axis_index(AXIS).astype(z.dtype)
     loss = lax.pmean(jnp.sum(scattered**2) + jnp.sum(exchanged * shifted), AXIS) + logsum
     return loss + index * jnp.sum(gathered * z), index * jnp.sum(shifted, axis=(1, 2))
@@ -108,12 +124,17 @@ def test_every_collective(memory):
         loss, rows = over_microbatches(collectives, w, x)
         return jnp.sum(loss), rows.reshape(-1)
 
-    actual = jax.jit(ja.value_and_grad(ours, (0, 1), True, num_microbatches=N, memory=memory))(W["a"], Y)
+    actual = jax.jit(ja.value_and_grad(ours, (0, 1), True, num_microbatches=N, memory=memory))(
+        W["a"], Y
+    )
     assert normwise(actual, jax.value_and_grad(truth, (0, 1), has_aux=True)(W["a"], Y)) < EXACT
 
 
 @INEXACT
-@given(st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3), st.sampled_from(["min", "store", None]))
+@given(
+    st.lists(st.sampled_from(sorted(MIXERS)), min_size=1, max_size=3),
+    st.sampled_from(["min", "store", None]),
+)
 @settings(max_examples=settings.default.max_examples // 10)  # each draw compiles twice
 def test_drawn_programs(mixers, memory):
     """Any sequence of layers that mix examples, values of several stages read again at the end."""
@@ -123,7 +144,10 @@ def test_drawn_programs(mixers, memory):
         for mixer in mixers:
             h = MIXERS[mixer](w, h)
             seen.append(h)
-        return {"last": ja.Mean(jnp.sum(h**2), h.size), "all": ja.Sum(sum(jnp.sum(h) for h in seen))}, ja.Concat(h)
+        return {
+            "last": ja.Mean(jnp.sum(h**2), h.size),
+            "all": ja.Sum(sum(jnp.sum(h) for h in seen)),
+        }, ja.Concat(h)
 
     def flat(w, x):
         terms, rows = fun(w, x)
@@ -159,10 +183,16 @@ def test_a_weight_that_depends_on_collectives():
 
     def fun(w, x):
         h, _ = normalize(x @ w["a"])
-        return {"a": ja.Mean(jnp.sum(h**3), jnp.sum(jnp.exp(h))), "b": ja.Mean(jnp.sum(h), jnp.sum(h > 0))}
+        return {
+            "a": ja.Mean(jnp.sum(h**3), jnp.sum(jnp.exp(h))),
+            "b": ja.Mean(jnp.sum(h), jnp.sum(h > 0)),
+        }
 
     terms = lambda w, x: sum(jax.tree.leaves(ja.full_batch(fun)(w, x)))
-    assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X)) < EXACT
+    assert (
+        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(terms)(W, X))
+        < EXACT
+    )
 
 
 @UNDECIDED
@@ -194,32 +224,47 @@ def test_a_rank_is_that_among_all_examples(n, memory):
     def ranked(w, x, *, everywhere=True):
         score = jnp.sum(x @ w["a"], axis=1)
         all_scores = lax.all_gather(score, AXIS, tiled=True) if everywhere else score
-        if memory == "min" and everywhere:  # what is computed again may differ from what was gathered
-            score = lax.dynamic_slice_in_dim(all_scores, lax.axis_index(AXIS) * len(score), len(score))
+        if (
+            memory == "min" and everywhere
+        ):  # what is computed again may differ from what was gathered
+            score = lax.dynamic_slice_in_dim(
+                all_scores, lax.axis_index(AXIS) * len(score), len(score)
+            )
         rank = jnp.searchsorted(jnp.sort(all_scores), score)
         return jnp.mean(score * rank.astype(score.dtype))
 
     value, grads = jax.jit(ja.value_and_grad(ranked, num_microbatches=n, memory=memory))(W, X)
     scores = jnp.sum(X @ W["a"], axis=1)
     ranks = jnp.argsort(jnp.argsort(scores))
-    truth, wanted = jax.value_and_grad(lambda w: jnp.mean(jnp.sum(X @ w["a"], axis=1) * ranks.astype(scores.dtype)))(W)
+    truth, wanted = jax.value_and_grad(
+        lambda w: jnp.mean(jnp.sum(X @ w["a"], axis=1) * ranks.astype(scores.dtype))
+    )(W)
     assert normwise(value, truth) < EXACT
     assert normwise(grads, wanted) < EXACT
-    apart = ja.value_and_grad(functools.partial(ranked, everywhere=False), num_microbatches=n)(W, X)[0]
+    apart = ja.value_and_grad(functools.partial(ranked, everywhere=False), num_microbatches=n)(
+        W, X
+    )[0]
     assert normwise(apart, truth) > 0.1  # the rank within the microbatch
 
 
 def test_example_keys_do_not_depend_on_the_partition():
     def fun(w, x, keys):
-        first, second = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)  # the second crosses a cut
-        dropped = lambda h, keys: jnp.where(jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (5,)))(keys), h, 0.0)
+        first, second = jnp.moveaxis(
+            jax.vmap(jax.random.split)(keys), 1, 0
+        )  # the second crosses a cut
+        dropped = lambda h, keys: jnp.where(
+            jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (5,)))(keys), h, 0.0
+        )
         h, _ = normalize(dropped(x @ w["a"], first))
         return jnp.mean(normalize(dropped(h, second))[0] ** 3)
 
     axes, key = (None, 0, ja.EXAMPLE_KEY), jax.random.key(3)
     expected = jax.value_and_grad(ja.full_batch(fun, in_axes=axes))(W, X, key)
     for n in (2, 8):
-        assert normwise(ja.value_and_grad(fun, in_axes=axes, num_microbatches=n)(W, X, key), expected) < EXACT
+        assert (
+            normwise(ja.value_and_grad(fun, in_axes=axes, num_microbatches=n)(W, X, key), expected)
+            < EXACT
+        )
 
 
 def test_padding_that_is_masked_counts_nowhere():

@@ -1,4 +1,5 @@
-"""Bad input of coupled losses: refused when traced, with the line of the collective and what to do instead."""
+"""Bad input of coupled losses: refused when traced, with the line of the collective and what to do
+instead."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ total = lambda h: lax.psum(h, AXIS)
 
 
 def looped(w, x):
-    return lax.while_loop(lambda c: jnp.sum(c) < 10, total, lax.stop_gradient(jnp.sum(x @ w))) * jnp.sum(w)
+    return lax.while_loop(
+        lambda c: jnp.sum(c) < 10, total, lax.stop_gradient(jnp.sum(x @ w))
+    ) * jnp.sum(w)
 
 
 def branched(w, x):
@@ -38,7 +41,9 @@ derived.defjvp(lambda primals, tangents: (total(primals[0]), tangents[0]))
 
 
 def nested(w, x):
-    inner = ja.microbatch(lambda w, x: jnp.mean(x @ w - lax.pmean(jnp.mean(x @ w), AXIS)), num_microbatches=2)
+    inner = ja.microbatch(
+        lambda w, x: jnp.mean(x @ w - lax.pmean(jnp.mean(x @ w), AXIS)), num_microbatches=2
+    )
     return inner(w, x)
 
 
@@ -54,16 +59,34 @@ LINE = "test_coupled_errors.py:"
 ROWS = [
     (looped, {"num_microbatches": 2}, ["psum", "'microbatch'", "while", LINE, "lax.scan"]),
     (branched, {"num_microbatches": 2}, ["psum", "lax.cond", LINE, "before the branches"]),
-    (lambda w, x: ruled(jnp.sum(x @ w)), {"num_microbatches": 2}, ["psum", "custom_vjp", LINE, "outside"]),
-    (lambda w, x: derived(jnp.sum(x @ w)), {"num_microbatches": 2}, ["psum", "custom_jvp", LINE, "outside"]),
+    (
+        lambda w, x: ruled(jnp.sum(x @ w)),
+        {"num_microbatches": 2},
+        ["psum", "custom_vjp", LINE, "outside"],
+    ),
+    (
+        lambda w, x: derived(jnp.sum(x @ w)),
+        {"num_microbatches": 2},
+        ["psum", "custom_jvp", LINE, "outside"],
+    ),
     (nested, {"num_microbatches": 3}, ["psum", "'microbatch'", LINE, "axis_name"]),
     (grouped, {"num_microbatches": 2}, ["psum", "axis_index_groups", LINE]),
-    (plain, {"num_microbatches": 4}, ["psum", LINE, "2 have 2 examples", "2 have 1", "pad_batch", "mask"]),
-    (plain, {"microbatch_size": 4}, ["psum", LINE, "1 have 4 examples", "1 have 2", "pad_batch", "mask"]),
+    (
+        plain,
+        {"num_microbatches": 4},
+        ["psum", LINE, "2 have 2 examples", "2 have 1", "pad_batch", "mask"],
+    ),
+    (
+        plain,
+        {"microbatch_size": 4},
+        ["psum", LINE, "1 have 4 examples", "1 have 2", "pad_batch", "mask"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("fun", "options", "says"), ROWS, ids=[" ".join(says[:3]) for _, _, says in ROWS])
+@pytest.mark.parametrize(
+    ("fun", "options", "says"), ROWS, ids=[" ".join(says[:3]) for _, _, says in ROWS]
+)
 def test_is_refused(fun, options, says):
     refused(lambda: ja.value_and_grad(fun, **options)(W, X), *says)
     refused(lambda: jax.grad(ja.microbatch(fun, **options))(W, X), *says)
@@ -79,11 +102,17 @@ def test_a_carried_state_of_one_microbatch():
         return plain(w, x), ja.Carry(state + jnp.sum(x))
 
     options = {"in_axes": (None, 0, ja.CARRY), "has_aux": True, "num_microbatches": 2}
-    refused(lambda: ja.value_and_grad(fun, **options)(W, X, 0.0), "Carry", "differs between microbatches", "pmean")
+    refused(
+        lambda: ja.value_and_grad(fun, **options)(W, X, 0.0),
+        "Carry",
+        "differs between microbatches",
+        "pmean",
+    )
 
 
 def test_a_state_that_is_drawn_from_a_key():
-    """What a collective makes the same for all microbatches, a key of their own makes different again."""
+    """What a collective makes the same for all microbatches, a key of their own makes different
+    again."""
 
     def fun(w, x, state, key):
         mean = lax.pmean(jnp.mean(x), AXIS)

@@ -1,4 +1,5 @@
-"""The losses whose examples interact, as data parallelism writes them, against their definitions on the full batch."""
+"""The losses whose examples interact, as data parallelism writes them, against their definitions on
+the full batch."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +11,10 @@ from jax import lax
 import jaxaccum as ja
 from tests.support.helpers import EXACT, UNDECIDED, data, mean_of_means, normwise, parts_of
 
-pytestmark = [pytest.mark.filterwarnings("ignore:memory='min' takes"), pytest.mark.usefixtures("compiling_fast")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:memory='min' takes"),
+    pytest.mark.usefixtures("compiling_fast"),
+]
 
 AXIS = "microbatch"
 EXAMPLES = 8
@@ -120,7 +124,10 @@ def vicreg_over_microbatches(params, batch):
 
 
 def barlow_of(a, b, average):
-    a, b = ((z - average(z)[None]) / jnp.sqrt(average((z - average(z)[None]) ** 2) + 1e-5)[None] for z in (a, b))
+    a, b = (
+        (z - average(z)[None]) / jnp.sqrt(average((z - average(z)[None]) ** 2) + 1e-5)[None]
+        for z in (a, b)
+    )
     correlation = average(a[:, :, None] * b[:, None, :])
     return jnp.sum((jnp.diag(correlation) - 1) ** 2) + 5e-3 * off_diagonal(correlation)
 
@@ -168,12 +175,15 @@ def token_ratio_over_microbatches(params, batch):
 
 
 def policy_of(params, batch, average):
-    """PPO's clipped objective: advantages normalized over the batch, of a critic that shares the policy's features."""
+    """PPO's clipped objective: advantages normalized over the batch, of a critic that shares the
+    policy's features."""
     features = jnp.tanh(batch["image"] @ params["image"])
     advantage = batch["reward"] - features @ params["out"][:, 0]
     deviation = jnp.sqrt(average((advantage - average(advantage)) ** 2))
     normalized = (advantage - average(advantage)) / (deviation + 1e-8)
-    log_probability = jax.nn.log_softmax(features @ params["out"])[jnp.arange(len(features)), batch["action"]]
+    log_probability = jax.nn.log_softmax(features @ params["out"])[
+        jnp.arange(len(features)), batch["action"]
+    ]
     ratio = jnp.exp(log_probability + jnp.log(3.0))
     return -jnp.mean(jnp.minimum(ratio * normalized, jnp.clip(ratio, 0.8, 1.2) * normalized))
 
@@ -206,7 +216,9 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fun.__name__
 
 @UNDECIDED
 @EACH
-@pytest.mark.parametrize(("n", "memory"), [(2, None), (2, "min"), (4, "store"), (4, 2048), (8, "min"), (8, None)])
+@pytest.mark.parametrize(
+    ("n", "memory"), [(2, None), (2, "min"), (4, "store"), (4, 2048), (8, "min"), (8, None)]
+)
 def test_value_and_gradient_are_those_of_the_definition(case, n, memory):
     step = ja.value_and_grad(case.fun, num_microbatches=n, memory=memory)
     expected = jax.value_and_grad(case.definition)(PARAMS, BATCH)

@@ -23,23 +23,31 @@ from tests.coupled.vision import (
 )
 from tests.support.helpers import EXACT, mean_of_means, normwise, parts_of
 
-pytestmark = [pytest.mark.filterwarnings("ignore:memory='min' takes"), pytest.mark.usefixtures("compiling_fast")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:memory='min' takes"),
+    pytest.mark.usefixtures("compiling_fast"),
+]
 
 BATCHES = {net: {"x": IMAGES[net], "y": LABELS} for net in (cnn, resnet18)}
 AXES = (None, 0, None)
 
 
 class _Torch:
-    """The layers in PyTorch, which reads linen's parameters and moves running statistics of its own."""
+    """The layers in PyTorch, which reads linen's parameters and moves running statistics of its
+    own."""
 
     relu, pool = staticmethod(F.relu), staticmethod(lambda x: x.mean((2, 3)))
 
     def __init__(self, params):
-        self.params = jax.tree.map(lambda x: torch.tensor(np.asarray(x), requires_grad=True), params)
+        self.params = jax.tree.map(
+            lambda x: torch.tensor(np.asarray(x), requires_grad=True), params
+        )
         self.stats = {}
 
     def conv(self, name, x, features, stride, size=3):
-        return F.conv2d(x, self.params[name]["kernel"].permute(3, 2, 0, 1), stride=stride, padding=size // 2)
+        return F.conv2d(
+            x, self.params[name]["kernel"].permute(3, 2, 0, 1), stride=stride, padding=size // 2
+        )
 
     def norm(self, name, x):
         mean, var = torch.zeros(x.shape[1], dtype=x.dtype), torch.ones(x.shape[1], dtype=x.dtype)
@@ -68,7 +76,9 @@ def ours(net, layer, **options):
     return params, (value, grads), new
 
 
-@pytest.mark.parametrize(("n", "memory"), [(2, None), (2, "min"), (2, "store"), (4, 4096), (8, None)])
+@pytest.mark.parametrize(
+    ("n", "memory"), [(2, None), (2, "min"), (2, "store"), (4, 4096), (8, None)]
+)
 def test_six_batch_norms_of_linen_unmodified(n, memory):
     params, actual, new = ours(cnn, nn.BatchNorm, num_microbatches=n, memory=memory)
     value, grads, stats = torch_full_batch(cnn, params)

@@ -1,4 +1,5 @@
-"""Coupled losses over devices and microbatches: one device's whole batch, and derivatives taken from outside."""
+"""Coupled losses over devices and microbatches: one device's whole batch, and derivatives taken
+from outside."""
 
 import functools
 
@@ -17,13 +18,16 @@ from tests.support.meshes import EXPLICIT, W, X, laid_out, mesh_of, on_mesh
 
 
 def normalized(axes):
-    """A batch normalization whose statistics are those of all microbatches, and of all devices that `axes` names."""
+    """A batch normalization whose statistics are those of all microbatches, and of all devices that
+    `axes` names."""
 
     def fun(w, x):
         h = x @ w["a"]
         mean = lax.pmean(jnp.mean(h, axis=0), axes)
         variance = lax.pmean(jnp.mean((h - mean[None]) ** 2, axis=0), axes)
-        return jnp.mean(jnp.tanh((h - mean[None]) * lax.rsqrt(variance + 1e-3)[None] * w["b"][None]) ** 4)
+        return jnp.mean(
+            jnp.tanh((h - mean[None]) * lax.rsqrt(variance + 1e-3)[None] * w["b"][None]) ** 4
+        )
 
     return fun
 
@@ -37,7 +41,9 @@ def whole_norm(w, x):
 @UNDECIDED
 def test_batch_normalization_over_devices_and_microbatches():
     mesh = mesh_of((4, 2), "manual")
-    step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
+    step = ja.value_and_grad(
+        normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data"
+    )
     over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
     right = jax.value_and_grad(whole_norm)(W, X)
     assert normwise(over(W, X), right) < EXACT
@@ -50,7 +56,9 @@ def test_batch_normalization_over_devices_and_microbatches():
 def test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside(check_vma):
     """Reverse mode over the `shard_map`: no cotangent is counted once per device."""
     mesh = mesh_of((4, 2), "manual")
-    step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data")
+    step = ja.value_and_grad(
+        normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data"
+    )
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     over = jax.shard_map(step, mesh=mesh, **specs)
     norm = lambda grads: sum(jnp.sum(g**3) for g in jax.tree.leaves(grads))
@@ -62,7 +70,10 @@ def test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside(
 
 def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
     right = jax.value_and_grad(whole_norm)(W, X)
-    assert normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right) < EXACT
+    assert (
+        normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right)
+        < EXACT
+    )
 
 
 @pytest.mark.parametrize("everywhere", [True, False], ids=["on the mesh", "on no mesh"])
@@ -71,9 +82,13 @@ def test_a_masked_normalization_on_an_explicit_mesh(everywhere):
     masked = lambda model, batch: model(batch[0], mask=batch[1][:, None]) ** 3
 
     def loss(model, batch):
-        return ja.Mean(jnp.sum(jnp.where(batch[1][:, None], masked(model, batch), 0)), jnp.sum(batch[1]))
+        return ja.Mean(
+            jnp.sum(jnp.where(batch[1][:, None], masked(model, batch), 0)), jnp.sum(batch[1])
+        )
 
-    model = lambda name: jaxaccum.nnx.BatchNorm(3, axis_name=name, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    model = lambda name: jaxaccum.nnx.BatchNorm(
+        3, axis_name=name, rngs=nnx.Rngs(0), param_dtype=jnp.float64
+    )
     ours, whole, batch = model("microbatch"), model(None), (X, mask)
     if everywhere:
         lay = lambda x: jax.device_put(x, NamedSharding(EXPLICIT, P()))
@@ -84,7 +99,9 @@ def test_a_masked_normalization_on_an_explicit_mesh(everywhere):
     truth, wanted = nnx.value_and_grad(lambda model: ratio(loss(model, batch)))(whole)
     assert normwise((value, nnx.to_pure_dict(grads)), (truth, nnx.to_pure_dict(wanted))) < EXACT
     assert normwise(ours.mean[...], whole.mean[...]) < EXACT
-    own = loss(model(None), (X[::4], mask[::4]))  # the classic wrong answer: a microbatch's own statistics
+    own = loss(
+        model(None), (X[::4], mask[::4])
+    )  # the classic wrong answer: a microbatch's own statistics
     assert normwise(ratio(own), truth) > 1e-3
 
 
@@ -96,14 +113,17 @@ LAYOUTS = {
 
 
 def tensor_parallel(layout, step):
-    """A call on an explicit mesh of which one axis divides the rows and the other the parameters."""
+    """A call on an explicit mesh of which one axis divides the rows and the other the
+    parameters."""
     put = lambda x, spec: jax.device_put(x, NamedSharding(EXPLICIT, spec))
     w = {name: put(W[name], spec) for name, spec in LAYOUTS[layout].items()}
     return w, jax.jit(step)(w, put(X, P("data")))
 
 
 @pytest.mark.parametrize("memory", ["min", "store"])
-@pytest.mark.parametrize("axes", ["microbatch", ("data", "microbatch")], ids=["global", "by device"])
+@pytest.mark.parametrize(
+    "axes", ["microbatch", ("data", "microbatch")], ids=["global", "by device"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_coupled_loss_of_divided_parameters(layout, axes, memory):
     """Statistics, their cotangents and stored boundaries are laid out as what they are of."""
@@ -113,7 +133,9 @@ def test_a_coupled_loss_of_divided_parameters(layout, axes, memory):
     assert normwise((value, grads), right) < EXACT
     assert all(grads[name].sharding.is_equivalent_to(w[name].sharding, w[name].ndim) for name in w)
     each = [jax.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X[i::2]) for i in range(2)]
-    assert normwise(jax.tree.map(lambda x, y: (x + y) / 2, *each), right) > 1e-3  # each microbatch by itself
+    assert (
+        normwise(jax.tree.map(lambda x, y: (x + y) / 2, *each), right) > 1e-3
+    )  # each microbatch by itself
 
 
 def test_derivatives_of_a_coupled_loss_of_divided_parameters():
@@ -135,7 +157,8 @@ def whole_contrastive(w, x):
 
 
 def contrastive(axes, *, global_labels=True):
-    """The same as data parallelism writes it: own rows against all features, gathered over `axes`."""
+    """The same as data parallelism writes it: own rows against all features, gathered over
+    `axes`."""
 
     def fun(w, x):
         a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
@@ -151,15 +174,23 @@ def contrastive(axes, *, global_labels=True):
 @INEXACT
 @pytest.mark.parametrize("memory", ["min", None, "store"])
 def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
-    right, mesh, both = jax.value_and_grad(whole_contrastive)(W, X), mesh_of((4, 2), "manual"), ("data", "microbatch")
+    right, mesh, both = (
+        jax.value_and_grad(whole_contrastive)(W, X),
+        mesh_of((4, 2), "manual"),
+        ("data", "microbatch"),
+    )
 
     def over(fun):
         step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data", memory=memory)
-        return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))(W, X)
+        return jax.jit(
+            jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+        )(W, X)
 
     assert normwise(over(contrastive(both)), right) < EXACT
     assert normwise(over(contrastive("microbatch")), right) > 1e-3  # each device among its own
-    assert normwise(over(contrastive(both, global_labels=False)), right) > 1e-3  # the first rows' partners for all
+    assert (
+        normwise(over(contrastive(both, global_labels=False)), right) > 1e-3
+    )  # the first rows' partners for all
     explicit = jax.jit(ja.value_and_grad(contrastive(both), num_microbatches=2, memory=memory))
     w, (x, _) = laid_out(mesh_of((8,), "explicit"), ("data",))
     assert normwise(explicit(w, x), right) < EXACT
@@ -167,11 +198,14 @@ def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_features_are_gathered_beside_a_second_explicit_axis(layout):
-    """The loss says how its scores are laid out, as it must in JAX where both features are divided alike."""
+    """The loss says how its scores are laid out, as it must in JAX where both features are divided
+    alike."""
 
     def fun(w, x):
         a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
-        scores = jnp.matmul(a, lax.all_gather(b, ("data", "microbatch"), tiled=True).T, out_sharding=P())
+        scores = jnp.matmul(
+            a, lax.all_gather(b, ("data", "microbatch"), tiled=True).T, out_sharding=P()
+        )
         own = jnp.arange(len(x), dtype=jnp.int32) + lax.axis_index(("data", "microbatch")) * len(x)
         picked = jnp.take_along_axis(scores, own[:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(scores, axis=1) - picked)
@@ -183,11 +217,17 @@ def test_features_are_gathered_beside_a_second_explicit_axis(layout):
 
 PLACES = jnp.cos(jnp.arange(16.0))[:, None]
 EXCHANGES = {
-    "all_gather, tiled": lambda z, axes: jnp.sin(lax.all_gather(z, axes, axis=1, tiled=True)).mean(axis=1) * z[:, 0],
+    "all_gather, tiled": lambda z, axes: (
+        jnp.sin(lax.all_gather(z, axes, axis=1, tiled=True)).mean(axis=1) * z[:, 0]
+    ),
     "all_gather, stacked": lambda z, axes: jnp.sin(lax.all_gather(z, axes, axis=1))[:, 3] * z,
-    "psum_scatter, tiled": lambda z, axes: lax.psum_scatter(jnp.tile(z, (8, 1)) * PLACES, axes, tiled=True) ** 2,
+    "psum_scatter, tiled": lambda z, axes: (
+        lax.psum_scatter(jnp.tile(z, (8, 1)) * PLACES, axes, tiled=True) ** 2
+    ),
     "psum_scatter, stacked": lambda z, axes: lax.psum_scatter(z[:1] * PLACES, axes) ** 3,
-    "psum, pmax": lambda z, axes: z / lax.psum(jnp.sum(z**2), axes) + lax.pmax(lax.stop_gradient(jnp.max(z)), axes),
+    "psum, pmax": lambda z, axes: (
+        z / lax.psum(jnp.sum(z**2), axes) + lax.pmax(lax.stop_gradient(jnp.max(z)), axes)
+    ),
 }  # fmt: skip
 
 
@@ -198,7 +238,9 @@ def test_collectives_over_devices_and_microbatches(name):
     mesh = mesh_of((4, 2), "manual")
     fun = lambda axes: lambda w, x: jnp.mean(jnp.tanh(EXCHANGES[name](x @ w["a"], axes)))
     right = jax.value_and_grad(
-        lambda w: jnp.mean(jax.vmap(functools.partial(fun("all"), w), axis_name="all")(X.reshape(16, 2, 3)))
+        lambda w: jnp.mean(
+            jax.vmap(functools.partial(fun("all"), w), axis_name="all")(X.reshape(16, 2, 3))
+        )
     )(W)
     step = ja.value_and_grad(fun(("data", "microbatch")), num_microbatches=4, mesh_axes="data")
     over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
@@ -206,19 +248,25 @@ def test_collectives_over_devices_and_microbatches(name):
 
 
 def gathered_twice(w, x):
-    """The contrastive loss with one gather an axis, the one inside a checkpoint, the other under jit."""
+    """The contrastive loss with one gather an axis, the one inside a checkpoint, the other under
+    jit."""
     a, b = jnp.tanh(x @ w["a"]), jnp.sin(x @ w["a"] * w["b"][None])
     own = jax.checkpoint(lambda b: lax.all_gather(b, "microbatch", tiled=True))
     scores = a @ jax.jit(lambda b: lax.all_gather(own(b), "data", tiled=True))(b).T
     place = jnp.arange(len(x), dtype=jnp.int32) + lax.axis_index(("data", "microbatch")) * len(x)
-    return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, place[:, None], axis=1)[:, 0])
+    return jnp.mean(
+        jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, place[:, None], axis=1)[:, 0]
+    )
 
 
 @INEXACT
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("fun", [contrastive(("data", "microbatch")), gathered_twice], ids=["at once", "axis by axis"])
+@pytest.mark.parametrize(
+    "fun", [contrastive(("data", "microbatch")), gathered_twice], ids=["at once", "axis by axis"]
+)
 def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
-    """Gradients of values and of gradients, tangents and a mapped axis, taken over the `shard_map`."""
+    """Gradients of values and of gradients, tangents and a mapped axis, taken over the
+    `shard_map`."""
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
     ours = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs)
@@ -226,7 +274,9 @@ def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
     scaled, tangents = lambda c: jax.tree.map(lambda x: c * x, W), jax.tree.map(jnp.cos, W)
     transformed = {
         "grad": lambda f: jax.grad(lambda w: f(w, X)[0])(W),
-        "grad of grad": lambda f: jax.grad(lambda w: sum(jnp.sum(g**3) for g in f(w, X)[1].values()))(W),
+        "grad of grad": lambda f: jax.grad(
+            lambda w: sum(jnp.sum(g**3) for g in f(w, X)[1].values())
+        )(W),
         "jvp": lambda f: jax.jvp(lambda w: f(w, X), (W,), (tangents,)),
         "vmap": lambda f: jax.vmap(lambda c: f(scaled(c), X))(jnp.arange(1.0, 4.0)),
     }
@@ -238,13 +288,24 @@ def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
 
 @pytest.mark.parametrize("memory", ["min", "store"])
 @pytest.mark.parametrize("kind", ["manual", "explicit"])
-@pytest.mark.parametrize(("collective", "whole"), [(lax.pmax, jnp.max), (lax.pmin, jnp.min)], ids=["pmax", "pmin"])
+@pytest.mark.parametrize(
+    ("collective", "whole"), [(lax.pmax, jnp.max), (lax.pmin, jnp.min)], ids=["pmax", "pmin"]
+)
 def test_extrema_over_devices_and_microbatches_are_differentiated(collective, whole, kind, memory):
-    """By `reduce_max`'s rule on the whole batch; the extremum's own example carries its gradient, on one device."""
-    mesh, both, h = mesh_of((8,), kind), ("data", "microbatch"), lambda w, x: jnp.tanh(x @ w["a"]) * w["b"][None]
+    """By `reduce_max`'s rule on the whole batch; the extremum's own example carries its gradient,
+    on one device."""
+    mesh, both, h = (
+        mesh_of((8,), kind),
+        ("data", "microbatch"),
+        lambda w, x: jnp.tanh(x @ w["a"]) * w["b"][None],
+    )
     fun = lambda w, x: jnp.mean((h(w, x) - collective(whole(h(w, x), axis=0), both)[None]) ** 3)
-    right = jax.value_and_grad(lambda w, x: jnp.mean((h(w, x) - whole(h(w, x), axis=0)[None]) ** 3))(W, X)
-    step = ja.value_and_grad(fun, num_microbatches=2, mesh_axes="data" if kind == "manual" else None, memory=memory)
+    right = jax.value_and_grad(
+        lambda w, x: jnp.mean((h(w, x) - whole(h(w, x), axis=0)[None]) ** 3)
+    )(W, X)
+    step = ja.value_and_grad(
+        fun, num_microbatches=2, mesh_axes="data" if kind == "manual" else None, memory=memory
+    )
     if kind == "manual":
         over = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
         actual = jax.jit(over)(W, X)
@@ -252,22 +313,31 @@ def test_extrema_over_devices_and_microbatches_are_differentiated(collective, wh
         w, (x, _) = laid_out(mesh, ("data",))
         actual = jax.jit(step)(w, x)
     assert normwise(actual, right) < EXACT
-    constant = lambda w, x: jnp.mean((h(w, x) - lax.stop_gradient(whole(h(w, x), axis=0))[None]) ** 3)
-    assert normwise(jax.value_and_grad(constant)(W, X), right) > 1e-3  # an extremum without a gradient
+    constant = lambda w, x: jnp.mean(
+        (h(w, x) - lax.stop_gradient(whole(h(w, x), axis=0))[None]) ** 3
+    )
+    assert (
+        normwise(jax.value_and_grad(constant)(W, X), right) > 1e-3
+    )  # an extremum without a gradient
 
 
 def test_other_collectives_over_several_axes_are_refused():
     def fun(w, x):
-        return jnp.mean(lax.all_to_all(jnp.tile(x @ w["a"], (8, 1)), ("data", "microbatch"), 0, 0, tiled=True))
+        return jnp.mean(
+            lax.all_to_all(jnp.tile(x @ w["a"], (8, 1)), ("data", "microbatch"), 0, 0, tiled=True)
+        )
 
     step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
-    over = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P()))
+    over = jax.shard_map(
+        step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P())
+    )
     says = ["all_to_all", "psum_scatter", "one axis per call", __file__]
     refused(lambda: over(W, X), *says, error=NotImplementedError)
 
 
 class Dropped(nnx.Module):
-    """Statistics over devices and microbatches, and a mask of dropout from a stream of the model's own."""
+    """Statistics over devices and microbatches, and a mask of dropout from a stream of the model's
+    own."""
 
     def __init__(self):
         rngs, wide = nnx.Rngs(0), {"param_dtype": jnp.float64}
@@ -292,10 +362,14 @@ def test_streams_of_a_coupled_model_differ_between_devices_and_microbatches(chec
         is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         own = lambda i: jax.tree.map(lambda x: jax.random.fold_in(x, i) if is_key(x) else x, rest)
         one = lambda d, m, x: fun(nnx.merge(graph, params, own(place(d, m)), copy=True), x)
-        over = jax.vmap(jax.vmap(one, (None, 0, 0), axis_name="microbatch"), (0, None, 0), axis_name="data")
+        over = jax.vmap(
+            jax.vmap(one, (None, 0, 0), axis_name="microbatch"), (0, None, 0), axis_name="data"
+        )
         return jnp.mean(over(jnp.arange(4), jnp.arange(n), X.reshape(4, n, -1, 3)))
 
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs))(params, rest, X)
     assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: n * d + m)) < EXACT
-    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: m)) > 1e-2  # the same on every device
+    assert (
+        normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: m)) > 1e-2
+    )  # the same on every device

@@ -1,4 +1,5 @@
-"""What a coupled loss costs: memory and operations of compiled programs, against the schedule's own predictions."""
+"""What a coupled loss costs: memory and operations of compiled programs, against the schedule's own
+predictions."""
 
 import dataclasses
 import math
@@ -55,15 +56,27 @@ def local(w, pairs):
     own = towers(w, pairs)
     z, v = (lax.all_gather(h, AXIS, tiled=True) for h in own)
     rows = jnp.arange(len(own[0]))
-    match = lambda a, b: jax.nn.log_softmax(14.0 * a @ b.T)[rows, lax.axis_index(AXIS) * len(rows) + rows]
+    match = lambda a, b: jax.nn.log_softmax(14.0 * a @ b.T)[
+        rows, lax.axis_index(AXIS) * len(rows) + rows
+    ]
     return -jnp.mean(match(own[0], v) + match(own[1], z)) / 2
 
 
 WIDTH, DIM = 512, 256
 LOSSES = {
     "perceptron": (perceptron, [shape(WIDTH, WIDTH)] * 6, shape(2048, WIDTH), 8),
-    "gathered": (gathered, [[(shape(DIM, 4 * DIM), shape(4 * DIM, DIM))] * 6] * 2, [shape(512, DIM)] * 2, 32),
-    "local": (local, [[(shape(DIM, 4 * DIM), shape(4 * DIM, DIM))] * 6] * 2, [shape(512, DIM)] * 2, 32),
+    "gathered": (
+        gathered,
+        [[(shape(DIM, 4 * DIM), shape(4 * DIM, DIM))] * 6] * 2,
+        [shape(512, DIM)] * 2,
+        32,
+    ),
+    "local": (
+        local,
+        [[(shape(DIM, 4 * DIM), shape(4 * DIM, DIM))] * 6] * 2,
+        [shape(512, DIM)] * 2,
+        32,
+    ),
 }
 
 
@@ -102,7 +115,11 @@ def matrix_flops(text):
             if " dot(" in line:
                 operand = re.search(r" dot\(.*?%([\w.\-]+)", line)[1]
                 contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)[1].split(",")
-                total += 2 * math.prod(shapes[made[1]]) * math.prod(shapes[operand][int(i)] for i in contracted)
+                total += (
+                    2
+                    * math.prod(shapes[made[1]])
+                    * math.prod(shapes[operand][int(i)] for i in contracted)
+                )
             trips = int((re.search(r'known_trip_count.*?"n":"(\d+)"', line) or [0, "1"])[1])
             for inner in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
                 total += (trips if "body=" in line else 1) * cost(inner)
@@ -142,14 +159,16 @@ def predicted(name, memory):
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "most"), [("perceptron", "min", 0.10), ("gathered", None, 0.10), ("local", None, 0.10)]
+    ("name", "memory", "most"),
+    [("perceptron", "min", 0.10), ("gathered", None, 0.10), ("local", None, 0.10)],
 )
 def test_temporary_memory(full, name, memory, most):
     assert ours(name, memory).memory <= most * full[name].memory
 
 
 @pytest.mark.parametrize(
-    ("name", "memory"), [("perceptron", "store"), ("gathered", None), ("local", None), ("local", "store")]
+    ("name", "memory"),
+    [("perceptron", "store"), ("gathered", None), ("local", None), ("local", "store")],
 )
 def test_operations(full, name, memory):
     assert full[name].flops < ours(name, memory).flops <= 1.40 * full[name].flops
@@ -157,7 +176,13 @@ def test_operations(full, name, memory):
 
 @pytest.mark.parametrize(
     ("name", "memory"),
-    [("perceptron", "min"), ("perceptron", "store"), ("perceptron", 10_000_000), ("gathered", None), ("local", "min")],
+    [
+        ("perceptron", "min"),
+        ("perceptron", "store"),
+        ("perceptron", 10_000_000),
+        ("gathered", None),
+        ("local", "min"),
+    ],
 )
 def test_the_prediction_is_that_of_the_compiled_program(full, name, memory):
     schedule = predicted(name, memory)
@@ -170,7 +195,9 @@ def test_stored_bytes_are_those_of_the_boundaries():
     boundary = 2048 * WIDTH * 4
     least = predicted("perceptron", "min")
     assert least.stored_bytes == 0
-    assert least.statistics_bytes == (6 + 8) * 2 * WIDTH * 4  # two a cut, and what 8 microbatches give to one of them
+    assert (
+        least.statistics_bytes == (6 + 8) * 2 * WIDTH * 4
+    )  # two a cut, and what 8 microbatches give to one of them
     assert predicted("perceptron", "store").stored_bytes == 6 * boundary
     two = predicted("perceptron", 2 * boundary + least.statistics_bytes)
     assert two.stored_bytes == 2 * boundary
@@ -195,7 +222,9 @@ def test_what_crosses_two_boundaries_is_stored_once():
 
 def test_more_memory_is_never_slower():
     least = predicted("perceptron", "min")
-    flops = [predicted("perceptron", least.statistics_bytes + i * 4_194_304).flops for i in range(7)]
+    flops = [
+        predicted("perceptron", least.statistics_bytes + i * 4_194_304).flops for i in range(7)
+    ]
     assert flops == sorted(flops, reverse=True)
     assert flops[0] == least.flops
     assert flops[-1] == predicted("perceptron", "store").flops
@@ -206,7 +235,9 @@ def test_more_memory_is_never_slower():
 def test_compiled_size_grows_linearly_with_the_cuts(memory):
     def size(depth):
         args = [shape(32, 32)] * depth, shape(64, 32)
-        return compiled(ja.value_and_grad(perceptron, num_microbatches=8, memory=memory), *args).size
+        return compiled(
+            ja.value_and_grad(perceptron, num_microbatches=8, memory=memory), *args
+        ).size
 
     small, medium, large = size(2), size(4), size(8)
     assert large - medium < 2.5 * (medium - small)
@@ -223,9 +254,13 @@ def test_the_default_stores_more_than_it_holds_anyway_where_else_it_would_be_slo
 
 def test_a_slow_schedule_warns_of_its_cost():
     loss, params, batch, n = LOSSES["perceptron"]
-    with pytest.warns(UserWarning, match=r"memory='min' takes 5\.\d times the operations of the full batch"):
+    with pytest.warns(
+        UserWarning, match=r"memory='min' takes 5\.\d times the operations of the full batch"
+    ):
         jax.eval_shape(ja.value_and_grad(loss, num_microbatches=n, memory="min"), params, batch)
-    jax.eval_shape(ja.value_and_grad(loss, num_microbatches=n), params, batch)  # the default does not
+    jax.eval_shape(
+        ja.value_and_grad(loss, num_microbatches=n), params, batch
+    )  # the default does not
 
 
 @pytest.mark.parametrize(
@@ -241,4 +276,9 @@ def test_a_slow_schedule_warns_of_its_cost():
 )
 def test_a_budget_that_no_schedule_meets(memory, says):
     loss, params, batch, n = LOSSES["perceptron"]
-    refused(lambda: jax.eval_shape(ja.value_and_grad(loss, num_microbatches=n, memory=memory), params, batch), *says)
+    refused(
+        lambda: jax.eval_shape(
+            ja.value_and_grad(loss, num_microbatches=n, memory=memory), params, batch
+        ),
+        *says,
+    )

@@ -1,4 +1,5 @@
-"""Networks with BatchNorm, each written once as a function of its layers, and what builds them in linen and nnx."""
+"""Networks with BatchNorm, each written once as a function of its layers, and what builds them in
+linen and nnx."""
 
 import functools
 
@@ -24,22 +25,30 @@ def cnn(layers, x):
 
 
 def resnet18(layers, x):
-    """The stem, four stages of two blocks, three projections: 20 BatchNorms; only its widths are small."""
+    """The stem, four stages of two blocks, three projections: 20 BatchNorms; only its widths are
+    small."""
     x = layers.relu(layers.norm("stem_norm", layers.conv("stem", x, 2, 1)))
     for stage, features in enumerate((2, 3, 4, 5)):
         for block in range(2):
             name, stride = f"stage{stage}_{block}", 2 if stage and not block else 1
-            y = layers.relu(layers.norm(f"{name}_norm1", layers.conv(f"{name}_conv1", x, features, stride)))
+            y = layers.relu(
+                layers.norm(f"{name}_norm1", layers.conv(f"{name}_conv1", x, features, stride))
+            )
             y = layers.norm(f"{name}_norm2", layers.conv(f"{name}_conv2", y, features, 1))
             if stride == 2:
-                x = layers.norm(f"{name}_norm3", layers.conv(f"{name}_conv3", x, features, stride, size=1))
+                x = layers.norm(
+                    f"{name}_norm3", layers.conv(f"{name}_conv3", x, features, stride, size=1)
+                )
             x = layers.relu(x + y)
     return layers.dense("head", layers.pool(x), 3)
 
 
 IMAGES = {cnn: data(8, 6, 6, 2, seed=5), resnet18: data(8, 8, 8, 2, seed=6)}
-"""Examples of very different scales, so that the statistics of microbatches are far from the batch's."""
-IMAGES = {net: x * jnp.arange(1.0, 9.0)[:, None, None, None] / 4 + x[:1] for net, x in IMAGES.items()}
+"""Examples of very different scales, so that the statistics of microbatches are far from the
+batch's."""
+IMAGES = {
+    net: x * jnp.arange(1.0, 9.0)[:, None, None, None] / 4 + x[:1] for net, x in IMAGES.items()
+}
 LABELS = jnp.arange(8) % 3
 
 
@@ -58,7 +67,9 @@ class _Linen(nn.Module):
     @nn.nowrap
     def conv(self, name, x, features, stride, size=3):
         pad = [(size // 2, size // 2)] * 2
-        return nn.Conv(features, (size, size), stride, pad, use_bias=False, param_dtype=x.dtype, name=name)(x)
+        return nn.Conv(
+            features, (size, size), stride, pad, use_bias=False, param_dtype=x.dtype, name=name
+        )(x)
 
     @nn.nowrap
     def norm(self, name, x):
@@ -83,7 +94,9 @@ def linen(net, layer=nn.BatchNorm):
 
     def loss(params, batch, stats):
         with STANDARD():
-            logits, new = model.apply({"params": params, "batch_stats": stats}, batch["x"], mutable=["batch_stats"])
+            logits, new = model.apply(
+                {"params": params, "batch_stats": stats}, batch["x"], mutable=["batch_stats"]
+            )
         return cross_entropy(logits, batch["y"]), ja.Last(new["batch_stats"])
 
     return params, stats, loss
@@ -108,11 +121,18 @@ class Nnx(nnx.Module):
 
     def conv(self, name, x, features, stride, size=3):
         options = {"strides": stride, "padding": [(size // 2, size // 2)] * 2, "use_bias": False}
-        make = lambda: nnx.Conv(x.shape[-1], features, (size, size), param_dtype=x.dtype, rngs=self.rngs, **options)
+        make = lambda: nnx.Conv(
+            x.shape[-1], features, (size, size), param_dtype=x.dtype, rngs=self.rngs, **options
+        )
         return self.named(name, make, x)
 
     def norm(self, name, x):
-        options = {"axis_name": "microbatch", "momentum": MOMENTUM, "epsilon": EPSILON, "param_dtype": x.dtype}
+        options = {
+            "axis_name": "microbatch",
+            "momentum": MOMENTUM,
+            "epsilon": EPSILON,
+            "param_dtype": x.dtype,
+        }
         if name not in self.layers:
             self.layers[name] = self.layer(x.shape[-1], rngs=self.rngs, **options)
             for stat in (self.layers[name].mean, self.layers[name].var):
@@ -121,7 +141,9 @@ class Nnx(nnx.Module):
         return self.layers[name](x)
 
     def dense(self, name, x, features):
-        return self.named(name, lambda: nnx.Linear(x.shape[-1], features, param_dtype=x.dtype, rngs=self.rngs), x)
+        return self.named(
+            name, lambda: nnx.Linear(x.shape[-1], features, param_dtype=x.dtype, rngs=self.rngs), x
+        )
 
     relu, pool = staticmethod(nn.relu), staticmethod(lambda x: jnp.mean(x, (1, 2)))
 

@@ -1,4 +1,5 @@
-"""`experiments bench` at a small size: a wrong gradient is seen, memory and who wins are read off right.
+"""`experiments bench` at a small size: a wrong gradient is seen, memory and who wins are read off
+right.
 
 No time is asserted. The oracle of every gradient is JAX's own of the full batch in float64.
 """
@@ -49,10 +50,17 @@ def _few_ways(monkeypatch):
 
 @pytest.mark.usefixtures("_as_in_a_script", "_few_ways")
 def test_a_wrong_gradient_is_flagged_and_competes_with_nobody():
-    """Averages of means, where microbatches weigh unequally; and any loop, where examples interact."""
+    """Averages of means, where microbatches weigh unequally; and any loop, where examples
+    interact."""
     record = bench.run(cases=tuple(WAYS), **OPTIONS)
-    wrong = {(row["case"], row["way"]) for row in record.data["rows"] if row["verdict"] == bench.WRONG}
-    assert wrong == {("BERT", "usual scan"), ("BERT", "optax.MultiSteps"), ("contrastive", "usual scan")}
+    wrong = {
+        (row["case"], row["way"]) for row in record.data["rows"] if row["verdict"] == bench.WRONG
+    }
+    assert wrong == {
+        ("BERT", "usual scan"),
+        ("BERT", "optax.MultiSteps"),
+        ("contrastive", "usual scan"),
+    }
     error, _, _, control = record.checks
     assert error.passed
     assert control.passed
@@ -76,12 +84,15 @@ def test_every_way_computes_the_gradient_where_all_examples_weigh_the_same(way):
     _, grads = jax.jit(_bench_rivals.GRADIENTS[way](case, 4))(case.params, case.batch)
     assert normwise(grads, wanted) < bench.ROUNDING
     half = jax.tree.map(lambda leaf: leaf[:4], case.batch)
-    assert normwise(jax.grad(case.mean)(case.params, half), wanted) > 10 * bench.ROUNDING  # some rows are forgotten
+    assert (
+        normwise(jax.grad(case.mean)(case.params, half), wanted) > 10 * bench.ROUNDING
+    )  # some rows are forgotten
 
 
 @pytest.mark.usefixtures("_as_in_a_script")
 def test_memory_is_that_of_the_whole_step():
-    """A scan over layers, where ours adds in place and the usual way makes a second tree of gradients."""
+    """A scan over layers, where ours adds in place and the usual way makes a second tree of
+    gradients."""
     case = small("scanned MLP")
     size = lambda name: _bench_rivals.made(name, case, 8).memory / case.parameter_bytes
     assert size("jaxaccum") < size("lax.scan") - 0.5
@@ -89,7 +100,9 @@ def test_memory_is_that_of_the_whole_step():
 
 
 @pytest.mark.usefixtures("_as_in_a_script")
-@pytest.mark.parametrize("name", ["scanned MLP", "untied layers", "CNN", "embedding", "tied LM"])  # every layer, once
+@pytest.mark.parametrize(
+    "name", ["scanned MLP", "untied layers", "CNN", "embedding", "tied LM"]
+)  # every layer, once
 def test_torch_computes_the_same_gradient(name):
     case = small(name)
     run, gradient = _bench_torch.loop("torch eager", case, 4)
@@ -112,9 +125,13 @@ def test_ours_runs_beside_each_rival_and_the_order_alternates(monkeypatch):
     monkeypatch.setattr(_bench_timing, "SHORTEST", 0.0)
     seen = []
     note = lambda name: lambda: seen.append(name)
-    pairs = _bench_timing.in_pairs(note("ours"), {"a": note("a"), "b": note("b")}, rounds=3, seconds=0.0)
+    pairs = _bench_timing.in_pairs(
+        note("ours"), {"a": note("a"), "b": note("b")}, rounds=3, seconds=0.0
+    )
     assert {name: len(pair.ours) for name, pair in pairs.items()} == {"a": 3, "b": 3}
-    assert " ".join(seen[3:]) == "ours a ours b b ours a ours ours a ours b"  # the first three tell how long a run is
+    assert (
+        " ".join(seen[3:]) == "ours a ours b b ours a ours ours a ours b"
+    )  # the first three tell how long a run is
 
 
 def test_a_ratio_below_one_is_ours_being_faster():
@@ -126,7 +143,8 @@ def test_a_ratio_below_one_is_ours_being_faster():
 
 @pytest.mark.usefixtures("_as_in_a_script")
 def test_one_microbatch_is_the_full_batch(monkeypatch):
-    """Nothing is added to zeros: a scan over layers writes its gradients, and does not read sums."""
+    """Nothing is added to zeros: a scan over layers writes its gradients, and does not read
+    sums."""
     case = small("scanned MLP")
     size = lambda name: _bench_rivals.made(name, case, 1).memory
     assert size("jaxaccum") == size("full batch")
@@ -157,7 +175,10 @@ def test_who_wins(low, size, error, says):
     row = {"way": "lax.scan", "bytes": size * bench.MIB, "error": error, "quartiles": [low, 2.0]}
     assert bench.verdict(row | {"ours / its, processor": 1.5}, OURS) == says
     unsure = bench.verdict(row | {"ours / its, processor": 1.0}, OURS)
-    assert unsure not in (bench.BOTH, bench.FASTER)  # the clock alone tells of the machine's other programs
+    assert unsure not in (
+        bench.BOTH,
+        bench.FASTER,
+    )  # the clock alone tells of the machine's other programs
 
 
 def test_a_win_fails_the_check():

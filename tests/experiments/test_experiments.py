@@ -1,4 +1,5 @@
-"""Every experiment runs at a tiny size, its checks can fail, and the command line says what it does not know."""
+"""Every experiment runs at a tiny size, its checks can fail, and the command line says what it does
+not know."""
 
 import dataclasses
 import json
@@ -27,13 +28,24 @@ from experiments.public_losses import devices, masked_lm, masked_mean, moe, pack
 from tests.support.helpers import INEXACT
 
 RECORD = {"name", "question", "settings", "rows", "checks", "passed", "data", "versions"}
-TINY_BERT = {"steps": 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_BERT = {
+    "steps": 3,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def test_toy_prints_the_seed_side_by_side():
     record = toy.run()
     assert record.passed
-    rows = ["batch 0: grad -16 weight 1", "batch 1: grad -20 weight 1", "=" * 50, "grad -20 weight 1.2"]
+    rows = [
+        "batch 0: grad -16 weight 1",
+        "batch 1: grad -20 weight 1",
+        "=" * 50,
+        "grad -20 weight 1.2",
+    ]
     assert record.text.splitlines()[1:] == [f"{row:<50}    {row}" for row in rows]
 
 
@@ -72,7 +84,14 @@ def test_bert_attributes_the_difference_and_leaves_rounding():
 @pytest.mark.usefixtures("compiling_fast")
 def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     monkeypatch.setitem(contrastive.WAYS, "exact", contrastive.open_clip)
-    options = {"width": 16, "layers": 1, "batch_size": 32, "k": 4, "microbatch_size": 16, "batches": (64,)}
+    options = {
+        "width": 16,
+        "layers": 1,
+        "batch_size": 32,
+        "k": 4,
+        "microbatch_size": 16,
+        "batches": (64,),
+    }
     record = contrastive.run(**options)
     assert [check.passed for check in record.checks[:5]] == [True, False, True, True, True]
     right = contrastive.exact(4)(contrastive.towers(16, 1, "float64"), contrastive.halves(32))
@@ -93,7 +112,9 @@ def _one_block(monkeypatch):
 def test_public_tells_the_usual_accumulation_from_ours_for_every_loss():
     record = public.run(steps=2)
     assert [check.claim for check in record.checks if not check.passed] == []
-    differences = [public.column(record.rows, way, "Δ parameters") for way in (public.USUAL, public.OURS)]
+    differences = [
+        public.column(record.rows, way, "Δ parameters") for way in (public.USUAL, public.OURS)
+    ]
     assert len(differences[0]) == len(public.LOSSES)
     assert (differences[0] > 1e6 * differences[1]).all()
 
@@ -103,7 +124,13 @@ def test_public_tells_the_usual_accumulation_from_ours_for_every_loss():
 def test_public_fails_for_a_loss_that_divides_by_its_own_tokens(monkeypatch):
     monkeypatch.setattr(public, "LOSSES", {"packed": "packed texts"})
     monkeypatch.setattr(packed, "mean_of_batch", masked_mean)
-    assert [check.passed for check in public.run(steps=2).checks] == [False, False, False, True, False]
+    assert [check.passed for check in public.run(steps=2).checks] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.fixture
@@ -118,7 +145,12 @@ def test_precision_tells_the_accumulators_apart(monkeypatch):
     record = precision.run(numbers=(1, 256))
     assert record.passed
     error = {row["relative error"]: row["N = 256"] for row in record.rows}
-    assert error["compensated float32"] < error["float32"] < error["compensated bfloat16"] < error["bfloat16"]
+    assert (
+        error["compensated float32"]
+        < error["float32"]
+        < error["compensated bfloat16"]
+        < error["bfloat16"]
+    )
     monkeypatch.setitem(precision.WAYS, "compensated float32", precision.WAYS["float16"])
     assert not precision.run(numbers=(1, 256)).passed
 
@@ -138,7 +170,11 @@ def test_noise_scale_grows_as_the_loss_falls():
 @pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
 def test_small_batch_compares_both_rules_with_accumulation():
     record = small_batch.run(small=(32,), examples=1024, seeds=1)
-    assert [(row["batch"], row["β₂ rule"]) for row in record.rows] == [(32, "fixed"), (32, "half-life"), (256, "fixed")]
+    assert [(row["batch"], row["β₂ rule"]) for row in record.rows] == [
+        (32, "fixed"),
+        (32, "half-life"),
+        (256, "fixed"),
+    ]
     assert record.rows[1]["β₂"] == pytest.approx(0.95 ** (32 / 256))
     assert record.passed
 
@@ -146,7 +182,11 @@ def test_small_batch_compares_both_rules_with_accumulation():
 @pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
 def test_norms_tells_exact_from_naive():
     data = norms.digits()
-    assert norms.gradient_error("exact", 8, data) < norms.BOUND < norms.gradient_error("naive", 8, data) / 10
+    assert (
+        norms.gradient_error("exact", 8, data)
+        < norms.BOUND
+        < norms.gradient_error("naive", 8, data) / 10
+    )
     losses, accuracies = norms.trained("GroupNorm", 32, steps=20, seeds=2, data=data)
     assert (losses[:, -1] < losses[:, 0]).all()
     assert (accuracies > 0.2).all()
@@ -166,7 +206,9 @@ def test_masks_hide_real_tokens_only_and_at_least_one_a_text():
     assert chosen.any(axis=1).all()
     assert (batch["labels"][chosen] > _text.MASK).all()
     assert np.array_equal(batch["ids"][~chosen], batch["labels"][~chosen])
-    assert np.mean(batch["ids"][chosen] == _text.MASK) == pytest.approx(0.8, abs=4 * (0.16 / chosen.sum()) ** 0.5)
+    assert np.mean(batch["ids"][chosen] == _text.MASK) == pytest.approx(
+        0.8, abs=4 * (0.16 / chosen.sum()) ** 0.5
+    )
     assert np.array_equal(batch["attention"], batch["labels"] != _text.PAD)
 
 
@@ -190,7 +232,9 @@ def test_an_unknown_name_is_refused_with_the_names_that_exist(capsys):
     with pytest.raises(SystemExit) as refused:
         cli.main(["toy", "tyo"])
     assert refused.value.code == 2
-    assert f"unknown experiment tyo; choose from {', '.join(cli.names())}" in capsys.readouterr().err
+    assert (
+        f"unknown experiment tyo; choose from {', '.join(cli.names())}" in capsys.readouterr().err
+    )
 
 
 def test_a_check_of_not_a_number_fails():

@@ -1,7 +1,7 @@
 """Which rules does no test hold? Faults drawn systematically from a module's source, one at a time.
 
-    python -m tests.faults.drawn jaxaccum/_program/microbatches.py             # run the tests that `TESTS` names for it
-    python -m tests.faults.drawn jaxaccum/_program/microbatches.py --list      # the faults alone
+    python -m tests.faults.drawn jaxaccum/_program/microbatches.py           # run its `TESTS`
+    python -m tests.faults.drawn jaxaccum/_program/microbatches.py --list    # the faults alone
 
 Every comparison is negated and moved by one; every guard, operand of `and` and selection is
 dropped; every axis, reduction, sign and whole number is changed. A fault that no test notices is
@@ -27,9 +27,20 @@ from collections.abc import Callable, Iterator, Sequence
 from tests.faults.listed import ROOT, copy_tree
 
 TESTS = {
-    "_program/microbatches.py": ["plain/test_small_rules.py", "plain/test_partition.py", "plain/test_tags.py"],
-    "_devices/varying.py": ["plain/test_small_rules.py", "meshes/test_mesh.py", "meshes/test_data_parallel.py"],
-    "_host_loop/multisteps.py": ["host_loop/test_multisteps.py", "host_loop/test_multisteps_errors.py"],
+    "_program/microbatches.py": [
+        "plain/test_small_rules.py",
+        "plain/test_partition.py",
+        "plain/test_tags.py",
+    ],
+    "_devices/varying.py": [
+        "plain/test_small_rules.py",
+        "meshes/test_mesh.py",
+        "meshes/test_data_parallel.py",
+    ],
+    "_host_loop/multisteps.py": [
+        "host_loop/test_multisteps.py",
+        "host_loop/test_multisteps_errors.py",
+    ],
     "_program/reductions.py": ["plain/test_small_rules.py", "plain/test_tags.py"],
     "_base/trees.py": ["plain/test_small_rules.py", "plain/test_tags.py"],
 }
@@ -281,7 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="modules of jaxaccum, as jaxaccum/_program/microbatches.py"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="modules of jaxaccum, as jaxaccum/_program/microbatches.py",
     )
     parser.add_argument("--list", action="store_true", help="print the faults, and run nothing")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """One deliberate fault: a text inside a named function of the library, and what takes its place.
 
-The function is found by its name, wherever its file is. So a fault survives that a file is renamed or moved, and that
-the same text is written elsewhere.
+The function is found by its name, wherever its file is. So a fault survives that a file is renamed
+or moved, and that the same text is written elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 class Fault:
     """One substitution in one definition of the library, and the test that fails for it.
 
-    `place` is a function (``function``, ``Class.method``, ``outer.inner``), a table (its variable), or a file (for its
-    imports). The module's name comes before it where others have the same: ``module:function``. `old` occurs in it
-    exactly once.
+    `place` is a function (``function``, ``Class.method``, ``outer.inner``), a table (its variable),
+    or a file (for its imports). The module's name comes before it where others have the same:
+    ``module:function``. `old` occurs in it exactly once.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Fault:
         times = [definition.text.count(self.old) for definition in named]
         if sum(times) != 1:
             raise ValueError(
-                f"{self.name}: {self.old!r} occurs {sum(times)} times in {self.place}, of which there are {len(named)}; "
-                "it must occur once."
+                f"{self.name}: {self.old!r} occurs {sum(times)} times in {self.place}, of which "
+                f"there are {len(named)}; it must occur once."
             )
         return named[times.index(1)]
 

@@ -1,4 +1,5 @@
-"""Deliberate faults in entries by name, outputs without a tag, and derivatives that would be lost."""
+"""Deliberate faults in entries by name, outputs without a tag, and derivatives that would be
+lost."""
 
 from tests.faults.fault import Fault
 

@@ -138,7 +138,7 @@ FAULTS = [
         "        not program.mesh_axes or _spans_devices(program)\n"
         "    )\n",
         "    return program.partition.num_microbatches == 1\n",
-        "audit/test_at_call.py::"
+        "audit/test_at_call_models.py::"
         "test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
     ),
     Fault(
@@ -146,7 +146,7 @@ FAULTS = [
         "_spans_devices",
         "any(eqn.primitive.name not in _ON_ONE_DEVICE for eqn in eqns)",
         "any(True for eqn in eqns)",
-        "audit/test_at_call.py::"
+        "audit/test_at_call_models.py::"
         "test_a_statistic_of_one_device_is_warned_of_even_without_microbatches",
     ),
     Fault(
@@ -154,7 +154,7 @@ FAULTS = [
         "_others",
         "names = [name for name in rest if name != first]",
         "names: list[str] = []",
-        "audit/test_at_call.py::test_other_outputs_that_are_inexact_are_named",
+        "audit/test_at_call_models.py::test_other_outputs_that_are_inexact_are_named",
     ),
     Fault(
         "every carried state is a random stream",

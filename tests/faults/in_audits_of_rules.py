@@ -109,7 +109,7 @@ FAULTS = [
         "exchange.one",
         'op.name == "ppermute" and x.fixed and x.index is None',
         'op.name == "ppermute"',
-        "audit/test_audit.py::test_what_every_microbatch_has_alike_may_go_around",
+        "audit/test_collectives.py::test_what_every_microbatch_has_alike_may_go_around",
     ),
     Fault(
         "bits of integers are their maximum",

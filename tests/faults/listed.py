@@ -1,11 +1,12 @@
-"""Would the tests notice? Deliberate faults in the library, one at a time, each with the test that must catch it.
+"""Would the tests notice? Deliberate faults in the library, one at a time, each with the test that
+must catch it.
 
     python -m tests.faults.listed --all          # every fault, and that the tests pass without any
     python -m tests.faults.listed NAME…          # these alone
     python -m tests.faults.listed                # their names
 
-A fault is a substitution in a temporary copy of the tree; nothing here is changed. The exit status is 1 when a fault
-survives.
+A fault is a substitution in a temporary copy of the tree; nothing here is changed. The exit status
+is 1 when a fault survives.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ COPIED = ["jaxaccum", "torch_ref", "tests", "pyproject.toml", *PAPERS]
 
 
 TABLES = [
-    in_accumulators, in_arguments, in_audits, in_audits_of_rules, in_coupled, in_gradients, in_host_loop, in_keys,
+    in_accumulators, in_arguments, in_audits, in_audits_of_rules, in_coupled, in_gradients,
+    in_host_loop, in_keys,
     in_meshes, in_outputs, in_partitions,
 ]  # fmt: skip
 FAULTS: list[Fault] = [fault for table in TABLES for fault in table.FAULTS]
@@ -55,9 +57,16 @@ def run(tests: Sequence[str], fault: Fault | None = None) -> bool:
             fault.put_into(tree / "jaxaccum")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         nodes = [f"tests/{test}" for test in tests]
-        result = subprocess.run([*command, *nodes], cwd=tree, capture_output=True, text=True, timeout=600)
-    if result.returncode not in (0, 1):  # neither passed nor failed: a test that is not there, a file that cannot load
-        raise RuntimeError(f"pytest stopped with {result.returncode}:\n{result.stdout}{result.stderr}")
+        result = subprocess.run(
+            [*command, *nodes], cwd=tree, capture_output=True, text=True, timeout=600
+        )
+    if result.returncode not in (
+        0,
+        1,
+    ):  # neither passed nor failed: a test that is not there, a file that cannot load
+        raise RuntimeError(
+            f"pytest stopped with {result.returncode}:\n{result.stdout}{result.stderr}"
+        )
     return result.returncode == 0
 
 
@@ -82,7 +91,9 @@ def rows(faults: Sequence[Fault]) -> Iterator[tuple[Fault, bool, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the faults that the command line names; 1 if one survives."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="the faults to run")
     parser.add_argument("--all", action="store_true", help="run every fault")
     options = parser.parse_args(arguments)
@@ -99,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     survivors = 0
     for fault, caught, seconds in rows(chosen):
         survivors += not caught
-        print(f"| {fault.name} | {fault.test if caught else 'SURVIVED'} | {seconds:.0f} s |", flush=True)
+        print(
+            f"| {fault.name} | {fault.test if caught else 'SURVIVED'} | {seconds:.0f} s |",
+            flush=True,
+        )
     print(f"{len(chosen) - survivors} of {len(chosen)} faults caught")
     return int(survivors > 0)
 

@@ -1,4 +1,5 @@
-"""Deliberate faults in the library are caught: a sample of three, each by the test that names it."""
+"""Deliberate faults in the library are caught: a sample of three, each by the test that names
+it."""
 
 import random
 import shutil

@@ -1,4 +1,5 @@
-"""Where a model with example streams draws: behind transformations, from several streams, for all."""
+"""Where a model with example streams draws: behind transformations, from several streams, for
+all."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""Flax's float8 layers send their next scales and maxima through the gradient: over microbatches these are maxima."""
+"""Flax's float8 layers send their next scales and maxima through the gradient: over microbatches
+these are maxima."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,9 @@ from tests.support.helpers import normwise, refused
 
 MODEL = nn.Dense(16, dot_general_cls=nn.Fp8DotGeneralOp, dtype=jnp.float32)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32).at[0].multiply(10.0)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Flax says so of the layer itself
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # Flax says so of the layer itself
 STATE = "_overwrite_with_gradient"
 
 
@@ -29,7 +32,9 @@ def loss(variables, x):
 
 
 def trained(grad, steps=6):
-    state = TrainState.create(apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(1), X), tx=optax.sgd(1e-2))
+    state = TrainState.create(
+        apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(1), X), tx=optax.sgd(1e-2)
+    )
     step = jax.jit(lambda state: state.apply_gradients(grads=grad(state.params, X)))
     for _ in range(steps):
         state = step(state)
@@ -49,22 +54,30 @@ def test_scales_and_maxima_are_those_of_the_full_batch(way, n):
     ours, full = trained(WAYS[way](n)), trained(jax.grad(loss))
     eps = float(jnp.finfo(jnp.float32).eps)
     assert normwise(ours[STATE], full[STATE]) < 64 * eps
-    assert normwise(ours["params"], full["params"]) < 0.05  # a rounding moves a number to another of float8
+    assert (
+        normwise(ours["params"], full["params"]) < 0.05
+    )  # a rounding moves a number to another of float8
 
 
 def test_summed_they_are_the_classic_wrong_answer():
     """Each step multiplies the maxima by the number of microbatches."""
     parts = [X[i : i + 2] for i in range(0, 8, 2)]
-    usual = lambda v, _: jax.tree.map(lambda *g: sum(g) / 1.0, *[jax.grad(loss)(v, part) for part in parts])
+    usual = lambda v, _: jax.tree.map(
+        lambda *g: sum(g) / 1.0, *[jax.grad(loss)(v, part) for part in parts]
+    )
     assert normwise(trained(usual)[STATE], trained(jax.grad(loss))[STATE]) > 0.5
 
 
 def test_a_custom_accumulator_would_average_them():
     variables, skip = MODEL.init(jax.random.key(1), X), ja.accumulators.skip_nonfinite()
-    refused(lambda: ja.grad(loss, num_microbatches=2, accumulator=skip)(variables, X), STATE, "in_place()")
+    refused(
+        lambda: ja.grad(loss, num_microbatches=2, accumulator=skip)(variables, X),
+        STATE,
+        "in_place()",
+    )
 
 
-# -- maxima that the user declares ------------------------------------------------------------------------------------
+# -- maxima that the user declares -----------------------------------------------------------------
 
 
 @jax.custom_vjp
@@ -106,7 +119,9 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("accumulator", [None, ja.accumulators.tree(), ja.accumulators.in_place(jnp.float32)])
+@pytest.mark.parametrize(
+    "accumulator", [None, ja.accumulators.tree(), ja.accumulators.in_place(jnp.float32)]
+)
 def test_a_declared_maximum_is_the_full_batchs(accumulator, n):
     full = jax.grad(saturated_loss)(PARAMS, X)
     assert close(declared(saturated_loss, n, accumulator=accumulator)(PARAMS, X), full)
@@ -150,7 +165,9 @@ def test_an_argument_of_its_own_and_where_all_examples_are_padding():
     axes = (ja.MAX_GRAD, None, 0, None)
     step = declared(split, 4, axes, argnums=(0, 1), num_examples_argnum=3)
     seen, _ = step(PARAMS["inputs"], PARAMS["w"], X, 3)
-    assert seen == jnp.max(jnp.abs(X[:4]))  # the microbatch with one example of padding sees that too
+    assert seen == jnp.max(
+        jnp.abs(X[:4])
+    )  # the microbatch with one example of padding sees that too
     kept, nothing = step(PARAMS["inputs"], PARAMS["w"], X, 0)
     assert kept == PARAMS["inputs"]
     assert not jnp.any(nothing)
@@ -164,4 +181,8 @@ def test_over_devices_it_is_the_largest_of_all():
 
 
 def test_other_sentinels_are_for_whole_arguments():
-    refused(lambda: declared(saturated_loss, 2, ({**DECLARED, "hidden": ja.KEY}, 0))(PARAMS, X), "hidden", "KEY")
+    refused(
+        lambda: declared(saturated_loss, 2, ({**DECLARED, "hidden": ja.KEY}, 0))(PARAMS, X),
+        "hidden",
+        "KEY",
+    )

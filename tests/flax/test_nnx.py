@@ -1,4 +1,5 @@
-"""`jaxaccum.nnx`: a model goes in, its gradients come out, and its state has run through all microbatches."""
+"""`jaxaccum.nnx`: a model goes in, its gradients come out, and its state has run through all
+microbatches."""
 
 import copy
 
@@ -13,7 +14,12 @@ from tests.support.helpers import EXACT, INEXACT, data, normwise, parts_of, refu
 
 X, Y = data(7, 3), data(7, 2, seed=1)
 BATCH = {"x": X, "y": Y}
-OPTIONS = [{"num_microbatches": 1}, {"num_microbatches": 3}, {"microbatch_size": 1}, {"microbatch_size": 3}]
+OPTIONS = [
+    {"num_microbatches": 1},
+    {"num_microbatches": 3},
+    {"microbatch_size": 1},
+    {"microbatch_size": 3},
+]
 
 
 class Net(nnx.Module):
@@ -37,12 +43,16 @@ def loss(model, batch):
 
 
 def host_loop(fun, model, batch, sizes):
-    """Value and gradient of nnx itself, one microbatch after the other, each weighted by its examples."""
+    """Value and gradient of nnx itself, one microbatch after the other, each weighted by its
+    examples."""
     total, sums = 0.0, None
     for rows, size in zip(parts_of(batch, sizes), sizes, strict=True):
         value, grads = nnx.value_and_grad(fun)(model, rows)
         own = jax.tree.map(lambda g, size=size: g * size / sum(sizes), grads)
-        total, sums = total + value * size / sum(sizes), own if sums is None else jax.tree.map(jnp.add, sums, own)
+        total, sums = (
+            total + value * size / sum(sizes),
+            own if sums is None else jax.tree.map(jnp.add, sums, own),
+        )
     return total, sums
 
 
@@ -62,7 +72,9 @@ def test_it_is_the_host_loop_of_nnx_with_all_of_its_state(options, compiled):
     expected = host_loop(loss, twin, BATCH, sizes_of(7, **options))
     assert normwise((value, grads), expected) < EXACT
     assert (
-        jax.tree.structure(grads) == jax.tree.structure(expected[1]) == jax.tree.structure(nnx.state(model, nnx.Param))
+        jax.tree.structure(grads)
+        == jax.tree.structure(expected[1])
+        == jax.tree.structure(nnx.state(model, nnx.Param))
     )
     assert isinstance(grads, nnx.State)
     assert isinstance(grads["first"]["kernel"], nnx.Param)
@@ -72,7 +84,8 @@ def test_it_is_the_host_loop_of_nnx_with_all_of_its_state(options, compiled):
 
 @INEXACT
 def test_state_that_is_dropped_would_show():
-    """The host loop on copies, as a loop that forgets the state runs: other masks, other statistics."""
+    """The host loop on copies, as a loop that forgets the state runs: other masks, other
+    statistics."""
     model, twin = Net(), Net()
     _, grads = ja.nnx.value_and_grad(loss, num_microbatches=3)(model, BATCH)
     fresh = lambda model, batch: loss(copy.deepcopy(model), batch)
@@ -92,7 +105,9 @@ def test_a_model_without_state_has_the_gradient_of_the_full_batch():
 @INEXACT
 def test_a_step_of_an_optimizer():
     model, twin = Net(), Net()
-    optimizers = [nnx.Optimizer(m, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param) for m in (model, twin)]
+    optimizers = [
+        nnx.Optimizer(m, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param) for m in (model, twin)
+    ]
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         optimizers[0].update(model, ja.nnx.grad(loss, num_microbatches=3)(model, BATCH))
         optimizers[1].update(twin, host_loop(loss, twin, BATCH, [3, 2, 2])[1])
@@ -105,7 +120,10 @@ class Coupled(nnx.Module):
 
     def __init__(self):
         rngs, wide = nnx.Rngs(0), {"param_dtype": jnp.float64}
-        self.norm, self.last = ja.nnx.BatchNorm(3, rngs=rngs, **wide), nnx.Linear(3, 2, rngs=rngs, **wide)
+        self.norm, self.last = (
+            ja.nnx.BatchNorm(3, rngs=rngs, **wide),
+            nnx.Linear(3, 2, rngs=rngs, **wide),
+        )
         self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
 
     def __call__(self, x):
@@ -113,10 +131,13 @@ class Coupled(nnx.Module):
 
 
 def across_microbatches(model, batch, count, *, folded=True):
-    """Value and gradient by `jax.vmap` over the microbatches, each with its own keys, or all with the same."""
+    """Value and gradient by `jax.vmap` over the microbatches, each with its own keys, or all with
+    the same."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    own = lambda index: jax.tree.map(lambda x: jax.random.fold_in(x, index) if folded and is_key(x) else x, rest)
+    own = lambda index: jax.tree.map(
+        lambda x: jax.random.fold_in(x, index) if folded and is_key(x) else x, rest
+    )
     rows = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
     def mean(params):
@@ -140,7 +161,8 @@ def test_microbatches_of_a_coupled_model_draw_masks_of_their_own(memory):
 
 
 class Drawing(nnx.Module):
-    """A coupled model whose draws stand behind a transformation, or whose stream is one of several."""
+    """A coupled model whose draws stand behind a transformation, or whose stream is one of
+    several."""
 
     def __init__(self, how):
         self.norm, self.how = ja.nnx.BatchNorm(3, rngs=nnx.Rngs(0), param_dtype=jnp.float64), how
@@ -181,7 +203,11 @@ class Noisy(Coupled):
 
     def __init__(self, *, keeps):
         super().__init__()
-        self.keeps, self.count, self.noise = keeps, nnx.BatchStat(jnp.int32(0)), nnx.BatchStat(jnp.float64(0))
+        self.keeps, self.count, self.noise = (
+            keeps,
+            nnx.BatchStat(jnp.int32(0)),
+            nnx.BatchStat(jnp.float64(0)),
+        )
 
     def __call__(self, x):
         noise = jax.random.normal(self.dropout.rngs(), (), jnp.float64)
@@ -201,7 +227,9 @@ def test_a_number_that_each_microbatch_drew_for_itself_is_no_state_of_the_whole_
     says = "differs between microbatches", "Stack, Mean or Last", "random stream"
     refused(lambda: step(Noisy(keeps=True), batch), *says)
     alone, twin = Noisy(keeps=True), Noisy(keeps=True)
-    ja.nnx.value_and_grad(loss, num_microbatches=1)(alone, batch)  # one microbatch is the full batch, draws and all
+    ja.nnx.value_and_grad(loss, num_microbatches=1)(
+        alone, batch
+    )  # one microbatch is the full batch, draws and all
     loss(twin, batch)
     assert normwise(alone.noise.get_value(), twin.noise.get_value()) < EXACT
 
@@ -216,7 +244,10 @@ def test_one_microbatch_of_a_coupled_model_is_the_full_batch_with_its_masks():
 def test_aux_and_terms_and_tags():
     def fun(model, batch, scale):
         error = (model.last(jnp.tanh(model.first(batch["x"]))) - batch["y"]) ** 2
-        return {"a": ja.Mean(jnp.sum(error), error.size), "b": ja.Sum(scale * jnp.sum(error))}, ja.Concat(error)
+        return {
+            "a": ja.Mean(jnp.sum(error), error.size),
+            "b": ja.Sum(scale * jnp.sum(error)),
+        }, ja.Concat(error)
 
     axes, model = (None, 0, None), Net()
     step = ja.nnx.value_and_grad(fun, has_aux=True, in_axes=axes, microbatch_size=3)
@@ -236,14 +267,19 @@ def test_argnums_and_filters_are_those_of_nnx():
     only = nnx.DiffState(0, nnx.PathContains("last"))
     for argnums in (0, 1, (0,), (1, 0), only, (2, only)):
         expected = nnx.value_and_grad(batch, argnums=argnums)(model, X, Y)
-        actual = ja.nnx.value_and_grad(batch, argnums, in_axes=(None, 0, 0), microbatch_size=3)(model, X, Y)
+        actual = ja.nnx.value_and_grad(batch, argnums, in_axes=(None, 0, 0), microbatch_size=3)(
+            model, X, Y
+        )
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         assert normwise(actual, expected) < EXACT
 
 
 def test_two_models_and_one_that_they_share():
     shared = nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
-    towers = [nnx.List([shared, nnx.Linear(4, 2, rngs=nnx.Rngs(k), param_dtype=jnp.float64)]) for k in (1, 2)]
+    towers = [
+        nnx.List([shared, nnx.Linear(4, 2, rngs=nnx.Rngs(k), param_dtype=jnp.float64)])
+        for k in (1, 2)
+    ]
     run = lambda tower, x: tower[1](jnp.tanh(tower[0](x)))
     fun = lambda a, b, batch: jnp.mean((run(a, batch["x"]) * run(b, batch["x"]) - batch["y"]) ** 2)
     grads = ja.nnx.grad(fun, (0, 1), in_axes=(None, None, 0), microbatch_size=3)(*towers, BATCH)
@@ -267,7 +303,11 @@ def test_fun_is_called_once_a_size():
 
 def test_the_model_is_untouched_where_the_call_is_refused():
     model = Net()
-    refused(lambda: ja.nnx.grad(loss, num_microbatches=8)(model, BATCH), "num_microbatches=8", "7 examples")
+    refused(
+        lambda: ja.nnx.grad(loss, num_microbatches=8)(model, BATCH),
+        "num_microbatches=8",
+        "7 examples",
+    )
     assert normwise(arrays(model), arrays(Net())) == 0
 
 
@@ -292,13 +332,20 @@ def test_what_cannot_run_through_microbatches_is_refused():
     refused(lambda: step(Growing("sets"), X), "attribute", "nnx.Variable")
     model, call = (
         Net(),
-        lambda **options: lambda *args, **kw: ja.nnx.grad(loss, num_microbatches=2, **options)(*args, **kw),
+        lambda **options: (
+            lambda *args, **kw: ja.nnx.grad(loss, num_microbatches=2, **options)(*args, **kw)
+        ),
     )
     refused(lambda: call(in_axes=(0, 0))(model, BATCH), "argument 0", "nnx model", "None")
-    refused(lambda: call(in_axes=(None, ja.CARRY))(model, BATCH), "CARRY", "argument 1", "nnx.Variable")
+    refused(
+        lambda: call(in_axes=(None, ja.CARRY))(model, BATCH), "CARRY", "argument 1", "nnx.Variable"
+    )
     refused(lambda: call()(model, BATCH, more=model), "more", "positional")
     refused(lambda: call(has_aux=True)(model, BATCH), "has_aux=True")
-    refused(lambda: ja.nnx.grad(lambda m, b: (loss(m, b), 0), num_microbatches=2)(model, BATCH), "has_aux=True")
+    refused(
+        lambda: ja.nnx.grad(lambda m, b: (loss(m, b), 0), num_microbatches=2)(model, BATCH),
+        "has_aux=True",
+    )
     refused(lambda: call(argnums=2)(model, BATCH), "argnums")
     refused(lambda: ja.nnx.grad(loss)(model, BATCH), "num_microbatches")
 
@@ -310,7 +357,8 @@ def test_plain_arguments_may_be_differentiated_without_any_model():
 
 
 def test_a_print_does_not_change_how_streams_are_threaded():
-    """It reads the batch, and the next keys do not; it prints once per microbatch, as without streams."""
+    """It reads the batch, and the next keys do not; it prints once per microbatch, as without
+    streams."""
 
     class Model(nnx.Module):
         def __init__(self, rate):
@@ -328,7 +376,9 @@ def test_a_print_does_not_change_how_streams_are_threaded():
             jax.debug.callback(lambda mean: seen.append(float(mean)), jnp.mean(x))
             return jnp.mean(model(x) ** 2)
 
-        value, _ = ja.nnx.value_and_grad(loss, num_microbatches=2)(Model(rate), jnp.ones((4, 3), jnp.float64))
+        value, _ = ja.nnx.value_and_grad(loss, num_microbatches=2)(
+            Model(rate), jnp.ones((4, 3), jnp.float64)
+        )
         jax.block_until_ready(value)
         jax.effects_barrier()
         return len(seen)

@@ -1,4 +1,5 @@
-"""What models may hold and go through: nnx's own transformations, variables of any kind, no lost state."""
+"""What models may hold and go through: nnx's own transformations, variables of any kind, no lost
+state."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def through_loop(body, *, bounded=True):
         if bounded:
             step = lambda _, carry: (carry[0], body(carry[0], carry[1]))
             return model.last(nnx.fori_loop(0, 2, step, (model.first, x))[1])
-        # JAX has no gradient of a while loop: the model goes through it, and the result is a constant.
+        # JAX has no gradient of a while loop: the model goes through it, and the result is a
+        # constant.
         step = lambda carry: (carry[0], body(carry[0], carry[1]), carry[2] + 1)
         start = (model.first, jax.lax.stop_gradient(x), 0)
         _, y, _ = nnx.while_loop(lambda carry: carry[2] < 2, step, start)

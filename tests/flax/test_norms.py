@@ -1,4 +1,5 @@
-"""BatchNorm over microbatches: Flax's layer where Flax is right, and the whole batch's statistics where it is not."""
+"""BatchNorm over microbatches: Flax's layer where Flax is right, and the whole batch's statistics
+where it is not."""
 
 import functools
 
@@ -17,12 +18,15 @@ from tests.support.helpers import EXACT, data, normwise, refused
 
 STANDARD = functools.partial(jax.numpy_dtype_promotion, "standard")  # Flax's own layers need it
 X = 3 * data(12, 4, 3) + 1  # rows, positions, features
-MASK = (np.arange(12)[:, None, None] * 7 + np.arange(4)[None, :, None] * 5) % 3 > 0  # unequal in every microbatch
+MASK = (
+    np.arange(12)[:, None, None] * 7 + np.arange(4)[None, :, None] * 5
+) % 3 > 0  # unequal in every microbatch
 MASK[8:10] = False
 
 
 def linen(layer=jaxaccum.linen.BatchNorm, **options):
-    """A layer of linen as ``(parameters, statistics), fn(parameters, statistics, x, mask) -> (y, statistics)``."""
+    """A layer of linen as ``(parameters, statistics), fn(parameters, statistics, x, mask) -> (y,
+    statistics)``."""
     options = {"use_running_average": False, "momentum": 0.9, "param_dtype": jnp.float64} | options
     model = layer(**options)
     with STANDARD():
@@ -30,7 +34,9 @@ def linen(layer=jaxaccum.linen.BatchNorm, **options):
     params = jax.tree.map(lambda x: x + data(*x.shape, seed=1, dtype=x.dtype), variables["params"])
 
     def fn(params, stats, x, mask=None):
-        y, new = model.apply({"params": params, "batch_stats": stats}, x, mask=mask, mutable=["batch_stats"])
+        y, new = model.apply(
+            {"params": params, "batch_stats": stats}, x, mask=mask, mutable=["batch_stats"]
+        )
         return y, new["batch_stats"]
 
     return (params, variables["batch_stats"]), fn
@@ -39,12 +45,18 @@ def linen(layer=jaxaccum.linen.BatchNorm, **options):
 def of_nnx(layer=jaxaccum.nnx.BatchNorm, **options):
     """The same of a layer of nnx."""
     options = {"momentum": 0.9, "param_dtype": jnp.float64} | options
-    graphdef, params, stats = nnx.split(layer(3, rngs=nnx.Rngs(0), **options), nnx.Param, nnx.BatchStat)
-    params = {name: x + data(3, seed=1, dtype=x.dtype) for name, x in nnx.to_pure_dict(params).items()}
+    graphdef, params, stats = nnx.split(
+        layer(3, rngs=nnx.Rngs(0), **options), nnx.Param, nnx.BatchStat
+    )
+    params = {
+        name: x + data(3, seed=1, dtype=x.dtype) for name, x in nnx.to_pure_dict(params).items()
+    }
 
     def fn(params, stats, x, mask=None):
         state = nnx.State({name: nnx.Param(x) for name, x in params.items()})
-        model = nnx.merge(graphdef, state, nnx.State({name: nnx.BatchStat(x) for name, x in stats.items()}))
+        model = nnx.merge(
+            graphdef, state, nnx.State({name: nnx.BatchStat(x) for name, x in stats.items()})
+        )
         return model(x, mask=mask), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return (params, nnx.to_pure_dict(stats)), fn
@@ -76,7 +88,10 @@ def whole_batch(params, stats, x, mask, *, momentum=0.9, epsilon=1e-5, unbiased=
     mean, var = kept.mean(0), kept.var(0)
     y = normalized(x, mean, var + epsilon, params)
     running = var * len(kept) / (len(kept) - 1) if unbiased else var
-    moved = [momentum * old + (1 - momentum) * new for old, new in ((stats["mean"], mean), (stats["var"], running))]
+    moved = [
+        momentum * old + (1 - momentum) * new
+        for old, new in ((stats["mean"], mean), (stats["var"], running))
+    ]
     return y, {"mean": moved[0], "var": moved[1]}
 
 
@@ -101,10 +116,14 @@ def test_masked_microbatches_have_the_statistics_of_the_whole_batch(layer, n):
     assert normwise(actual, value_and_gradients(whole_batch, *arguments)) < EXACT
 
 
-@pytest.mark.parametrize(("layer", "flax"), [(linen, nn.BatchNorm), (of_nnx, nnx.BatchNorm)], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    ("layer", "flax"), [(linen, nn.BatchNorm), (of_nnx, nnx.BatchNorm)], ids=["linen", "nnx"]
+)
 def test_flax_averages_means_of_shards_and_is_wrong(layer, flax):
     (params, stats), fn = layer(flax, axis_name="microbatch", use_fast_variance=False)
-    mask = jnp.asarray(MASK.any(axis=(1, 2))[:, None, None] & MASK | (np.arange(12) % 4 == 0)[:, None, None])
+    mask = jnp.asarray(
+        MASK.any(axis=(1, 2))[:, None, None] & MASK | (np.arange(12) % 4 == 0)[:, None, None]
+    )
     stats = jax.tree.map(lambda x: x.astype(jnp.float64), stats)
     with STANDARD():
         (y, _), _ = value_and_gradients(over_microbatches(fn, 3), params, stats, X, mask)
@@ -128,11 +147,22 @@ def test_without_a_mask_it_is_flax_on_the_whole_batch(layer, options, n):
 
 def test_variables_have_the_names_shapes_and_first_values_of_flax():
     x = X.astype(jnp.float32)
-    for options in ({}, {"axis": 1}, {"axis": (1, 2)}, {"use_bias": False, "scale_init": nn.initializers.normal()}):
-        ours, theirs = (L(use_running_average=False, **options).init(jax.random.key(0), x) for L in LINEN)
+    for options in (
+        {},
+        {"axis": 1},
+        {"axis": (1, 2)},
+        {"use_bias": False, "scale_init": nn.initializers.normal()},
+    ):
+        ours, theirs = (
+            L(use_running_average=False, **options).init(jax.random.key(0), x) for L in LINEN
+        )
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), ours, theirs)))
-    ours, theirs = (nnx.state(L(3, rngs=nnx.Rngs(0))) for L in (jaxaccum.nnx.BatchNorm, nnx.BatchNorm))
+        assert all(
+            jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), ours, theirs))
+        )
+    ours, theirs = (
+        nnx.state(L(3, rngs=nnx.Rngs(0))) for L in (jaxaccum.nnx.BatchNorm, nnx.BatchNorm)
+    )
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert jaxaccum.linen.BatchNorm(True, -1, 0.5).momentum == 0.5  # in Flax's order
 
@@ -148,7 +178,9 @@ def test_a_model_names_it_as_it_names_flax():
         def __call__(self, x):
             return self.norm(use_running_average=False)(nn.Dense(2)(x))
 
-    ours, theirs = (Model(norm).init(jax.random.key(0), jnp.ones((2, 3), jnp.float32)) for norm in LINEN)
+    ours, theirs = (
+        Model(norm).init(jax.random.key(0), jnp.ones((2, 3), jnp.float32)) for norm in LINEN
+    )
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
 
 
@@ -162,7 +194,9 @@ def test_features_may_lie_along_any_axis(layer):
 
 
 def _linen_at(axis, x):
-    model = jaxaccum.linen.BatchNorm(use_running_average=False, momentum=0.9, axis=axis, param_dtype=jnp.float64)
+    model = jaxaccum.linen.BatchNorm(
+        use_running_average=False, momentum=0.9, axis=axis, param_dtype=jnp.float64
+    )
 
     def fn(params, stats, x):
         y, new = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
@@ -178,7 +212,9 @@ def test_running_statistics_normalize_where_asked_and_stay(layer):
     y, new = fn(params, stats, X)
     expected = normalized(X, stats["mean"], stats["var"] + 1e-5, params)
     assert normwise((y, new), (expected, stats)) < EXACT
-    assert "all_gather" not in str(jax.make_jaxpr(fn, axis_env=[("microbatch", 4)])(params, stats, X))
+    assert "all_gather" not in str(
+        jax.make_jaxpr(fn, axis_env=[("microbatch", 4)])(params, stats, X)
+    )
 
 
 @LAYERS
@@ -192,7 +228,8 @@ def test_one_gather_a_layer_so_one_cut(layer):
 @LAYERS
 @pytest.mark.parametrize("n", [1, 4])
 def test_the_variance_does_not_cancel_far_from_zero(layer, n):
-    """Within eps · |mean| / deviation, the rounding of the mean itself; Flax subtracts squares, and keeps no digit."""
+    """Within eps · |mean| / deviation, the rounding of the mean itself; Flax subtracts squares, and
+    keeps no digit."""
     far = jnp.asarray(1e4 + data(12, 4, 3), jnp.float32)
     expected, bound = np.asarray(far, np.float64).var((0, 1)), 1e4 * jnp.finfo(jnp.float32).eps
     for flax, holds in ((None, True), (nn.BatchNorm if layer is linen else nnx.BatchNorm, False)):
@@ -206,9 +243,13 @@ def test_the_variance_does_not_cancel_far_from_zero(layer, n):
 
 
 def test_the_rounding_of_the_mean_leaves_the_variance():
-    """2²⁴ + 7 is no float32: about the next one the mean square of these eight is 22, and their variance 21."""
+    """2²⁴ + 7 is no float32: about the next one the mean square of these eight is 22, and their
+    variance 21."""
     x = jnp.asarray(2.0**24 + 2 * np.arange(8), jnp.float32)
-    parts = jax.vmap(lambda x: batch_moments.over_axes(batch_moments.moments(x, (0,)), ("parts",)), axis_name="parts")
+    parts = jax.vmap(
+        lambda x: batch_moments.over_axes(batch_moments.moments(x, (0,)), ("parts",)),
+        axis_name="parts",
+    )
     assert float(batch_moments.moments(x, (0,)).variance) == 21
     assert parts(cut(x, 4)).variance.tolist() == [21] * 4
     assert float(jnp.mean((x - jnp.mean(x)) ** 2)) == 22
@@ -231,7 +272,9 @@ def test_statistics_of_low_precision_are_float32(layer, dtype):
 def test_what_is_masked_leaves_no_trace(layer):
     (params, stats), fn = layer()
     poisoned = jnp.where(jnp.asarray(MASK), X, jnp.nan)
-    clean, dirty = (over_microbatches(fn, 3)(params, stats, x, jnp.asarray(MASK)) for x in (X, poisoned))
+    clean, dirty = (
+        over_microbatches(fn, 3)(params, stats, x, jnp.asarray(MASK)) for x in (X, poisoned)
+    )
     assert normwise(jnp.where(MASK, dirty[0], 0.0), jnp.where(MASK, clean[0], 0.0)) == 0
     assert normwise(dirty[1], clean[1]) == 0
 
@@ -239,7 +282,9 @@ def test_what_is_masked_leaves_no_trace(layer):
 @LAYERS
 def test_an_empty_batch_moves_nothing_and_has_gradient_zero(layer):
     (params, stats), fn = layer()
-    (y, new), grads = value_and_gradients(over_microbatches(fn, 3), params, stats, X, jnp.zeros_like(MASK))
+    (y, new), grads = value_and_gradients(
+        over_microbatches(fn, 3), params, stats, X, jnp.zeros_like(MASK)
+    )
     assert np.isfinite(y).all()
     assert normwise(new, stats) == 0
     assert all(not np.any(g) for g in jax.tree.leaves(grads))
@@ -260,7 +305,8 @@ def test_across_devices_and_time_at_once(layer):
     (params, stats), fn = layer(axis_name=("data", "microbatch"))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = {"in_specs": (P(), P(), P("data"), P("data")), "out_specs": (P("data"), P())}
-    # Unchecked, because jax cannot check a gather over an axis of vmap that stands inside shard_map.
+    # Unchecked, because jax cannot check a gather over an axis of vmap that stands inside
+    # shard_map.
     sharded = jax.jit(jax.shard_map(over_microbatches(fn, 3), mesh=mesh, check_vma=False, **specs))
     x, mask = jnp.concatenate([X, 2 * X]), jnp.asarray(np.concatenate([MASK, MASK[::-1]]))
     assert normwise(sharded(params, stats, x, mask), whole_batch(params, stats, x, mask)) < EXACT

@@ -1,7 +1,9 @@
-"""A training run that may be killed at any point: ``python -m tests.host_loop.resumable scan|host DIRECTORY OUTPUT``.
+"""A training run that may be killed at any point: ``python -m tests.host_loop.resumable scan|host
+DIRECTORY OUTPUT``.
 
-It saves after every batch (scan) or microbatch (host, in the middle of windows too), resumes from the newest
-checkpoint, and writes its end state. Data order and dropout come from a key that is part of the state.
+It saves after every batch (scan) or microbatch (host, in the middle of windows too), resumes from
+the newest checkpoint, and writes its end state. Data order and dropout come from a key that is part
+of the state.
 """
 
 import sys
@@ -29,7 +31,12 @@ def loss(params, x, keys):
 def start(mode):
     params = {"w": jnp.ones((4, 3)) / 3, "b": jnp.zeros(3)}
     opt = jaxaccum.MultiSteps(OPT, K) if mode == "host" else OPT
-    return {"params": params, "opt": opt.init(params), "key": jax.random.key(7), "next": jnp.int32(0)}
+    return {
+        "params": params,
+        "opt": opt.init(params),
+        "key": jax.random.key(7),
+        "next": jnp.int32(0),
+    }
 
 
 def rows_of(state, size):
@@ -40,7 +47,8 @@ def rows_of(state, size):
 
 
 def steps(mode):
-    """One optimizer step (scan), or one microbatch (host), as a jitted function of state and rows."""
+    """One optimizer step (scan), or one microbatch (host), as a jitted function of state and
+    rows."""
     in_axes = (None, 0, jaxaccum.EXAMPLE_KEY)
     multi = jaxaccum.MultiSteps(OPT, K)
     gradient = jaxaccum.grad(loss, in_axes=in_axes, microbatch_size=4 if mode == "scan" else 12)
@@ -51,7 +59,9 @@ def steps(mode):
         if mode == "scan":
             updates, opt = OPT.update(grads, state["opt"], params)
         else:
-            updates, opt = multi.update(grads, state["opt"], params, weight=jnp.sum(jnp.abs(x[:, 0])))
+            updates, opt = multi.update(
+                grads, state["opt"], params, weight=jnp.sum(jnp.abs(x[:, 0]))
+            )
         params = optax.apply_updates(params, updates)
         return {"params": params, "opt": opt, "key": state["key"], "next": state["next"] + 1}
 
@@ -68,7 +78,8 @@ def main(mode, directory, output):
         checkpoints.save(directory, int(state["next"]), state)
         print("saved", int(state["next"]), flush=True)
     data = [
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(state)
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(state)
     ]
     np.savez(output, *map(np.asarray, data))
 

@@ -1,4 +1,5 @@
-"""MultiSteps refuses bad windows, weights and trees: concrete ones at once, traced ones under checkify."""
+"""MultiSteps refuses bad windows, weights and trees: concrete ones at once, traced ones under
+checkify."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ def test_every_k_may_be_any_integer_type():
 def test_a_schedule_returns_a_positive_integer(k):
     multi = ja.MultiSteps(optax.sgd(1.0), lambda step: jnp.asarray(k) if isinstance(k, list) else k)
     for update in (multi.update, jax.jit(multi.update)):
-        refused(lambda update=update: update(PARAMS, multi.init(PARAMS), PARAMS), "every_k_schedule")
+        refused(
+            lambda update=update: update(PARAMS, multi.init(PARAMS), PARAMS), "every_k_schedule"
+        )
 
 
 @pytest.mark.parametrize(
@@ -46,14 +49,24 @@ def test_a_schedule_returns_a_positive_integer(k):
 def test_a_weight_is_a_non_negative_scalar(weight, says):
     multi = ja.MultiSteps(optax.sgd(1.0), 2)
     refused(lambda: multi.update(PARAMS, multi.init(PARAMS), PARAMS, weight=weight), "weight", says)
-    refused(lambda: jax.jit(lambda: multi.update(PARAMS, multi.init(PARAMS), PARAMS, weight=weight))(), "weight", says)
+    refused(
+        lambda: jax.jit(lambda: multi.update(PARAMS, multi.init(PARAMS), PARAMS, weight=weight))(),
+        "weight",
+        says,
+    )
 
 
 def test_traced_values_are_checked_under_checkify():
     multi = ja.MultiSteps(optax.sgd(1.0), lambda step: 2 - step)
     run = jax.jit(checkify.checkify(lambda s, w: multi.update(PARAMS, s, PARAMS, weight=w)))
     state = multi.init(PARAMS)
-    for weight, says in ((1.0, None), (0.0, None), (-1.0, "weight"), (np.nan, "weight"), (np.inf, "weight")):
+    for weight, says in (
+        (1.0, None),
+        (0.0, None),
+        (-1.0, "weight"),
+        (np.nan, "weight"),
+        (np.inf, "weight"),
+    ):
         message = run(state, weight)[0].get()
         assert message is None if says is None else says in message
     message = run(state._replace(gradient_step=jnp.int32(2)), 1.0)[0].get()
@@ -100,7 +113,12 @@ def test_a_changed_tree_is_refused():
     multi = ja.MultiSteps(optax.sgd(1.0), 2)
     state = multi.init(PARAMS)
     refused(lambda: multi.update({"w": PARAMS["w"]}, state, PARAMS), "updates", "structure", "init")
-    refused(lambda: multi.update(PARAMS | {"w": jnp.ones((2, 3))}, state, PARAMS), "['w']", "[2, 3]", "[3, 2]")
+    refused(
+        lambda: multi.update(PARAMS | {"w": jnp.ones((2, 3))}, state, PARAMS),
+        "['w']",
+        "[2, 3]",
+        "[3, 2]",
+    )
     refused(
         lambda: multi.update(PARAMS | {"w": PARAMS["w"].astype(complex)}, state, PARAMS),
         "['w']",
@@ -114,7 +132,10 @@ def test_a_changed_tree_is_refused():
     ("make", "says"),
     [
         (lambda: ja.MultiSteps(lambda g: g, 2), "optax.GradientTransformation"),
-        (lambda: ja.MultiSteps(optax.sgd(1.0), 2, accumulator_dtype=jnp.int32), "accumulator_dtype"),
+        (
+            lambda: ja.MultiSteps(optax.sgd(1.0), 2, accumulator_dtype=jnp.int32),
+            "accumulator_dtype",
+        ),
     ],
 )
 def test_other_bad_options(make, says):
@@ -123,4 +144,6 @@ def test_other_bad_options(make, says):
 
 def test_a_skip_function_returns_a_boolean_scalar():
     multi = ja.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=lambda *_: (jnp.zeros(2), ()))
-    refused(lambda: multi.update(PARAMS, multi.init(PARAMS), PARAMS), "should_skip_update_fn", "[2]")
+    refused(
+        lambda: multi.update(PARAMS, multi.init(PARAMS), PARAMS), "should_skip_update_fn", "[2]"
+    )

@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL at random points and resumed ends bitwise where the uninterrupted one does."""
+"""A run killed with SIGKILL at random points and resumed ends bitwise where the uninterrupted one
+does."""
 
 import os
 import pathlib
@@ -29,7 +30,12 @@ def launch(mode, directory, output):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "tests.host_loop.resumable", mode, str(directory), str(output)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -73,7 +79,13 @@ def partial_window():
     multi = ja.MultiSteps(optax.adamw(0.1), 3)
     with jax.numpy_dtype_promotion("standard"):
         _, opt = multi.update(jax.tree.map(jnp.sin, params), multi.init(params), params, weight=2.5)
-    return {"params": params, "opt": opt, "key": jax.random.key(3), "legacy": jax.random.PRNGKey(4), "next": 11}
+    return {
+        "params": params,
+        "opt": opt,
+        "key": jax.random.key(3),
+        "legacy": jax.random.PRNGKey(4),
+        "next": 11,
+    }
 
 
 def test_a_state_in_the_middle_of_a_window_comes_back_bitwise(tmp_path):
@@ -98,20 +110,29 @@ def saved(tmp_path):
 def test_a_truncated_checkpoint_is_refused_and_the_older_one_loads(saved):
     directory, state = saved
     older = checkpoints.restore(directory, state, step=1)
-    files = [path for path in (directory / "2").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [
+        path for path in (directory / "2").rglob("*") if path.is_file() and path.stat().st_size
+    ]
     assert len(files) > 5
     for path in files:
         whole = path.read_bytes()
         flipped = whole[:-1] + bytes([whole[-1] ^ 1])
         for damaged in (whole[: len(whole) // 2], flipped):
             path.write_bytes(damaged)
-            refused(lambda: checkpoints.restore(directory, state), "checkpoint 2 is damaged", path.name, "[1]")
+            refused(
+                lambda: checkpoints.restore(directory, state),
+                "checkpoint 2 is damaged",
+                path.name,
+                "[1]",
+            )
         path.write_bytes(whole)
     assert same(checkpoints.restore(directory, state)["params"], state["params"])
     assert same(checkpoints.restore(directory, state, step=1)["params"], older["params"])
     note = directory / "2.json"
     note.write_text(note.read_text()[:40])
-    refused(lambda: checkpoints.restore(directory, state), "checkpoint 2 is damaged", "2.json", "[1]")
+    refused(
+        lambda: checkpoints.restore(directory, state), "checkpoint 2 is damaged", "2.json", "[1]"
+    )
     shutil.rmtree(directory / "2")
     note.unlink()
     assert checkpoints.steps(directory) == [1]
@@ -121,9 +142,17 @@ def test_a_truncated_checkpoint_is_refused_and_the_older_one_loads(saved):
 def test_a_checkpoint_of_another_state_is_refused(saved):
     directory, state = saved
     other = lambda **params: state | {"params": state["params"] | params}
-    refused(lambda: checkpoints.restore(directory, other(w=jnp.ones((3, 3)))), "['w']", "[2, 3]", "[3, 3]", "[1]")
     refused(
-        lambda: checkpoints.restore(directory, other(w=state["params"]["w"].astype(jnp.float32))), "['w']", "float32"
+        lambda: checkpoints.restore(directory, other(w=jnp.ones((3, 3)))),
+        "['w']",
+        "[2, 3]",
+        "[3, 3]",
+        "[1]",
+    )
+    refused(
+        lambda: checkpoints.restore(directory, other(w=state["params"]["w"].astype(jnp.float32))),
+        "['w']",
+        "float32",
     )
     refused(lambda: checkpoints.restore(directory, other(extra=jnp.ones(1))), "lacks", "['extra']")
     with pytest.raises(FileNotFoundError, match="found \\[1, 2\\]"):

@@ -1,4 +1,5 @@
-"""Code in Markdown pages: it runs as a reader runs it, and prints what the page says that it prints."""
+"""Code in Markdown pages: it runs as a reader runs it, and prints what the page says that it
+prints."""
 
 import contextlib
 import io
@@ -12,7 +13,8 @@ _BLOCK = re.compile(r'```python\n(.*?)```(?:\s*```text title="output"\n(.*?)```)
 
 
 class Block(NamedTuple):
-    """One block of Python, and the text that the page shows as its output; None where it shows none."""
+    """One block of Python, and the text that the page shows as its output; None where it shows
+    none."""
 
     code: str
     output: str | None
@@ -22,7 +24,10 @@ def blocks(page: str) -> list[Block]:
     """The blocks of Python of a page, in order."""
     found = _BLOCK.findall(page)
     stated = ['```text title="output"' in match[0] for match in _BLOCK.finditer(page)]
-    return [Block(code, output if has else None) for (code, output), has in zip(found, stated, strict=True)]
+    return [
+        Block(code, output if has else None)
+        for (code, output), has in zip(found, stated, strict=True)
+    ]
 
 
 def title(block: Block) -> str:
@@ -36,7 +41,12 @@ def run(block: Block, names: dict[str, Any] | None = None) -> dict[str, Any]:
     It runs under JAX's own numerics, and not under the strict ones of these tests.
     """
     names = {"__name__": "page"} if names is None else names
-    linecache.cache["train.py"] = (len(block.code), None, block.code.splitlines(keepends=True), "train.py")
+    linecache.cache["train.py"] = (
+        len(block.code),
+        None,
+        block.code.splitlines(keepends=True),
+        "train.py",
+    )
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),

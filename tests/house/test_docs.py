@@ -1,4 +1,5 @@
-"""The site builds without a warning and loads nothing from elsewhere; every block of its pages runs, every link leads.
+"""The site builds without a warning and loads nothing from elsewhere; every block of its pages
+runs, every link leads.
 
 Built offline, in a process of its own, as its command says.
 """
@@ -27,7 +28,11 @@ def build(directory):
     command = ["-m", "mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(
-        [sys.executable, *command, str(directory)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *command, str(directory)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -40,7 +45,8 @@ def site(tmp_path_factory):
 
 
 class Sources(HTMLParser):
-    """What a browser loads by itself: scripts, styles, pictures; and the links that a reader may follow."""
+    """What a browser loads by itself: scripts, styles, pictures; and the links that a reader may
+    follow."""
 
     def __init__(self, path):
         super().__init__()
@@ -59,7 +65,8 @@ class Sources(HTMLParser):
 
 
 def astray(sources, directory):
-    """What is loaded from outside of the site, and what leads nowhere in it. A reader may follow a link to a paper."""
+    """What is loaded from outside of the site, and what leads nowhere in it. A reader may follow a
+    link to a paper."""
     own = [address for address in sources.links if not address.startswith("https://")]
     return [address for address in [*sources.loaded, *own] if not _is_in(directory, address)]
 
@@ -81,14 +88,20 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site):
 
 def test_what_leads_astray_is_found(tmp_path):
     page = tmp_path / "page.html"
-    links = '<a href="page.html#top"></a><a href="gone.html"></a><a href="https://arxiv.org/abs/1706.02677"></a>'
+    links = (
+        '<a href="page.html#top"></a><a href="gone.html"></a><a '
+        'href="https://arxiv.org/abs/1706.02677"></a>'
+    )
     page.write_text(links + '<script src="https://cdn.net/x.js"></script>')
     assert astray(Sources(page), tmp_path) == ["https://cdn.net/x.js", "gone.html"]
 
 
 def test_pictures_sources_and_drawings_are_in_the_site(site):
     assert (site / "source/experiments/pictures/bert.png").read_bytes().startswith(b"\x89PNG")
-    assert "test_equals_the_full_batch" in (site / "source/tests/plain/test_value_and_grad.py.html").read_text()
+    assert (
+        "test_equals_the_full_batch"
+        in (site / "source/tests/plain/test_value_and_grad.py.html").read_text()
+    )
     for name in ("coupled", "how-it-works"):
         assert '<svg class="drawing"' in (site / f"{name}.html").read_text()
 
@@ -99,7 +112,10 @@ def test_a_link_that_leaves_the_pages_must_lead_to_a_file():
         hooks = importlib.import_module("hooks")
     finally:
         sys.path.remove(str(DOCS))
-    assert hooks._in_repository(DOCS / "pages/faq.md", "../../tests/house/test_docs.py") == "tests/house/test_docs.py"
+    assert (
+        hooks._in_repository(DOCS / "pages/faq.md", "../../tests/house/test_docs.py")
+        == "tests/house/test_docs.py"
+    )
     with pytest.raises(FileNotFoundError, match=r"faq\.md links to \.\./\.\./tests/gone\.py"):
         hooks._in_repository(DOCS / "pages/faq.md", "../../tests/gone.py")
 
@@ -128,8 +144,11 @@ def test_every_public_name_is_in_the_reference(room):
 
 
 def exported(module):
-    """What `module` offers, but for its modules: its ``__all__``, or the names that it imports as themselves."""
+    """What `module` offers, but for its modules: its ``__all__``, or the names that it imports as
+    themselves."""
     if hasattr(module, "__all__"):
         return module.__all__
-    names = re.findall(r"import (\w+) as \1$", pathlib.Path(module.__file__).read_text(), flags=re.MULTILINE)
+    names = re.findall(
+        r"import (\w+) as \1$", pathlib.Path(module.__file__).read_text(), flags=re.MULTILINE
+    )
     return [name for name in names if not isinstance(getattr(module, name), types.ModuleType)]

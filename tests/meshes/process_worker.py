@@ -1,8 +1,10 @@
-"""One process of a distributed run: its own shard of the data, gradients of the whole batch, a checkpoint every step.
+"""One process of a distributed run: its own shard of the data, gradients of the whole batch, a
+checkpoint every step.
 
     python -m tests.meshes.process_worker RANK COUNT PORT FOLDER STEPS [DIES_AT]
 
-Each step's parameters go to FOLDER by Orbax, and the last parameters and first gradient of rank 0 to FOLDER/result.npz.
+Each step's parameters go to FOLDER by Orbax, and the last parameters and first gradient of rank 0
+to FOLDER/result.npz.
 """
 
 import os
@@ -43,7 +45,10 @@ def main(rank, count, port, folder, steps, dies_at=None):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, rank, heartbeat_timeout_seconds=10)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Explicit,))
-    batch = tuple(jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), x) for x in shard(rank, count))
+    batch = tuple(
+        jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), x)
+        for x in shard(rank, count)
+    )
     everywhere = NamedSharding(mesh, P())
     w = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, x), initial())
     step = jax.jit(jaxaccum.value_and_grad(loss, num_microbatches=2))
@@ -60,7 +65,11 @@ def main(rank, count, port, folder, steps, dies_at=None):
             manager.wait_until_finished()
         _, grads = step(w, batch)
         if rank == 0:
-            own = {f"{kind}_{k}": np.asarray(x) for kind, tree in (("w", w), ("g", grads)) for k, x in tree.items()}
+            own = {
+                f"{kind}_{k}": np.asarray(x)
+                for kind, tree in (("w", w), ("g", grads))
+                for k, x in tree.items()
+            }
             np.savez(pathlib.Path(folder) / "result.npz", first=first, **own)
     jax.distributed.shutdown()
 

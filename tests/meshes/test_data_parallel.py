@@ -1,6 +1,8 @@
-"""A batch divided over devices: on automatic, explicit and manual meshes of any shape, the whole batch's numbers.
+"""A batch divided over devices: on automatic, explicit and manual meshes of any shape, the whole
+batch's numbers.
 
-Eight simulated devices; hypothesis draws the mesh, the axes that the batch lies on, and the number of microbatches.
+Eight simulated devices; hypothesis draws the mesh, the axes that the batch lies on, and the number
+of microbatches.
 """
 
 import functools
@@ -29,12 +31,18 @@ def hidden(w, x):
 
 
 def loss(w, batch, keys):
-    """Two denominators, a mask that is zero for whole examples, dropout, and one output of each kind."""
+    """Two denominators, a mask that is zero for whole examples, dropout, and one output of each
+    kind."""
     x, mask = batch
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.7, (3,)))(keys)
     e = jnp.sum(hidden(w, jnp.where(keep, x, 0.0)) ** 2, axis=-1)
     terms = {"token": ja.Mean(jnp.sum(e * mask), jnp.sum(mask)), "mean": jnp.mean(e)}
-    aux = {"rows": ja.Concat(e), "max": ja.Max(jnp.max(e)), "min": ja.Min(jnp.min(e)), "sum": ja.Sum(jnp.sum(e))}
+    aux = {
+        "rows": ja.Concat(e),
+        "max": ja.Max(jnp.max(e)),
+        "min": ja.Min(jnp.min(e)),
+        "sum": ja.Sum(jnp.sum(e)),
+    }
     return terms, aux | {"mean": ja.Mean(jnp.sum(mask), mask.size)}
 
 
@@ -70,7 +78,12 @@ def compiled(shape, axes, kind, n):
     return jax.jit(step).lower(*laid_out(mesh, axes), KEY).compile()
 
 
-LAYOUTS = [((8,), ("data",)), ((4, 2), ("data",)), ((2, 4), ("data", "other")), ((2, 2), ("other",))]
+LAYOUTS = [
+    ((8,), ("data",)),
+    ((4, 2), ("data",)),
+    ((2, 4), ("data", "other")),
+    ((2, 2), ("other",)),
+]
 DRAWN = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(sorted(KINDS)), st.sampled_from([2, 4]))
 
 
@@ -92,7 +105,8 @@ def test_gradients_are_reduced_once_a_step(kind, n):
 
 
 def test_on_an_automatic_mesh_the_compiler_reduces_at_every_microbatch():
-    """What is reported and not promised: the compiler's choice on CPU. The batch stays where it is."""
+    """What is reported and not promised: the compiler's choice on CPU. The batch stays where it
+    is."""
     for n in (2, 4):
         found = collectives(compiled((4, 2), ("data",), "automatic", n))
         assert sum(c.times for c in found if c.bytes >= min(x.nbytes for x in W.values())) >= n
@@ -108,7 +122,8 @@ def test_a_contiguous_split_of_an_automatic_mesh_moves_the_batch():
 
 
 def test_a_loop_by_hand_reduces_at_every_microbatch():
-    """The negative control of the one all-reduce, and the classic wrong answer beside the right one."""
+    """The negative control of the one all-reduce, and the classic wrong answer beside the right
+    one."""
     mesh = mesh_of((4, 2), "manual")
     mean = lambda w, x: jnp.mean(jnp.sum(hidden(w, x) ** 2, axis=-1))
 
@@ -131,16 +146,20 @@ def mean_of_weighted_means(w, batch):
 
 def test_every_device_dividing_by_its_own_weight_is_wrong():
     mesh = mesh_of((8,), "manual")
-    over = jax.shard_map(mean_of_weighted_means, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    over = jax.shard_map(
+        mean_of_weighted_means, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
+    )
     e = jnp.sum(hidden(W, X) ** 2, axis=-1)
     right = jnp.sum(e * MASK) / jnp.sum(MASK)
-    ours = lambda w, b: ja.Mean(jnp.sum(jnp.sum(hidden(w, b[0]) ** 2, axis=-1) * b[1]), jnp.sum(b[1]))
+    ours = lambda w, b: ja.Mean(
+        jnp.sum(jnp.sum(hidden(w, b[0]) ** 2, axis=-1) * b[1]), jnp.sum(b[1])
+    )
     laid = laid_out(mesh_of((8,), "explicit"), ("data",))
     assert normwise(ja.microbatch(ours, num_microbatches=2)(*laid), right) < EXACT
     assert normwise(over(W, (X, MASK)), right) > 1e-3
 
 
-# -- explicit meshes: what they choose by themselves ------------------------------------------------------------------
+# -- explicit meshes: what they choose by themselves -----------------------------------------------
 
 
 def mean(w, x):
@@ -156,12 +175,16 @@ def test_with_and_without_a_context_compiled_and_not(context, compile_):
     with jax.set_mesh(EXPLICIT) if context else jax.enable_x64(True):
         value, grads = step(w, x[0])
     assert normwise((value, grads), jax.value_and_grad(mean)(W, X)) < EXACT
-    assert all(jax.typeof(grads[name]).sharding.spec == jax.typeof(w[name]).sharding.spec for name in W)
+    assert all(
+        jax.typeof(grads[name]).sharding.spec == jax.typeof(w[name]).sharding.spec for name in W
+    )
 
 
 def test_rows_and_their_gradients_stay_on_their_device_in_the_batchs_order():
     both = lambda w, x: (mean(w, x), ja.Concat(x[:, :2]))
-    (_, rows), (_, grad) = on_mesh(ja.value_and_grad(both, argnums=(0, 1), has_aux=True, num_microbatches=2))
+    (_, rows), (_, grad) = on_mesh(
+        ja.value_and_grad(both, argnums=(0, 1), has_aux=True, num_microbatches=2)
+    )
     assert same(rows, X[:, :2])
     assert normwise(grad, jax.grad(mean, argnums=1)(W, X)) < EXACT
     assert jax.typeof(grad).sharding.spec[0] == jax.typeof(rows).sharding.spec[0] == "data"
@@ -174,7 +197,9 @@ def test_sizes_are_those_of_the_whole_batch(options):
     seen = []
     noted = lambda w, x: seen.append(len(x)) or mean(w, x)
     assert normwise(on_mesh(ja.grad(noted, audit=None, **options)), jax.grad(mean)(W, X)) < EXACT
-    assert seen == [8 if options == {"microbatch_size": 99} else 4]  # one device's rows of one microbatch, traced once
+    assert seen == [
+        8 if options == {"microbatch_size": 99} else 4
+    ]  # one device's rows of one microbatch, traced once
 
 
 def test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says():
@@ -203,7 +228,10 @@ def groups(w, x):
 
 
 def with_a_state(loss):
-    fun = lambda w, x, s: (loss(w, x), {"state": ja.Carry(s + jnp.sum(x)), "rows": ja.Concat(x[:, 0])})
+    fun = lambda w, x, s: (
+        loss(w, x),
+        {"state": ja.Carry(s + jnp.sum(x)), "rows": ja.Concat(x[:, 0])},
+    )
     return fun, {"has_aux": True, "in_axes": (None, 0, ja.CARRY)}, (jnp.zeros(()),)
 
 
@@ -213,14 +241,18 @@ def with_rows(loss):
 
 @INEXACT
 @pytest.mark.parametrize("around", [with_rows, with_a_state], ids=["by device", "on global arrays"])
-@pytest.mark.parametrize(("loss", "n"), [(pairs, 2), (pairs, 4), (groups, 2)], ids=["pairs-2", "pairs-4", "groups-2"])
+@pytest.mark.parametrize(
+    ("loss", "n"), [(pairs, 2), (pairs, 4), (groups, 2)], ids=["pairs-2", "pairs-4", "groups-2"]
+)
 def test_groups_of_adjacent_rows_stay_together(loss, n, around):
     fun, options, state = around(loss)
     for split in ("contiguous", "strided"):
         step = ja.value_and_grad(fun, num_microbatches=n, split=split, **options)
         (value, aux), grads = on_mesh(step, *state)
         apart = normwise((value, grads), jax.value_and_grad(loss)(W, X))
-        assert apart < EXACT if split == "contiguous" else apart > 1e-3  # strided groups hold other rows
+        assert (
+            apart < EXACT if split == "contiguous" else apart > 1e-3
+        )  # strided groups hold other rows
         assert same(aux["rows"], X[:, 0])
 
 
@@ -249,7 +281,9 @@ def test_example_keys_are_those_of_the_whole_batch_under_either_split(split):
 @pytest.mark.parametrize("name", ["carried", "closing over arrays of the mesh", "naming its axes"])
 def test_what_cannot_run_device_by_device_runs_on_global_arrays(name):
     scale = jax.device_put(jnp.arange(2.0), NamedSharding(EXPLICIT, P()))
-    named = lambda w, x: jnp.mean(jnp.einsum("bi,ij->bj", x, w["a"], out_sharding=P("data", None)) ** 2)
+    named = lambda w, x: jnp.mean(
+        jnp.einsum("bi,ij->bj", x, w["a"], out_sharding=P("data", None)) ** 2
+    )
     closing = lambda w, x: jnp.mean(hidden(w, x) ** 2 * scale[None])
     if name == "carried":
         fun = lambda w, x, s: (mean(w, x), ja.Carry(s + jnp.sum(x, axis=0)))
@@ -261,7 +295,10 @@ def test_what_cannot_run_device_by_device_runs_on_global_arrays(name):
         plain = (lambda w, x: jnp.mean((x @ w["a"]) ** 2)) if fun is named else (
             lambda w, x: jnp.mean(hidden(w, x) ** 2 * jnp.arange(2.0)[None])
         )  # fmt: skip
-        actual, reference = on_mesh(ja.value_and_grad(fun, num_microbatches=2)), jax.value_and_grad(plain)(W, X)
+        actual, reference = (
+            on_mesh(ja.value_and_grad(fun, num_microbatches=2)),
+            jax.value_and_grad(plain)(W, X),
+        )
     assert normwise(actual, reference) < EXACT
 
 
@@ -285,7 +322,9 @@ def test_tensor_parallel_parameters_stay_divided():
 
 
 def test_keys_differ_between_devices_and_microbatches():
-    draw = ja.microbatch(lambda x, key: ja.Stack(jax.random.uniform(key)), num_microbatches=2, in_axes=(0, ja.KEY))
+    draw = ja.microbatch(
+        lambda x, key: ja.Stack(jax.random.uniform(key)), num_microbatches=2, in_axes=(0, ja.KEY)
+    )
     drawn = draw(jax.device_put(X, ROWS), KEY)
     assert sorted(set(drawn.tolist())) == sorted(
         float(jax.random.uniform(jax.random.fold_in(KEY, i))) for i in range(8)
@@ -293,11 +332,16 @@ def test_keys_differ_between_devices_and_microbatches():
 
 
 def test_outputs_are_laid_out_as_the_parameters_that_they_come_from():
-    """Tensor parallelism beside data parallelism: sums, extrema and rows whose last axis is divided."""
+    """Tensor parallelism beside data parallelism: sums, extrema and rows whose last axis is
+    divided."""
 
     def outputs(w, x):
         h = jnp.tanh(x @ w)
-        reduced = {"sum": ja.Sum(jnp.sum(h, 0)), "max": ja.Max(jnp.max(h, 0)), "min": ja.Min(jnp.min(h, 0))}
+        reduced = {
+            "sum": ja.Sum(jnp.sum(h, 0)),
+            "max": ja.Max(jnp.max(h, 0)),
+            "min": ja.Min(jnp.min(h, 0)),
+        }
         return jnp.mean(h**2), reduced | {"rows": ja.Concat(h), "last": ja.Last(h[-1])}
 
     h = jnp.tanh(X @ W["a"])
@@ -309,9 +353,9 @@ def test_outputs_are_laid_out_as_the_parameters_that_they_come_from():
     )
     assert normwise(((value, found), grad), right) < EXACT
     assert grad.sharding.spec == P(None, "other")
-    assert {name: x.sharding.spec for name, x in found.items()} == dict.fromkeys(aux, P("other")) | {
-        "rows": P("data", "other")
-    }
+    assert {name: x.sharding.spec for name, x in found.items()} == dict.fromkeys(
+        aux, P("other")
+    ) | {"rows": P("data", "other")}
     first = jnp.sum(jnp.tanh(X[:8] @ W["a"]), 0)
     assert normwise(first, aux["sum"]) > 1e-3  # one microbatch's
 
@@ -324,14 +368,17 @@ def one_product(w, x):
 SUMS = {
     # the type of the parameters: a loss of them
     "reduced": one_product,
-    "unreduced": lambda w, x: one_product(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), w), x),
+    "unreduced": lambda w, x: one_product(
+        jax.tree.map(lambda a: jax.sharding.reshard(a, P()), w), x
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", SUMS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types(kind, n):
-    """The gradient of a reduced parameter is a sum over devices that JAX has still to take, and the other way round."""
+    """The gradient of a reduced parameter is a sum over devices that JAX has still to take, and the
+    other way round."""
 
     def gradient(step):
         types = []
@@ -347,14 +394,17 @@ def test_parameters_that_are_reduced_or_not_yet_have_gradients_of_jaxs_types(kin
 
     loss = SUMS[kind]
     expected, types = gradient(jax.grad(loss))
-    for step in (ja.grad(loss, num_microbatches=n), jax.grad(ja.microbatch(loss, num_microbatches=n))):
+    for step in (
+        ja.grad(loss, num_microbatches=n),
+        jax.grad(ja.microbatch(loss, num_microbatches=n)),
+    ):
         actual, own = gradient(step)
         assert own == types
         assert normwise(actual, expected) < EXACT
     assert normwise(expected, jax.grad(one_product)(W, X)) < EXACT
 
 
-# -- bad meshes -------------------------------------------------------------------------------------------------------
+# -- bad meshes ------------------------------------------------------------------------------------
 
 
 def test_bad_layouts_are_refused():
@@ -362,11 +412,18 @@ def test_bad_layouts_are_refused():
     other = jax.device_put(X, NamedSharding(EXPLICIT, P("other")))
     call = lambda **options: lambda: ja.grad(mean, **options)(w, x)
     refused(call(num_microbatches=3), "num_microbatches=3", "32 examples", "4 shards", "'data'")
-    refused(call(num_microbatches=16), "num_microbatches=16", "microbatches of 2", "divides the 8 rows")
+    refused(
+        call(num_microbatches=16), "num_microbatches=16", "microbatches of 2", "divides the 8 rows"
+    )
     refused(call(microbatch_size=6), "microbatch_size=6", "6 and 2", "4 times")
     refused(call(num_microbatches=2, gather="twice"), "gather", "'twice'")
     two = lambda w, b: mean(w, b[0]) + mean(w, b[1])
-    refused(lambda: ja.grad(two, num_microbatches=2)(w, (x, other)), "argument 1[0]", "'data'", "'other'")
+    refused(
+        lambda: ja.grad(two, num_microbatches=2)(w, (x, other)),
+        "argument 1[0]",
+        "'data'",
+        "'other'",
+    )
     refused(lambda: ja.grad(two, num_microbatches=2)(w, (x, X)), "argument 1[1]", "no axis")
 
 
@@ -388,9 +445,17 @@ def test_a_batch_that_mesh_axes_do_not_divide_is_refused():
 
 def test_last_is_the_last_shards():
     mesh = mesh_of((4, 2), "manual")
-    last = ja.microbatch(lambda x: ja.Last((x[-1], x[-1] > 0)), in_axes=(0,), num_microbatches=2, mesh_axes="data")
+    last = ja.microbatch(
+        lambda x: ja.Last((x[-1], x[-1] > 0)), in_axes=(0,), num_microbatches=2, mesh_axes="data"
+    )
     for check_vma in (True, False):
-        over = jax.shard_map(last, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma)
+        over = jax.shard_map(
+            last, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma
+        )
         assert same(over(X[:, 0]), (X[-1, 0], X[-1, 0] > 0))
-    constant = ja.microbatch(lambda x: ja.Last(jnp.float64(3)), in_axes=(0,), num_microbatches=2, mesh_axes="data")
-    assert float(jax.shard_map(constant, mesh=mesh, in_specs=P("data"), out_specs=P())(X[:, 0])) == 3
+    constant = ja.microbatch(
+        lambda x: ja.Last(jnp.float64(3)), in_axes=(0,), num_microbatches=2, mesh_axes="data"
+    )
+    assert (
+        float(jax.shard_map(constant, mesh=mesh, in_specs=P("data"), out_specs=P())(X[:, 0])) == 3
+    )

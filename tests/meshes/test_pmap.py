@@ -1,7 +1,9 @@
-"""Everything inside `jax.pmap`: with `mesh_axes`, a step over devices has the numbers of the whole batch on one device.
+"""Everything inside `jax.pmap`: with `mesh_axes`, a step over devices has the numbers of the whole
+batch on one device.
 
-The oracle is JAX on one device, in float64, without microbatches. The rows are divided over four devices, so that each
-holds six of the 24, in microbatches of 4 and 2; masks leave some devices with few rows and one of them with none.
+The oracle is JAX on one device, in float64, without microbatches. The rows are divided over four
+devices, so that each holds six of the 24, in microbatches of 4 and 2; masks leave some devices with
+few rows and one of them with none.
 """
 
 import functools
@@ -24,7 +26,9 @@ DEVICES, ROWS, SIZE = 4, 24, 4
 OPTIONS = {"microbatch_size": SIZE, "mesh_axes": "devices", "audit": "raise"}
 W = {"a": data(3, 5), "b": data(5, seed=1)}
 X = data(ROWS, 3, seed=2)
-MASK = jnp.where(jnp.arange(ROWS) < 18, jnp.abs(data(ROWS, seed=3)), 0.0)  # the last device has no row that counts
+MASK = jnp.where(
+    jnp.arange(ROWS) < 18, jnp.abs(data(ROWS, seed=3)), 0.0
+)  # the last device has no row that counts
 BATCH = {"x": X, "mask": MASK}
 
 
@@ -42,7 +46,9 @@ def divided(tree):
 
 def wide(tree):
     """In float64; keys and counters as they are."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def joined(tree):
@@ -79,7 +85,12 @@ def total(w, batch):
     return ja.Sum(jnp.sum(errors(w, batch["x"]) ** 2 * batch["mask"]))
 
 
-LOSSES = {"mean": lambda w, batch: jnp.mean(errors(w, batch["x"]) ** 2), "tokens": tokens, "terms": terms, "sum": total}
+LOSSES = {
+    "mean": lambda w, batch: jnp.mean(errors(w, batch["x"]) ** 2),
+    "tokens": tokens,
+    "terms": terms,
+    "sum": total,
+}
 
 
 def whole_batch(loss):
@@ -96,7 +107,9 @@ def by_microbatch(loss):
 ENGINES = {
     "value_and_grad": lambda loss: ja.value_and_grad(loss, **OPTIONS),
     "compiled": lambda loss: jax.jit(ja.value_and_grad(loss, **OPTIONS)),
-    "grad": lambda loss: lambda *args: (ja.microbatch(loss, **OPTIONS)(*args), ja.grad(loss, **OPTIONS)(*args)),
+    "grad": lambda loss: (
+        lambda *args: (ja.microbatch(loss, **OPTIONS)(*args), ja.grad(loss, **OPTIONS)(*args))
+    ),
 }
 
 
@@ -110,7 +123,8 @@ def test_gradients_are_those_of_the_whole_batch(name, engine):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_jax_differentiates_microbatch(name):
-    """Inside `pmap` JAX's gradient is that of one device, as for any function; the devices' are summed by the user."""
+    """Inside `pmap` JAX's gradient is that of one device, as for any function; the devices' are
+    summed by the user."""
     step = lambda w, batch: lax.pmean(by_microbatch(LOSSES[name])(w, batch), "devices")
     assert normwise(first(on_devices(step, W)), whole_batch(LOSSES[name])) < EXACT
 
@@ -150,14 +164,22 @@ def test_every_output_of_a_step():
     assert same(first(aux["own"]), W["b"])
     assert same(first((aux["max"], aux["min"])), (jnp.max(e), jnp.min(e)))
     assert normwise(joined(aux["rows"]), e) < EXACT
-    assert normwise(first((aux["sum"], aux["mean"])), (jnp.sum(e), {"e": jnp.mean(e), "m": jnp.mean(MASK)})) < EXACT
+    assert (
+        normwise(
+            first((aux["sum"], aux["mean"])), (jnp.sum(e), {"e": jnp.mean(e), "m": jnp.mean(MASK)})
+        )
+        < EXACT
+    )
 
 
 def test_a_state_is_that_of_one_device():
-    """It runs through the microbatches of its device; with `mesh_axes` it would have to run through all of them."""
+    """It runs through the microbatches of its device; with `mesh_axes` it would have to run through
+    all of them."""
     loss = lambda w, x, count: (jnp.mean(errors(w, x) ** 2), ja.Carry(count + len(x)))
     options = OPTIONS | {"mesh_axes": (), "has_aux": True, "in_axes": (None, 0, ja.CARRY)}
-    run = lambda **own: jax.pmap(ja.value_and_grad(loss, **options | own), "devices", in_axes=(None, 0, 0))
+    run = lambda **own: jax.pmap(
+        ja.value_and_grad(loss, **options | own), "devices", in_axes=(None, 0, 0)
+    )
     counts = jnp.arange(DEVICES)
     (_, after), _ = run()(W, divided(X), counts)
     assert same(after, counts + ROWS // DEVICES)
@@ -181,7 +203,10 @@ def test_keys_of_the_call_are_folded_with_the_device():
     """The whole batch's key on every device: one key per example all the same, and no two alike."""
     one = ja.microbatch(lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **OPTIONS)
     keys = jax.pmap(one, "devices", in_axes=(0, None))(divided(X), jax.random.key(3))
-    assert len({key.tobytes() for key in jax.random.key_data(keys).reshape(ROWS, -1).__array__()}) == ROWS
+    assert (
+        len({key.tobytes() for key in jax.random.key_data(keys).reshape(ROWS, -1).__array__()})
+        == ROWS
+    )
 
 
 @pytest.mark.usefixtures("mixing_dtypes")
@@ -199,18 +224,28 @@ def test_batch_norm_spans_devices_and_microbatches(norm):
         y, stats = model.apply({"params": params} | stats, x, mutable=["batch_stats"])
         return jnp.mean((y @ weights - x[:, 0]) ** 2), tag(stats)
 
-    expected = jax.value_and_grad(functools.partial(loss, model, lambda s: s), has_aux=True)(params, X, stats)
+    expected = jax.value_and_grad(functools.partial(loss, model, lambda s: s), has_aux=True)(
+        params, X, stats
+    )
     options = OPTIONS | {"microbatch_size": 2}
     step = ja.value_and_grad(
-        functools.partial(loss, spread, ja.Carry), has_aux=True, in_axes=(None, 0, ja.CARRY), **options
+        functools.partial(loss, spread, ja.Carry),
+        has_aux=True,
+        in_axes=(None, 0, ja.CARRY),
+        **options,
     )
     actual = first(jax.pmap(step, "devices", in_axes=(None, 0, None))(params, divided(X), stats))
     assert normwise(actual, expected) < EXACT
     alone = functools.partial(loss, model, ja.Carry)  # the statistics of a microbatch: wrong
     step = ja.value_and_grad(
-        alone, has_aux=True, in_axes=(None, 0, ja.CARRY), **options | {"mesh_axes": (), "audit": None}
+        alone,
+        has_aux=True,
+        in_axes=(None, 0, ja.CARRY),
+        **options | {"mesh_axes": (), "audit": None},
     )
-    usual = jax.pmap(lambda *args: lax.pmean(step(*args), "devices"), "devices", in_axes=(None, 0, None))
+    usual = jax.pmap(
+        lambda *args: lax.pmean(step(*args), "devices"), "devices", in_axes=(None, 0, None)
+    )
     assert normwise(first(usual(params, divided(X), stats))[1], expected[1]) > 0.1
 
 
@@ -250,7 +285,9 @@ def test_padded_batches_count_the_examples_of_all_devices():
     step = ja.value_and_grad(loss, in_axes=(None, 0, 0, None), **options)
     counts = jnp.array([6, 6, 6, 1])  # int64, which is not the dtype of an index
     real = jnp.arange(ROWS) < 19
-    actual = first(jax.pmap(step, "devices", in_axes=(None, 0, 0, 0))(W, divided(X), divided(real), counts))
+    actual = first(
+        jax.pmap(step, "devices", in_axes=(None, 0, 0, 0))(W, divided(X), divided(real), counts)
+    )
     assert normwise(actual, jax.value_and_grad(LOSSES["mean"])(W, {"x": X[:19]})) < EXACT
 
 
@@ -291,14 +328,17 @@ def test_multi_steps():
     run = jax.pmap(call, "devices")
     params, state = jax.tree.map(lambda x: jnp.stack([x] * DEVICES), (W, opt.init(W)))
     for rows in (slice(0, 12), slice(12, 24)):
-        params, state = run(params, state, divided(jax.tree.map(lambda x, rows=rows: x[rows], BATCH)))
+        params, state = run(
+            params, state, divided(jax.tree.map(lambda x, rows=rows: x[rows], BATCH))
+        )
     expected = jax.tree.map(jnp.subtract, W, whole_batch(tokens)[1])
     assert normwise(first(params), expected) < EXACT
 
 
 @pytest.mark.usefixtures("mixing_dtypes")
 def test_an_nnx_model():
-    """A model with BatchNorm over devices and microbatches, as an argument of `pmap` by its state."""
+    """A model with BatchNorm over devices and microbatches, as an argument of `pmap` by its
+    state."""
 
     class Net(nnx.Module):
         def __init__(self, axis_name=None):
@@ -319,7 +359,9 @@ def test_an_nnx_model():
 
     def step(state, x):
         model = nnx.merge(graphdef, state)
-        value, grads = jaxaccum.nnx.value_and_grad(loss, **OPTIONS | {"microbatch_size": 3})(model, x)
+        value, grads = jaxaccum.nnx.value_and_grad(loss, **OPTIONS | {"microbatch_size": 3})(
+            model, x
+        )
         return value, nnx.as_pure(grads), nnx.as_pure(nnx.state(model, nnx.BatchStat))
 
     actual = first(on_devices(step, state, rows=(X,)))

@@ -1,4 +1,5 @@
-"""Several processes: each loads its own shard, the gradients are one process's, a death is clear, and a run resumes."""
+"""Several processes: each loads its own shard, the gradients are one process's, a death is clear,
+and a run resumes."""
 
 import os
 import pathlib
@@ -89,5 +90,7 @@ def test_the_shards_differ():
     """The negative control: a process that trained on its own shard alone would be told apart."""
     x, weight = map(jnp.asarray, worker.shard(0, COUNT))
     w = jax.tree.map(jnp.asarray, worker.initial())
-    alone = jax.grad(lambda w: worker.loss(w, (x, weight)).total / worker.loss(w, (x, weight)).weight)(w)
+    alone = jax.grad(
+        lambda w: worker.loss(w, (x, weight)).total / worker.loss(w, (x, weight)).weight
+    )(w)
     assert normwise(alone, one_process()[1]) > 1e-2

@@ -1,4 +1,5 @@
-"""Parameters divided over the batch's own axes: sums divided as they are, and the price of gathering them."""
+"""Parameters divided over the batch's own axes: sums divided as they are, and the price of
+gathering them."""
 
 import contextlib
 import functools
@@ -45,13 +46,18 @@ def manual(step):
 def once_by_hand(w, x):
     """The gather outside of the loop: its transpose scatters the sum, once."""
     whole = lambda w: lax.all_gather(w, "data", axis=1, tiled=True)
-    return jax.value_and_grad(lambda w: ja.microbatch(loss, num_microbatches=N, mesh_axes="data")(whole(w), x))(w)
+    return jax.value_and_grad(
+        lambda w: ja.microbatch(loss, num_microbatches=N, mesh_axes="data")(whole(w), x)
+    )(w)
 
 
 WAYS = {
     "explicit, each": (EXPLICIT, ja.value_and_grad(loss, num_microbatches=N)),
     "explicit, once": (EXPLICIT, ja.value_and_grad(loss, num_microbatches=N, gather="once")),
-    "manual, each layer": (AUTOMATIC, manual(ja.value_and_grad(gathering, num_microbatches=N, mesh_axes="data"))),
+    "manual, each layer": (
+        AUTOMATIC,
+        manual(ja.value_and_grad(gathering, num_microbatches=N, mesh_axes="data")),
+    ),
     "manual, once": (AUTOMATIC, manual(once_by_hand)),
     "automatic": (AUTOMATIC, ja.value_and_grad(loss, num_microbatches=N, split="strided")),
 }
@@ -60,7 +66,10 @@ WAYS = {
 @functools.cache
 def compiled(name):
     mesh, step = WAYS[name]
-    laid = jax.device_put(W, NamedSharding(mesh, SPEC)), jax.device_put(X, NamedSharding(mesh, P("data")))
+    laid = (
+        jax.device_put(W, NamedSharding(mesh, SPEC)),
+        jax.device_put(X, NamedSharding(mesh, P("data"))),
+    )
     return jax.jit(step).lower(*laid).compile(), laid
 
 
@@ -81,10 +90,16 @@ def counted(name, kind):
 
 @pytest.mark.parametrize(
     ("name", "gathers", "scatters"),
-    [("explicit, each", N, N), ("explicit, once", 1, 1), ("manual, each layer", 2 * N, N), ("manual, once", 1, 1)],
+    [
+        ("explicit, each", N, N),
+        ("explicit, once", 1, 1),
+        ("manual, each layer", 2 * N, N),
+        ("manual, once", 1, 1),
+    ],
 )
 def test_the_price_of_gathering(name, gathers, scatters):
-    """At each microbatch, or once per window; a layer at a time it may be gathered for the way back too."""
+    """At each microbatch, or once per window; a layer at a time it may be gathered for the way back
+    too."""
     assert 1 <= counted(name, "all-gather") <= gathers
     assert counted(name, "reduce-scatter") == scatters
     if scatters == N:
@@ -112,8 +127,12 @@ def test_two_axes_divide_the_batch_and_one_the_parameters():
 @pytest.mark.parametrize("context", [False, True])
 def test_a_carried_state_runs_on_global_arrays_with_parameters_gathered_once(context):
     fun = lambda w, x, s: (loss(w, x), ja.Carry(s + jnp.sum(x)))
-    step = ja.value_and_grad(fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=N, gather="once")
-    w, x = (jax.device_put(a, NamedSharding(EXPLICIT, spec)) for a, spec in ((W, SPEC), (X, P("data"))))
+    step = ja.value_and_grad(
+        fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=N, gather="once"
+    )
+    w, x = (
+        jax.device_put(a, NamedSharding(EXPLICIT, spec)) for a, spec in ((W, SPEC), (X, P("data")))
+    )
     with jax.set_mesh(EXPLICIT) if context else contextlib.nullcontext():
         (value, state), grad = jax.jit(step)(w, x, 0.0)
     assert normwise((value, grad), expected()) < EXACT
@@ -122,12 +141,15 @@ def test_a_carried_state_runs_on_global_arrays_with_parameters_gathered_once(con
 
 
 def test_gather_is_checked():
-    refused(lambda: ja.grad(loss, num_microbatches=N, gather="never")(W, X), "gather", "'never'", "once")
+    refused(
+        lambda: ja.grad(loss, num_microbatches=N, gather="never")(W, X), "gather", "'never'", "once"
+    )
 
 
 @pytest.mark.parametrize("name", ["compensated", "skip_nonfinite", "noise_scale"])
 def test_an_accumulator_of_its_own_needs_gradients_of_one_device(name):
-    """Gathered at every microbatch they come of all devices, whose weights differ: refused; once, they are exact."""
+    """Gathered at every microbatch they come of all devices, whose weights differ: refused; once,
+    they are exact."""
     w, weights = data(16) / 4, jnp.arange(16.0) % 3
     x, y = data(16, 16, seed=1), data(16, seed=2)
     made = getattr(ja.accumulators, name)
@@ -141,4 +163,10 @@ def test_an_accumulator_of_its_own_needs_gradients_of_one_device(name):
     truth = jax.grad(lambda w: ja.full_batch(loss, in_axes=(None, 0, 0, 0))(w, x, y, weights))(w)
     assert normwise(step(accumulator=made(), gather="once")(*arrays)[1], truth) < EXACT
     assert normwise(step()(*arrays)[1], truth) < EXACT
-    refused(lambda: step(accumulator=made())(*arrays), "argument 0", "'data'", 'gather="once"', "in_place()")
+    refused(
+        lambda: step(accumulator=made())(*arrays),
+        "argument 0",
+        "'data'",
+        'gather="once"',
+        "in_place()",
+    )

@@ -40,22 +40,30 @@ def test_the_adamw_step():
     params, x = shapes(mesh)
     state = tpu._laid(jax.eval_shape(tpu.OPTIMIZER.init, params), mesh, P())
     steps = {
-        name: jax.jit(tpu._step(tpu.WAYS[name](tpu._scanned, N, mesh)), donate_argnums=(0, 1)) for name in tpu.WAYS
+        name: jax.jit(tpu._step(tpu.WAYS[name](tpu._scanned, N, mesh)), donate_argnums=(0, 1))
+        for name in tpu.WAYS
     }
     compiled = {name: step.lower(params, state, x).compile() for name, step in steps.items()}
     assert over_parameters(compiled["jaxaccum"], params) <= 1.55
     large = {
-        name: [c for c in collectives(c) if c.bytes > 1024 and c.kind == "all-reduce"] for name, c in compiled.items()
+        name: [c for c in collectives(c) if c.bytes > 1024 and c.kind == "all-reduce"]
+        for name, c in compiled.items()
     }
     assert [(c.times, c.loops) for c in large["jaxaccum"]] == [(1, 0)]
-    for name in ("hand-written scan", "optax.microbatching"):  # the negative control: once per microbatch
+    for name in (
+        "hand-written scan",
+        "optax.microbatching",
+    ):  # the negative control: once per microbatch
         assert min(c.loops for c in large[name]) >= 1
         assert min(c.times for c in large[name]) >= N
-        assert over_parameters(compiled["jaxaccum"], params) < over_parameters(compiled[name], params)
+        assert over_parameters(compiled["jaxaccum"], params) < over_parameters(
+            compiled[name], params
+        )
 
 
 def test_the_adamw_step_of_a_model_that_exceeds_the_on_chip_memory():
-    """Of the smaller ones XLA places buffers where the temporary memory that it reports does not count them."""
+    """Of the smaller ones XLA places buffers where the temporary memory that it reports does not
+    count them."""
     mesh = mesh_of(1)
     params, x = shapes(mesh, width=4096)  # 800 MB
     state = tpu._laid(jax.eval_shape(tpu.OPTIMIZER.init, params), mesh, P())
@@ -68,7 +76,9 @@ def test_the_adamw_step_of_a_model_that_exceeds_the_on_chip_memory():
     assert needed("hand-written scan") >= 3.45
 
 
-@pytest.mark.parametrize(("dtype", "count", "bound"), [(jnp.float32, 4, 0.85), (jnp.bfloat16, 1, 0.55)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "count", "bound"), [(jnp.float32, 4, 0.85), (jnp.bfloat16, 1, 0.55)], ids=str
+)
 def test_gradients_alone(dtype, count, bound):
     mesh = mesh_of(count)
     params, x = shapes(mesh, dtype)
@@ -77,7 +87,12 @@ def test_gradients_alone(dtype, count, bound):
 
 
 def test_the_experiment_compiles_every_way_and_checks_it(monkeypatch):
-    options = {"models": ("scanned",), "topologies": ("v5e:2x2",), "num_microbatches": (2,), "examples": 4}
+    options = {
+        "models": ("scanned",),
+        "topologies": ("v5e:2x2",),
+        "num_microbatches": (2,),
+        "examples": 4,
+    }
     record = tpu.run(**options)
     assert record.passed
     assert [row["way"] for row in record.rows] == list(tpu.WAYS)
@@ -93,9 +108,14 @@ def test_parameters_of_low_precision_are_summed_both_ways_by_both():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     loss = lambda params, x: jnp.mean((x @ params["w"]).astype(jnp.float32) ** 2)
     x = jax.device_put(jnp.ones((8, 8), jnp.bfloat16), NamedSharding(mesh, P("data")))
-    dtypes = {name: jax.jit(way(loss, 2, mesh))(params, x)[1]["w"].dtype for name, way in tpu.ways("decoder").items()}
+    dtypes = {
+        name: jax.jit(way(loss, 2, mesh))(params, x)[1]["w"].dtype
+        for name, way in tpu.ways("decoder").items()
+    }
     wide = {name for name, dtype in dtypes.items() if dtype == jnp.float32}
-    assert wide == {"scan, float32 sums"}  # jaxaccum sums in float32 and returns the parameters' dtype
+    assert wide == {
+        "scan, float32 sums"
+    }  # jaxaccum sums in float32 and returns the parameters' dtype
 
 
 def test_a_pod_of_256_chips_reduces_once():
@@ -109,9 +129,13 @@ def test_the_plan_predicts_what_the_compiler_then_says():
     mesh = mesh_of()
     params, x = shapes(mesh, examples=8192)
     plan = ja.plan(tpu._scanned, params, x, mesh_axes="data", memory_bytes=400 * 2**20)
-    step = ja.value_and_grad(tpu._scanned, microbatch_size=plan.best.microbatch_size, mesh_axes="data")
+    step = ja.value_and_grad(
+        tpu._scanned, microbatch_size=plan.best.microbatch_size, mesh_axes="data"
+    )
     over = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
     real = jax.jit(over).lower(params, x).compile().memory_analysis().temp_size_in_bytes
     assert plan.best.temp_bytes == pytest.approx(real, rel=0.01)
-    if plan.best.predicted_temp_bytes is not None:  # None: one of the two that the others are predicted from
+    if (
+        plan.best.predicted_temp_bytes is not None
+    ):  # None: one of the two that the others are predicted from
         assert plan.best.predicted_temp_bytes == pytest.approx(real, rel=0.1)

@@ -1,9 +1,9 @@
 """A pytest plugin that puts jaxaccum in the place of `jax.value_and_grad` and `jax.grad`.
 
-The tests are not ours (tests/peers/foreign_suites.py runs them), so their losses have no batch. Each gets
-one: an argument of n rows that the loss does not read. Every microbatch then computes the same
-value, and the mean of equal values is that value. `jax.grad` calls `jax.value_and_grad`, so one
-function is replaced. `optax.microbatching.microbatch` is replaced by `jaxaccum.microbatch`, and
+The tests are not ours (tests/peers/foreign_suites.py runs them), so their losses have no batch.
+Each gets one: an argument of n rows that the loss does not read. Every microbatch then computes the
+same value, and the mean of equal values is that value. `jax.grad` calls `jax.value_and_grad`, so
+one function is replaced. `optax.microbatching.microbatch` is replaced by `jaxaccum.microbatch`, and
 `jax.test_util.check_grads`, which takes no `jax.grad`, compares our gradient with JAX's.
 
 What became of the gradients of each test is written to a file, one line of JSON a test.
@@ -303,7 +303,8 @@ def _differentiable(tree: Any) -> bool:
 
 
 def _projected(f: Callable[..., Any], *args: Any) -> Any:
-    """A number that depends on every output of `f`: the sum of all, each times a number of its own."""
+    """A number that depends on every output of `f`: the sum of all, each times a number of its
+    own."""
     parts = []
     for x in _inexact(f(*args)):
         weights = jnp.cos(jnp.arange(jnp.size(x), dtype=jnp.float32)).reshape(jnp.shape(x))

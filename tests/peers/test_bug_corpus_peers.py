@@ -1,6 +1,8 @@
-"""Bugs that made the news, in the peers themselves: optax, Accelerate and the Trainer of transformers.
+"""Bugs that made the news, in the peers themselves: optax, Accelerate and the Trainer of
+transformers.
 
-Each test asserts the peer's wrong number, so that it fails, and can go, on the day the peer is right.
+Each test asserts the peer's wrong number, so that it fails, and can go, on the day the peer is
+right.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ MEAN = optax.microbatching.AccumulationType.MEAN
 
 TOKENS = np.array([[22.0] * 8, [4.0] + [0.0] * 7])
 MASK = np.array([[1.0] * 8, [1.0] + [0.0] * 7])
-"""Nine tokens, of mean 20: eight of 22 in one microbatch, one of 4 in the other. The mean of means is 13."""
+"""Nine tokens, of mean 20: eight of 22 in one microbatch, one of 4 in the other. The mean of means
+is 13."""
 
 
 def linear(w, x):
@@ -39,13 +42,14 @@ def as_peers_run():
         yield
 
 
-# -- optax ------------------------------------------------------------------------------------------------------------
+# -- optax -----------------------------------------------------------------------------------------
 
 
 def steps(multi, gradients):
     """What `multi` adds to a parameter, one number per microbatch, and its state after all of them.
 
-    The parameter has two equal entries: a product of a scalar with 0 or 1 is compiled to a choice, and hides NaN.
+    The parameter has two equal entries: a product of a scalar with 0 or 1 is compiled to a choice,
+    and hides NaN.
     """
     gradients = jnp.stack([jnp.asarray(gradients)] * 2, axis=1)
     w, updates = jnp.zeros_like(gradients[0]), []
@@ -63,7 +67,9 @@ def test_token_mean():
     ours = lambda w, batch: ja.Mean(jnp.sum(w * batch[0] * batch[1]), jnp.sum(batch[1]))
     batch = (jnp.asarray(TOKENS), jnp.asarray(MASK))
     with as_peers_run():
-        wrong = MICROBATCH(jax.value_and_grad(peer), argnums=1, microbatch_size=1, accumulator=MEAN)(1.0, batch)
+        wrong = MICROBATCH(
+            jax.value_and_grad(peer), argnums=1, microbatch_size=1, accumulator=MEAN
+        )(1.0, batch)
     assert [float(x) for x in wrong] == [13, 13]
     mean = np.average(TOKENS, weights=MASK)
     assert mean == 20
@@ -74,7 +80,9 @@ def test_mean_with_an_early_stop():
     """optax.microbatching divides by all microbatches, also by those that it did not run."""
     x, mask = jnp.ones(4), jnp.arange(4) < 2
     with as_peers_run():
-        wrong = MICROBATCH(jnp.mean, argnums=0, microbatch_size=1, accumulator=MEAN, num_real_microbatches=2)(x)
+        wrong = MICROBATCH(
+            jnp.mean, argnums=0, microbatch_size=1, accumulator=MEAN, num_real_microbatches=2
+        )(x)
     assert float(wrong) == 0.5
     fun = lambda batch, count: ja.Mean(jnp.sum(batch[0] * batch[1]), jnp.sum(batch[1]))
     ours = ja.microbatch(fun, in_axes=(0, None), microbatch_size=1, num_examples_argnum=1)
@@ -124,14 +132,17 @@ def test_extra_arguments_reach_the_optimizer():
     multi = optax.chain(optax.MultiSteps(polyak, 1).gradient_transformation())
     with as_peers_run(), pytest.raises(TypeError, match="'value'"):
         multi.update(w, multi.init(w), w, value=jnp.float64(0.5))
-    value, grad = ja.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), num_microbatches=2)(w, jnp.ones(2))
+    value, grad = ja.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), num_microbatches=2)(
+        w, jnp.ones(2)
+    )
     with as_peers_run():
         update, _ = optax.chain(polyak).update(grad, optax.chain(polyak).init(w), w, value=value)
     assert float(update) == -0.5  # value / grad² · grad
 
 
 def test_has_updated_is_wrong_after_a_skip():
-    """optax.MultiSteps reads it off two counters, which a skipped microbatch leaves as they were."""
+    """optax.MultiSteps reads it off two counters, which a skipped microbatch leaves as they
+    were."""
     multi = optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=optax.skip_not_finite)
     updates, state = steps(multi, np.array([1.0, 1.0, np.nan]))
     assert updates.tolist() == [0, -1, 0]
@@ -139,7 +150,8 @@ def test_has_updated_is_wrong_after_a_skip():
 
 
 def test_float64_is_accumulated_in_float64():
-    """optax.MultiSteps keeps its sum in float32: of two equal gradients the first loses its last bits."""
+    """optax.MultiSteps keeps its sum in float32: of two equal gradients the first loses its last
+    bits."""
     x = np.full(2, 1 + 2.0**-30)
     updates, _ = steps(optax.MultiSteps(optax.sgd(1.0), 2), x)
     assert -updates[-1] - 1 == 2.0**-31
@@ -150,11 +162,13 @@ def test_complex_gradients_keep_their_imaginary_part():
     """optax.MultiSteps casts its sum to float32 between microbatches."""
     updates, _ = steps(optax.MultiSteps(optax.sgd(1.0), 2), np.full(2, 1 + 2j))
     assert -updates[-1] == 1 + 1j
-    ours = ja.grad(lambda z, x: jnp.mean(jnp.real(z * x)), num_microbatches=2)(jnp.complex128(0), jnp.full(2, 1 + 2j))
+    ours = ja.grad(lambda z, x: jnp.mean(jnp.real(z * x)), num_microbatches=2)(
+        jnp.complex128(0), jnp.full(2, 1 + 2j)
+    )
     assert complex(ours) == 1 + 2j
 
 
-# -- torch ------------------------------------------------------------------------------------------------------------
+# -- torch -----------------------------------------------------------------------------------------
 
 
 def weight(torch):
@@ -171,7 +185,9 @@ def test_a_tail_is_divided_by_its_own_number():
     with as_peers_run():
         accelerator = accelerate.Accelerator(gradient_accumulation_steps=4, cpu=True)
         model, opt = weight(torch)
-        rows = torch.utils.data.DataLoader(torch.tensor(x, dtype=torch.float32)[:, None], batch_size=1)
+        rows = torch.utils.data.DataLoader(
+            torch.tensor(x, dtype=torch.float32)[:, None], batch_size=1
+        )
         model, opt, rows = accelerator.prepare(model, opt, rows)
         for row in rows:
             with accelerator.accumulate(model):
@@ -204,9 +220,12 @@ def train(batches, path, *, num_microbatches, max_steps):
     seen, model = [], Model()
     with as_peers_run():
         args = transformers.TrainingArguments(
-            output_dir=path, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no", logging_strategy="no",
-            per_device_train_batch_size=1, gradient_accumulation_steps=num_microbatches, max_steps=max_steps,
-            learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, remove_unused_columns=False,
+            output_dir=path, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no",
+            logging_strategy="no",
+            per_device_train_batch_size=1, gradient_accumulation_steps=num_microbatches,
+            max_steps=max_steps,
+            learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0,
+            remove_unused_columns=False,
         )  # fmt: skip
         opt = torch.optim.SGD(model.parameters(), lr=1.0)
         transformers.Trainer(
@@ -222,12 +241,15 @@ def examples(torch, x, mask):
 
 def test_token_mean_in_the_trainer(tmp_path):
     """HF #24725, for a model that does not divide by the number of items: 13 for 20."""
-    seen = train(lambda torch: examples(torch, TOKENS, MASK), tmp_path, num_microbatches=2, max_steps=1)
+    seen = train(
+        lambda torch: examples(torch, TOKENS, MASK), tmp_path, num_microbatches=2, max_steps=1
+    )
     assert seen == [-13]
 
 
 def test_a_tail_stays_in_its_epoch(tmp_path):
-    """HF Trainer, length-less data: the third microbatch makes no step, and is added to the next epoch's first two."""
+    """HF Trainer, length-less data: the third microbatch makes no step, and is added to the next
+    epoch's first two."""
     x = np.array([[2.0], [4.0], [100.0]])
 
     def stream(torch):
@@ -241,4 +263,7 @@ def test_a_tail_stays_in_its_epoch(tmp_path):
     window, tail = float(np.mean(x[:2])), float(x[2, 0])
     assert -first == window
     assert first - second == tail + window
-    assert [gradient(batch, num_microbatches=len(batch)) for batch in (x[:2, 0], x[2:, 0])] == [window, tail]
+    assert [gradient(batch, num_microbatches=len(batch)) for batch in (x[:2, 0], x[2:, 0])] == [
+        window,
+        tail,
+    ]

@@ -1,4 +1,5 @@
-"""Other libraries' suites, with jaxaccum in the place of `jax.grad`: what passes, fails or is inapplicable."""
+"""Other libraries' suites, with jaxaccum in the place of `jax.grad`: what passes, fails or is
+inapplicable."""
 
 import pytest
 
@@ -85,7 +86,8 @@ def test_fails_by_itself():
     assert grad(loss)(2.0, 3.0) == 31
 """
 NAMES = {
-    "right": APPLIED, "aux": APPLIED, "keywords_and_transformations": APPLIED, "wrong": APPLIED, "no_crash": APPLIED,
+    "right": APPLIED, "aux": APPLIED, "keywords_and_transformations": APPLIED, "wrong": APPLIED,
+    "no_crash": APPLIED,
     "refused": BOTH_RAISE, "python_reads_the_value": NOT_TRACED,
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
-"""jaxaccum over any partition is PyTorch's full batch and the float64 full batch; the known wrong rules are neither.
+"""jaxaccum over any partition is PyTorch's full batch and the float64 full batch; the known wrong
+rules are neither.
 
-A program, that is a model, a loss, a partition and a route, costs a compilation; so each is run on about five batches.
+A program, that is a model, a loss, a partition and a route, costs a compilation; so each is run on
+about five batches.
 """
 
 import dataclasses
@@ -42,11 +44,14 @@ class Program(NamedTuple):
 
     @property
     def apply(self):
-        return linen_model(self.layers) if self.builder == "linen" else nnx_model(self.layers, WIDTH)
+        return (
+            linen_model(self.layers) if self.builder == "linen" else nnx_model(self.layers, WIDTH)
+        )
 
 
 def programs(share=5, kinds=tuple(BLOCKS)):
-    """One of the first programs of an endless random list: the more examples a profile runs, the longer the list."""
+    """One of the first programs of an endless random list: the more examples a profile runs, the
+    longer the list."""
     count = max(5, settings.default.max_examples // share)
     return st.integers(0, count - 1).map(lambda index: program(index, kinds))
 
@@ -56,7 +61,10 @@ def program(index, kinds):
     layers = compose(choose, WIDTH, kinds=kinds)
     size = choose(SIZES)
     options = choose(
-        [{"microbatch_size": choose(range(1, size + 1))}, {"num_microbatches": choose(range(1, size + 1))}]
+        [
+            {"microbatch_size": choose(range(1, size + 1))},
+            {"num_microbatches": choose(range(1, size + 1))},
+        ]
     )
     options = STRIDED if size == 4 and choose(range(3)) == 0 else options
     routes = choose(["linen", "nnx"]), choose(["value_and_grad", "microbatch"])
@@ -117,15 +125,20 @@ def rounded(tree, eps, seed):
     """The tree with every number moved by one rounding, up or down."""
     rng = np.random.default_rng(seed)
     floating = lambda leaf: jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
-    move = lambda leaf: np.asarray(leaf, np.float64) * (1 + eps * rng.choice([-1, 1], np.shape(leaf)))
+    move = lambda leaf: (
+        np.asarray(leaf, np.float64) * (1 + eps * rng.choice([-1, 1], np.shape(leaf)))
+    )
     return jax.tree.map(lambda leaf: move(leaf) if floating(leaf) else leaf, tree)
 
 
 def sensitivity(model, loss, batch, eps):
-    """How far value and gradient, in float64, move when weights and features are moved by one to three roundings."""
+    """How far value and gradient, in float64, move when weights and features are moved by one to
+    three roundings."""
     truth, moved = torch_losses.value_and_gradient(model, loss, batch), []
     for seed in range(12):  # near a tie some directions only lead to the other gradient
-        weights, features = (rounded(x, (1 + seed % 3) * eps, seed) for x in (model.weights, batch["features"]))
+        weights, features = (
+            rounded(x, (1 + seed % 3) * eps, seed) for x in (model.weights, batch["features"])
+        )
         near = dataclasses.replace(model, weights=weights)
         value, grads = torch_losses.value_and_gradient(near, loss, batch | {"features": features})
         moved += [normwise(value, truth[0]), normwise(grads, truth[1])]
@@ -135,13 +148,18 @@ def sensitivity(model, loss, batch, eps):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @given(data=st.data())
 def test_narrow_parameters_stay_within_a_few_roundings_of_their_data(dtype, data):
-    """What is computed is exact for data a few roundings away; a wrong rule is wrong by parts of the whole."""
-    each = data.draw(programs(share=20, kinds=("dense", "attention", "group_norm")))._replace(builder="linen")
+    """What is computed is exact for data a few roundings away; a wrong rule is wrong by parts of
+    the whole."""
+    each = data.draw(programs(share=20, kinds=("dense", "attention", "group_norm")))._replace(
+        builder="linen"
+    )
     model, batch = drawn(data, each, dtype)
     value, grads = accumulated(each)(model.weights, model.state, batch)
     eps = float(jnp.finfo(dtype).eps)
     moved = sensitivity(model, each.loss, batch, eps)
-    assume(moved < 0.25)  # beyond, as where a maximum is nearly a tie, a rounding of the data makes another gradient
+    assume(
+        moved < 0.25
+    )  # beyond, as where a maximum is nearly a tie, a rounding of the data makes another gradient
     bound = min(8 * (moved + eps), 0.25)
     assert_equal((value, grads), torch_losses.value_and_gradient(model, each.loss, batch), bound)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
@@ -149,7 +167,8 @@ def test_narrow_parameters_stay_within_a_few_roundings_of_their_data(dtype, data
 
 @functools.cache
 def microbatch_gradient(apply, loss):
-    """Gradient of one microbatch's Σ total / weight, the weights those of the whole batch: for a host loop."""
+    """Gradient of one microbatch's Σ total / weight, the weights those of the whole batch: for a
+    host loop."""
 
     def fun(weights, state, batch, totals):
         terms = loss_terms(loss, apply(weights, state, batch)[0], batch)
@@ -174,7 +193,9 @@ def test_optax_multi_steps_is_the_full_batch_when_the_weights_are_known(data):
     with jax.numpy_dtype_promotion("standard"):
         state = init(model.weights)
         for rows in microbatches:
-            grads = microbatch_gradient(each.apply, each.loss)(model.weights, model.state, rows, totals)
+            grads = microbatch_gradient(each.apply, each.loss)(
+                model.weights, model.state, rows, totals
+            )
             scaled = jax.tree.map(lambda leaf: -len(microbatches) * leaf, grads)
             updates, state = update(scaled, state, model.weights)
     expected = torch_losses.value_and_gradient(model, each.loss, batch)[1]
@@ -183,10 +204,16 @@ def test_optax_multi_steps_is_the_full_batch_when_the_weights_are_known(data):
 
 @given(st.data())
 def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
-    """In PyTorch alone: the right loop is the full batch, and each wrong one fails the very same comparison."""
+    """In PyTorch alone: the right loop is the full batch, and each wrong one fails the very same
+    comparison."""
     model, loss = data.draw(models()), data.draw(losses())
     batch = data.draw(model_batches(model.width, sizes=(4, 5)))
-    microbatches = [rows for _, rows in jaxaccum.partition(None, batch, **data.draw(partitions(len(batch["weight"]))))]
+    microbatches = [
+        rows
+        for _, rows in jaxaccum.partition(
+            None, batch, **data.draw(partitions(len(batch["weight"])))
+        )
+    ]
     built, count = torch_models.build(model), len(microbatches)
     weights = torch_losses.weights(built, loss, microbatches)
     expected = torch_losses.value_and_gradient(model, loss, batch)
@@ -196,7 +223,9 @@ def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
 
     assert_equal(torch_losses.over_totals(built, loss, microbatches), expected)
     assume(any(len({each[name] for each in weights}) > 1 for name in loss.terms))
-    assert differ(torch_losses.loop(torch_models.build(model), loss, microbatches, mean_of_means), expected)
+    assert differ(
+        torch_losses.loop(torch_models.build(model), loss, microbatches, mean_of_means), expected
+    )
 
 
 @given(st.data())
@@ -230,12 +259,16 @@ def test_a_regularizer_outside_is_counted_once():
     each = program(0, ("dense",))
     batch = find(model_batches(WIDTH, sizes=(each.size,)), lambda batch: batch["mask"].all())
     model = build_model(each.layers, WIDTH, seed=0)
-    spread = jaxaccum.microbatch(loss_fun(each.apply, each.loss), in_axes=IN_AXES, microbatch_size=1)
+    spread = jaxaccum.microbatch(
+        loss_fun(each.apply, each.loss), in_axes=IN_AXES, microbatch_size=1
+    )
 
     def penalty(weights):
         return 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(weights))
 
-    value, grads = jax.value_and_grad(lambda w: added(spread(w, model.state, batch)) + penalty(w))(model.weights)
+    value, grads = jax.value_and_grad(lambda w: added(spread(w, model.state, batch)) + penalty(w))(
+        model.weights
+    )
     expected_value, expected = torch_losses.value_and_gradient(model, each.loss, batch)
     expected = jax.tree.map(lambda grad, weight: grad + 0.2 * weight, expected, model.weights)
     assert_equal((value, grads), (expected_value + penalty(model.weights), expected))

@@ -1,4 +1,5 @@
-"""The oracle is right: its three ways against closed forms in numpy, its training against AdamW written out."""
+"""The oracle is right: its three ways against closed forms in numpy, its training against AdamW
+written out."""
 
 import subprocess
 import sys
@@ -21,7 +22,9 @@ def test_the_toy_prints_the_numbers_of_the_seed():
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_exact_loop_is_a_weighted_mean_for_any_partition(sizes):
     w, x, y, weight = linear_problem()
-    value, grads = accumulate.exact_loop(linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=sizes)
+    value, grads = accumulate.exact_loop(
+        linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=sizes
+    )
     error = x @ w - y
     assert value == pytest.approx(np.average(error**2, weights=weight), rel=1e-14)
     expected = np.average(2 * error[:, None] * x, axis=0, weights=weight)
@@ -31,12 +34,18 @@ def test_the_exact_loop_is_a_weighted_mean_for_any_partition(sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_naive_loop_is_the_mean_of_microbatch_means(sizes):
     w, x, y, weight = linear_problem()
-    value, grads = accumulate.naive_loop(linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=sizes)
+    value, grads = accumulate.naive_loop(
+        linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=sizes
+    )
     parts = np.split(np.arange(7), np.cumsum(sizes)[:-1])
     error = x @ w - y
-    means = [np.average(2 * error[part, None] * x[part], axis=0, weights=weight[part]) for part in parts]
+    means = [
+        np.average(2 * error[part, None] * x[part], axis=0, weights=weight[part]) for part in parts
+    ]
     assert normwise(grads["w"], np.mean(means, axis=0)) <= 1e-14
-    assert value == pytest.approx(np.mean([np.average(error[p] ** 2, weights=weight[p]) for p in parts]), rel=1e-14)
+    assert value == pytest.approx(
+        np.mean([np.average(error[p] ** 2, weights=weight[p]) for p in parts]), rel=1e-14
+    )
     exact = accumulate.full_batch(linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight})[1]["w"]
     assert (normwise(grads["w"], exact) > 1e-2) == (len(sizes) > 1)
 
@@ -72,15 +81,21 @@ def test_microbatches_of_zero_weight_and_a_batch_of_zero_weight():
     expected_value, expected = accumulate.full_batch(linear_loss, {"w": w}, batch)
     assert value == pytest.approx(expected_value, rel=1e-14)
     assert normwise(grads["w"], expected["w"]) <= 1e-14
-    value, grads = accumulate.exact_loop(linear_loss, {"w": w}, {**batch, "weight": 0 * weight}, sizes=(3, 4))
+    value, grads = accumulate.exact_loop(
+        linear_loss, {"w": w}, {**batch, "weight": 0 * weight}, sizes=(3, 4)
+    )
     assert value == 0
     assert not grads["w"].any()
 
 
 def test_a_partition_must_add_up_to_the_batch():
     w, x, y, weight = linear_problem()
-    with pytest.raises(ValueError, match=r"\(3, 3\) add up to 6 examples, but the batch holds \{'x': 7"):
-        accumulate.exact_loop(linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=(3, 3))
+    with pytest.raises(
+        ValueError, match=r"\(3, 3\) add up to 6 examples, but the batch holds \{'x': 7"
+    ):
+        accumulate.exact_loop(
+            linear_loss, {"w": w}, {"x": x, "y": y, "weight": weight}, sizes=(3, 3)
+        )
 
 
 def test_the_mlp_is_the_same_function_in_numpy():
@@ -94,18 +109,25 @@ def test_the_mlp_is_the_same_function_in_numpy():
     assert set(grads) == set(weights)
 
 
-@pytest.mark.parametrize(("way", "clips_each"), [("full batch", False), ("exact", False), ("naive", True)])
+@pytest.mark.parametrize(
+    ("way", "clips_each"), [("full batch", False), ("exact", False), ("naive", True)]
+)
 def test_training_is_adamw_written_out(way, clips_each):
     w, x, y, weight = linear_problem()
     batches = [{"x": x + i, "y": y, "weight": weight} for i in range(3)]
     rates, options = [0.1, 0.05, 0.2], {"weight_decay": 0.3, "max_norm": 0.5, "eps": 1e-6}
-    got = train.train(linear_loss, {"w": w}, batches, way=way, sizes=(2, 5), learning_rates=rates, **options)
+    got = train.train(
+        linear_loss, {"w": w}, batches, way=way, sizes=(2, 5), learning_rates=rates, **options
+    )
     m, v = np.zeros_like(w), np.zeros_like(w)
     expected = w
     for step, (batch, rate, leaves) in enumerate(zip(batches, rates, got, strict=False), start=1):
         assert normwise(leaves["w"].detach().numpy(), expected) <= 1e-13
         parts = [slice(0, 2), slice(2, 7)] if clips_each else [slice(0, 7)]
-        grads = [clipped(mean_gradient(expected, {k: leaf[part] for k, leaf in batch.items()}), 0.5) for part in parts]
+        grads = [
+            clipped(mean_gradient(expected, {k: leaf[part] for k, leaf in batch.items()}), 0.5)
+            for part in parts
+        ]
         grad = clipped(np.mean(grads, axis=0), 0.5)
         m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
         update = (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-6)

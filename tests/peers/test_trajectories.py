@@ -4,7 +4,8 @@ Where the two define a rule differently, the difference is written out here and 
 
 * clipping: `torch.nn.utils.clip_grad_norm_` divides by norm + 1e-6, optax by the norm;
 * weight decay in SGD is a term of the gradient in torch, a link of the chain in optax;
-* a schedule is read before the step in optax, and advanced after it in torch: the same rate at the same step;
+* a schedule is read before the step in optax, and advanced after it in torch: the same rate at the
+  same step;
 * `optax.linear_schedule` computes in float32, so the warmup is written out;
 * running variance: torch's is unbiased, n / (n − 1) times Flax's.
 """
@@ -46,7 +47,8 @@ HEAD = Layer("dense", "head", size=CLASSES)
 LAYERS = (*block("feed_forward", 0, WIDTH), HEAD)
 LOSS = Loss(("token_cross_entropy", "z"), class_weights=(1, 0.5, 2, 1, 4), label_smoothing=0.125)
 
-# name: the optax optimizer at a learning rate, the torch one of parameters, and its state's name for optax's fields
+# name: the optax optimizer at a learning rate, the torch one of parameters, and its state's name
+# for optax's fields
 OPTIMIZERS = {
     "sgd": (optax.sgd, lambda p: torch.optim.SGD(p, RATE), {}),
     "sgd with weight decay": (
@@ -64,7 +66,11 @@ OPTIMIZERS = {
         lambda p: torch.optim.SGD(p, RATE, momentum=0.9, nesterov=True),
         {"trace": "momentum_buffer"},
     ),
-    "adam": (optax.adam, lambda p: torch.optim.Adam(p, RATE), {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"}),
+    "adam": (
+        optax.adam,
+        lambda p: torch.optim.Adam(p, RATE),
+        {"mu": "exp_avg", "nu": "exp_avg_sq", "count": "step"},
+    ),
     "adamw": (
         lambda rate: optax.adamw(rate, weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, RATE, weight_decay=0.1),
@@ -88,7 +94,9 @@ SCHEDULES = {
 @functools.cache
 def accumulated(microbatch_size):
     fun = loss_fun(linen_model(LAYERS), LOSS)
-    return jax.jit(jaxaccum.value_and_grad(fun, in_axes=(None, None, 0), microbatch_size=microbatch_size))
+    return jax.jit(
+        jaxaccum.value_and_grad(fun, in_axes=(None, None, 0), microbatch_size=microbatch_size)
+    )
 
 
 @functools.cache
@@ -150,16 +158,24 @@ def test_trajectories_are_those_of_torch(data):
 
 def assert_state(found, built, torch_opt, field):
     if field == "step":
-        assert {int(torch_opt.state[parameter]["step"]) for parameter in built.parameters()} == {int(found)}
+        assert {int(torch_opt.state[parameter]["step"]) for parameter in built.parameters()} == {
+            int(found)
+        }
         return
-    assert normwise(found, torch_models.read(built, lambda parameter: torch_opt.state[parameter][field])) <= 1e-10
+    assert (
+        normwise(
+            found, torch_models.read(built, lambda parameter: torch_opt.state[parameter][field])
+        )
+        <= 1e-10
+    )
 
 
 NORMED = (Layer("dense", "dense", size=WIDTH), Layer("batch_norm", "norm", choice="train"), HEAD)
 
 
 def with_unbiased_variance(apply):
-    """A model whose running variance moves as torch's: by n / (n − 1) of the variance of n entries."""
+    """A model whose running variance moves as torch's: by n / (n − 1) of the variance of n
+    entries."""
 
     def unbiased(weights, state, batch):
         outputs, new = apply(weights, state, batch)
@@ -176,7 +192,9 @@ def carried(builder, microbatch_size):
     apply = linen_model(NORMED) if builder == "linen" else nnx_model(NORMED, WIDTH)
     fun = loss_fun(with_unbiased_variance(apply), LOSS, has_aux=True)
     in_axes = (None, jaxaccum.CARRY, 0)
-    return jax.jit(jaxaccum.value_and_grad(fun, has_aux=True, in_axes=in_axes, microbatch_size=microbatch_size))
+    return jax.jit(
+        jaxaccum.value_and_grad(fun, has_aux=True, in_axes=in_axes, microbatch_size=microbatch_size)
+    )
 
 
 @INEXACT
@@ -197,7 +215,8 @@ def test_carried_running_statistics_are_those_of_a_naive_torch_loop(data):
 
 
 def test_the_order_of_microbatches_matters_to_a_carried_state():
-    """A negative control: the statistics of one pass, or of the last microbatch alone, are others."""
+    """A negative control: the statistics of one pass, or of the last microbatch alone, are
+    others."""
     model = build_model(NORMED, WIDTH, seed=0)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(SIZE, LENGTH, WIDTH))

@@ -1,4 +1,5 @@
-"""Arguments as users have them: classes that check their fields, strings beside arrays, padded keys, complex values."""
+"""Arguments as users have them: classes that check their fields, strings beside arrays, padded
+keys, complex values."""
 
 import dataclasses
 
@@ -84,13 +85,17 @@ Z = jax.lax.complex(data(8, 3), data(8, 3, seed=2))
 
 
 def test_a_complex_running_mean_keeps_its_imaginary_part():
-    norm = jaxaccum.linen.BatchNorm(use_running_average=False, param_dtype=jnp.float64, axis_name=None)
+    norm = jaxaccum.linen.BatchNorm(
+        use_running_average=False, param_dtype=jnp.float64, axis_name=None
+    )
     variables = norm.init(jax.random.key(0), Z)
     _, new = norm.apply(variables, Z, mutable=["batch_stats"])
     assert normwise(new["batch_stats"]["mean"], 0.01 * Z.mean(axis=0)) < EXACT
     real = norm.init(jax.random.key(0), Z.real)
     assert jnp.isrealobj(real["batch_stats"]["mean"])
-    refused(lambda: norm.apply(real, Z, mutable=["batch_stats"]), "float64", "complex128", "Initialize")
+    refused(
+        lambda: norm.apply(real, Z, mutable=["batch_stats"]), "float64", "complex128", "Initialize"
+    )
 
 
 def test_an_nnx_running_mean_is_complex_or_says_so():

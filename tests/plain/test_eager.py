@@ -69,7 +69,9 @@ CALLS = {
     "custom rule": lambda: ja.grad(lambda w, x: jnp.mean(halved(predicted(w, x))), **OPTIONS)(W, X),
     "batch": lambda: ja.grad(loss, argnums=(0, 1), **OPTIONS)(W, X),
     **{
-        name: lambda name=name: ja.grad(loss, accumulator=getattr(accumulators, name)(), **OPTIONS)(W, X)
+        name: lambda name=name: ja.grad(loss, accumulator=getattr(accumulators, name)(), **OPTIONS)(
+            W, X
+        )
         for name in ("tree", "compensated", "skip_nonfinite", "noise_scale")
     },
 }
@@ -115,8 +117,12 @@ def test_an_nnx_model_and_a_linen_model():
 
     model, linen = Net(), nn.Dense(2, param_dtype=jnp.float64)
     params = linen.init(jax.random.key(0), X)
-    of_nnx = lambda: jaxaccum.nnx.value_and_grad(lambda m, x: jnp.mean(m(x) ** 2), **OPTIONS)(model, X)
-    of_linen = lambda: ja.value_and_grad(lambda p, x: jnp.mean(nn.gelu(linen.apply(p, x))), **OPTIONS)(params, X)
+    of_nnx = lambda: jaxaccum.nnx.value_and_grad(lambda m, x: jnp.mean(m(x) ** 2), **OPTIONS)(
+        model, X
+    )
+    of_linen = lambda: ja.value_and_grad(
+        lambda p, x: jnp.mean(nn.gelu(linen.apply(p, x))), **OPTIONS
+    )(params, X)
     for call in (of_nnx, of_linen):
         call(), call()
         with compilations() as seen:
@@ -127,7 +133,9 @@ def test_an_nnx_model_and_a_linen_model():
 @pytest.mark.parametrize("name", ["value_and_grad", "grad", "microbatch"])
 def test_on_an_explicit_mesh(name):
     """The whole call is one program, that of all devices."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+    )
     put = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
     w, x = put(W, jax.sharding.PartitionSpec()), put(X[:8], jax.sharding.PartitionSpec("data"))
     step = getattr(ja, name)(tokens, num_microbatches=2, audit=None)
@@ -136,14 +144,17 @@ def test_on_an_explicit_mesh(name):
     with compilations() as seen:
         assert same(step(w, x), first)
     assert not seen
-    assert normwise(first, getattr(ja, name)(tokens, num_microbatches=2, audit=None)(W, X[:8])) < EXACT
+    assert (
+        normwise(first, getattr(ja, name)(tokens, num_microbatches=2, audit=None)(W, X[:8])) < EXACT
+    )
 
 
-# -- never stale ------------------------------------------------------------------------------------------------------
+# -- never stale -----------------------------------------------------------------------------------
 
 
 def test_what_the_function_reads_may_change_between_calls():
-    """A number, an array and a branch of its closure: the function is traced at every call, as by JAX."""
+    """A number, an array and a branch of its closure: the function is traced at every call, as by
+    JAX."""
     scale, rows, squared = 1.0, jnp.ones(3), True
 
     def changing(w, x):
@@ -166,7 +177,9 @@ def test_an_array_of_numpy_may_change_in_place(rows):
     """Of any size, read by the loss or inside a loop of it."""
     table = np.ones((rows, 3))
     direct = lambda w, x: jnp.mean(predicted(w, x * jnp.asarray(table)[0, 0]))
-    looped = lambda w, x: lax.fori_loop(0, 2, lambda _, y: y * jnp.sum(jnp.asarray(table)[1]), direct(w, x))
+    looped = lambda w, x: lax.fori_loop(
+        0, 2, lambda _, y: y * jnp.sum(jnp.asarray(table)[1]), direct(w, x)
+    )
     inner = lambda w, x: jax.jit(lambda y: y * jnp.asarray(table)[2, 1])(direct(w, x))
     for loss in (direct, looped, inner):
         step = ja.microbatch(loss, **OPTIONS)
@@ -179,7 +192,9 @@ def test_settings_of_jax_may_change_between_calls():
     """How numbers are drawn, and in which precision products are taken."""
     draw = lambda x, key: ja.Concat(jax.random.normal(key, (len(x),)))
     step = ja.microbatch(draw, in_axes=(0, ja.KEY), num_microbatches=2, audit=None)
-    by_hand = lambda key: jnp.concatenate([jax.random.normal(jax.random.fold_in(key, i), (5,)) for i in range(2)])
+    by_hand = lambda key: jnp.concatenate(
+        [jax.random.normal(jax.random.fold_in(key, i), (5,)) for i in range(2)]
+    )
     key = jax.random.key(0)
     for partitionable in (True, False, True):
         with jax.threefry_partitionable(partitionable):
@@ -187,7 +202,8 @@ def test_settings_of_jax_may_change_between_calls():
 
 
 def test_an_axis_of_an_outer_map_that_no_argument_is_mapped_over():
-    """The axis is bound outside, in two sizes; what is compiled under one is not run under the other."""
+    """The axis is bound outside, in two sizes; what is compiled under one is not run under the
+    other."""
     loss = lambda w, x: jnp.mean(predicted(w, x)) * lax.axis_index("models").astype(x.dtype)
     outer = lambda _: ja.value_and_grad(loss, **OPTIONS)(W, X)
     jax.vmap(outer, axis_name="models")(jnp.arange(2))
@@ -195,14 +211,19 @@ def test_an_axis_of_an_outer_map_that_no_argument_is_mapped_over():
     one = jax.value_and_grad(lambda w: jnp.mean(predicted(w, X)))(W)
     for i in range(3):
         assert (
-            normwise((value[i], jax.tree.map(lambda g, i=i: g[i], grads)), jax.tree.map(lambda g, i=i: i * g, one))
+            normwise(
+                (value[i], jax.tree.map(lambda g, i=i: g[i], grads)),
+                jax.tree.map(lambda g, i=i: i * g, one),
+            )
             < EXACT
         )
 
 
 def test_the_sign_of_zero_is_seen():
     """Two numbers that Python takes for equal."""
-    of = lambda c: ja.microbatch(lambda x: ja.Max(jnp.max(1 / (x**2 * c))), in_axes=(0,), num_microbatches=2)
+    of = lambda c: ja.microbatch(
+        lambda x: ja.Max(jnp.max(1 / (x**2 * c))), in_axes=(0,), num_microbatches=2
+    )
     assert of(0.0)(X) == jnp.inf
     assert of(-0.0)(X) == -jnp.inf
 
@@ -249,13 +270,15 @@ def test_without_jit_nothing_is_compiled_and_the_numbers_are_the_same():
     assert normwise(actual, jax.value_and_grad(loss)(W, X)) < EXACT
 
 
-# -- what is kept -----------------------------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------
 
 
 def test_as_many_programs_are_kept_as_is_said():
     eager._compiled.cache_clear()
     calls = [
-        lambda n=n: ja.microbatch(lambda x: ja.Sum(n * jnp.sum(x)), in_axes=(0,), num_microbatches=2)(X[:, 0])
+        lambda n=n: ja.microbatch(
+            lambda x: ja.Sum(n * jnp.sum(x)), in_axes=(0,), num_microbatches=2
+        )(X[:, 0])
         for n in range(eager._KEPT + 3)
     ]
     for n, call in enumerate(calls):

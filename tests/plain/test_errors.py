@@ -1,4 +1,5 @@
-"""Bad input, row by row: each is refused at trace time by an error that names what arrived and what to pass."""
+"""Bad input, row by row: each is refused at trace time by an error that names what arrived and what
+to pass."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,11 @@ def mean(w, x):
 
 def call(loss=mean, *args, **options):
     """A call of `value_and_grad` that is to fail when it is made."""
-    options = options if {"num_microbatches", "microbatch_size"} & set(options) else options | {"num_microbatches": 2}
+    options = (
+        options
+        if {"num_microbatches", "microbatch_size"} & set(options)
+        else options | {"num_microbatches": 2}
+    )
     return lambda: ja.value_and_grad(loss, **options)(*(args or (W, X)))
 
 
@@ -44,7 +49,10 @@ SIZES = [
     (call(num_microbatches=True), ["num_microbatches", "True"]),
     (call(num_microbatches=7), ["num_microbatches=7", "6 examples"]),
     (call(num_microbatches=np.int64(9)), ["num_microbatches=9", "6 examples"]),
-    (lambda: jax.jit(lambda n: call(num_microbatches=n)())(2), ["num_microbatches", "traced", "Python int"]),
+    (
+        lambda: jax.jit(lambda n: call(num_microbatches=n)())(2),
+        ["num_microbatches", "traced", "Python int"],
+    ),
     (call(mean, W, X[:0], num_microbatches=1), ["empty", "0"]),
     (call(mean, W, X[:0], microbatch_size=1), ["empty", "0"]),
     (call(num_microbatches=4, split="strided"), ["strided", "num_microbatches=4", "6 examples"]),
@@ -83,25 +91,49 @@ LOSSES = [
 OUTPUTS = [
     (call(aux(lambda w, x: x @ w), has_aux=True), ["output[1]", "[3]", "Concat", "Mean"]),
     (call(aux(lambda w, x: {"n": 3}), has_aux=True), ["output[1]['n']", "Sum"]),
-    (lambda: ja.microbatch(lambda w, x: {"z": x @ w}, num_microbatches=2)(W, X), ["output['z']", "Concat"]),
+    (
+        lambda: ja.microbatch(lambda w, x: {"z": x @ w}, num_microbatches=2)(W, X),
+        ["output['z']", "Concat"],
+    ),
     (lambda: ja.full_batch(lambda w, x: {"z": x @ w})(W, X), ["output['z']", "Concat"]),
     (call(aux(lambda w, x: ja.Sum("x")), has_aux=True), ["output[1].Sum", "str"]),
-    (call(aux(lambda w, x: ja.Mean({"a": 1.0, "b": 2.0}, {"a": 1.0})), has_aux=True), ["Mean", "structure"]),
+    (
+        call(aux(lambda w, x: ja.Mean({"a": 1.0, "b": 2.0}, {"a": 1.0})), has_aux=True),
+        ["Mean", "structure"],
+    ),
     (call(aux(lambda w, x: ja.Mean(jnp.ones(3), jnp.ones(2))), has_aux=True), ["[3]", "[2]"]),
-    (call(aux(lambda w, x: ja.Sum(ja.Mean(1.0, 2.0))), has_aux=True), ["output[1].Sum", "Mean", "inside another tag"]),
+    (
+        call(aux(lambda w, x: ja.Sum(ja.Mean(1.0, 2.0))), has_aux=True),
+        ["output[1].Sum", "Mean", "inside another tag"],
+    ),
     (call(aux(lambda w, x: ja.Mean(1.0, 1j)), has_aux=True), ["weight", "complex"]),
-    (call(aux(lambda w, x: ja.Concat(w)), has_aux=True, num_microbatches=3), ["output[1].Concat", "[3]", "2 examples"]),
-    (call(aux(lambda w, x: ja.Sum(x @ w)), has_aux=True, num_microbatches=4), ["output[1].Sum", "[2]", "[1]"]),
-    (call(lambda w, x: {str(len(x)): jnp.mean(x @ w)}, num_microbatches=4), ["2 examples", "one of 1", "'2'", "'1'"]),
+    (
+        call(aux(lambda w, x: ja.Concat(w)), has_aux=True, num_microbatches=3),
+        ["output[1].Concat", "[3]", "2 examples"],
+    ),
+    (
+        call(aux(lambda w, x: ja.Sum(x @ w)), has_aux=True, num_microbatches=4),
+        ["output[1].Sum", "[2]", "[1]"],
+    ),
+    (
+        call(lambda w, x: {str(len(x)): jnp.mean(x @ w)}, num_microbatches=4),
+        ["2 examples", "one of 1", "'2'", "'1'"],
+    ),
 ]
 STATES = [
     (call(aux(lambda w, x: ja.Carry(w)), has_aux=True), ["Carry", "CARRY", "in_axes"]),
     (call(state(lambda s: None), W, X, W, **CARRIED), ["CARRY", "0 Carry"]),
     (call(state(lambda s: (ja.Carry(s), ja.Carry(s))), W, X, W, **CARRIED), ["2 Carry"]),
-    (call(lambda w, x, s, t: mean(w, x), W, X, W, W, in_axes=(None, 0, ja.CARRY, ja.CARRY)), ["CARRY twice"]),
+    (
+        call(lambda w, x, s, t: mean(w, x), W, X, W, W, in_axes=(None, 0, ja.CARRY, ja.CARRY)),
+        ["CARRY twice"],
+    ),
     (call(state(lambda s: ja.Carry({"a": s})), W, X, W, **CARRIED), ["structure", "'a'"]),
     (call(state(lambda s: ja.Carry(s[:2])), W, X, W, **CARRIED), ["shape", "[3]", "[2]"]),
-    (call(state(lambda s: ja.Carry(s.astype(jnp.bfloat16))), W, X, W, **CARRIED), ["dtype", "float64", "bfloat16"]),
+    (
+        call(state(lambda s: ja.Carry(s.astype(jnp.bfloat16))), W, X, W, **CARRIED),
+        ["dtype", "float64", "bfloat16"],
+    ),
     (call(state(ja.Carry), W, X, "state", **CARRIED), ["argument 2", "str"]),
 ]
 KEYS = [
@@ -114,7 +146,10 @@ KEYS = [
 ]
 ARGNUMS = [
     (call(state(ja.Carry), W, X, W, argnums=2, **CARRIED), ["argnums=2", "CARRY"]),
-    (call(lambda w, x, k: mean(w, x), W, X, KEY, argnums=(0, 2), **KEYED), ["argnums=(0, 2)", "KEY"]),
+    (
+        call(lambda w, x, k: mean(w, x), W, X, KEY, argnums=(0, 2), **KEYED),
+        ["argnums=(0, 2)", "KEY"],
+    ),
     (call(argnums=5), ["argnums=5", "2 positional"]),
     (call(argnums=1.0), ["argnums", "1.0"]),
     (call(argnums=(0, 0)), ["argnums", "twice"]),

@@ -1,4 +1,5 @@
-"""Keys and carried state: randomness that no partition changes, and state that runs in the batch's order."""
+"""Keys and carried state: randomness that no partition changes, and state that runs in the batch's
+order."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,10 @@ def test_example_keys_are_those_of_split(impl, partitionable, options):
         assert same(jax.random.key_data(of(X, key)), expected)
         cut = ja.partition(X, key, in_axes=(0, ja.EXAMPLE_KEY), **options)
         own = [jax.random.key_data(keys) for _, keys in cut]
-        rows = [rows for rows, _ in ja.partition(jnp.arange(7), key, in_axes=(0, ja.EXAMPLE_KEY), **options)]
+        rows = [
+            rows
+            for rows, _ in ja.partition(jnp.arange(7), key, in_axes=(0, ja.EXAMPLE_KEY), **options)
+        ]
         assert same(own, [expected[i] for i in rows])
         if partitionable and impl != "unsafe_rbg":
             return
@@ -90,7 +94,9 @@ def test_the_masks_of_a_loss_that_split_its_key_itself_are_kept():
     key, axes = jax.random.key(3), (None, 0, ja.EXAMPLE_KEY)
     expected = jax.value_and_grad(before)(W, X, key)
     for options in OPTIONS:
-        assert normwise(ja.value_and_grad(after, in_axes=axes, **options)(W, X, key), expected) < EXACT
+        assert (
+            normwise(ja.value_and_grad(after, in_axes=axes, **options)(W, X, key), expected) < EXACT
+        )
     anew = ja.value_and_grad(before, in_axes=(None, 0, None), num_microbatches=3)(W, X, key)
     assert normwise(anew, expected) > 1e-2  # as if each microbatch split the key anew
 
@@ -122,25 +128,36 @@ def test_a_key_is_folded_with_the_microbatch_and_so_depends_on_the_partition(key
     fun = lambda x, key: ja.Stack(jax.random.uniform(key))
     for options in OPTIONS:
         draws = ja.microbatch(fun, in_axes=(0, ja.KEY), **options)(X, key)
-        assert draws.tolist() == [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(len(draws))]
+        assert draws.tolist() == [
+            float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(len(draws))
+        ]
         assert len(set(draws.tolist())) == len(draws)  # a shared key would repeat itself
-    assert ja.full_batch(fun, (0, ja.KEY))(X, key).tolist() == [float(jax.random.uniform(jax.random.fold_in(key, 0)))]
+    assert ja.full_batch(fun, (0, ja.KEY))(X, key).tolist() == [
+        float(jax.random.uniform(jax.random.fold_in(key, 0)))
+    ]
 
 
 def test_keys_in_a_pytree_are_each_folded():
     keys = {"a": jax.random.key(1), "b": jax.random.PRNGKey(2)}
     draws = ja.microbatch(
-        lambda x, k: ja.Stack(jax.tree.map(jax.random.uniform, k)), in_axes=(0, ja.KEY), microbatch_size=4
+        lambda x, k: ja.Stack(jax.tree.map(jax.random.uniform, k)),
+        in_axes=(0, ja.KEY),
+        microbatch_size=4,
     )(X, keys)
     for name, key in keys.items():
-        assert draws[name].tolist() == [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)]
+        assert draws[name].tolist() == [
+            float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)
+        ]
 
 
 def running(w, x, state):
     """A running mean, as BatchNorm keeps one, and a loss that reads the state that came in."""
     y = x @ w
     new = {"mean": 0.5 * state["mean"] + 0.5 * jnp.mean(y), "steps": state["steps"] + 1}
-    return jnp.mean((y - state["mean"]) ** 2), {"state": ja.Carry(new), "seen": ja.Stack(state["steps"])}
+    return jnp.mean((y - state["mean"]) ** 2), {
+        "state": ja.Carry(new),
+        "seen": ja.Stack(state["steps"]),
+    }
 
 
 @INEXACT
@@ -148,11 +165,17 @@ def running(w, x, state):
 def test_state_runs_from_microbatch_to_microbatch(options):
     state = {"mean": jnp.float64(0.25), "steps": jnp.int32(0)}
     axes = (None, 0, ja.CARRY)
-    (value, aux), grad = jax.jit(ja.value_and_grad(running, has_aux=True, in_axes=axes, **options))(W, X, state)
+    (value, aux), grad = jax.jit(ja.value_and_grad(running, has_aux=True, in_axes=axes, **options))(
+        W, X, state
+    )
     expected, total, grads = state, 0.0, jnp.zeros(3)
     for w, rows, _ in ja.partition(W, X, state, in_axes=axes, **options):
         (loss, new), own = jax.value_and_grad(running, has_aux=True)(w, rows, expected)
-        total, grads, expected = total + loss * len(rows) / 7, grads + own * len(rows) / 7, new["state"].state
+        total, grads, expected = (
+            total + loss * len(rows) / 7,
+            grads + own * len(rows) / 7,
+            new["state"].state,
+        )
     assert normwise((value, grad), (total, grads)) < EXACT
     assert normwise(aux["state"], expected) < EXACT
     assert aux["seen"].tolist() == list(range(len(aux["seen"])))
@@ -167,7 +190,9 @@ def test_a_carried_state_passes_no_gradient_and_starts_where_it_was_given():
     for row in np.asarray(X):
         expected, factor = expected + factor * row, factor * float(jnp.sum(W))
     assert normwise(jax.grad(moved)(W), expected) < EXACT
-    assert same(ja.microbatch(fun, in_axes=axes, num_microbatches=1)(W, X, state)[1], state * jnp.sum(W))
+    assert same(
+        ja.microbatch(fun, in_axes=axes, num_microbatches=1)(W, X, state)[1], state * jnp.sum(W)
+    )
 
 
 @INEXACT
@@ -177,9 +202,9 @@ def test_a_weight_that_reads_the_state_is_summed_in_order():
         {"a": ja.Mean(jnp.sum(x @ w), jnp.sum(jnp.abs(x)) + n), "b": jnp.mean(x @ w)},
         ja.Carry(n + 1.0),
     )
-    (value, _), grad = ja.value_and_grad(fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=7)(
-        W, X, jnp.float64(0)
-    )
+    (value, _), grad = ja.value_and_grad(
+        fun, has_aux=True, in_axes=(None, 0, ja.CARRY), num_microbatches=7
+    )(W, X, jnp.float64(0))
     loss = lambda w: jnp.sum(X @ w) / (jnp.sum(jnp.abs(X)) + sum(range(7))) + jnp.mean(X @ w)
     assert normwise((value, grad), jax.value_and_grad(loss)(W)) < EXACT
 
@@ -189,7 +214,12 @@ def test_a_typed_key_runs_in_the_state(impl):
     def fun(x, state):
         key, own = jax.random.split(state["key"])
         drawn = jax.random.uniform(own, (len(x),), jnp.float64)
-        return {"state": ja.Carry({"key": key}), "drawn": ja.Concat(drawn), "keys": ja.Stack(own), "last": ja.Last(own)}
+        return {
+            "state": ja.Carry({"key": key}),
+            "drawn": ja.Concat(drawn),
+            "keys": ja.Stack(own),
+            "last": ja.Last(own),
+        }
 
     state = {"key": jax.random.key(0, impl=impl)}
     actual = ja.microbatch(fun, in_axes=(0, ja.CARRY), microbatch_size=3)(X, state)
@@ -202,7 +232,10 @@ def test_a_typed_key_runs_in_the_state(impl):
     assert same(data_of(actual["keys"]), data_of(jnp.stack(keys)))
     assert same(data_of(actual["last"]), data_of(keys[-1]))
     assert same(data_of(actual["state"]["key"]), data_of(carried["key"]))
-    assert not same(actual["drawn"], jnp.concatenate([fun(rows, state)["drawn"].x for rows in (X[:3], X[3:6], X[6:])]))
+    assert not same(
+        actual["drawn"],
+        jnp.concatenate([fun(rows, state)["drawn"].x for rows in (X[:3], X[3:6], X[6:])]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,30 +249,48 @@ def test_keys_are_no_numbers(tag):
 def test_a_carried_key_keeps_its_implementation():
     fun = lambda x, key: (jnp.mean(x), ja.Carry(jax.random.key(1, impl="rbg")))
     step = ja.microbatch(fun, in_axes=(0, ja.CARRY), microbatch_size=3)
-    refused(lambda: step(X, jax.random.key(0)), "changes its", "return", error=(TypeError, ValueError))
-    plain = ja.microbatch(lambda x, s: (jnp.mean(x), ja.Carry(s * 1j)), in_axes=(0, ja.CARRY), microbatch_size=3)
+    refused(
+        lambda: step(X, jax.random.key(0)), "changes its", "return", error=(TypeError, ValueError)
+    )
+    plain = ja.microbatch(
+        lambda x, s: (jnp.mean(x), ja.Carry(s * 1j)), in_axes=(0, ja.CARRY), microbatch_size=3
+    )
     refused(lambda: plain(X, 1.0), "changes its dtype", "astype(float", error=TypeError)
 
 
 def test_partition_hands_out_a_carried_key():
-    rows = [x for x, _ in ja.partition(X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4)]
+    rows = [
+        x
+        for x, _ in ja.partition(
+            X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4
+        )
+    ]
     keys = [
         state["key"]
-        for _, state in ja.partition(X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4)
+        for _, state in ja.partition(
+            X, {"key": jax.random.key(0)}, in_axes=(0, ja.CARRY), microbatch_size=4
+        )
     ]
     assert [len(x) for x in rows] == [4, 3]
-    assert all(same(jax.random.key_data(key), jax.random.key_data(jax.random.key(0))) for key in keys)
+    assert all(
+        same(jax.random.key_data(key), jax.random.key_data(jax.random.key(0))) for key in keys
+    )
 
 
 def test_a_coupled_loss_reads_a_carried_key_as_the_full_batch_does():
     def fun(x, state):
         drawn = jax.random.normal(state["key"], (3,), jnp.float64)
         mean = jax.lax.pmean(jnp.mean(x, axis=0), "microbatch")
-        return {"value": ja.Mean(jnp.sum(jnp.sin(x - mean[None]) @ drawn), len(x)), "state": ja.Carry(state)}
+        return {
+            "value": ja.Mean(jnp.sum(jnp.sin(x - mean[None]) @ drawn), len(x)),
+            "state": ja.Carry(state),
+        }
 
     state, rows = {"key": jax.random.split(jax.random.key(0), 2)[0]}, data(8, 3)
     actual = ja.microbatch(fun, in_axes=(0, ja.CARRY), num_microbatches=4)(rows, state)
-    assert normwise(actual["value"], ja.full_batch(fun, (0, ja.CARRY))(rows, state)["value"]) < EXACT
+    assert (
+        normwise(actual["value"], ja.full_batch(fun, (0, ja.CARRY))(rows, state)["value"]) < EXACT
+    )
 
 
 def test_an_error_where_one_key_was_wanted_says_that_there_are_many():

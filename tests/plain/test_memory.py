@@ -1,4 +1,5 @@
-"""Memory, read from the compiled program: one tree of gradients, and one microbatch's activations."""
+"""Memory, read from the compiled program: one tree of gradients, and one microbatch's
+activations."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,10 @@ import jaxaccum as ja
 
 WIDTH, LAYERS, BATCH, N = 1024, 12, 16, 8
 FLOAT = jnp.float32
-PARAMS = {"w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), FLOAT), "b": jax.ShapeDtypeStruct((LAYERS, WIDTH), FLOAT)}
+PARAMS = {
+    "w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), FLOAT),
+    "b": jax.ShapeDtypeStruct((LAYERS, WIDTH), FLOAT),
+}
 ROWS = jax.ShapeDtypeStruct((BATCH, WIDTH), FLOAT)
 
 
@@ -24,7 +28,10 @@ def loss(params, x):
 def weighted(params, x):
     mask = (x[:, 0] > 0).astype(FLOAT)
     h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"][None]), None), x, params)
-    return {"token": ja.Mean(jnp.sum(jnp.mean(h**2, axis=-1) * mask), jnp.sum(mask)), "mean": jnp.mean(h)}
+    return {
+        "token": ja.Mean(jnp.sum(jnp.mean(h**2, axis=-1) * mask), jnp.sum(mask)),
+        "mean": jnp.mean(h),
+    }
 
 
 def usual(params, x):
@@ -87,7 +94,9 @@ class Layer(nn.Module):
 
 
 def flax_scan(wrap=lambda layer: layer):
-    scan = nn.scan(wrap(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+    scan = nn.scan(
+        wrap(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
+    )
     return lambda params, x: jnp.mean(scan().apply(params, x, None)[0] ** 2)
 
 
@@ -140,12 +149,19 @@ def test_the_common_forms_of_scanned_layers_hold_one_tree_too(form):
 
 
 def test_a_narrow_table_of_embeddings_is_added_to_row_by_row():
-    """XLA finds this by itself for float32 tables; not where the gradient is cast before it is added."""
-    table, ids = jax.ShapeDtypeStruct((65536, 64), jnp.bfloat16), jax.ShapeDtypeStruct((BATCH, 8), jnp.int32)
+    """XLA finds this by itself for float32 tables; not where the gradient is cast before it is
+    added."""
+    table, ids = (
+        jax.ShapeDtypeStruct((65536, 64), jnp.bfloat16),
+        jax.ShapeDtypeStruct((BATCH, 8), jnp.int32),
+    )
     loss = lambda table, ids: jnp.mean(table[ids].astype(FLOAT) ** 2)
     memory = lambda f: jax.jit(f).lower(table, ids).compile().memory_analysis().temp_size_in_bytes
     sums = {"in place": ja.accumulators.in_place(FLOAT), "tree": ja.accumulators.tree(FLOAT)}
-    used = {name: memory(ja.grad(loss, num_microbatches=N, accumulator=one)) for name, one in sums.items()}
+    used = {
+        name: memory(ja.grad(loss, num_microbatches=N, accumulator=one))
+        for name, one in sums.items()
+    }
     assert used["tree"] - used["in place"] > 0.95 * 65536 * 64 * 2
 
 
@@ -159,9 +175,12 @@ def test_a_sum_of_trees_holds_two(value_and_grad):
 
 
 def test_activations_are_those_of_one_microbatch():
-    """A deep, narrow model on a large batch: activations are everything, and fall with the number of microbatches."""
+    """A deep, narrow model on a large batch: activations are everything, and fall with the number
+    of microbatches."""
     params, x = jax.ShapeDtypeStruct((64, 32, 32), FLOAT), jax.ShapeDtypeStruct((4096, 32), FLOAT)
-    deep = lambda w, x: jnp.mean(lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)[0] ** 2)
+    deep = lambda w, x: jnp.mean(
+        lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)[0] ** 2
+    )
     encode = lambda w, x: ja.Concat(lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)[0])
     memory = lambda f: jax.jit(f).lower(params, x).compile().memory_analysis().temp_size_in_bytes
     full = memory(jax.value_and_grad(deep))
@@ -176,11 +195,14 @@ def centered(h):
 
 @pytest.mark.parametrize("mix", [lambda h: h, centered], ids=["plain", "coupled"])
 def test_rows_under_an_outer_vmap_keep_one_microbatchs_activations(mix):
-    """There JAX derives both passes from the forward one, and would keep what every microbatch computed."""
+    """There JAX derives both passes from the forward one, and would keep what every microbatch
+    computed."""
     params, x = jax.ShapeDtypeStruct((16, 32, 32), FLOAT), jax.ShapeDtypeStruct((4096, 32), FLOAT)
     deep = lambda w, h: lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), h, w)[0]
     encode = lambda w, x: ja.Concat(deep(w, mix(deep(w, x))))
     halves = jax.vmap(ja.microbatch(encode, num_microbatches=16), (None, 0))
-    memory = lambda f: jax.jit(jax.grad(f)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    memory = lambda f: (
+        jax.jit(jax.grad(f)).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+    )
     ours = memory(lambda w, x: jnp.mean(halves(w, x.reshape(2, -1, 32)) ** 2))
     assert ours < memory(lambda w, x: jnp.mean(ja.full_batch(encode)(w, x) ** 2)) / 8

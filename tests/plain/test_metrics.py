@@ -1,4 +1,5 @@
-"""Metrics as training loops hold them: one tag around the whole tree, and the metrics that nnx keeps in an object.
+"""Metrics as training loops hold them: one tag around the whole tree, and the metrics that nnx
+keeps in an object.
 
 The oracle is the metric of the whole batch, by numpy.
 """
@@ -26,7 +27,8 @@ OPTIONS = [{"num_microbatches": 3}, {"microbatch_size": 4}, {"num_microbatches":
 
 @flax.struct.dataclass
 class Average:
-    """A metric as libraries of metrics write it: what is added up, what is divided by, and how two are merged."""
+    """A metric as libraries of metrics write it: what is added up, what is divided by, and how two
+    are merged."""
 
     total: Any
     count: Any
@@ -54,7 +56,9 @@ class Metrics:
 def metrics_of(w, x, labels, mask):
     logits = x @ w
     return Metrics(
-        loss=Average.of(-jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0], mask),
+        loss=Average.of(
+            -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0], mask
+        ),
         accuracy=Average.of(jnp.argmax(logits, 1) == labels, mask),
     )
 
@@ -76,20 +80,28 @@ def expected_numbers():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_tag_around_a_collection_of_metrics(options):
-    step = jax.jit(ja.value_and_grad(loss, has_aux=True, in_axes=(None, 0, 0, 0), audit="raise", **options))
+    step = jax.jit(
+        ja.value_and_grad(loss, has_aux=True, in_axes=(None, 0, 0, 0), audit="raise", **options)
+    )
     (value, metrics), _ = step(W, X, LABELS, MASK)
     assert isinstance(metrics, Metrics)
     nll, accuracy = expected_numbers()
-    assert normwise((value, metrics.loss.compute(), metrics.accuracy.compute()), (nll, nll, accuracy)) < EXACT
+    assert (
+        normwise((value, metrics.loss.compute(), metrics.accuracy.compute()), (nll, nll, accuracy))
+        < EXACT
+    )
 
 
 def test_the_mean_of_the_microbatches_metrics_is_another_number():
     """The classic wrong answer: compute each, then average."""
     sizes = sizes_of(10, microbatch_size=4)
     bounds = np.cumsum([0, *sizes])
-    parts = [metrics_of(W, *(y[a:b] for y in (X, LABELS, MASK))) for a, b in itertools.pairwise(bounds)]
+    parts = [
+        metrics_of(W, *(y[a:b] for y in (X, LABELS, MASK))) for a, b in itertools.pairwise(bounds)
+    ]
     means = [
-        sum(m.compute() for m in column) / 3 for column in zip(*((p.loss, p.accuracy) for p in parts), strict=True)
+        sum(m.compute() for m in column) / 3
+        for column in zip(*((p.loss, p.accuracy) for p in parts), strict=True)
     ]
     assert normwise(tuple(means), expected_numbers()) > 0.01
 
@@ -103,7 +115,10 @@ def test_every_tag_takes_a_whole_tree(options):
         return {
             "sum": ja.Sum(tree(jnp.sum(x), jnp.sum(mask), jnp.sum(x, 0))),
             "mean": ja.Mean(tree(jnp.sum(x), jnp.sum(mask), jnp.sum(x, 0)), len(x)),
-            "own": ja.Mean({"a": jnp.sum(x[:, 0] * mask), "b": jnp.sum(mask)}, {"a": jnp.sum(mask), "b": len(x)}),
+            "own": ja.Mean(
+                {"a": jnp.sum(x[:, 0] * mask), "b": jnp.sum(mask)},
+                {"a": jnp.sum(mask), "b": len(x)},
+            ),
             "max": ja.Max(tree(jnp.max(x), jnp.max(mask), jnp.max(x, 0))),
             "min": ja.Min(tree(jnp.min(x), jnp.min(mask), jnp.min(x, 0))),
             "rows": ja.Concat(tree(x, mask, 2 * x)),
@@ -116,7 +131,7 @@ def test_every_tag_takes_a_whole_tree(options):
     assert normwise(actual["mean"]["a"][0], np.sum(X) / 10) < EXACT
 
 
-# -- metrics that nnx keeps in an object ------------------------------------------------------------------------------
+# -- metrics that nnx keeps in an object -----------------------------------------------------------
 
 
 ROUNDING = 64 * float(jnp.finfo(jnp.float32).eps)
@@ -138,7 +153,9 @@ def cross_entropy(logits, labels):
 
 def fresh():
     return nnx.MultiMetric(
-        accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"), own=nnx.metrics.Welford("loss")
+        accuracy=nnx.metrics.Accuracy(),
+        loss=nnx.metrics.Average("loss"),
+        own=nnx.metrics.Welford("loss"),
     )
 
 
@@ -166,14 +183,17 @@ def test_metrics_of_nnx_are_updated_by_every_microbatch(options):
 
 
 def test_metrics_of_nnx_are_computed_once_from_the_logits_of_all_rows():
-    """The other way: rows of all microbatches come back, and the metrics are updated once, outside."""
+    """The other way: rows of all microbatches come back, and the metrics are updated once,
+    outside."""
     model, whole, ours = Net(), fresh(), fresh()
 
     def loss(model, x, labels):
         logits = model(x)
         return jnp.mean(cross_entropy(logits, labels)), ja.Concat(logits)
 
-    step = jaxaccum.nnx.value_and_grad(loss, has_aux=True, in_axes=(None, 0, 0), microbatch_size=4, audit="raise")
+    step = jaxaccum.nnx.value_and_grad(
+        loss, has_aux=True, in_axes=(None, 0, 0), microbatch_size=4, audit="raise"
+    )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         (_, logits), _ = step(model, X32, LABELS)
         for metrics, rows in ((ours, logits), (whole, model(X32))):

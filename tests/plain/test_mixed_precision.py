@@ -1,4 +1,5 @@
-"""Low precision: float16 under one dynamic loss scale, bfloat16 parameters with sums that do not drift."""
+"""Low precision: float16 under one dynamic loss scale, bfloat16 parameters with sums that do not
+drift."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ def _optax_mixes_dtypes():
 
 
 def loss(w, x, scale):
-    """Mean of (x² w)₁ + (x² w)₂, in float16 but for its sum: its gradient of about 2⁻²³ is next to nothing there."""
+    """Mean of (x² w)₁ + (x² w)₂, in float16 but for its sum: its gradient of about 2⁻²³ is next to
+    nothing there."""
     each = jnp.sum((x * x)[:, None] * w[None], axis=1)
     return scale * ja.Mean(jnp.sum(each.astype(jnp.float32)), len(x))
 
@@ -34,7 +36,9 @@ def test_float16_gradients_survive_by_the_scale():
     x = X * jnp.float16(2.0**-10)
     each = lambda w, x, s: s * ja.Mean(jnp.sum((x[:, None] * w[None]).astype(jnp.float32)), len(x))
     tiny = lambda w, x, s: each(w * jnp.float16(2.0**-6), x * jnp.float16(1.0), s)
-    wide = ja.accumulators.in_place(jnp.float32)  # for master weights: float16 could not hold what is unscaled
+    wide = ja.accumulators.in_place(
+        jnp.float32
+    )  # for master weights: float16 could not hold what is unscaled
     gradient = ja.grad(tiny, microbatch_size=2, in_axes=(None, 0, None), accumulator=wide)
     truth = np.full(2, np.mean(np.asarray(x, np.float64)) * 2.0**-6)
     opt = ja.dynamic_loss_scale(optax.sgd(1.0))
@@ -60,7 +64,8 @@ def test_one_overflow_skips_the_batch_and_halves_the_scale():
 
 
 def test_the_scale_is_checked_once_a_window():
-    """Inside MultiSteps: an overflow in the second microbatch of four leaves the window out at its end, not before."""
+    """Inside MultiSteps: an overflow in the second microbatch of four leaves the window out at its
+    end, not before."""
     multi = ja.MultiSteps(ja.dynamic_loss_scale(optax.sgd(1.0)), 4)
     state, params, scales = multi.init(W), W, []
     update = jax.jit(multi.update)
@@ -69,7 +74,9 @@ def test_the_scale_is_checked_once_a_window():
             x = jnp.full(2, 200.0 if (window, i) == (0, 1) else 2.0**-4, jnp.float16)
             scale = state.inner_opt_state.scale
             updates, state = update(
-                ja.grad(loss, num_microbatches=1, in_axes=(None, 0, None))(params, x, scale), state, params
+                ja.grad(loss, num_microbatches=1, in_axes=(None, 0, None))(params, x, scale),
+                state,
+                params,
             )
             scales.append(float(scale))
             assert np.isfinite(updates).all()
@@ -79,17 +86,23 @@ def test_the_scale_is_checked_once_a_window():
     assert normwise(-updates, np.full(2, 2.0**-8)) < float(jnp.finfo(jnp.float16).eps)
 
 
-@pytest.mark.parametrize("options", [{"initial": 0.5}, {"growth_interval": 0}, {"factor": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"initial": 0.5}, {"growth_interval": 0}, {"factor": 1.0}], ids=str
+)
 def test_bad_scales_are_refused(options):
     refused(lambda: ja.dynamic_loss_scale(optax.sgd(1.0), **options), next(iter(options)))
 
 
 @pytest.mark.parametrize("way", ["in_place", "tree", "compensated", "MultiSteps"])
 def test_bfloat16_parameters_do_not_drift_over_4096_microbatches(way):
-    """Each microbatch's gradient is its own bfloat16 number; their sum is within a few roundings of float32."""
+    """Each microbatch's gradient is its own bfloat16 number; their sum is within a few roundings of
+    float32."""
     n, w = 4096, jnp.zeros(4, jnp.bfloat16)
     x = jnp.asarray(1 + 0.5 * np.random.default_rng(1).normal(size=(n, 4)), jnp.bfloat16)
-    truth, fun = np.asarray(x, np.float64).mean(0), lambda w, x: ja.Mean(jnp.sum(w * x[0]).astype(jnp.float32), 1.0)
+    truth, fun = (
+        np.asarray(x, np.float64).mean(0),
+        lambda w, x: ja.Mean(jnp.sum(w * x[0]).astype(jnp.float32), 1.0),
+    )
     if way == "MultiSteps":
         multi = ja.MultiSteps(optax.identity(), n)
 
@@ -105,7 +118,10 @@ def test_bfloat16_parameters_do_not_drift_over_4096_microbatches(way):
         made = record()._replace(dtype=wide) if way == "compensated" else record(wide)
         got = jax.jit(ja.grad(fun, microbatch_size=1, accumulator=made))(w, x)
         assert got.dtype == jnp.float32
-    # Rounding errors of 4096 additions of float32 behave like a random walk; the certain bound is 4096 of them.
+    # Rounding errors of 4096 additions of float32 behave like a random walk; the certain bound is
+    # 4096 of them.
     assert normwise(got, truth) < (2.0**-12 if way == "compensated" else 64 * 2.0**-24)
-    stalled = jax.jit(ja.grad(fun, microbatch_size=1, accumulator=ja.accumulators.in_place(jnp.bfloat16)))(w, x)
+    stalled = jax.jit(
+        ja.grad(fun, microbatch_size=1, accumulator=ja.accumulators.in_place(jnp.bfloat16))
+    )(w, x)
     assert normwise(stalled, truth) > 0.5

@@ -236,7 +236,8 @@ def normalized(w, batch, state):
 
 @pytest.mark.parametrize("coupled", [False, True])
 def test_training_steps_that_carry_a_state_are_differentiated(coupled):
-    """Three steps under scan: the state moves with parameters of earlier steps; no loss reads it."""
+    """Three steps under scan: the state moves with parameters of earlier steps; no loss reads
+    it."""
     state = {"mean": jnp.zeros(3), "var": jnp.ones(3)} if coupled else jnp.zeros(())
     x = jnp.concatenate([X, X[:1]])
 

@@ -1,4 +1,5 @@
-"""The law of partitions: every example once, in order, sizes as the options say, whatever the split."""
+"""The law of partitions: every example once, in order, sizes as the options say, whatever the
+split."""
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +35,22 @@ def test_sizes_and_order(case):
 
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_strided_microbatch_i_holds_every_nth_example(n, m):
-    rows = [x for (x,) in ja.partition(np.arange(n * m), in_axes=(0,), num_microbatches=n, split="strided")]
+    rows = [
+        x
+        for (x,) in ja.partition(
+            np.arange(n * m), in_axes=(0,), num_microbatches=n, split="strided"
+        )
+    ]
     assert [x.tolist() for x in rows] == [list(range(i, n * m, n)) for i in range(n)]
 
 
 @pytest.mark.parametrize(
     ("batch_size", "options", "axis"),
     [
-        (1, {"num_microbatches": 1}, 0), (7, {"num_microbatches": 3}, 0), (7, {"microbatch_size": 3}, 1),
-        (8, {"microbatch_size": 9}, -1), (8, {"num_microbatches": 5}, -1), (7, {"num_microbatches": 7}, 1),
+        (1, {"num_microbatches": 1}, 0), (7, {"num_microbatches": 3}, 0),
+        (7, {"microbatch_size": 3}, 1),
+        (8, {"microbatch_size": 9}, -1), (8, {"num_microbatches": 5}, -1),
+        (7, {"num_microbatches": 7}, 1),
     ],
 )  # fmt: skip
 def test_the_loop_sees_what_partition_says(batch_size, options, axis):
@@ -51,7 +59,9 @@ def test_the_loop_sees_what_partition_says(batch_size, options, axis):
     fun = ja.microbatch(lambda x: ja.Concat(jnp.moveaxis(x, axis, 0)), in_axes=(axis,), **options)
     assert jnp.array_equal(fun(x), jnp.arange(batch_size * 2).reshape(batch_size, 2))
     sums = ja.microbatch(lambda x: ja.Stack(jnp.sum(x)), in_axes=(axis,), **options)(x)
-    host = [int(np.sum(rows)) for (rows,) in ja.partition(np.asarray(x), in_axes=(axis,), **options)]
+    host = [
+        int(np.sum(rows)) for (rows,) in ja.partition(np.asarray(x), in_axes=(axis,), **options)
+    ]
     assert sums.tolist() == host
 
 
@@ -62,7 +72,8 @@ def test_the_loop_sees_what_partition_says(batch_size, options, axis):
     ids=str,
 )
 def test_rows_return_to_their_places_along_any_axis(options, axis):
-    """Rows of the output and gradients of the batch; all sizes differ, so that no axis is another."""
+    """Rows of the output and gradients of the batch; all sizes differ, so that no axis is
+    another."""
     batch = jnp.moveaxis(data(6, 2, 5), 0, axis)
     first = lambda x: jnp.moveaxis(x, axis, 0)
     loss = lambda w, x: jnp.mean(jnp.sin(first(x) @ w) ** 2)
@@ -88,7 +99,9 @@ def test_partition_folds_keys_and_keeps_the_initial_state():
     assert [part[3:] for part in parts] == [(7.0, "whole")] * 3
     for i, (rows, own, examples, *_) in enumerate(parts):
         assert own == jax.random.fold_in(key, i)
-        assert all(k == jax.random.fold_in(key, int(e)) for k, e in zip(examples, rows, strict=True))
+        assert all(
+            k == jax.random.fold_in(key, int(e)) for k, e in zip(examples, rows, strict=True)
+        )
 
 
 def test_a_pytree_prefix_says_which_leaves_are_batched():

@@ -1,4 +1,5 @@
-"""The law of the plain path: value and gradient of the full batch, for any partition, weights and number of terms."""
+"""The law of the plain path: value and gradient of the full batch, for any partition, weights and
+number of terms."""
 
 import functools
 
@@ -13,7 +14,11 @@ import jaxaccum as ja
 from tests.support.helpers import EXACT, data, mean_of_means, normwise, parts_of, same, sizes_of
 
 PARAMS = {"w": data(4, 3), "b": data(3, seed=1)}
-BATCH = {"x": data(7, 4, seed=2), "y": data(7, 3, seed=3), "m": jnp.array([1.0, 0.0, 2.0, 0.0, 0.0, 0.5, 1.0])}
+BATCH = {
+    "x": data(7, 4, seed=2),
+    "y": data(7, 3, seed=3),
+    "m": jnp.array([1.0, 0.0, 2.0, 0.0, 0.0, 0.5, 1.0]),
+}
 OPTIONS = [{"num_microbatches": n} for n in (1, 3, 7)] + [{"microbatch_size": m} for m in (3, 9)]
 OPTIONS += [{"num_microbatches": 7, "split": "strided"}]
 
@@ -36,8 +41,15 @@ def sum_loss(params, batch):
 
 def terms_loss(params, batch):
     e = errors(params, batch)
-    balance = ja.Mean(jnp.sum(e**2), jnp.sum(jnp.abs(e) + 1))  # its denominator depends on parameters
-    return {"token": token_loss(params, batch), "mean": jnp.mean(e), "sum": sum_loss(params, batch), "balance": balance}
+    balance = ja.Mean(
+        jnp.sum(e**2), jnp.sum(jnp.abs(e) + 1)
+    )  # its denominator depends on parameters
+    return {
+        "token": token_loss(params, batch),
+        "mean": jnp.mean(e),
+        "sum": sum_loss(params, batch),
+        "balance": balance,
+    }
 
 
 def full(loss):
@@ -69,9 +81,13 @@ def test_equals_the_full_batch(loss, options):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_sum_without_references_equals_the_full_batch(loss):
-    actual = jax.jit(ja.value_and_grad(loss, accumulator=ja.accumulators.tree(), microbatch_size=3))(PARAMS, BATCH)
+    actual = jax.jit(
+        ja.value_and_grad(loss, accumulator=ja.accumulators.tree(), microbatch_size=3)
+    )(PARAMS, BATCH)
     assert normwise(actual, expected_of(loss)) < EXACT
-    assert normwise(ja.full_batch(token_loss)(PARAMS, BATCH), full(token_loss)(PARAMS, BATCH)) < EXACT
+    assert (
+        normwise(ja.full_batch(token_loss)(PARAMS, BATCH), full(token_loss)(PARAMS, BATCH)) < EXACT
+    )
 
 
 @pytest.mark.parametrize("options", [{"num_microbatches": 3}, {"microbatch_size": 3}], ids=str)
@@ -80,7 +96,13 @@ def test_the_mean_of_means_fails_the_same_assertion(options):
     kept = [batch for batch in batches if float(batch["m"].sum())]
     expected = jax.grad(full(token_loss))(PARAMS, BATCH)
     assert normwise(mean_of_means(full(token_loss), PARAMS, kept), expected) > 0.01
-    assert normwise(mean_of_means(full(mean_loss), PARAMS, batches), jax.grad(full(mean_loss))(PARAMS, BATCH)) > 0.001
+    assert (
+        normwise(
+            mean_of_means(full(mean_loss), PARAMS, batches),
+            jax.grad(full(mean_loss))(PARAMS, BATCH),
+        )
+        > 0.001
+    )
     assert normwise(jax.grad(full(token_loss))(PARAMS, kept[-1]), expected) > 0.01
 
 
@@ -101,7 +123,8 @@ def dyadic(microbatch_size):
     st.sampled_from([np.float32, np.float64]),
 )
 def test_dyadic_data_is_bitwise_the_full_batch(xs, microbatch_size, dtype):
-    """Where every partial sum is representable, the order of additions cannot matter; the batch is a power of 2."""
+    """Where every partial sum is representable, the order of additions cannot matter; the batch is
+    a power of 2."""
     size = 1 << (len(xs) - 1).bit_length()
     x = jnp.asarray(np.resize(xs, size), dtype)
     w = jnp.asarray(1.0, dtype)
@@ -117,7 +140,9 @@ def test_the_seed_in_both_batches_and_strictly_the_same_in_one():
 
 
 def test_argnums_name_parameters_and_the_batch():
-    value, grads = jax.jit(ja.value_and_grad(terms_loss, argnums=(1, 0), microbatch_size=3))(PARAMS, BATCH)
+    value, grads = jax.jit(ja.value_and_grad(terms_loss, argnums=(1, 0), microbatch_size=3))(
+        PARAMS, BATCH
+    )
     expected = jax.value_and_grad(full(terms_loss), argnums=(1, 0))(PARAMS, BATCH)
     assert normwise((value, grads), expected) < EXACT
     strided = ja.grad(terms_loss, argnums=-1, num_microbatches=7, split="strided")(PARAMS, BATCH)
@@ -133,15 +158,25 @@ def test_a_batch_axis_other_than_0_and_leaves_passed_whole():
 
     turned = BATCH | {"x": BATCH["x"].T}
     expected = jax.grad(
-        lambda p, b: jnp.mean(errors(p, {"x": b["x"].T, "y": b["y"]})) * jnp.sum(b["m"]), argnums=(0, 1)
+        lambda p, b: jnp.mean(errors(p, {"x": b["x"].T, "y": b["y"]})) * jnp.sum(b["m"]),
+        argnums=(0, 1),
     )(PARAMS, turned)
-    assert normwise(ja.grad(loss, argnums=(0, 1), in_axes=axes, microbatch_size=3)(PARAMS, turned), expected) < EXACT
+    assert (
+        normwise(
+            ja.grad(loss, argnums=(0, 1), in_axes=axes, microbatch_size=3)(PARAMS, turned), expected
+        )
+        < EXACT
+    )
 
 
 def test_aux_is_combined_by_its_tags():
     def loss(params, batch):
         e = errors(params, batch)
-        return token_loss(params, batch), {"rows": ja.Concat(e), "worst": ja.Max(jnp.max(e)), "mean": jnp.mean(e)}
+        return token_loss(params, batch), {
+            "rows": ja.Concat(e),
+            "worst": ja.Max(jnp.max(e)),
+            "mean": jnp.mean(e),
+        }
 
     (value, aux), grads = ja.value_and_grad(loss, has_aux=True, microbatch_size=3)(PARAMS, BATCH)
     e = errors(PARAMS, BATCH)
@@ -155,8 +190,10 @@ def test_aux_is_combined_by_its_tags():
 @pytest.mark.parametrize(
     ("parameter", "dtype", "result"),
     [
-        (jnp.bfloat16, None, jnp.bfloat16), (jnp.float16, None, jnp.float16), (jnp.float32, None, jnp.float32),
-        (jnp.float64, None, jnp.float64), (jnp.complex64, None, jnp.complex64), (jnp.complex128, None, jnp.complex128),
+        (jnp.bfloat16, None, jnp.bfloat16), (jnp.float16, None, jnp.float16),
+        (jnp.float32, None, jnp.float32),
+        (jnp.float64, None, jnp.float64), (jnp.complex64, None, jnp.complex64),
+        (jnp.complex128, None, jnp.complex128),
         (jnp.bfloat16, jnp.float64, jnp.float64), (jnp.float32, jnp.bfloat16, jnp.bfloat16),
         (jnp.complex64, jnp.float32, jnp.complex64),
     ],
@@ -165,16 +202,26 @@ def test_gradients_have_the_dtype_asked_for_or_the_parameters(parameter, dtype, 
     loss = lambda w, x: jnp.mean(jnp.abs(w * x.astype(parameter)).astype(jnp.float32) ** 2)
     grad = ja.grad(loss, num_microbatches=3, accumulator=sums(dtype))(parameter(2), jnp.arange(5.0))
     assert grad.dtype == result
-    assert jax.grad(ja.microbatch(loss, num_microbatches=3))(parameter(2), jnp.arange(5.0)).dtype == parameter
+    assert (
+        jax.grad(ja.microbatch(loss, num_microbatches=3))(parameter(2), jnp.arange(5.0)).dtype
+        == parameter
+    )
 
 
 def test_bfloat16_parameters_are_accumulated_in_float32():
-    """512 microbatches: the float32 sum rounds once at a time, a bfloat16 accumulator loses digits."""
+    """512 microbatches: the float32 sum rounds once at a time, a bfloat16 accumulator loses
+    digits."""
     loss = lambda w, x: jnp.mean(w * x).astype(jnp.float32)
     x, w = jnp.abs(data(512, dtype=jnp.bfloat16)), jnp.bfloat16(1)
     exact = np.mean(np.asarray(x, np.float64))
     error = lambda dtype: (
-        abs(float(ja.grad(loss, microbatch_size=1, accumulator=ja.accumulators.in_place(dtype))(w, x)) - exact) / exact
+        abs(
+            float(
+                ja.grad(loss, microbatch_size=1, accumulator=ja.accumulators.in_place(dtype))(w, x)
+            )
+            - exact
+        )
+        / exact
     )
     assert error(jnp.float32) < 512 * jnp.finfo(jnp.float32).eps
     assert error(jnp.bfloat16) > 4 * jnp.finfo(jnp.bfloat16).eps
@@ -183,10 +230,15 @@ def test_bfloat16_parameters_are_accumulated_in_float32():
 def test_complex_parameters_have_the_full_batchs_gradient():
     loss = lambda z, x: jnp.mean(jnp.abs(jnp.sum(x.astype(z.dtype) * z[None], axis=-1)) ** 2)
     z, x = jax.lax.complex(data(4), data(4, seed=5)), data(7, 4)
-    assert normwise(ja.value_and_grad(loss, num_microbatches=3)(z, x), jax.value_and_grad(loss)(z, x)) < EXACT
+    assert (
+        normwise(ja.value_and_grad(loss, num_microbatches=3)(z, x), jax.value_and_grad(loss)(z, x))
+        < EXACT
+    )
 
 
-@pytest.mark.parametrize(("options", "traces"), [({"num_microbatches": 7}, 1), ({"microbatch_size": 3}, 2)])
+@pytest.mark.parametrize(
+    ("options", "traces"), [({"num_microbatches": 7}, 1), ({"microbatch_size": 3}, 2)]
+)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_fun_is_traced_once_a_size(loss, options, traces):
     calls = []
@@ -199,7 +251,9 @@ def test_fun_is_traced_once_a_size(loss, options, traces):
     jax.jit(ja.value_and_grad(counted, **options)).lower(PARAMS, BATCH)
     assert len(calls) == len(set(calls)) == traces
     calls.clear()
-    jax.jit(jax.grad(lambda p: sum(jax.tree.leaves(ja.microbatch(counted, **options)(p, BATCH))))).lower(PARAMS)
+    jax.jit(
+        jax.grad(lambda p: sum(jax.tree.leaves(ja.microbatch(counted, **options)(p, BATCH))))
+    ).lower(PARAMS)
     assert len(calls) == traces
 
 
@@ -232,7 +286,9 @@ def test_flags_and_functions_pass_through_as_they_are():
 
 def test_the_compiled_program_does_not_grow_with_the_number_of_microbatches():
     x = {name: jnp.concatenate([leaf] * 8) for name, leaf in BATCH.items()}
-    size = lambda n: len(jax.jit(ja.value_and_grad(token_loss, num_microbatches=n)).lower(PARAMS, x).as_text())
+    size = lambda n: len(
+        jax.jit(ja.value_and_grad(token_loss, num_microbatches=n)).lower(PARAMS, x).as_text()
+    )
     assert size(28) <= 1.01 * size(4)
 
 
@@ -254,6 +310,9 @@ def test_padding_is_skipped_at_run_time_and_compiles_once():
         ran.clear()
         actual = step(PARAMS, padded | {"mask": mask}, count)
         jax.effects_barrier()
-        assert normwise(actual, jax.value_and_grad(lambda p, b: jnp.mean(errors(p, b)))(PARAMS, real)) < EXACT
+        assert (
+            normwise(actual, jax.value_and_grad(lambda p, b: jnp.mean(errors(p, b)))(PARAMS, real))
+            < EXACT
+        )
         assert len(ran) == -(-count // 3)
     assert len(traces) == 1

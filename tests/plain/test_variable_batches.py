@@ -1,4 +1,5 @@
-"""Batches of any size up to a capacity: one trace, one compilation, and no microbatch of padding is run."""
+"""Batches of any size up to a capacity: one trace, one compilation, and no microbatch of padding is
+run."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ def expected(w, x):
     return jnp.mean((x @ w - 1) ** 2)
 
 
-@pytest.mark.parametrize("accumulator", [None, ja.accumulators.compensated()], ids=["in_place", "compensated"])
+@pytest.mark.parametrize(
+    "accumulator", [None, ja.accumulators.compensated()], ids=["in_place", "compensated"]
+)
 def test_every_size_up_to_the_capacity(accumulator):
     traced, ran = [], []
 
@@ -26,12 +29,18 @@ def test_every_size_up_to_the_capacity(accumulator):
     def loss(w, x, mask, count):
         traced.append(len(x))
         error = jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0))
-        tick = jax.pure_callback(seen, jax.ShapeDtypeStruct((), jnp.float64), jax.lax.stop_gradient(jnp.sum(mask)))
+        tick = jax.pure_callback(
+            seen, jax.ShapeDtypeStruct((), jnp.float64), jax.lax.stop_gradient(jnp.sum(mask))
+        )
         return ja.Mean(error + jax.lax.stop_gradient(tick), jnp.sum(jnp.where(mask, 1.0, 0.0)))
 
     step = jax.jit(
         ja.value_and_grad(
-            loss, in_axes=(None, 0, 0, None), microbatch_size=3, num_examples_argnum=3, accumulator=accumulator,
+            loss,
+            in_axes=(None, 0, 0, None),
+            microbatch_size=3,
+            num_examples_argnum=3,
+            accumulator=accumulator,
             audit=None,
         )
     )
@@ -48,12 +57,17 @@ def test_every_size_up_to_the_capacity(accumulator):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64", "uint64"])
 def test_the_number_of_examples_has_any_integer_dtype(dtype):
-    """Also one in which the index of the last microbatch's first example, 300, would be another number."""
-    loss = lambda w, x, mask, n: ja.Mean(jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0)), jnp.sum(mask))
+    """Also one in which the index of the last microbatch's first example, 300, would be another
+    number."""
+    loss = lambda w, x, mask, n: ja.Mean(
+        jnp.sum(jnp.where(mask, (x @ w - 1) ** 2, 0.0)), jnp.sum(mask)
+    )
     options = {"microbatch_size": 100, "in_axes": (None, 0, 0, None)}
     x = data(120, 3)
     padded, mask = ja.pad_batch(x, to=400)
-    actual = ja.value_and_grad(loss, num_examples_argnum=3, **options)(W, padded, mask, jnp.asarray(120, dtype))
+    actual = ja.value_and_grad(loss, num_examples_argnum=3, **options)(
+        W, padded, mask, jnp.asarray(120, dtype)
+    )
     assert normwise(actual, jax.value_and_grad(expected)(W, x)) < EXACT
     one = lambda w, x, mask, n: ja.Sum(jnp.float64(1))
     ran = ja.microbatch(one, num_examples_argnum=3, audit=None, **options)

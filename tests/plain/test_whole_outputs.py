@@ -246,7 +246,8 @@ def test_without_mesh_axes_it_is_jax_grad_there():
 
 
 def test_a_share_of_a_parameter_stays_the_devices_own():
-    """In shard_map, a parameter that is divided differs between devices; so does what is made of it."""
+    """In shard_map, a parameter that is divided differs between devices; so does what is made of
+    it."""
     fun = lambda w, x: (jnp.mean(jnp.sum(x, axis=1) * jnp.sum(w)), {"own": 2 * w})
     step = ja.value_and_grad(fun, has_aux=True, num_microbatches=2, mesh_axes="data")
     call = lambda w, x: step(w, x)[0][1]["own"]

@@ -150,8 +150,7 @@ LEAVES = {
     "qr": "h = h @ jnp.linalg.qr(2.0 * jnp.eye(3) + 0.3 * jnp.tanh({m}))[0]",
     "eigh": f"h = h @ (jnp.linalg.eigh({_SYMMETRIC})[1] ** 2)",
     "linear_solve": (
-        f"{_WELL_CONDITIONED}"
-        f"h = lax.custom_linear_solve(lambda x: A @ x, h.T, {_SOLVERS}).T"
+        f"{_WELL_CONDITIONED}h = lax.custom_linear_solve(lambda x: A @ x, h.T, {_SOLVERS}).T"
     ),
     "sliced_solve": (
         f"{_WELL_CONDITIONED}matvec = lambda x: A[:, :1] @ x[:1] + A[:, 1:] @ x[1:]\n"
@@ -177,8 +176,7 @@ LEAVES = {
         "h = A[None, 0] + jnp.tanh(h @ {m})"
     ),
     "vmap_of_operand": (
-        "layer = lambda r, w: jnp.tanh(r @ w @ {m})\n"
-        "h = jax.vmap(layer, in_axes=(0, None))(h, {m})"
+        "layer = lambda r, w: jnp.tanh(r @ w @ {m})\nh = jax.vmap(layer, in_axes=(0, None))(h, {m})"
     ),
     "inner_gradient": (
         "slope = jax.grad(lambda r: jnp.sum(jnp.tanh(r @ {m}) * {v}))\n"

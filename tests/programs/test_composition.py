@@ -1,4 +1,5 @@
-"""Composition: every transformation of JAX around and inside the loop, against the same around the full batch."""
+"""Composition: every transformation of JAX around and inside the loop, against the same around the
+full batch."""
 
 import functools
 
@@ -41,7 +42,8 @@ def square(tree):
 
 
 def three_steps(vg, outer=lambda f: f):
-    """Value and gradient through three training steps under scan: references went wrong silently here."""
+    """Value and gradient through three training steps under scan: references went wrong silently
+    here."""
 
     def train(w):
         def step(w, _):
@@ -54,22 +56,34 @@ def three_steps(vg, outer=lambda f: f):
     return jax.jit(jax.value_and_grad(train))(W)
 
 
-TWO_W, TWO_X, TWO_M = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), W), jnp.stack([X, -2 * X]), jnp.stack([M, 1 - M])
+TWO_W, TWO_X, TWO_M = (
+    jax.tree.map(lambda x: jnp.stack([x, 2 * x]), W),
+    jnp.stack([X, -2 * X]),
+    jnp.stack([M, 1 - M]),
+)
 AROUND = {
     "eager": lambda f: f(W, X, M),
     "jit with donation": lambda f: jax.jit(f, donate_argnums=0)(jax.tree.map(jnp.copy, W), X, M),
     "vmap over parameters": lambda f: jax.jit(jax.vmap(f, (0, None, None)))(TWO_W, X, M),
     "vmap over batches": lambda f: jax.vmap(jax.jit(f), (None, 0, 0))(W, TWO_X, TWO_M),
     "reverse over reverse": lambda f: jax.jit(jax.grad(lambda w: square(f(w, X, M)[1])))(W),
-    "forward over reverse": lambda f: jax.jit(lambda w: jax.jvp(lambda w: f(w, X, M)[1], (w,), (w,)))(W),
-    "checkpoint outside": lambda f: jax.jit(jax.grad(jax.checkpoint(lambda w: square(f(w, X, M)[1]))))(W),
+    "forward over reverse": lambda f: jax.jit(
+        lambda w: jax.jvp(lambda w: f(w, X, M)[1], (w,), (w,))
+    )(W),
+    "checkpoint outside": lambda f: jax.jit(
+        jax.grad(jax.checkpoint(lambda w: square(f(w, X, M)[1])))
+    )(W),
     "three scanned steps": three_steps,
     "three checkpointed steps": lambda f: three_steps(f, jax.checkpoint),
-    "vmap of three scanned steps": lambda f: jax.vmap(lambda s: three_steps(lambda w, x, m: f(w, s * x, m))[0])(
-        jnp.arange(2.0)
-    ),
-    "gradient of the batch": lambda f: jax.jit(jax.grad(lambda x, m: f(W, x, m)[0], argnums=(0, 1)))(X, M + 0.5),
-    "cond": lambda f: jax.jit(lambda c: lax.cond(c, lambda w: f(w, X, M), lambda w: f(w, 2 * X, M), W))(True),
+    "vmap of three scanned steps": lambda f: jax.vmap(
+        lambda s: three_steps(lambda w, x, m: f(w, s * x, m))[0]
+    )(jnp.arange(2.0)),
+    "gradient of the batch": lambda f: jax.jit(
+        jax.grad(lambda x, m: f(W, x, m)[0], argnums=(0, 1))
+    )(X, M + 0.5),
+    "cond": lambda f: jax.jit(
+        lambda c: lax.cond(c, lambda w: f(w, X, M), lambda w: f(w, 2 * X, M), W)
+    )(True),
 }
 
 
@@ -87,7 +101,9 @@ def test_around(name, ours):
 @pytest.mark.parametrize("sums", [ja.accumulators.in_place, ja.accumulators.tree])
 def test_hessian(sums):
     f = ja.grad(loss, in_axes=AXES, num_microbatches=4, accumulator=sums())
-    assert normwise(jax.jit(jax.jacfwd(f))(W, X, M), jax.jit(jax.hessian(expected))(W, X, M)) < EXACT
+    assert (
+        normwise(jax.jit(jax.jacfwd(f))(W, X, M), jax.jit(jax.hessian(expected))(W, X, M)) < EXACT
+    )
 
 
 def test_forward_mode_of_one_scalar():
@@ -102,13 +118,20 @@ def test_terms_outside_count_once():
     assert normwise(outside(f), outside(expected)) < EXACT
 
 
-@pytest.mark.parametrize("options", [{"num_microbatches": 4}, {"num_microbatches": 3, "split": "strided"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_microbatches": 4}, {"num_microbatches": 3, "split": "strided"}], ids=str
+)
 def test_embeddings_of_the_whole_batch(options):
-    """A contrastive loss over Concat rows: every pair of the batch, the encoder at one microbatch's memory."""
+    """A contrastive loss over Concat rows: every pair of the batch, the encoder at one microbatch's
+    memory."""
     encode = lambda w, x: jnp.tanh(x @ w["w"][0])
     contrast = lambda z: jnp.mean(jax.nn.logsumexp(z @ z.T, axis=1) - jnp.sum(z * z, axis=1))
-    rows = ja.microbatch(lambda w, x: {"z": ja.Concat(encode(w, x)), "norm": ja.Stack(jnp.sum(x))}, **options)
-    actual = jax.jit(jax.value_and_grad(lambda w, x: contrast(rows(w, x)["z"]), argnums=(0, 1)))(W, X)
+    rows = ja.microbatch(
+        lambda w, x: {"z": ja.Concat(encode(w, x)), "norm": ja.Stack(jnp.sum(x))}, **options
+    )
+    actual = jax.jit(jax.value_and_grad(lambda w, x: contrast(rows(w, x)["z"]), argnums=(0, 1)))(
+        W, X
+    )
     truth = jax.value_and_grad(lambda w, x: contrast(encode(w, x)), argnums=(0, 1))(W, X)
     assert normwise(actual, truth) < EXACT
     apart = lambda w: sum(contrast(encode(w, part)) for part in (X[:3], X[3:])) / 2
@@ -122,13 +145,19 @@ def test_mapped_embeddings_are_differentiable(axes):
     rows = ja.microbatch(lambda w, x: ja.Concat(encode(w, x)), num_microbatches=4)
     args = TWO_W if axes[0] == 0 else W, TWO_X if axes[1] == 0 else X
     for argnums in (0, 1):
-        total = lambda f, i=argnums: jax.jit(jax.grad(lambda w, x: jnp.sum(jax.vmap(f, axes)(w, x) ** 3), i))(*args)
+        total = lambda f, i=argnums: jax.jit(
+            jax.grad(lambda w, x: jnp.sum(jax.vmap(f, axes)(w, x) ** 3), i)
+        )(*args)
         assert normwise(total(rows), total(encode)) < EXACT
 
 
 def test_stacked_outputs_are_differentiable():
     f = ja.microbatch(lambda w, x: ja.Stack(jnp.sum(jnp.tanh(x @ w["w"][0]))), num_microbatches=3)
-    truth = jax.grad(lambda w: sum((i + 1) * jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w["w"][0])) for i in range(3)))(W)
+    truth = jax.grad(
+        lambda w: sum(
+            (i + 1) * jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w["w"][0])) for i in range(3)
+        )
+    )(W)
     assert normwise(jax.grad(lambda w: jnp.dot(f(w, X), jnp.arange(1.0, 4.0)))(W), truth) < EXACT
 
 
@@ -139,15 +168,23 @@ def test_a_custom_vjp_inside_keeps_its_rule():
 
     straight.defvjp(lambda x: (jnp.round(x), None), lambda _, ct: (3 * ct,))
     fun = lambda w, x: jnp.mean(straight(x @ w["w"][0]) ** 2)
-    assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X)) < EXACT
+    assert (
+        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X))
+        < EXACT
+    )
 
 
-@pytest.mark.parametrize("inner", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"])
+@pytest.mark.parametrize(
+    "inner", [lambda f: f, jax.jit, jax.checkpoint], ids=["plain", "jit", "checkpoint"]
+)
 def test_slices_of_parameters_add_in_place(inner):
     """jax 0.10 adds the transpose of a slice into a reference only where the slice has strides."""
     halves = inner(lambda w, x: jnp.tanh(x @ lax.slice(w, (0, 0), (3, 2))) * jnp.sum(w[1:, 2]))
     fun = lambda w, x: jnp.mean(halves(w["w"][0], x) ** 2)
-    assert normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X)) < EXACT
+    assert (
+        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X))
+        < EXACT
+    )
 
 
 def test_closures_are_differentiated_in_every_microbatch():
@@ -155,23 +192,37 @@ def test_closures_are_differentiated_in_every_microbatch():
         return jax.jit(jax.grad(lambda w: f(w)(jnp.float64(2.0), X)))(W)
 
     fun = lambda w: lambda scale, x: jnp.mean(jnp.tanh(scale * x @ w["w"][1]))
-    assert normwise(through(lambda w: ja.microbatch(fun(w), num_microbatches=4)), through(fun)) < EXACT
+    assert (
+        normwise(through(lambda w: ja.microbatch(fun(w), num_microbatches=4)), through(fun)) < EXACT
+    )
     second = lambda grad: through(lambda w: lambda s, x: grad(fun(w))(s, x))
     assert normwise(second(lambda f: ja.grad(f, num_microbatches=4)), second(jax.grad)) < EXACT
 
 
 @INEXACT
 def test_nested_loops_shadow_the_axis():
-    inner = lambda w, x: ja.Mean(jnp.sum(jnp.tanh(x @ w)) + lax.axis_index("microbatch").astype(w.dtype), len(x))
+    inner = lambda w, x: ja.Mean(
+        jnp.sum(jnp.tanh(x @ w)) + lax.axis_index("microbatch").astype(w.dtype), len(x)
+    )
     nested = ja.microbatch(inner, num_microbatches=2)
-    outer = lambda w, x: ja.Mean(nested(w, x) * len(x) + lax.axis_index("microbatch").astype(w.dtype) * w[0, 0], len(x))
+    outer = lambda w, x: ja.Mean(
+        nested(w, x) * len(x) + lax.axis_index("microbatch").astype(w.dtype) * w[0, 0], len(x)
+    )
 
     def host(w):
-        parts = [(jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w)) + 1) / 2 * 2 + i * w[0, 0] for i in range(3)]
+        parts = [
+            (jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w)) + 1) / 2 * 2 + i * w[0, 0]
+            for i in range(3)
+        ]
         return sum(parts) / 6
 
     w = W["w"][0]
-    assert normwise(jax.jit(ja.value_and_grad(outer, num_microbatches=3))(w, X), jax.value_and_grad(host)(w)) < EXACT
+    assert (
+        normwise(
+            jax.jit(ja.value_and_grad(outer, num_microbatches=3))(w, X), jax.value_and_grad(host)(w)
+        )
+        < EXACT
+    )
 
 
 @INEXACT
@@ -182,18 +233,28 @@ def test_the_index_of_the_microbatch_at_any_depth():
         scanned = lax.scan(lambda c, _: (c + i(), None), w[0, 0], None, length=2)[0]
         branch = jnp.sum(lax.cond(w[0, 0] > 0, lambda w: w * i(), lambda w: -w * i(), w))
         counted = lax.fori_loop(0, 3, lambda _, c: c + i(), w[0, 0])
-        looped = lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * i()), (0, lax.stop_gradient(w[0, 0])))[
-            1
-        ]
+        looped = lax.while_loop(
+            lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] * i()), (0, lax.stop_gradient(w[0, 0]))
+        )[1]
         kept = jnp.sum(jax.checkpoint(lambda w: jnp.sin(w * i()))(w))
         return ja.Sum(jitted + scanned + branch + counted + looped + kept + 0 * jnp.sum(x))
 
     def host(w):
         total, sign = 0.0, jnp.where(w[0, 0] > 0, 1.0, -1.0)
         for i in map(float, range(3)):
-            total += jnp.sum(w * i) * (1 + sign) + 2 * w[0, 0] + 5 * i + lax.stop_gradient(w[0, 0]) * i * i
+            total += (
+                jnp.sum(w * i) * (1 + sign)
+                + 2 * w[0, 0]
+                + 5 * i
+                + lax.stop_gradient(w[0, 0]) * i * i
+            )
             total += jnp.sum(jnp.sin(w * i))
         return total
 
     w = W["w"][0]
-    assert normwise(jax.jit(ja.value_and_grad(fun, num_microbatches=3))(w, X), jax.value_and_grad(host)(w)) < EXACT
+    assert (
+        normwise(
+            jax.jit(ja.value_and_grad(fun, num_microbatches=3))(w, X), jax.value_and_grad(host)(w)
+        )
+        < EXACT
+    )

@@ -1,4 +1,5 @@
-"""Equal equations become calls of one function: the same numbers, the same derivatives, and one derivation per kind."""
+"""Equal equations become calls of one function: the same numbers, the same derivatives, and one
+derivation per kind."""
 
 import jax
 import jax.extend.core as jex
@@ -22,12 +23,18 @@ def layers(w, x):
 
 PROGRAMS = {
     "layers": layers,
-    "a scan": lambda w, x: jnp.sum(lax.scan(lambda h, _: (jnp.sin(h @ w), None), x, None, length=3)[0]),
-    "a branch": lambda w, x: jnp.sum(lax.cond(x[0, 0] > 0, lambda h: h @ w, lambda h: jnp.cos(h), x)),
+    "a scan": lambda w, x: jnp.sum(
+        lax.scan(lambda h, _: (jnp.sin(h @ w), None), x, None, length=3)[0]
+    ),
+    "a branch": lambda w, x: jnp.sum(
+        lax.cond(x[0, 0] > 0, lambda h: h @ w, lambda h: jnp.cos(h), x)
+    ),
     "a rule": lambda w, x: jnp.sum(jax.nn.relu(x @ w) + jax.nn.softplus(x)),
     "indices": lambda w, x: jnp.sum(w[jnp.array([0, 2, 2])] * x[jnp.array([1, 1, 3])]),
     "linear algebra": lambda w, x: jnp.sum(jnp.linalg.solve(w + 5 * jnp.eye(3), x.T)),
-    "random numbers": lambda w, x: jnp.sum(x @ w * jax.random.normal(jax.random.key(0), (4, 3), x.dtype)),
+    "random numbers": lambda w, x: jnp.sum(
+        x @ w * jax.random.normal(jax.random.key(0), (4, 3), x.dtype)
+    ),
     "weak types": lambda w, x: jnp.sum(jnp.where(x > 0, 2.0, w[0, 0]) * 3),
 }
 
@@ -95,7 +102,12 @@ def test_on_each_mesh_its_own():
     """The types of values inside shard_map name its mesh."""
     fun = lambda x: jnp.sin(x) * 2.0
     for count in (2, 4):
-        mesh = jax.make_mesh((count,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+        mesh = jax.make_mesh(
+            (count,),
+            ("d",),
+            axis_types=(jax.sharding.AxisType.Auto,),
+            devices=jax.devices()[:count],
+        )
 
         def one(x):
             jaxpr = jax.make_jaxpr(fun)(x)

@@ -75,7 +75,8 @@ def _whole(text: str, batch: Any) -> Any:
     try:
         with jax.disable_jit():
             return step(PARAMS)
-    except TypeError as error:  # JAX alone: there it cannot derive a custom_vjp of constants inside a custom_jvp's rule
+    # JAX alone: there it cannot derive a custom_vjp of constants inside a custom_jvp's rule
+    except TypeError as error:
         if "to a custom_vjp function" not in str(error):
             raise
         return step(PARAMS)

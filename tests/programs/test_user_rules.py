@@ -1,7 +1,8 @@
-"""Losses that bring rules of their own, checks, references, or no reverse derivative: what JAX runs, jaxaccum runs.
+"""Losses that bring rules of their own, checks, references, or no reverse derivative: what JAX
+runs, jaxaccum runs.
 
-The oracle is plain JAX on the whole batch. A backward rule that clips shows which cotangent it was handed, so the
-negative control is the loop that hands every microbatch the cotangent 1.
+The oracle is plain JAX on the whole batch. A backward rule that clips shows which cotangent it was
+handed, so the negative control is the loop that hands every microbatch the cotangent 1.
 """
 
 import jax
@@ -32,14 +33,18 @@ def clipping(w, x):
 
 def of_pair(accumulator):
     """The gradient by an accumulator that also reports."""
-    return lambda loss, n: lambda w, x: ja.value_and_grad(loss, num_microbatches=n, accumulator=accumulator)(w, x)[1]
+    return lambda loss, n: (
+        lambda w, x: ja.value_and_grad(loss, num_microbatches=n, accumulator=accumulator)(w, x)[1]
+    )
 
 
 GRADIENTS = {
     "grad": lambda loss, n: ja.grad(loss, num_microbatches=n),
     "microbatch": lambda loss, n: jax.grad(ja.microbatch(loss, num_microbatches=n)),
     "tree": lambda loss, n: ja.grad(loss, num_microbatches=n, accumulator=accumulators.tree()),
-    "compensated": lambda loss, n: ja.grad(loss, num_microbatches=n, accumulator=accumulators.compensated()),
+    "compensated": lambda loss, n: ja.grad(
+        loss, num_microbatches=n, accumulator=accumulators.compensated()
+    ),
     "skip_nonfinite": of_pair(accumulators.skip_nonfinite()),
     "noise_scale": of_pair(accumulators.noise_scale()),
 }
@@ -54,7 +59,12 @@ def test_a_backward_rule_sees_the_cotangent_of_the_full_batch(name, n):
 
 def test_a_scaled_loss_scales_what_the_rule_sees():
     scaled = lambda f: jax.grad(lambda w: 0.3 * f(w, X))(W)
-    assert normwise(scaled(ja.microbatch(clipping, num_microbatches=3)), scaled(ja.full_batch(clipping))) < EXACT
+    assert (
+        normwise(
+            scaled(ja.microbatch(clipping, num_microbatches=3)), scaled(ja.full_batch(clipping))
+        )
+        < EXACT
+    )
 
 
 def test_the_cotangent_one_is_the_classic_wrong_answer():
@@ -90,7 +100,9 @@ def test_a_rule_may_close_over_an_outer_tracer(outer, inner):
 
 def growing(w, x):
     """A loop whose length depends on the data: JAX has its forward derivative alone."""
-    h, _ = lax.while_loop(lambda s: jnp.sum(s[0]) < 100.0, lambda s: (2 * s[0], s[1] + 1), (jnp.exp(x @ w), 0))
+    h, _ = lax.while_loop(
+        lambda s: jnp.sum(s[0]) < 100.0, lambda s: (2 * s[0], s[1] + 1), (jnp.exp(x @ w), 0)
+    )
     return jnp.mean(h)
 
 
@@ -120,7 +132,9 @@ def looked_at(w, i):
 
 
 @pytest.mark.parametrize("name", ["grad", "microbatch", "tree"])
-@pytest.mark.parametrize(("loss", "errors"), [(lookup, checkify.index_checks), (looked_at, checkify.user_checks)])
+@pytest.mark.parametrize(
+    ("loss", "errors"), [(lookup, checkify.index_checks), (looked_at, checkify.user_checks)]
+)
 def test_checks_inside_the_loss_are_reported(name, loss, errors):
     step = checkify.checkify(GRADIENTS[name](loss, 3), errors=errors)
     seen = [step(W, jnp.array(ids))[0].get() for ids in ([0, 1, 2, 2, 1, 0], [0, 1, 2, 2, 1, 9])]
@@ -167,14 +181,22 @@ def by_callback(w, x):
 def test_a_weight_must_not_depend_on_side_effects():
     """The weights of the batch are known before the loop, which computes them again."""
     says = "pass it as an argument"
-    refused(lambda: ja.grad(by_reference(jax.new_ref(0.0)), num_microbatches=2)(W, X), "a reference", says)
+    refused(
+        lambda: ja.grad(by_reference(jax.new_ref(0.0)), num_microbatches=2)(W, X),
+        "a reference",
+        says,
+    )
     refused(lambda: ja.grad(by_callback, num_microbatches=2)(W, X), "an io_callback", says)
 
 
 FUNCTIONS_WITH_RULES = {
     "a rule that slices a tangent": lambda w: sliced(w),
-    "a root": lambda w: lax.custom_root(lambda z: z**3 + z - w[0] ** 2, 1.0, newton, lambda g, y: y / g(1.0)),
-    "gmres": lambda w: jnp.sum(jax.scipy.sparse.linalg.gmres(lambda v: (jnp.outer(w, w) + 5 * jnp.eye(3)) @ v, w)[0]),
+    "a root": lambda w: lax.custom_root(
+        lambda z: z**3 + z - w[0] ** 2, 1.0, newton, lambda g, y: y / g(1.0)
+    ),
+    "gmres": lambda w: jnp.sum(
+        jax.scipy.sparse.linalg.gmres(lambda v: (jnp.outer(w, w) + 5 * jnp.eye(3)) @ v, w)[0]
+    ),
     "a barrier": lambda w: jnp.sum(lax.optimization_barrier(w) ** 2),
 }
 
@@ -199,7 +221,8 @@ def test_functions_with_rules_of_their_own(name, rule):
 
 
 def test_a_check_and_a_solve():
-    """Where only the weights are computed, the check is left out of the solve's programs and all else stays."""
+    """Where only the weights are computed, the check is left out of the solve's programs and all
+    else stays."""
 
     def loss(w, x):
         matrix = jnp.outer(w, w) + 5 * jnp.eye(3)
@@ -226,13 +249,20 @@ def test_a_mapped_microbatch_is_differentiated(around):
     ws, loss = data(2, 3, seed=4), lambda w, x: ja.Mean(jnp.sum((x @ w) ** 2), len(x))
     mapped = lambda f: AROUND_A_MAP[around](lambda ws: jax.vmap(f, (0, None))(ws, X))
     actual, expected = mapped(ja.microbatch(loss, num_microbatches=3)), mapped(ja.full_batch(loss))
-    assert normwise(jax.grad(lambda ws: actual(ws).sum())(ws), jax.grad(lambda ws: expected(ws).sum())(ws)) < EXACT
+    assert (
+        normwise(
+            jax.grad(lambda ws: actual(ws).sum())(ws), jax.grad(lambda ws: expected(ws).sum())(ws)
+        )
+        < EXACT
+    )
     assert normwise(jax.jvp(actual, (ws,), (ws,)), jax.jvp(expected, (ws,), (ws,))) < EXACT
 
 
 def test_a_mapped_gradient_of_branches_is_differentiated():
     ws = data(2, 3, seed=4)
-    loss = lambda w, x: lax.cond(w[0] > 0, lambda: jnp.mean((x @ w) ** 2), lambda: jnp.mean(jnp.tanh(x @ w)))
+    loss = lambda w, x: lax.cond(
+        w[0] > 0, lambda: jnp.mean((x @ w) ** 2), lambda: jnp.mean(jnp.tanh(x @ w))
+    )
     twice = lambda grad: jax.grad(lambda ws: jnp.sum(jax.vmap(grad, (0, None))(ws, X) ** 2))(ws)
     assert normwise(twice(ja.grad(loss, num_microbatches=3)), twice(jax.grad(loss))) < EXACT
 

@@ -1,4 +1,5 @@
-"""What tests share: how far two gradients are apart, what an error says, and a host loop as the oracle."""
+"""What tests share: how far two gradients are apart, what an error says, and a host loop as the
+oracle."""
 
 from __future__ import annotations
 
@@ -12,13 +13,16 @@ import pytest
 from jaxaccum.testing.bounds import normwise as normwise
 
 EXACT = 1e-12
-"""Normwise, in float64: thousands of roundings of 1e-16, and a thousandth of a billionth of any wrong rule's error."""
+"""Normwise, in float64: thousands of roundings of 1e-16, and a thousandth of a billionth of any
+wrong rule's error."""
 
 
 INEXACT = pytest.mark.filterwarnings("ignore:.*exact over microbatches")
-"""For tests whose losses depend on the partition on purpose: the audit warns of them, and nothing else is silenced."""
+"""For tests whose losses depend on the partition on purpose: the audit warns of them, and nothing
+else is silenced."""
 UNDECIDED = pytest.mark.filterwarnings("ignore:.*may not be exact over microbatches")
-"""For tests with exact losses that the audit does not follow: it says so, and that is all that is silenced."""
+"""For tests with exact losses that the audit does not follow: it says so, and that is all that is
+silenced."""
 
 
 def same(actual, expected) -> bool:
@@ -28,7 +32,8 @@ def same(actual, expected) -> bool:
 
 
 def refused(fun, *says, error=(ValueError, TypeError)):
-    """`fun` raises one of ours, and its message has every fragment: the argument, both numbers, what to pass."""
+    """`fun` raises one of ours, and its message has every fragment: the argument, both numbers,
+    what to pass."""
     with pytest.raises(error) as info:
         fun()
     message = str(info.value)

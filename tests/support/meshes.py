@@ -11,7 +11,10 @@ from tests.support.helpers import data
 
 BATCH, WIDTH = 32, 6
 W = {"a": data(3, WIDTH), "b": data(WIDTH, seed=1), "c": data(WIDTH, 2, seed=2)}
-X, MASK = data(BATCH, 3, seed=3), jnp.abs(data(BATCH, seed=4)) * jnp.float64(jnp.arange(BATCH) % 3 > 0)
+X, MASK = (
+    data(BATCH, 3, seed=3),
+    jnp.abs(data(BATCH, seed=4)) * jnp.float64(jnp.arange(BATCH) % 3 > 0),
+)
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit, "manual": AxisType.Auto}
 
 

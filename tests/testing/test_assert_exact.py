@@ -1,4 +1,5 @@
-"""`assert_exact` passes what is exact, and of what is not names the leaf, the partition, the error and the cause."""
+"""`assert_exact` passes what is exact, and of what is not names the leaf, the partition, the error
+and the cause."""
 
 import re
 
@@ -31,7 +32,10 @@ def weighted_mean(params, batch):
 
 
 def several_terms(params, batch):
-    return {"data": weighted_mean(params, batch), "size": jaxaccum.Sum(1e-2 * jnp.sum(errors(params, batch)))}
+    return {
+        "data": weighted_mean(params, batch),
+        "size": jaxaccum.Sum(1e-2 * jnp.sum(errors(params, batch))),
+    }
 
 
 def with_aux(params, batch):
@@ -64,7 +68,9 @@ def test_a_carried_state_is_threaded():
     def fun(params, state, batch):
         return jnp.mean(errors(params, batch)), jaxaccum.Carry(state + jnp.sum(batch["y"]))
 
-    assert_exact(fun, PARAMS, jnp.float32(0), a_batch(), in_axes=(None, jaxaccum.CARRY, 0), has_aux=True)
+    assert_exact(
+        fun, PARAMS, jnp.float32(0), a_batch(), in_axes=(None, jaxaccum.CARRY, 0), has_aux=True
+    )
 
 
 def noisy(params, key, batch):
@@ -75,12 +81,16 @@ def noisy(params, key, batch):
 
 
 def test_a_key_for_each_example_is_exact():
-    assert_exact(noisy, PARAMS, jax.random.key(0), a_batch(), in_axes=(None, jaxaccum.EXAMPLE_KEY, 0))
+    assert_exact(
+        noisy, PARAMS, jax.random.key(0), a_batch(), in_axes=(None, jaxaccum.EXAMPLE_KEY, 0)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
 def test_other_dtypes_pass_within_their_own_rounding(dtype):
-    params, batch = (jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree) for tree in (PARAMS, a_batch()))
+    params, batch = (
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree) for tree in (PARAMS, a_batch())
+    )
     assert_exact(weighted_mean, params, batch, partitions=[2])
 
 
@@ -101,7 +111,9 @@ def mean_of_means(params, batch):
 
 
 def normalized(params, batch):
-    return jnp.mean(errors(params, batch | {"x": batch["x"] - jnp.mean(batch["x"], axis=0, keepdims=True)}))
+    return jnp.mean(
+        errors(params, batch | {"x": batch["x"] - jnp.mean(batch["x"], axis=0, keepdims=True)})
+    )
 
 
 def with_its_own_key(params, batch):
@@ -138,7 +150,14 @@ def test_a_failure_names_its_cause(fun):
 
 def test_a_key_for_each_microbatch_is_named():
     with pytest.raises(AssertionError, match="use EXAMPLE_KEY"):
-        assert_exact(noisy, PARAMS, jax.random.key(0), a_batch(), in_axes=(None, jaxaccum.KEY, 0), partitions=[2])
+        assert_exact(
+            noisy,
+            PARAMS,
+            jax.random.key(0),
+            a_batch(),
+            in_axes=(None, jaxaccum.KEY, 0),
+            partitions=[2],
+        )
 
 
 def test_a_failure_names_leaf_partition_error_and_bound():
@@ -153,7 +172,9 @@ def test_a_failure_names_leaf_partition_error_and_bound():
 
 def test_wrong_aux_is_named():
     def fun(params, batch):
-        return jnp.mean(errors(params, batch)), {"count": jaxaccum.Max(jnp.float32(len(batch["y"])))}
+        return jnp.mean(errors(params, batch)), {
+            "count": jaxaccum.Max(jnp.float32(len(batch["y"])))
+        }
 
     with pytest.raises(AssertionError, match=r"aux\['count'\]"):
         assert_exact(fun, PARAMS, a_batch(), has_aux=True, partitions=[2])

@@ -1,4 +1,5 @@
-"""The model language means the same in PyTorch, linen and nnx: outputs and gradients agree in float64."""
+"""The model language means the same in PyTorch, linen and nnx: outputs and gradients agree in
+float64."""
 
 import contextlib
 
@@ -30,7 +31,8 @@ MODELS = {kind: (*block(kind, 0, WIDTH), HEAD) for kind in BLOCKS} | {
     "tied_decoder": (EMBEDDING, *block("dense", 0, WIDTH), Layer("decode", "embedding")),
 }
 
-# Few shapes, so that what is dispatched op by op is compiled once; a scan is compiled anew each time it is traced.
+# Few shapes, so that what is dispatched op by op is compiled once; a scan is compiled anew each
+# time it is traced.
 UNROLLED = tuple(kind for kind in BLOCKS if kind not in ("scan", "checkpoint"))
 
 
@@ -104,7 +106,9 @@ def test_dropout_reads_the_given_mask():
     changed = none | {"features": batch["features"] + 1}
     assert normwise(outputs("feed_forward", none), outputs("feed_forward", batch)) > 1e-3
     head = build_model(MODELS["feed_forward"], WIDTH, seed=1).weights["head"]
-    residual = changed["features"] @ head["kernel"] + head["bias"]  # with all dropped, the residual alone is left
+    residual = (
+        changed["features"] @ head["kernel"] + head["bias"]
+    )  # with all dropped, the residual alone is left
     assert normwise(outputs("feed_forward", changed), residual) <= 1e-12
 
 
@@ -120,8 +124,13 @@ def test_pooling_leaves_a_length_of_one(choice):
 def test_training_batch_norm_couples_examples_and_moves_its_state():
     model = build_model(MODELS["batch_norm_train"], WIDTH, seed=1)
     batch = a_batch()
-    others_changed = batch | {"features": np.concatenate([batch["features"][:1], 2 * batch["features"][1:]])}
-    before, after = (linen_model(model.layers)(model.weights, model.state, each) for each in (batch, others_changed))
+    others_changed = batch | {
+        "features": np.concatenate([batch["features"][:1], 2 * batch["features"][1:]])
+    }
+    before, after = (
+        linen_model(model.layers)(model.weights, model.state, each)
+        for each in (batch, others_changed)
+    )
     nnx = nnx_model(model.layers, WIDTH)(model.weights, model.state, batch)
     assert model.coupled
     assert not build_model(MODELS["batch_norm"], WIDTH, seed=1).coupled
@@ -135,8 +144,15 @@ def test_training_batch_norm_couples_examples_and_moves_its_state():
 @pytest.mark.parametrize("name", MODELS)
 def test_models_keep_their_dtype(name, builder):
     model = build_model(MODELS[name], WIDTH, seed=1).astype(jnp.bfloat16)
-    apply = linen_model(model.layers) if builder == "linen" else nnx_model(model.layers, WIDTH, dtype=jnp.bfloat16)
-    batch = {key: entry.astype(jnp.bfloat16) if entry.dtype == float else entry for key, entry in a_batch().items()}
+    apply = (
+        linen_model(model.layers)
+        if builder == "linen"
+        else nnx_model(model.layers, WIDTH, dtype=jnp.bfloat16)
+    )
+    batch = {
+        key: entry.astype(jnp.bfloat16) if entry.dtype == float else entry
+        for key, entry in a_batch().items()
+    }
     assert jax.eval_shape(apply, model.weights, model.state, batch)[0].dtype == jnp.bfloat16
 
 
@@ -151,7 +167,9 @@ def test_loss_terms_are_by_name():
     assert float(terms["z"][1]) == 5
 
 
-@pytest.mark.parametrize("build", [linen_model, lambda layers: nnx_model(layers, WIDTH)], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "build", [linen_model, lambda layers: nnx_model(layers, WIDTH)], ids=["linen", "nnx"]
+)
 def test_an_unknown_layer_is_refused(build):
     model = build_model((HEAD,), WIDTH, seed=0)
     with pytest.raises(ValueError, match="no layer of kind 'lattice'"):

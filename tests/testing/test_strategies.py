@@ -109,7 +109,9 @@ def test_a_sum_never_leaves_its_bound(terms, dtype):
     assert error <= sum_bound(len(terms), magnitude, dtype=dtype)
 
 
-@pytest.mark.parametrize(("dtype", "num_terms"), [(np.float32, 1000), (np.float64, 1000), (np.float16, 100)])
+@pytest.mark.parametrize(
+    ("dtype", "num_terms"), [(np.float32, 1000), (np.float64, 1000), (np.float16, 100)]
+)
 def test_some_sum_comes_near_its_bound(dtype, num_terms):
     """One, and then terms of just half an eps: each of them is lost."""
     terms = np.full(num_terms, np.finfo(dtype).eps / 2, dtype)

@@ -1,4 +1,5 @@
-"""The plan: what fits, found by few compilations, equal to what the compiler says of the program that the user runs."""
+"""The plan: what fits, found by few compilations, equal to what the compiler says of the program
+that the user runs."""
 
 import dataclasses
 
@@ -25,7 +26,9 @@ def loss(params, x):
 
 
 def shapes(batch_size=BATCH, spec=None):
-    rest, rows = (None, None) if spec is None else (NamedSharding(MESH, P()), NamedSharding(MESH, spec))
+    rest, rows = (
+        (None, None) if spec is None else (NamedSharding(MESH, P()), NamedSharding(MESH, spec))
+    )
     params = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), FLOAT, sharding=rest)
     return params, jax.ShapeDtypeStruct((batch_size, WIDTH), FLOAT, sharding=rows)
 
@@ -47,7 +50,8 @@ def planned(_single_precision):
 
 
 def test_the_best_is_the_largest_that_fits(planned):
-    """The oracle compiles the program that the user will run, at the best size and at the next one."""
+    """The oracle compiles the program that the user will run, at the best size and at the next
+    one."""
     sizes = [row.microbatch_size for row in planned.rows]
     assert sizes == [2**i for i in range(13)]
     place = sizes.index(planned.best.microbatch_size)
@@ -56,21 +60,28 @@ def test_the_best_is_the_largest_that_fits(planned):
         real = analysis(row.microbatch_size, shapes())
         total = real.temp_size_in_bytes + real.argument_size_in_bytes + real.output_size_in_bytes
         assert (total <= LIMIT) is within is row.fits
-    assert planned.best.temp_bytes == analysis(planned.best.microbatch_size, shapes()).temp_size_in_bytes
+    assert (
+        planned.best.temp_bytes
+        == analysis(planned.best.microbatch_size, shapes()).temp_size_in_bytes
+    )
 
 
 def test_the_prediction_is_within_a_tenth_of_the_compiled_figure(planned):
     assert planned.best.predicted_temp_bytes == pytest.approx(planned.best.temp_bytes, rel=0.1)
     for row in planned.rows[7], planned.rows[10]:
         assert not row.compiled
-        assert row.temp_bytes == pytest.approx(analysis(row.microbatch_size, shapes()).temp_size_in_bytes, rel=0.1)
+        assert row.temp_bytes == pytest.approx(
+            analysis(row.microbatch_size, shapes()).temp_size_in_bytes, rel=0.1
+        )
 
 
 def test_few_programs_are_compiled_and_none_is_run(planned):
     assert planned.best.compiled
     assert sum(row.compiled for row in planned.rows) <= 4
     ran = []
-    counted = lambda w, x: loss(w, x) + jax.pure_callback(lambda: ran.append(1) or jnp.float32(0), jnp.float32(0))
+    counted = lambda w, x: (
+        loss(w, x) + jax.pure_callback(lambda: ran.append(1) or jnp.float32(0), jnp.float32(0))
+    )
     ja.plan(counted, *shapes(64), memory_bytes=LIMIT, microbatch_size=16)
     assert not ran
 
@@ -87,17 +98,23 @@ def test_flops_of_one_device():
     a, b = jnp.ones((6, 4), FLOAT), jnp.ones((4, 5), FLOAT)
     count = lambda fun, *args: flops(jax.make_jaxpr(fun)(*args).jaxpr)
     assert count(jnp.dot, a, b) == 2 * 6 * 4 * 5
-    assert count(lambda a: lax.fori_loop(0, 7, lambda _, x: x + a, a), a) == 7 * (a.size + 1)  # and the counter
+    assert count(lambda a: lax.fori_loop(0, 7, lambda _, x: x + a, a), a) == 7 * (
+        a.size + 1
+    )  # and the counter
     assert count(lambda a: lax.cond(True, lambda: jnp.tanh(a), lambda: a), a) == a.size
     assert count(jax.checkpoint(jnp.tanh), a) == a.size
     image, kernel = jnp.ones((1, 9, 2), FLOAT), jnp.ones((3, 2, 5), FLOAT)
-    conv = lambda x, k: lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    conv = lambda x, k: lax.conv_general_dilated(
+        x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
     assert count(conv, image, kernel) == 2 * 9 * 5 * 3 * 2
     over = jax.shard_map(jnp.tanh, mesh=MESH, in_specs=P("data"), out_specs=P("data"))
     assert count(over, jnp.ones((8, 2))) == 8 * 2 / 4
 
 
-@pytest.mark.parametrize("options", [{"split": "strided"}, {"mesh_axes": "data"}], ids=["automatic", "manual"])
+@pytest.mark.parametrize(
+    "options", [{"split": "strided"}, {"mesh_axes": "data"}], ids=["automatic", "manual"]
+)
 def test_the_bytes_are_those_of_one_device_of_the_mesh(options):
     args = shapes(1024, P("data"))
     plan = ja.plan(loss, *args, argnums=(0, 1), memory_bytes=2_500_000, **options)
@@ -120,7 +137,9 @@ def test_everything_that_value_and_grad_takes():
         assert flag == "train"
         x, mask = batch["x"], (jnp.arange(batch["x"].shape[0]) < count).astype(FLOAT)
         noise = jax.random.normal(key, x.shape, FLOAT)
-        return ja.Mean(jnp.sum(mask * w * jnp.sum(x * noise, axis=1)), jnp.sum(mask)), ja.Carry(state + 1)
+        return ja.Mean(jnp.sum(mask * w * jnp.sum(x * noise, axis=1)), jnp.sum(mask)), ja.Carry(
+            state + 1
+        )
 
     batch = {"x": jax.ShapeDtypeStruct((12, 3), FLOAT)}
     axes = (None, 0, ja.KEY, ja.CARRY, None, None)
@@ -136,8 +155,14 @@ def test_it_prints_as_a_table(planned):
     lines = str(planned).splitlines()
     assert len(lines) == len(planned.rows) + 2
     (best,) = [line for line in lines if line.startswith("best")]
-    assert best.split()[1:3] == [str(planned.best.microbatch_size), str(planned.best.num_microbatches)]
-    assert all(word in lines[0] for word in ("microbatch_size", "num_microbatches", "temporary", "total", "flops"))
+    assert best.split()[1:3] == [
+        str(planned.best.microbatch_size),
+        str(planned.best.num_microbatches),
+    ]
+    assert all(
+        word in lines[0]
+        for word in ("microbatch_size", "num_microbatches", "temporary", "total", "flops")
+    )
 
 
 def normalized(params, x):
@@ -145,7 +170,9 @@ def normalized(params, x):
     h = jnp.tanh(x @ params[0])
     mean = lax.pmean(jnp.mean(h, axis=0, keepdims=True), "microbatch")
     variance = lax.pmean(jnp.mean((h - mean) ** 2, axis=0, keepdims=True), "microbatch")
-    return jnp.mean((h - mean) ** 2 * lax.rsqrt(variance + 1) * jnp.arange(WIDTH, dtype=FLOAT)[None])
+    return jnp.mean(
+        (h - mean) ** 2 * lax.rsqrt(variance + 1) * jnp.arange(WIDTH, dtype=FLOAT)[None]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +183,12 @@ def planned_coupled(_single_precision):
 def test_a_coupled_loss_is_planned_under_every_schedule(planned_coupled):
     plan, best = planned_coupled, planned_coupled.best
     assert {row.memory for row in plan.rows} == {"min", None, "store"}
-    assert {row.microbatch_size for row in plan.rows} == set(candidates(1536, equal=True))  # powers of two among them
-    step = jax.jit(ja.value_and_grad(normalized, microbatch_size=best.microbatch_size, memory=best.memory))
+    assert {row.microbatch_size for row in plan.rows} == set(
+        candidates(1536, equal=True)
+    )  # powers of two among them
+    step = jax.jit(
+        ja.value_and_grad(normalized, microbatch_size=best.microbatch_size, memory=best.memory)
+    )
     real = step.lower(*shapes(1536)).compile().memory_analysis()
     assert best.temp_bytes == real.temp_size_in_bytes
     assert best.total_bytes <= 2_000_000
@@ -171,11 +202,16 @@ def test_the_schedule_of_a_coupled_loss_can_be_asked_for(planned_coupled):
     plan = ja.plan(normalized, *shapes(1536), memory_bytes=2_000_000, memory="store")
     stored = [row for row in planned_coupled.rows if row.memory == "store"]
     assert plan.rows == tuple(stored)
-    refused(lambda: ja.plan(normalized, *shapes(1536), memory_bytes=10_000), "memory_bytes=10000", "raise the limit")
+    refused(
+        lambda: ja.plan(normalized, *shapes(1536), memory_bytes=10_000),
+        "memory_bytes=10000",
+        "raise the limit",
+    )
 
 
 def test_nothing_of_a_coupled_loss_is_extrapolated(planned_coupled):
-    """The schedule for None changes with the size: a line from the middle sizes would end below zero."""
+    """The schedule for None changes with the size: a line from the middle sizes would end below
+    zero."""
     for schedule in ("min", None, "store"):
         rows = [row for row in planned_coupled.rows if row.memory == schedule]
         assert rows[0].compiled
@@ -188,11 +224,15 @@ def test_a_coupled_batch_is_never_divided_into_unequal_microbatches():
     """12 examples and a limit for 8 of them, which leave a remainder of 4."""
     plan = ja.plan(normalized, *shapes(12), memory_bytes=10**7, memory="min")
     assert [row.microbatch_size for row in plan.rows] == [1, 2, 3, 4, 6, 12]
-    refused(lambda: ja.plan(normalized, *shapes(12), memory_bytes=10**7, microbatch_size=8), "equal microbatches")
+    refused(
+        lambda: ja.plan(normalized, *shapes(12), memory_bytes=10**7, microbatch_size=8),
+        "equal microbatches",
+    )
 
 
 def row_sums(params, x):
-    """A loss over all devices and microbatches, or of this device's rows, and a sharding named in it."""
+    """A loss over all devices and microbatches, or of this device's rows, and a sharding named in
+    it."""
     h = jnp.einsum("bw,wv->bv", x, params[0], out_sharding=P("data"))
     return jnp.mean(jnp.tanh(h) ** 2)
 
@@ -222,14 +262,28 @@ def test_a_function_of_one_size_is_planned_at_it():
         return loss(params, x)
 
     plan = ja.plan(fixed, *shapes(64), memory_bytes=10**7, microbatch_size=16, memory="min")
-    assert [(row.microbatch_size, row.memory) for row in plan.rows] == [(16, None)]  # "min" says nothing of this loss
-    wrong = lambda: ja.plan(fixed, *shapes(64), memory_bytes=10**7, microbatch_size=16, memory="most")
+    assert [(row.microbatch_size, row.memory) for row in plan.rows] == [
+        (16, None)
+    ]  # "min" says nothing of this loss
+    wrong = lambda: ja.plan(
+        fixed, *shapes(64), memory_bytes=10**7, microbatch_size=16, memory="most"
+    )
     refused(wrong, "memory", "most")
 
 
 def test_of_equally_many_operations_the_larger_microbatch_is_best():
     def row(size, memory):
-        return Row(size, 64 // size, memory, 1, 1, 100.0, compiled=True, predicted_temp_bytes=None, fits=True)
+        return Row(
+            size,
+            64 // size,
+            memory,
+            1,
+            1,
+            100.0,
+            compiled=True,
+            predicted_temp_bytes=None,
+            fits=True,
+        )
 
     rows = row(8, "min"), row(16, "store")
     assert Plan(rows, 10, coupled=True).best is rows[1]
@@ -311,9 +365,19 @@ def test_two_examples_and_the_limit_of_the_device(monkeypatch):
 def test_what_cannot_be_planned_is_refused():
     refused(lambda: ja.plan(loss, *shapes()), "memory_bytes", "cpu", "no limit")
     mean = lambda w, x: jnp.mean(x @ w[0])
-    refused(lambda: ja.plan(mean, *shapes(64), memory_bytes=100), "memory_bytes=100", "1 examples", "raise the limit")
+    refused(
+        lambda: ja.plan(mean, *shapes(64), memory_bytes=100),
+        "memory_bytes=100",
+        "1 examples",
+        "raise the limit",
+    )
     refused(lambda: ja.plan(loss, *shapes(64), memory_bytes="1G"), "memory_bytes", "'1G'")
-    refused(lambda: ja.plan(loss, *shapes(64), memory_bytes=LIMIT, mesh_axes="data"), "mesh_axes", "'data'", "sharding")
+    refused(
+        lambda: ja.plan(loss, *shapes(64), memory_bytes=LIMIT, mesh_axes="data"),
+        "mesh_axes",
+        "'data'",
+        "sharding",
+    )
     inside = lambda w, x: ja.plan(loss, w, x, memory_bytes=LIMIT).best.flops
     refused(lambda: jax.eval_shape(inside, *shapes(64)), "argument 0", "traced", "outside of jit")
     refused(lambda: ja.plan(lambda w, x: x @ w[0], *shapes(64), memory_bytes=LIMIT), "scalar")
