@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.trees import is_array, key_impl, leaves_with_names
-from jaxaccum._base.types import Array, InAxes, PyTree, Split
+from jaxaccum._base.types import EXAMPLE_KEY, KEY, Array, Axes, InAxes, PyTree, Sentinel, Split
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.axes_by_name import check_keywords
@@ -74,6 +74,17 @@ def partition(
         pair = layout.build(own)
         microbatches.append(pair if kwargs else pair[0])
     return microbatches
+
+
+def num_examples(args: tuple[PyTree, ...], in_axes: InAxes) -> int:
+    """The number of examples in the arguments."""
+    return len(partition(*args, in_axes=in_axes, microbatch_size=1))
+
+
+def in_axes_of_parts(in_axes: Sequence[Axes]) -> tuple[Axes, ...]:
+    """The `in_axes` of what `partition` returns, whose keys are already folded or split."""
+    folded = {KEY: None, EXAMPLE_KEY: 0}
+    return tuple(folded.get(x, x) if isinstance(x, Sentinel) else x for x in in_axes)
 
 
 class _Microbatch(NamedTuple):
