@@ -1,4 +1,4 @@
-"""Hypothesis strategies: batches, masks, partitions, models and losses.
+"""Hypothesis strategies: batches, masks, weights, partitions and models.
 
 Arrays are drawn through a seed: hypothesis then shrinks sizes and choices, which explain a failure,
 and not entries.
@@ -23,7 +23,6 @@ from jaxaccum.testing.language import (
     block,
     build_model,
 )
-from jaxaccum.testing.tagged_losses import Loss
 
 try:
     from hypothesis import strategies as st
@@ -34,10 +33,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
-    "LOSSES",
     "batches",
     "compose",
-    "losses",
     "masks",
     "model_batches",
     "models",
@@ -194,24 +191,6 @@ def compose(
     tied = bool(stem) and choose([False, True])
     head = Layer("decode", "embedding") if tied else Layer("dense", "head", size=CLASSES)
     return (*stem, *(layer for each in blocks for layer in each), *pooling, head)
-
-
-LOSSES = (
-    Loss(("squared_error",)),
-    Loss(("example_cross_entropy",), label_smoothing=0.25),
-    Loss(("token_cross_entropy",)),
-    Loss(("token_cross_entropy",), class_weights=(1, 0.5, 2, 1, 4), label_smoothing=0.125),
-    Loss(("token_cross_entropy", "z")),
-    Loss(
-        ("squared_error", "example_cross_entropy", "token_cross_entropy", "z"),
-        class_weights=(1, 0.25, 2, 1, 4),
-    ),
-)
-
-
-def losses() -> st.SearchStrategy[Loss]:
-    """Losses with one term and with several, with and without class weights and label smoothing."""
-    return st.sampled_from(LOSSES)
 
 
 @st.composite
