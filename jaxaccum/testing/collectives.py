@@ -1,6 +1,6 @@
 """The collectives of a compiled program: which, how many bytes, how often, inside how many loops.
 
-JAX has no public reader of the HLO text, so here are regular expressions for what is needed of it.
+It is read from the HLO text, for which JAX has no public reader.
 """
 
 from __future__ import annotations
