@@ -1,7 +1,7 @@
 """Hypothesis strategies: batches, masks, weights, partitions and models.
 
-Arrays are drawn through a seed: hypothesis then shrinks sizes and choices, which explain a failure,
-and not entries.
+Arrays are drawn through a seed. So hypothesis shrinks sizes and choices, which explain a failure,
+instead of entries.
 """
 
 from __future__ import annotations
