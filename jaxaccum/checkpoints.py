@@ -32,8 +32,10 @@ __all__ = ["restore", "save", "steps"]
 
 
 def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
-    """Write the whole training state: parameters, optimizer with its open window, keys, and where
-    the data is.
+    """Write the whole training state.
+
+    It holds the parameters, the state of the optimizer with its open window, the keys, and the
+    place in the data.
 
     Args:
         directory: of all checkpoints of the run.
@@ -123,7 +125,7 @@ def _check_fits(step: int, saved: list[_Leaf], expected: list[_Leaf], older: str
     wanted = [leaf.name for leaf in expected]
     if names != wanted:
         raise ValueError(
-            f"checkpoint {step} is of another state: it has {sorted({*names} - {*wanted})} beside, "
+            f"checkpoint {step} is of another state: it also has {sorted({*names} - {*wanted})}, "
             f"and lacks {sorted({*wanted} - {*names})}. {older}"
         )
     for own, other in zip(saved, expected, strict=True):

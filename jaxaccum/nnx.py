@@ -80,7 +80,7 @@ def value_and_grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams of which every example has its own: True for all of
+        example_streams: the random streams that have one key per example: True for all of
             them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced
             once more for each size, at twice the size. Keys of generators other than JAX's default
             draw one example after the other.
@@ -175,7 +175,7 @@ def grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams of which every example has its own.
+        example_streams: the random streams that have one key per example.
 
     Returns:
         A function of the same arguments that updates the models and returns ``grads``, or

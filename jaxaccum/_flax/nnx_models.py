@@ -103,8 +103,7 @@ class Models:
         return cls(places, modules, split, split(modules))
 
     def gradient(self, i: int, grads: PyTree) -> PyTree:
-        """The gradient of argument `i` as nnx returns it: like the argument, with a state for each
-        module."""
+        """The gradient of argument `i` as nnx returns it: a state in the place of each module."""
         if i not in self.places:
             return grads
         arg = self.modules[self.places.index(i)]

@@ -74,7 +74,7 @@ class Streams:
         return self._state(self._typed(list(map(latest, arrays, self.arrays()))))
 
     def _typed(self, arrays: Sequence[Array]) -> list[Array]:
-        """The keys and counts that `arrays` stand for."""
+        """The keys and counts that are made of `arrays`."""
         return list(map(as_key, arrays, self._leaves))
 
     def _state(self, leaves: Sequence[Array]) -> PyTree:

@@ -157,7 +157,7 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
                 f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass "
-                "arrays with one row an example."
+                "arrays with one row per example."
             )
         sizes.append((name, leaf.shape[batch_axis]))
     count = validate.batch_size(sizes)

@@ -114,23 +114,21 @@ def plan(
         "in_axes": entries, "split": split, "num_examples_argnum": num_examples_argnum,
         "axis_name": axis_name, "mesh_axes": mesh_axes, "unroll": unroll, "audit": None,
     }  # fmt: skip
-    asked = num_microbatches is not None or microbatch_size is not None
-
-    def couples(size: int) -> bool:
-        sized: LoopOptions = {**shared, "microbatch_size": size, "memory": memory}
-        return call.couples(fun, Options(**sized), numbers, has_aux=has_aux)
-
+    loss = _Loss(fun, call, argnums, numbers, has_aux, shared)
+    couples = functools.partial(loss.couples, memory)
     equal = split == "strided" or call.explicit
     every = candidates(call.batch_size, shards=call.shards, equal=equal)
     with during("plan: tracing the loss", progress):
-        if asked:
+        if num_microbatches is None and microbatch_size is None:
+            sizes, refused, coupled = _accepted(couples, every)
+            if coupled:
+                sizes = [size for size in sizes if call.batch_size % size == 0]
+        else:
             partition = validate.partition(
                 call.batch_size, num_microbatches=num_microbatches,
                 microbatch_size=microbatch_size, split=split,
             )  # fmt: skip
             sizes, refused, coupled = _asked(couples, partition.groups[0].size, every)
-        else:
-            sizes, refused, coupled = _accepted(couples, every)
     schedules = _schedules(memory) if coupled else (None,)
 
     def measure(schedule: Memory, size: int) -> lowering.Cost:
@@ -138,18 +136,10 @@ def plan(
             **shared, "microbatch_size": size, "memory": schedule,
             "accumulator": accumulator, "gather": gather,
         }  # fmt: skip
-        step = value_and_grad(fun, argnums, has_aux, **options)
         among = f", memory={schedule!r}" if coupled else ""
-        with (
-            during(f"plan: compiling microbatch_size={size}{among}", progress),
-            warnings.catch_warnings(),
-        ):
-            if len(schedules) > 1:  # the table says which of them is slow
-                warnings.filterwarnings("ignore", message="memory=")
-            return call.compiled(step, numbers)
+        with during(f"plan: compiling microbatch_size={size}{among}", progress):
+            return loss.compiled(options, compared=len(schedules) > 1)
 
-    if coupled and not asked:
-        sizes = [size for size in sizes if call.batch_size % size == 0]
     rows, needed = [], []
     for schedule in schedules:
         own = functools.partial(measure, schedule)
@@ -158,13 +148,42 @@ def plan(
         rows += [search.row(size, schedule) for size in sizes]
         needed.append((search.total(choice), choice))
     least, size = min(needed)
-    if least > limit:
+    _check_fits(least, size, limit)
+    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
+
+
+class _Loss(NamedTuple):
+    """The loss and its call: what is traced and compiled at every size."""
+
+    fun: Fun
+    call: lowering.Call
+    argnums: int | Sequence[int]
+    numbers: Sequence[int]
+    """The arguments to differentiate, by their positions."""
+    has_aux: bool
+    options: LoopOptions
+
+    def couples(self, memory: Memory, size: int) -> bool:
+        """Whether the loss has collectives over microbatches of that size."""
+        sized: LoopOptions = {**self.options, "microbatch_size": size, "memory": memory}
+        return self.call.couples(self.fun, Options(**sized), self.numbers, has_aux=self.has_aux)
+
+    def compiled(self, options: GradientOptions, *, compared: bool) -> lowering.Cost:
+        """The cost of the gradient; `compared` with other schedules, none warns of its speed."""
+        step = value_and_grad(self.fun, self.argnums, self.has_aux, **options)
+        with warnings.catch_warnings():
+            if compared:  # the table says which of them is slow
+                warnings.filterwarnings("ignore", message="memory=")
+            return self.call.compiled(step, self.numbers)
+
+
+def _check_fits(needed: int, size: int, limit: int) -> None:
+    if needed > limit:
         raise ValueError(
             f"memory_bytes={limit}, and the smallest microbatch, of {size} examples, "
-            f"needs {least} bytes on a device; raise the limit, shard the parameters, or "
+            f"needs {needed} bytes on a device; raise the limit, shard the parameters, or "
             "divide the batch over more devices."
         )
-    return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
 
 
 def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:

@@ -116,8 +116,7 @@ def weight_shapes(layers: tuple[Layer, ...], width: int) -> Weights:
 
 
 def block(kind: str, index: int, width: int) -> tuple[Layer, ...]:
-    """A few layers that keep the width, as real networks group them; `index` makes the names
-    unique.
+    """A few layers that keep the width; `index` makes their names unique.
 
     >>> [layer.kind for layer in block("dense", 0, 4)]
     ['dense', 'activation']
