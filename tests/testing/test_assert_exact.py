@@ -200,7 +200,7 @@ def test_no_partition_is_refused():
 
 
 def test_the_audit_reads_the_loss_first():
-    """It refuses a loss by its line; without the audit the numbers do, and in one microbatch nothing does."""
+    """It refuses a loss by its line; without it numbers do, and of one microbatch nothing does."""
 
     def ratio(params, batch):
         return jnp.sum(errors(params, batch) * batch["weight"]) / jnp.sum(batch["weight"])
