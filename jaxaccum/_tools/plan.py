@@ -169,7 +169,7 @@ class _Loss(NamedTuple):
         return self.call.couples(self.fun, Options(**sized), self.numbers, has_aux=self.has_aux)
 
     def compiled(self, options: GradientOptions, *, compared: bool) -> lowering.Cost:
-        """The cost of the gradient; `compared` with other schedules, none warns of its speed."""
+        """The cost of the gradient; if `compared`, no warning says that a schedule is slow."""
         step = value_and_grad(self.fun, self.argnums, self.has_aux, **options)
         with warnings.catch_warnings():
             if compared:  # the table says which of them is slow
@@ -208,10 +208,10 @@ class _Sizes(NamedTuple):
 
 
 def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> _Sizes:
-    """What `fun` says to all sizes, as far as they have to be asked.
+    """Trace `fun` at one size after the other, the smallest first.
 
-    A function of groups of examples does not accept a single one. So where the smallest size is
-    accepted all are, and no other is traced.
+    A function of groups of examples does not accept a single example. So where the smallest size is
+    accepted, all are, and no other is traced.
     """
     found: dict[int, bool] = {}
     errors: dict[int, Exception] = {}
