@@ -1,2 +1,1 @@
-"""Experiments: one claim per file, each ends in a check and writes one JSON file and one
-picture."""
+"""Experiments: one claim per file, which ends in a check and writes a JSON file and a picture."""

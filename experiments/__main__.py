@@ -1,5 +1,4 @@
-"""The command line, `python -m experiments [NAME …] [--full]`: runs experiments, and fails if a
-check does."""
+"""The command line, `python -m experiments [NAME …] [--full]`; it fails if a check fails."""
 
 import argparse
 import importlib

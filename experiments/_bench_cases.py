@@ -1,5 +1,4 @@
-"""The models that `bench` measures: for each a loss as a total and a weight, its parameters, and a
-batch.
+"""The models that `bench` measures: each is a loss, its parameters and a batch.
 
 The models are plain functions of a dict of arrays, so that `_bench_torch` can state the same ones
 line for line. The digits and the text are real. A loss is `total / weight`, over the rows that it

@@ -1,5 +1,4 @@
-"""The ways to a batch's gradient that `bench` compares, and a training step of each: compiled,
-measured, run.
+"""The ways to the gradient of a batch that `bench` compares, and a training step of each.
 
 Each way is a function of a case and a number of microbatches. Where the weights of microbatches are
 unequal, the ways that leave the division to the user are written as a careful user writes them:

@@ -1,5 +1,4 @@
-"""Times that a busy machine does not spoil: pairs of runs, one right after the other, and the
-ratios of each pair.
+"""Times that a busy machine does not spoil: ratios of runs made in pairs, one after the other.
 
 A round visits every rival. Beside each of its runs there is one of ours, before it in even rounds
 and after it in odd ones, so that both meet the same state of the machine. What is reported is the

@@ -1,5 +1,4 @@
-"""The same models in PyTorch, line for line, and three loops: eager, `torch.compile`, Accelerate's
-`accumulate`.
+"""The same models in PyTorch under three loops: eager, `torch.compile`, and Accelerate.
 
 Run as a program it prints the peak of resident memory of one step, in a process that does nothing
 else:

@@ -1,5 +1,4 @@
-"""The runs of the BERT experiment: three ways to a batch's gradient in Flax, and the causes that
-set them apart.
+"""The runs of the BERT experiment: three gradients in Flax, and why they differ.
 
 A cause is one thing that the usual accumulation loop does and one pass over the batch does not. The
 hand-written loop takes them as switches at run time, so that one compilation serves every

@@ -1,5 +1,4 @@
-"""What an experiment hands back, and how it is shown: a progress bar, a table, a JSON file and a
-picture."""
+"""What an experiment returns, and how it is shown: progress, table, JSON file and picture."""
 
 import dataclasses
 import importlib.metadata

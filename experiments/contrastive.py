@@ -1,5 +1,4 @@
-"""Can a contrastive loss, which compares every example with all others, be accumulated over
-microbatches?
+"""Can a contrastive loss, which compares every pair of examples, be accumulated?
 
 Two towers, for the upper and the lower half of scikit-learn's digits, learn to tell which halves
 belong together; the loss is CLIP's, with a learned logit scale. Four ways divide the batch: exact

@@ -1,5 +1,4 @@
-"""Is accumulation wasteful? Accumulated batches against small ones whose β₂ keeps its half-life, at
-equal examples.
+"""Is accumulation wasteful? Accumulated batches against small ones, at equal examples.
 
 Adam on digits, every run over the same number of examples and at its best learning rate of a grid,
 mean of two seeds. The half-life of Adam's second moment, counted in examples, is that of the

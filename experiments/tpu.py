@@ -1,5 +1,4 @@
-"""What does a training step cost on a TPU pod: memory, collectives inside and outside of loops,
-seconds?
+"""What does a training step cost on a TPU pod: memory, collectives, seconds?
 
 An AdamW step under data parallelism, compiled by libtpu for the described topology: no TPU is
 needed, and none is used. Where a TPU is present, the same steps are compiled for it and run, and

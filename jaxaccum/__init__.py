@@ -1,5 +1,4 @@
-"""Gradient accumulation for JAX that is exact: the microbatched gradient equals the full-batch
-gradient."""
+"""Exact gradient accumulation for JAX: the gradient is that of the full batch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

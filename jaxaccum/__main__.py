@@ -1,10 +1,9 @@
-"""The command line: ``python -m jaxaccum audit module:function`` says whether a loss accumulates,
-by its exit status.
+"""The command line: ``python -m jaxaccum audit module:function`` says if a loss accumulates.
 
 `function` takes no arguments and returns what `jaxaccum.audit` takes: a tuple of the loss and its
-arguments, arrays or ``jax.ShapeDtypeStruct``, or a dict with these under ``"fun"`` and ``"args"``
-and the options beside them. It may return
-an `AuditReport` too. Status: 0 exact, 1 inexact, 2 a wrong call, 3 unknown.
+arguments, arrays or ``jax.ShapeDtypeStruct``, or a dict that holds these as ``"fun"`` and
+``"args"``, and the options by name. It may return an `AuditReport` too. The exit status is 0 for
+exact, 1 for inexact, 2 for a wrong call, 3 for unknown.
 """
 
 from __future__ import annotations
@@ -48,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "dict of options."
         )
     report.show()
-    return 0 if report.exact else 3 if report.verdict is Verdict.UNKNOWN else 1
+    if report.exact:
+        return 0
+    return 3 if report.verdict is Verdict.UNKNOWN else 1
 
 
-def _load(target: str) -> Callable[[], Any]:
+def _load(target: str) -> Callable[[], object]:
     module, _, name = target.partition(":")
     if not name:
         raise ValueError("name a function, as in train:loss_and_arguments")
@@ -62,8 +63,7 @@ def _load(target: str) -> Callable[[], Any]:
 
 
 def _report(given: Any, chosen: dict[str, Any]) -> AuditReport | None:
-    """The report on what the user's function returned, under the options of the command line; None
-    of anything else."""
+    """The report on what the user's function returned; None where that is not a loss."""
     if isinstance(given, AuditReport):
         return given
     if isinstance(given, dict):

@@ -1,8 +1,8 @@
 """Checkpoints of a training state that survive a kill: whole or refused, and bitwise.
 
-The arrays are Orbax's. Beside them stands a small file, written last, with the name, shape and
-dtype of each leaf and the checksum of each file: a checkpoint without it was never finished, and
-one that disagrees with it is refused.
+Orbax writes the arrays. A small file is written last. It holds the name, shape and dtype of each
+leaf and the checksum of each file. A checkpoint without it was never finished, and one that
+disagrees with it is refused.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import zlib
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._base.trees import leaves_with_names
+from jaxaccum._base.trees import as_key, key_data, key_impl, leaves_with_names
 from jaxaccum._base.types import PyTree
 
 try:
@@ -32,8 +32,10 @@ __all__ = ["restore", "save", "steps"]
 
 
 def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
-    """Write the whole training state: parameters, optimizer with its open window, keys, and where
-    the data is.
+    """Write the whole training state.
+
+    It holds the parameters, the state of the optimizer with its open window, the keys, and the
+    place in the data.
 
     Args:
         directory: of all checkpoints of the run.
@@ -51,11 +53,11 @@ def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
     """
     folder, note = _paths(directory, step)
     note.unlink(missing_ok=True)
-    leaves = _leaves(state)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, {str(i): x for i, (_, x) in enumerate(leaves)}, force=True)
+        checkpointer.save(folder, _arrays(state), force=True)
+    leaves = [leaf._asdict() for leaf in _leaves(state)]
     partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"leaves": _entries(state), "files": _checksums(folder)}))
+    partial.write_text(json.dumps({"leaves": leaves, "files": _checksums(folder)}))
     os.replace(partial, note)
 
 
@@ -73,7 +75,7 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
         directory: of all checkpoints of the run.
         like: a state of the same structure, shapes and dtypes, such as the one a new run starts
             with. A PRNG key must be of the kind that was saved: neither another kind nor an array.
-        step: which; None is the newest that was finished.
+        step: which checkpoint; None is the newest that was finished.
 
     Raises:
         FileNotFoundError: where there is no finished checkpoint.
@@ -88,46 +90,49 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
             f"no finished checkpoint {'' if step is None else step} in {directory}; found {found}."
         )
     folder, note = _paths(directory, step)
-    older = (
-        f"Older checkpoints: {[other for other in found if other < step]}, as restore(…, step=…)."
-    )
+    older = f"Older checkpoints: {found[: found.index(step)]}, as restore(…, step=…)."
     try:
         saved = json.loads(note.read_text())
     except ValueError as error:
         raise ValueError(
             f"checkpoint {step} is damaged: {note.name} cannot be read ({error}). {older}"
         ) from None
-    expected = _leaves(like)
-    _check_fits(step, saved["leaves"], _entries(like), older)
+    _check_fits(step, [_Leaf(**leaf) for leaf in saved["leaves"]], _leaves(like), older)
     found_files = _checksums(folder)
     for name in sorted({*saved["files"], *found_files}):
         if saved["files"].get(name) != found_files.get(name):
             raise ValueError(
                 f"checkpoint {step} is damaged: its file {name} is not what was written. {older}"
             )
-    template = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype) for i, (_, x) in enumerate(expected)}
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(like))
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder, template)
-    values = [_as(arrays[str(i)], x) for i, x in enumerate(jax.tree.leaves(like))]
-    return jax.tree.unflatten(jax.tree.structure(like), values)
+    leaves, treedef = jax.tree.flatten(like)
+    values = [as_key(jnp.asarray(arrays[str(i)]), x) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, values)
 
 
-def _check_fits(
-    step: int, saved: list[dict[str, Any]], expected: list[dict[str, Any]], older: str
-) -> None:
-    if [x["name"] for x in saved] != [x["name"] for x in expected]:
-        names = {x["name"] for x in saved}, {x["name"] for x in expected}
+class _Leaf(NamedTuple):
+    """What the file says of one leaf; the dtype of a PRNG key names its kind, as ``key<fry>``."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+
+
+def _check_fits(step: int, saved: list[_Leaf], expected: list[_Leaf], older: str) -> None:
+    names = [leaf.name for leaf in saved]
+    wanted = [leaf.name for leaf in expected]
+    if names != wanted:
         raise ValueError(
-            f"checkpoint {step} is of another state: it has {sorted(names[0] - names[1])} beside, "
-            f"and lacks {sorted(names[1] - names[0])}. {older}"
+            f"checkpoint {step} is of another state: it also has {sorted({*names} - {*wanted})}, "
+            f"and lacks {sorted({*wanted} - {*names})}. {older}"
         )
     for own, other in zip(saved, expected, strict=True):
-        if (own["shape"], own["dtype"]) != (other["shape"], other["dtype"]):
-            hint = _hint(own["dtype"], other["dtype"])
+        if (own.shape, own.dtype) != (other.shape, other.dtype):
             raise ValueError(
-                f"checkpoint {step} is of another state: {own['name']} is "
-                f"{own['dtype']}{own['shape']} in it and {other['dtype']}{other['shape']} here. "
-                f"{hint}{older}"
+                f"checkpoint {step} is of another state: {own.name} is {own.dtype}{own.shape} in "
+                f"it and {other.dtype}{other.shape} here. {_hint(own.dtype, other.dtype)}{older}"
             )
 
 
@@ -147,35 +152,19 @@ def _paths(directory: str | os.PathLike[str], step: int) -> tuple[pathlib.Path, 
     return folder, folder.with_suffix(".json")
 
 
-def _leaves(state: PyTree) -> list[tuple[str, Any]]:
-    """The leaves as numpy arrays, keys as their data."""
-    return [(name, np.asarray(_data(x))) for name, x in leaves_with_names(state, "state")]
+def _arrays(state: PyTree) -> dict[str, np.ndarray]:
+    """The leaves by their places, keys as their data."""
+    leaves = jax.tree.leaves(state)
+    return {str(i): np.asarray(key_data(x)) for i, x in enumerate(leaves)}
 
 
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _leaves(state: PyTree) -> list[_Leaf]:
+    return [_leaf(name, x) for name, x in leaves_with_names(state, "state")]
 
 
-def _data(x: Any) -> Any:
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
-def _as(array: Any, like: Any) -> Any:
-    return (
-        jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-        if _is_key(like)
-        else jnp.asarray(array)
-    )
-
-
-def _entries(state: PyTree) -> list[dict[str, Any]]:
-    """What the file says of each leaf; the dtype of a PRNG key names its kind, as ``key<fry>``."""
-    return [_entry(name, x) for name, x in leaves_with_names(state, "state")]
-
-
-def _entry(name: str, leaf: Any) -> dict[str, Any]:
-    x = leaf if _is_key(leaf) else np.asarray(leaf)
-    return {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
+def _leaf(name: str, leaf: PyTree) -> _Leaf:
+    x = np.asarray(leaf) if key_impl(leaf) is None else leaf
+    return _Leaf(name, list(x.shape), str(x.dtype))
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, int]:

@@ -14,14 +14,12 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(nn.BatchNorm):
-    """``flax.linen.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever
-    is masked.
+    """``flax.linen.BatchNorm`` whose statistics are those of the whole batch, under any mask.
 
-        n = Σᵢ nᵢ,   μ = Σᵢ nᵢ μᵢ / n,   σ² = (Σᵢ sᵢ + Σᵢ nᵢ (μᵢ − μ)²) / n       over the
-        microbatches i
+        n = Σᵢ nᵢ,   μ = Σᵢ nᵢ μᵢ / n,   σ² = (Σᵢ sᵢ + Σᵢ nᵢ (μᵢ − μ)²) / n
 
-    where nᵢ, μᵢ and sᵢ are count, mean and sum of squared deviations of the entries that are not
-    masked. It equals::
+    over the microbatches i, where nᵢ, μᵢ and sᵢ are count, mean and sum of squared deviations of
+    the entries that are not masked. It equals::
 
         def batch_norm(x, mask):  # of the whole batch
             kept = x[mask]
@@ -96,13 +94,10 @@ class BatchNorm(nn.BatchNorm):
         var = self.variable("batch_stats", "var", jnp.ones, shape, widen(self.param_dtype))
         used = mean.value, var.value
         if not use_running_average:
-            across = (
-                {}
-                if self.is_initializing()
-                else {"axis_name": self.axis_name, "groups": self.axis_index_groups}
-            )
+            axis_name = None if self.is_initializing() else self.axis_name
+            dtype, groups = widen(self.dtype or x.dtype), self.axis_index_groups
             new = batch_norm.moments(
-                x, axes, dtype=widen(self.dtype or x.dtype), mask=mask, **across
+                x, axes, dtype=dtype, mask=mask, axis_name=axis_name, groups=groups
             )
             used = new.mean, new.variance
             if not self.is_initializing():
@@ -110,13 +105,10 @@ class BatchNorm(nn.BatchNorm):
                 mean.value, var.value = batch_norm.update(
                     old, new, momentum=self.momentum, rule=rule
                 )
-        scale = (
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None
-        )
-        bias = (
-            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        )
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         y = batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
         return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))

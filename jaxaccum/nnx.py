@@ -1,5 +1,4 @@
-"""Flax nnx: gradients of ``fun(model, batch)`` over microbatches, and a BatchNorm that is exact
-across them."""
+"""Flax nnx: gradients of ``fun(model, batch)`` over microbatches, and a BatchNorm across them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum._base.types import CARRY, Array, Fun
+from jaxaccum._base.types import CARRY, Array, Fun, PyTree
 from jaxaccum._flax import batch_norm
 from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
 from jaxaccum._program import argument_slots, validate
@@ -32,8 +31,7 @@ def value_and_grad(
     example_streams: filterlib.Filter = False,
     **options: Unpack[GradientOptions],
 ) -> Fun:
-    """``flax.nnx.value_and_grad`` of the same loss on the whole batch, accumulated over
-    microbatches and equal to it.
+    """``flax.nnx.value_and_grad`` of the loss on the whole batch, accumulated over microbatches.
 
     Parameters are differentiated; all other variables (batch statistics, counters, keys of random
     streams) run from microbatch to microbatch, and the model holds the last ones afterwards. It
@@ -82,7 +80,7 @@ def value_and_grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams of which every example has its own: True for all of
+        example_streams: the random streams that have one key per example: True for all of
             them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced
             once more for each size, at twice the size. Keys of generators other than JAX's default
             draw one example after the other.
@@ -127,15 +125,14 @@ def value_and_grad(
     in_axes = options.get("in_axes", (None, 0))
 
     @functools.wraps(fun)
-    def accumulated(*args: Any, **kwargs: Any) -> Any:
+    def accumulated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         axes = argument_slots.assigned(in_axes, args, kwargs, fun)
         given = argnums if isinstance(argnums, tuple | list) else (argnums,)
-        numbers = validate.argnums(
-            [x.argnum if isinstance(x, nnx.DiffState) else x for x in given], axes.positional
-        )
-        filters = [x.filter if isinstance(x, nnx.DiffState) else nnx.Param for x in given]
+        states = list(map(_diff_state, given))
+        numbers = validate.argnums([state.argnum for state in states], axes.positional)
+        filters = dict(zip(numbers, [state.filter for state in states], strict=True))
         _check_models(axes, args, kwargs)
-        models = Models.among(args, dict(zip(numbers, filters, strict=True)), example_streams)
+        models = Models.among(args, filters, example_streams)
         # The states come after the arguments; no user writes this form of in_axes.
         own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)
         given_on: GradientOptions = {**options, "in_axes": own}
@@ -143,8 +140,8 @@ def value_and_grad(
         step = _value_and_grad(pure, numbers, has_aux=True, **given_on)
         (value, (aux, state, streams), *report), grads = step(*models.arguments(args), **kwargs)
         models.update(state, streams)
-        values = (value, *([aux] if has_aux else []), *report)
-        grads = tuple(models.gradient(i, own) for i, own in zip(numbers, grads, strict=True))
+        values = (value, aux, *report) if has_aux else (value, *report)
+        grads = tuple(map(models.gradient, numbers, grads))
         grads = grads if isinstance(argnums, tuple | list) else grads[0]
         return (values if len(values) > 1 else value), grads
 
@@ -160,8 +157,7 @@ def grad(
     example_streams: filterlib.Filter = False,
     **options: Unpack[GradientOptions],
 ) -> Fun:
-    """``flax.nnx.grad`` of the same loss on the whole batch: the gradients of `value_and_grad`,
-    with its options.
+    """``flax.nnx.grad`` of the loss on the whole batch: the gradients of `value_and_grad`.
 
     Args:
         fun: the loss of one microbatch.
@@ -179,7 +175,7 @@ def grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams of which every example has its own.
+        example_streams: the random streams that have one key per example.
 
     Returns:
         A function of the same arguments that updates the models and returns ``grads``, or
@@ -199,14 +195,19 @@ def grad(
     both = value_and_grad(fun, argnums, has_aux, example_streams=example_streams, **options)
 
     @functools.wraps(fun)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         value, grads = both(*args, **kwargs)
         return (grads, *value[1:]) if isinstance(value, tuple) else grads
 
     return gradient
 
 
-def _check_models(axes: ArgumentAxes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _diff_state(argnum: Any) -> nnx.DiffState:
+    """An argument to differentiate; a number means the argument's ``nnx.Param``."""
+    return argnum if isinstance(argnum, nnx.DiffState) else nnx.DiffState(argnum, nnx.Param)
+
+
+def _check_models(axes: ArgumentAxes, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> None:
     if CARRY in axes.keywords.values():
         raise ValueError(
             "in_axes declares a keyword argument CARRY, and the state of the models already runs "
@@ -231,8 +232,7 @@ def _check_models(axes: ArgumentAxes, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class BatchNorm(nnx.BatchNorm):
-    """``flax.nnx.BatchNorm`` over the whole batch: its statistics span all microbatches, whatever
-    is masked.
+    """``flax.nnx.BatchNorm`` whose statistics are those of the whole batch, under any mask.
 
     The equations, the program that it equals and the guarantees are those of
     `jaxaccum.linen.BatchNorm`. Arguments and variables have Flax's names (``nnx.Param``: scale,
@@ -312,10 +312,10 @@ class BatchNorm(nnx.BatchNorm):
                 "constructor."
             )
         if not running:
-            across: dict[str, Any] = {"axis_name": self.axis_name, "groups": self.axis_index_groups}
             new = batch_norm.moments(
-                x, axes, dtype=batch_norm.at_least_float32(x.dtype), mask=mask, **across
-            )
+                x, axes, dtype=batch_norm.at_least_float32(x.dtype), mask=mask,
+                axis_name=self.axis_name, groups=self.axis_index_groups,
+            )  # fmt: skip
             old, mean, var = (mean, var), new.mean, new.variance
             self.mean[...], self.var[...] = batch_norm.update(
                 old, new, momentum=self.momentum, rule=self.statistics

@@ -1,2 +1,1 @@
-"""The oracle in PyTorch: the same losses, weights and loops as the JAX side, and nothing shared
-with it but numpy."""
+"""The oracle in PyTorch: the same losses, weights and loops, sharing nothing but numpy."""

@@ -1,5 +1,4 @@
-"""Three ways to the gradient of one batch in PyTorch: the full batch, the naive `.backward()` loop,
-and the exact loop.
+"""Three ways to the gradient of one batch in PyTorch: full batch, naive loop, exact loop.
 
 A loss is a function `fun(weights, batch)` of two dicts of tensors. It returns a pair `(total,
 weight)`, the term total / weight, or a dict of such pairs, whose terms are summed, each over its

@@ -1,5 +1,7 @@
-"""BERT for masked-language modelling from Hugging Face, as a loss of numpy weights under Hugging
-Face's own names."""
+"""BERT for masked-language modelling from Hugging Face, as a loss of numpy weights.
+
+The weights have Hugging Face's own names.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,4 @@
-"""Losses of the model language in PyTorch: in one pass by PyTorch's own reductions, or as totals
-and weights.
+"""Losses of the model language in PyTorch: in one pass, or as totals and weights.
 
 A loss is anything with `.terms, .class_weights, .label_smoothing`.
 """

@@ -1,5 +1,4 @@
-"""A multi-layer perceptron with a weight for each example: the smallest model whose denominators
-can go wrong."""
+"""A multi-layer perceptron with one weight per example: the smallest model with a denominator."""
 
 from collections.abc import Sequence
 from itertools import pairwise

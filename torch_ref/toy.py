@@ -1,5 +1,4 @@
-"""The seed's model: one weight, ŷ = w·x, squared error against y = 2·x, and what its loop prints
-after each batch."""
+"""The seed's model: one weight, ŷ = w·x, squared error, and what its loop prints."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,4 @@
-"""Training in PyTorch: AdamW on the clipped gradients of the full batch, of the naive loop, or of
-the exact one."""
+"""Training in PyTorch: AdamW on clipped gradients of the full batch or of either loop."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal

@@ -1,9 +1,8 @@
-"""BERT for masked-language modelling in Flax, layer for layer the one of Hugging Face, whose names
-its parameters keep.
+"""BERT for masked-language modelling in Flax, layer for layer that of Hugging Face.
 
 Post-layer-norm encoder, exact gelu, an attention mask, token types, and a decoder tied to the word
-embeddings. Equal names make the transplant of weights a rule, not a table: `from_torch` and
-`to_torch` are each other's inverse.
+embeddings. Parameters keep Hugging Face's names, so that weights move by a rule and not by a table:
+`from_torch` and `to_torch` are each other's inverse.
 
 Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers,
 https://arxiv.org/abs/1810.04805.

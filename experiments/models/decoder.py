@@ -1,5 +1,7 @@
-"""A decoder of a billion parameters, its layers one scan: rotary attention, a gated perceptron,
-tied embeddings."""
+"""A decoder of a billion parameters whose layers are one scan.
+
+Rotary attention, a gated perceptron, tied embeddings.
+"""
 
 import dataclasses
 from typing import Any

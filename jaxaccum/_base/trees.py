@@ -33,6 +33,17 @@ def key_impl(x: Any) -> Any:
     return jax.random.key_impl(x) if jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key) else None
 
 
+def key_data(x: Array) -> Array:
+    """The integers that a typed PRNG key is made of; any other array as it is."""
+    return x if key_impl(x) is None else jax.random.key_data(x)
+
+
+def as_key(data: Array, like: Any) -> Array:
+    """`data` as a key of the kind of `like`; as it is where `like` is not a key."""
+    impl = key_impl(like)
+    return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
+
+
 def leaf_name(name: str, path: tuple[Any, ...]) -> str:
     """``argument 1['x'][0]``: how errors call a leaf."""
     return name + jax.tree_util.keystr(path)

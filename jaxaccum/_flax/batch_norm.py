@@ -1,5 +1,4 @@
-"""What the BatchNorm layers of linen and nnx share: all but where they keep their parameters and
-running statistics."""
+"""What the BatchNorm layers of linen and nnx share: the computation, but not the variables."""
 
 from __future__ import annotations
 
@@ -9,12 +8,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._base.trees import cast, promote
 from jaxaccum._base.types import Array
 from jaxaccum._flax import batch_moments
-from jaxaccum._flax.batch_moments import Moments
+from jaxaccum._flax.batch_moments import Groups, Moments
 
 Statistics = Literal["flax", "torch"]
 
@@ -31,18 +32,18 @@ def rule(value: Any) -> Statistics:
 
 def reduced_axes(rank: int, features: int | Sequence[int]) -> tuple[int, ...]:
     """The axes to average over: all but those of `features`."""
-    kept = {axis % rank for axis in ((features,) if isinstance(features, int) else features)}
-    return tuple(axis for axis in range(rank) if axis not in kept)
+    named = np.atleast_1d(features) % rank
+    return tuple(axis for axis in range(rank) if axis not in named)
 
 
 def moments(
     x: Array,
     axes: tuple[int, ...],
     *,
-    dtype: Any,
-    mask: Any,
-    axis_name: Any = None,
-    groups: Any = None,
+    dtype: DTypeLike,
+    mask: ArrayLike | None,
+    axis_name: str | Sequence[str] | None = None,
+    groups: Groups | None = None,
 ) -> Moments:
     """The moments of the whole batch, taken in `dtype`; `axis_name` counts where it is bound."""
     names = batch_moments.bound(axis_name)
@@ -54,20 +55,23 @@ def moments(
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype", "axis_names", "groups"))
 def whole_batch_moments(
-    x: Array, mask: Any, *, axes: tuple[int, ...], dtype: Any, axis_names: Any, groups: Any
-) -> Any:
+    x: Array,
+    mask: ArrayLike | None,
+    *,
+    axes: tuple[int, ...],
+    dtype: DTypeLike,
+    axis_names: Sequence[str],
+    groups: Groups | None,
+) -> Moments:
     """The moments of all parts of the batch. The audit knows this function by its name."""
-    return batch_moments.over_axes(
-        batch_moments.moments(cast(x, dtype), axes, mask), axis_names, groups
-    )
+    own = batch_moments.moments(cast(x, dtype), axes, mask)
+    return batch_moments.over_axes(own, axis_names, groups)
 
 
 def update(
     old: tuple[Array, Array], new: Moments, *, momentum: float, rule: Statistics
 ) -> tuple[Array, Array]:
-    """The running mean and variance after one more batch; the old ones where nothing was
-    counted."""
-
+    """The running mean and variance after one more batch; unchanged where nothing was counted."""
     if jnp.iscomplexobj(new.mean) and not jnp.iscomplexobj(old[0]):
         raise TypeError(
             f"the running mean is {old[0].dtype}, and the batch's mean is {new.mean.dtype}. "
@@ -88,12 +92,12 @@ def normalize(
     var: Array,
     *,
     axes: tuple[int, ...],
-    scale: Any,
-    bias: Any,
+    scale: Array | None,
+    bias: Array | None,
     epsilon: float,
 ) -> Array:
     """``(x − mean) · scale / √(var + epsilon) + bias``, in the widest of their dtypes."""
-    dtype = promote(*(a.dtype for a in (x, mean, var, scale, bias) if a is not None))
+    dtype = _common_dtype(x, mean, var, scale, bias)
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
     spread = lambda a: cast(a.reshape(shape), dtype)
     factor = spread(lax.rsqrt(var + jnp.asarray(epsilon, var.dtype)))
@@ -102,17 +106,22 @@ def normalize(
     return y if bias is None else y + spread(bias)
 
 
-def at_least_float32(dtype: Any) -> Any:
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """The dtype in which values of `dtype` are averaged."""
     return promote(dtype, jnp.float32)
 
 
-def mean_dtype(dtype: Any, inputs: Any) -> Any:
+def mean_dtype(dtype: DTypeLike, inputs: DTypeLike) -> DTypeLike:
     """The dtype of a running mean that is kept in `dtype`: complex where the inputs are."""
     return promote(dtype, inputs) if jnp.issubdtype(inputs, jnp.complexfloating) else dtype
 
 
-def output_dtype(*arrays: Any) -> Any:
+def output_dtype(*arrays: Array | None) -> np.dtype:
     """The dtype of the output where the user gives none: that of input and parameters together."""
-    dtype = promote(*(a.dtype for a in arrays if a is not None))
+    dtype = _common_dtype(*arrays)
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else promote(dtype, jnp.float32)
+
+
+def _common_dtype(*arrays: Array | None) -> np.dtype:
+    """The widest of the dtypes; None is a parameter that the layer does not have."""
+    return promote(*(a.dtype for a in arrays if a is not None))

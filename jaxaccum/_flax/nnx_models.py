@@ -1,10 +1,9 @@
-"""nnx models as arrays: arguments that hold modules, split into what is differentiated and what is
-threaded.
+"""A loss of nnx models as a pure function of arrays: parameters, random streams and other state.
 
-A loss ``fun(model, batch)`` that reads and writes its model becomes a pure function of the
-parameters, the batch and the rest of the state, which returns the new state. Everything that is no
-parameter to differentiate (batch statistics, counters, keys of random streams, frozen parameters)
-is state. Modules that several arguments share stay shared, since all arguments are split at once.
+``fun(model, batch)`` reads and writes its model. Here it becomes a function of the parameters, the
+batch, the streams and the state, which returns the new streams and the new state. Everything that
+is not differentiated (batch statistics, counters, keys, frozen parameters) is state. Modules that
+several arguments share stay shared, since all arguments are split at once.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
+from flax.typing import PathParts
+from jax.tree_util import KeyPath
 
 from jaxaccum._base.trees import leaf_name
 from jaxaccum._base.types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree, WithStreams
@@ -31,12 +32,34 @@ IN_AXES = (EXAMPLE_KEY, None, CARRY)
 """The last arguments of `Models.pure`: keys of streams, one per example; the streams; the state."""
 
 
+class _Parts(NamedTuple):
+    """Some modules, taken apart."""
+
+    graphdef: Any
+    """Their structure."""
+    params: list[PyTree]
+    """For each argument, the variables that are differentiated."""
+    streams: PyTree
+    """The streams with one key per example."""
+    rest: PyTree
+    """The rest of their state."""
+
+
+class _Argument(NamedTuple):
+    """One argument that holds modules."""
+
+    place: int
+    value: PyTree
+    accepts: filterlib.Predicate
+    """Which of its variables are differentiated."""
+
+
 def holds_modules(x: PyTree) -> bool:
     """Whether any part of `x` is a module or a variable of nnx."""
     return any(map(_is_node, jax.tree.leaves(x, is_leaf=_is_node)))
 
 
-def _is_node(x: Any) -> bool:
+def _is_node(x: object) -> bool:
     return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
@@ -46,57 +69,51 @@ class Models:
 
     places: tuple[int, ...]
     """Which arguments these are."""
-    modules: tuple[Any, ...]
-    split: Callable[[Any], tuple[Any, list[Any], Any, Any]]
-    """Of modules: their structure, the parameters to differentiate in each, the streams, the
-    rest."""
-    graphdef: Any
-    params: list[Any]
-    streams: Streams
-    """The random streams of which every example has its own."""
-    rest: Any
-    """The rest of their state."""
+    modules: tuple[PyTree, ...]
+    split: Callable[[tuple[PyTree, ...]], _Parts]
+    """Takes modules of the same structure apart."""
+    parts: _Parts
+    """The modules as they are before the call."""
+
+    @property
+    def streams(self) -> Streams:
+        """The random streams that have one key per example."""
+        return Streams(self.parts.streams)
 
     @classmethod
     def among(
-        cls, args: tuple[Any, ...], filters: Mapping[int, Any], example_streams: Any = False
+        cls,
+        args: tuple[PyTree, ...],
+        filters: Mapping[int, filterlib.Filter],
+        example_streams: filterlib.Filter = False,
     ) -> Models:
-        """The models among `args`; `filters` says for each differentiated argument which of its
-        variables.
+        """The models among `args`; `filters` has one filter for each differentiated argument.
 
         As in nnx, a filter selects among the variables of modules; whatever is outside of modules
-        is differentiated. `example_streams` selects the streams of which every example has its own.
+        is differentiated. `example_streams` selects the streams that have one key per example.
         """
-        places, modules, selected = [], [], []
-        for i, arg in enumerate(args):
-            if holds_modules(arg):
-                arg = _with_arrays(arg, f"argument {i}") if i in filters else arg
-                places.append(i)
-                modules.append(arg)
-                selected.append(_selector(arg, filters[i]) if i in filters else _nothing)
-        params = [_within(k, accepts) for k, accepts in enumerate(selected)]
-        own = nnx_streams.selector(tuple(modules), example_streams)
-        split = functools.partial(_split, params, own)
-        for i, arg, accepts in zip(places, modules, selected, strict=True):
-            if i in filters:
-                _check_selected(i, arg, accepts, filters[i])
-        graphdef, params, streams, rest = split(tuple(modules))
-        return cls(tuple(places), tuple(modules), split, graphdef, params, Streams(streams), rest)
+        held = [_argument(i, x, filters) for i, x in enumerate(args) if holds_modules(x)]
+        modules = tuple(argument.value for argument in held)
+        params = [_within(k, argument.accepts) for k, argument in enumerate(held)]
+        split = functools.partial(_split, params, nnx_streams.selector(modules, example_streams))
+        for argument in held:
+            if argument.place in filters:
+                _check_selected(argument, filters[argument.place])
+        places = tuple(argument.place for argument in held)
+        return cls(places, modules, split, split(modules))
 
-    def gradient(self, i: int, grads: Any) -> PyTree:
-        """The gradient of argument `i` as nnx returns it: like the argument, with a state for each
-        module."""
+    def gradient(self, i: int, grads: PyTree) -> PyTree:
+        """The gradient of argument `i` as nnx returns it: a state in the place of each module."""
         if i not in self.places:
             return grads
         arg = self.modules[self.places.index(i)]
         own = lambda path, _: _at(grads, path)
         return jax.tree_util.tree_map_with_path(own, arg, is_leaf=_is_node)
 
-    def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `pure` is called with: parameters in place of modules, then states, as `IN_AXES`
-        says."""
-        states = self.streams.keys(), self.streams.arrays(), jax.tree.leaves(self.rest)
-        return (*self._placed(args, self.params), *states)
+    def arguments(self, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        """The arguments of `pure`: parameters in place of modules, then those of `IN_AXES`."""
+        states = self.streams.keys(), self.streams.arrays(), jax.tree.leaves(self.parts.rest)
+        return (*self._placed(args, self.parts.params), *states)
 
     def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
         """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams)))``.
@@ -105,41 +122,51 @@ class Models:
         these, and is 0 where no microbatch ran.
         """
 
-        def call(larger: frozenset[Shape], *args: Any, **kwargs: Any) -> Any:
-            *given, keys, streams, state = args
-            params = [given[i] for i in self.places]
-            before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
-
-            def run(*arrays: Any) -> tuple[Any, Any, Any, Any]:
-                own = self.streams.joined(streams, keys, larger)
-                modules = self._merged(jax.tree.unflatten(treedef, arrays), own, self._state(state))
-                output = fun(*self._placed(tuple(given), modules), **kwargs)
-                graphdef, new_params, new_streams, new_rest = self.split(modules)
-                states = (params, own, self._state(state)), (new_params, new_streams, new_rest)
-                _check_structure(self.graphdef, graphdef, *states)
-                return output, new_params, new_streams, new_rest
-
-            output, new_params, new_streams, new_rest = run(*before)
-            if not assignments.same_objects(before, jax.tree.leaves(new_params)):
-                kept = assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1]), before)
-                _check_unassigned(kept, new_params)
-            new = jax.tree.leaves(new_rest)
+        def call(larger: frozenset[Shape], *args: PyTree, **kwargs: PyTree) -> PyTree:
+            output, new = self._run(fun, larger, args, kwargs)
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
-            ran = jnp.uint32(1)
-            advanced = Max((self.streams.after(new_streams), ran)) if self.streams else None
-            return loss, (aux, Carry(new) if new else None, advanced)
+            ran, rest = jnp.uint32(1), jax.tree.leaves(new.rest)
+            advanced = Max((self.streams.after(new.streams), ran)) if self.streams else None
+            return loss, (aux, Carry(rest) if rest else None, advanced)
 
         def drawing(larger: frozenset[Shape]) -> Fun:
             return functools.wraps(fun)(functools.partial(call, larger))
 
         return WithStreams(drawing(frozenset()), drawing if self.streams else None)
 
-    def _merged(self, params: list[Any], streams: Any, rest: Any) -> Any:
+    def _run(
+        self,
+        fun: Fun,
+        larger: frozenset[Shape],
+        args: tuple[PyTree, ...],
+        kwargs: Mapping[str, PyTree],
+    ) -> tuple[PyTree, _Parts]:
+        """What `fun` returns, and what its models hold afterwards; `args` are those of `pure`."""
+        *given, keys, streams, state = args
+        params = [given[i] for i in self.places]
+        before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
+
+        def run(*arrays: Array) -> tuple[PyTree, _Parts]:
+            own = self.streams.joined(streams, keys, larger)
+            rest = self._state(state)
+            modules = self._merged(jax.tree.unflatten(treedef, arrays), own, rest)
+            output = fun(*self._placed(given, modules), **kwargs)
+            new = self.split(modules)
+            _check_structure(_Parts(self.parts.graphdef, params, own, self._state(state)), new)
+            return output, new
+
+        output, new = run(*before)
+        if not assignments.same_objects(before, jax.tree.leaves(new.params)):
+            kept = assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1].params), before)
+            _check_unassigned(kept, new.params)
+        return output, new
+
+    def _merged(self, params: list[PyTree], streams: PyTree, rest: PyTree) -> tuple[PyTree, ...]:
         """The models that hold these parameters, these streams and this state."""
         states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
-        return nnx.merge(self.graphdef, *states, streams, rest)
+        return nnx.merge(self.parts.graphdef, *states, streams, rest)
 
     def update(self, state: list[Array] | None, streams: tuple[list[Array], Array] | None) -> None:
         """Put a new state into the modules, and new streams."""
@@ -148,34 +175,41 @@ class Models:
         if streams:
             nnx.update(self.modules, self.streams.updated(*streams))
 
-    def _placed(self, args: tuple[Any, ...], values: Sequence[Any]) -> tuple[Any, ...]:
-        by_place = dict(zip(self.places, values, strict=True))
-        return tuple(by_place.get(i, arg) for i, arg in enumerate(args))
+    def _placed(self, args: Sequence[PyTree], values: Sequence[PyTree]) -> tuple[PyTree, ...]:
+        """The arguments with `values` in place of the models."""
+        placed = list(args)
+        for i, value in zip(self.places, values, strict=True):
+            placed[i] = value
+        return tuple(placed)
 
-    def _state(self, arrays: list[Array]) -> Any:
+    def _state(self, arrays: list[Array]) -> PyTree:
         """The state that holds `arrays`."""
-        return jax.tree.unflatten(jax.tree.structure(self.rest), arrays)
+        return jax.tree.unflatten(jax.tree.structure(self.parts.rest), arrays)
+
+
+def _argument(place: int, value: PyTree, filters: Mapping[int, filterlib.Filter]) -> _Argument:
+    if place not in filters:
+        return _Argument(place, value, filterlib.Nothing())
+    value = _with_arrays(value, f"argument {place}")
+    return _Argument(place, value, _selector(value, filters[place]))
 
 
 def _split(
-    params: list[Any], streams: Any, modules: tuple[Any, ...]
-) -> tuple[Any, list[Any], Any, Any]:
+    params: Sequence[filterlib.Predicate],
+    streams: filterlib.Predicate,
+    modules: tuple[PyTree, ...],
+) -> _Parts:
     graphdef, *states, own, rest = nnx.split(modules, *params, streams, ...)
     selected = [state[k] if k in state else nnx.State({}) for k, state in enumerate(states)]
-    return graphdef, selected, own, rest
+    return _Parts(graphdef, selected, own, rest)
 
 
-def _within(place: int, accepts: Any) -> Any:
-    """The selection among variables of one argument, of the variables of all arguments."""
+def _within(place: int, accepts: filterlib.Predicate) -> filterlib.Predicate:
+    """`accepts` for one argument's variables, as a predicate on those of all arguments."""
     return lambda path, variable: path[0] == place and accepts(path[1:], variable)
 
 
-def _nothing(path: Any, variable: Any) -> bool:
-    del path, variable
-    return False
-
-
-def _selector(arg: PyTree, filter: Any) -> Any:
+def _selector(arg: PyTree, filter: filterlib.Filter) -> filterlib.Predicate:
     """Whether a variable of the argument is differentiated."""
     accepts = filterlib.to_predicate(filter)
     leaves = jax.tree_util.tree_leaves_with_path(arg, is_leaf=_is_node)
@@ -184,10 +218,9 @@ def _selector(arg: PyTree, filter: Any) -> Any:
 
 
 def _with_arrays(arg: PyTree, name: str) -> PyTree:
-    """The argument with an array for every number outside of its modules, as derivatives ask
-    for."""
+    """The argument with an array for each number outside of its modules, to be differentiated."""
 
-    def array(path: Any, x: Any) -> Any:
+    def array(path: KeyPath, x: PyTree) -> PyTree:
         if _is_node(x):
             return x
         validate.differentiable(x, leaf_name(name, path))
@@ -196,14 +229,21 @@ def _with_arrays(arg: PyTree, name: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(array, arg, is_leaf=_is_node)
 
 
-def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+def _keys(path: KeyPath) -> PathParts:
     """A path of JAX as nnx writes it."""
-    names = ("idx", "key", "name")
-    return tuple(next(getattr(e, name) for name in names if hasattr(e, name)) for e in path)
+    return tuple(map(_key, path))
 
 
-def _at(state: Any, path: tuple[Any, ...]) -> Any:
-    """What stands at the path; an empty state for a module that an earlier argument holds too."""
+def _key(entry: Any) -> Any:
+    """The index, key or attribute that one entry of a path of JAX names."""
+    for name in ("idx", "key", "name"):
+        if hasattr(entry, name):
+            return getattr(entry, name)
+    raise AssertionError(f"a path of JAX holds {entry!r}")
+
+
+def _at(state: PyTree, path: KeyPath) -> PyTree:
+    """What is at the path; an empty state for a module that an earlier argument holds too."""
     for key in _keys(path):
         if key not in state:
             return nnx.State({})
@@ -211,7 +251,8 @@ def _at(state: Any, path: tuple[Any, ...]) -> Any:
     return state
 
 
-def _check_selected(i: int, arg: PyTree, accepts: Any, filter: Any) -> None:
+def _check_selected(argument: _Argument, filter: filterlib.Filter) -> None:
+    i, arg, accepts = argument
     if not jax.tree.leaves(nnx.split((arg,), _within(0, accepts), ...)[1]):
         raise ValueError(
             f"argument {i} is to be differentiated, and the filter "
@@ -224,10 +265,10 @@ def _paths(tree: PyTree) -> set[str]:
     return {leaf_name("", path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _check_structure(old: Any, new: Any, old_states: Any, new_states: Any) -> None:
-    if old == new:
+def _check_structure(old: _Parts, new: _Parts) -> None:
+    if old.graphdef == new.graphdef:
         return
-    before, after = _paths(old_states), _paths(new_states)
+    before, after = _paths(old[1:]), _paths(new[1:])
     changed = [f"adds {sorted(after - before)}"] if after - before else []
     changed += [f"removes {sorted(before - after)}"] if before - after else []
     raise ValueError(

@@ -1,22 +1,22 @@
-"""Random streams of nnx models of which every example has its own: into the loop, and out of it.
+"""Example streams: random streams of an nnx model that draw from one key per example.
 
-They are called example streams after ``EXAMPLE_KEY``, whose keys they hold. Flax's ``split_rngs``
-is another thing: it splits keys over an axis that a model is mapped over, and here none is.
+They are named after ``EXAMPLE_KEY``, whose keys they hold. Flax's ``split_rngs`` does something
+else: it splits keys over an axis that a model is mapped over, and here no model is mapped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum._base.trees import key_impl, leaf_name
-from jaxaccum._base.types import Array
+from jaxaccum._base.trees import as_key, key_data, key_impl, leaf_name
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program import example_keys
 from jaxaccum._program.example_keys import Shape
 
@@ -28,7 +28,7 @@ class Streams:
     Every microbatch starts from these, and the model advances them once, as the full batch does.
     """
 
-    state: Any
+    state: PyTree
 
     def __bool__(self) -> bool:
         return bool(self._leaves)
@@ -39,50 +39,49 @@ class Streams:
 
     def keys(self) -> list[Array]:
         """Every single key, to be split over the examples."""
-        keys = [x.reshape(-1) for x in self._leaves if key_impl(x) is not None]
-        return [key for own in keys for key in own]
+        return [key for own in filter(_is_key, self._leaves) for key in own.reshape(-1)]
 
     def arrays(self) -> list[Array]:
         """The keys, as the integers that they are made of, and the counts."""
-        return [x if key_impl(x) is None else jax.random.key_data(x) for x in self._leaves]
+        return list(map(key_data, self._leaves))
 
     def joined(
         self, arrays: Sequence[Array], keys: Sequence[Array], larger: frozenset[Shape]
-    ) -> Any:
+    ) -> PyTree:
         """The state in one microbatch, whose keys hold those of the examples.
 
         `keys` has an array for each single key, with one key per example.
         """
         rest, leaves = iter(keys), []
         for own in self._typed(arrays):
-            if key_impl(own) is not None:
-                examples = jnp.stack([next(rest) for _ in range(own.size)])
+            if _is_key(own):
+                examples = jnp.stack(list(itertools.islice(rest, own.size)))
                 own = example_keys.joined(own, examples.reshape(*own.shape, -1), larger)
             leaves.append(own)
         return self._state(leaves)
 
-    def after(self, state: Any) -> list[Array]:
+    def after(self, state: PyTree) -> list[Array]:
         """The streams' own new arrays, of the state after a model has run."""
         new, named = [], jax.tree_util.tree_leaves_with_path(state)
         for (path, x), old in zip(named, self._leaves, strict=True):
             _check_kept(leaf_name("", path[1:-1]), x, old)
-            new.append(x if key_impl(old) is None else example_keys.stream_data(x))
+            new.append(example_keys.stream_data(x) if _is_key(old) else x)
         return new
 
-    def updated(self, arrays: Sequence[Array], ran: Array) -> Any:
+    def updated(self, arrays: Sequence[Array], ran: Array) -> PyTree:
         """The state of these arrays; as it was where no microbatch ran, so that `ran` is 0."""
-        pairs = zip(arrays, self.arrays(), strict=True)
-        return self._state(self._typed([jnp.where(ran > 0, new, old) for new, old in pairs]))
+        latest = lambda new, old: jnp.where(ran > 0, new, old)
+        return self._state(self._typed(list(map(latest, arrays, self.arrays()))))
 
     def _typed(self, arrays: Sequence[Array]) -> list[Array]:
-        pairs = zip(arrays, map(key_impl, self._leaves), strict=True)
-        return [x if impl is None else jax.random.wrap_key_data(x, impl=impl) for x, impl in pairs]
+        """The keys and counts that are made of `arrays`."""
+        return list(map(as_key, arrays, self._leaves))
 
-    def _state(self, leaves: Sequence[Array]) -> Any:
+    def _state(self, leaves: Sequence[Array]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(self.state), leaves)
 
 
-def selector(modules: tuple[Any, ...], filter: filterlib.Filter) -> filterlib.Predicate:
+def selector(modules: PyTree, filter: filterlib.Filter) -> filterlib.Predicate:
     """Which variables of the arguments belong to streams that the filter accepts.
 
     These are variables that hold keys, and the counts of draws next to them.
@@ -103,12 +102,16 @@ def selector(modules: tuple[Any, ...], filter: filterlib.Filter) -> filterlib.Pr
     return lambda path, x: path in chosen or counts(path, x)
 
 
-def _holds_keys(variable: Any) -> bool:
-    return any(key_impl(x) is not None for x in jax.tree.leaves(variable))
+def _is_key(x: Array) -> bool:
+    return key_impl(x) is not None
+
+
+def _holds_keys(variable: PyTree) -> bool:
+    return any(map(_is_key, jax.tree.leaves(variable)))
 
 
 def _check_kept(name: str, new: Array, old: Array) -> None:
-    is_key = key_impl(old) is not None
+    is_key = _is_key(old)
     if is_key and not example_keys.is_joined(new.dtype):
         raise ValueError(
             f"example_streams: fun puts another key into {name}, from which all microbatches would "
@@ -116,8 +119,11 @@ def _check_kept(name: str, new: Array, old: Array) -> None:
             "there, by jax.random.fold_in."
         )
     if new.shape != old.shape or (new.dtype != old.dtype and not is_key):
-        before, after = (f"{x.dtype}{list(x.shape)}" for x in (old, new))
         raise ValueError(
-            f"fun changes {name} from {before} to {after}; leave the streams of the model with the "
-            "shapes and dtypes that came in."
+            f"fun changes {name} from {_type(old)} to {_type(new)}; leave the streams of the model "
+            "with the shapes and dtypes that came in."
         )
+
+
+def _type(x: Array) -> str:
+    return f"{x.dtype}{list(x.shape)}"

@@ -1,5 +1,4 @@
-"""`dynamic_loss_scale`: float16 gradients kept in range by one scale, which moves at optimizer
-steps alone.
+"""`dynamic_loss_scale` keeps float16 gradients in range by one scale per optimizer step.
 
 Micikevicius et al., *Mixed Precision Training* (arXiv 1710.03740), section 3.2. The scale lives in
 the state of the optimizer, the innermost place that sees whole batches: inside `MultiSteps` it is
@@ -9,7 +8,7 @@ state.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ class LossScaleState(NamedTuple):
     """int32: the steps since the scale last moved."""
     num_skipped: Array
     """int32: the batches whose gradient was not finite."""
-    inner_opt_state: Any
+    inner_opt_state: PyTree
 
 
 def dynamic_loss_scale(
@@ -40,11 +39,11 @@ def dynamic_loss_scale(
     growth_interval: int = 2000,
     factor: float = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`opt` for the gradient of ``scale · loss``: divided by the scale, and left out where it is
-    not finite.
+    """`opt` for the gradient of ``scale · loss``.
 
-    The loss is multiplied by ``state.scale`` before it is differentiated, one scale for all
-    microbatches of a batch. It equals::
+    The gradient is divided by the scale, and left out where it is not finite. The loss is
+    multiplied by ``state.scale`` before it is differentiated, with one scale for all microbatches
+    of a batch. It equals::
 
         def update(grads, state, params):
             grads = grads / state.scale  # in float32
@@ -89,9 +88,9 @@ def dynamic_loss_scale(
         return LossScaleState(jnp.float32(initial), jnp.int32(0), jnp.int32(0), inner.init(params))
 
     def update(
-        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[PyTree, LossScaleState]:
-        def unscaled(grad: Any) -> Any:
+        def unscaled(grad: Array) -> Array:
             wide = _wide(grad)
             return wide if is_float0(wide) else wide / cast(state.scale, wide.dtype)
 
@@ -108,9 +107,8 @@ def dynamic_loss_scale(
         new, _, held = step_if(finite, step, grads, old)
         good = jnp.where(finite, state.good_steps + 1, jnp.zeros_like(state.good_steps))
         grows = good >= growth_interval
-        scale = jnp.where(
-            finite, jnp.where(grows, state.scale * factor, state.scale), state.scale / factor
-        )
+        after_good = jnp.where(grows, state.scale * factor, state.scale)
+        scale = jnp.where(finite, after_good, state.scale / factor)
         return new, LossScaleState(
             scale=jnp.clip(scale, _as(1.0, scale), _as(2.0**24, scale)),
             good_steps=jnp.where(grows, jnp.zeros_like(good), good),
@@ -122,14 +120,22 @@ def dynamic_loss_scale(
 
 
 def _update(
-    opt: Any, grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]
+    opt: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra_args: dict[str, object],
 ) -> tuple[PyTree, PyTree]:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes on its own
         return opt.update(grads, state, params, **extra_args)
 
 
 def _update_in_float32(
-    opt: Any, grads: PyTree, state: PyTree, params: PyTree, extra_args: dict[str, Any]
+    opt: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    extra_args: dict[str, object],
 ) -> tuple[PyTree, PyTree]:
     """A step in which parameters and states are as wide as `grads`, as a `cond` in `opt` requires.
 
@@ -141,11 +147,11 @@ def _update_in_float32(
     return _update(opt, grads, jax.tree.map(as_dtype, state, own), wide, extra_args)
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: Array) -> Array:
     return cast(x, widen(dtype_of(x))) if is_inexact(x) else x
 
 
-def _not_narrower(grad: Any, parameter: Any) -> Any:
+def _not_narrower(grad: Array, parameter: Array) -> Array:
     """The gradient in its parameter's dtype, or in its own where that is wider."""
     wider = dtype_of(grad).itemsize > dtype_of(parameter).itemsize
     return grad if wider or not is_inexact(grad) else cast(grad, dtype_of(parameter))

@@ -1,5 +1,4 @@
-"""`MultiSteps`: accumulation in a host loop, one microbatch per call, around any optax
-optimizer."""
+"""`MultiSteps` accumulates in a host loop, one microbatch per call, around any optax optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote
 from jaxaccum._base.types import Array, PyTree
@@ -38,7 +37,7 @@ class MultiStepsState(NamedTuple):
     """int32: the microbatches of the open window."""
     gradient_step: ArrayLike
     """int32: the optimizer steps so far."""
-    inner_opt_state: Any
+    inner_opt_state: PyTree
     acc_grads: PyTree
     """The mean of the open window so far, ``Σ w g / Σ w``; with ``use_grad_mean=False`` the sum ``Σ
     w g``."""
@@ -104,7 +103,7 @@ class MultiSteps(optax.MultiSteps):
         every_k_schedule: int | Callable[[Any], Any],
         use_grad_mean: bool = True,
         should_skip_update_fn: Any = None,
-        accumulator_dtype: Any = jnp.float32,
+        accumulator_dtype: DTypeLike | None = jnp.float32,
     ):
         if not hasattr(opt, "init") or not hasattr(opt, "update"):
             raise TypeError(f"opt must be an optax.GradientTransformation; got {opt!r}.")
@@ -131,14 +130,13 @@ class MultiSteps(optax.MultiSteps):
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         updates: PyTree,
-        state: Any,
+        state: PyTree,
         params: PyTree = None,
         *,
         weight: ArrayLike | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[PyTree, MultiStepsState]:
-        """Take in one microbatch's gradient; at the end of a window, what `opt` makes of the
-        window's mean, else zeros.
+        """Take in one microbatch's gradient; at the end of a window, run `opt` on the mean.
 
         Args:
             updates: the *mean* gradient of the microbatch, a pytree like the parameters. That of an
@@ -167,7 +165,7 @@ class MultiSteps(optax.MultiSteps):
         return self._step(emit, state, params, like=updates, extra_args=extra_args)
 
     def flush(
-        self, state: Any, params: PyTree = None, **extra_args: Any
+        self, state: PyTree, params: PyTree = None, **extra_args: object
     ) -> tuple[PyTree, MultiStepsState]:
         """Apply the open window as it is, with its true weight: 3 microbatches of 4 count as 3.
 
@@ -196,7 +194,7 @@ class MultiSteps(optax.MultiSteps):
         emit = jnp.greater(state.mini_step, 0)
         return self._step(emit, state, params, like=like, extra_args=extra_args)
 
-    def has_updated(self, state: Any) -> Array:
+    def has_updated(self, state: PyTree) -> Array:
         """Whether the call that returned `state` ran the optimizer.
 
         It is false for the state of `init`, after a microbatch that was skipped, and after a flush
@@ -206,38 +204,32 @@ class MultiSteps(optax.MultiSteps):
         return jnp.asarray(_extended(state).updated)
 
     def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
-        """The pair ``(init, update)`` for ``optax.chain``, which passes extra arguments, `weight`
-        among them."""
+        """The pair ``(init, update)`` for ``optax.chain``, which passes `weight` on."""
         return optax.GradientTransformationExtraArgs(self.init, self.update)
 
-    def _zeros(self, parameter: Any) -> Array:
-        dtype = dtype_of(parameter) if is_inexact(parameter) else jnp.float32
-        wide = (
-            dtype
-            if self._accumulator_dtype is None
-            else promote(dtype, jnp.dtype(self._accumulator_dtype))
-        )
+    def _zeros(self, parameter: ArrayLike) -> Array:
+        wide = dtype_of(parameter) if is_inexact(parameter) else jnp.float32
+        if self._accumulator_dtype is not None:
+            wide = promote(wide, jnp.dtype(self._accumulator_dtype))
         return jnp.zeros_like(parameter, dtype=wide)  # like it: sharded as the parameter is
 
     def _added(self, window: _Window, grads: PyTree, weight: Array) -> _Window:
         """The window with one more microbatch: Welford's running mean, or the sum."""
         total = window.total_weight + weight
+        divisor = jnp.where(total > 0, total, jnp.ones_like(total))
 
-        def added(acc: Array, grad: Any) -> Array:
+        def added(acc: Array, grad: Array) -> Array:
             if is_float0(grad):
                 return acc
             grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
             if self._use_grad_mean:
-                new = acc + (grad - acc) * w / cast(
-                    jnp.where(total > 0, total, jnp.ones_like(total)), w.dtype
-                )
+                new = acc + (grad - acc) * w / cast(divisor, w.dtype)
             else:
                 new = acc + grad * w
             return jnp.where(w == 0, acc, new)  # a choice: 0 · NaN is NaN
 
-        return _Window(
-            jnp.add(window.mini_step, 1), jax.tree.map(added, window.acc_grads, grads), total
-        )
+        acc_grads = jax.tree.map(added, window.acc_grads, grads)
+        return _Window(jnp.add(window.mini_step, 1), acc_grads, total)
 
     def _step(
         self,
@@ -246,7 +238,7 @@ class MultiSteps(optax.MultiSteps):
         params: PyTree,
         *,
         like: PyTree,
-        extra_args: dict[str, Any],
+        extra_args: dict[str, object],
     ) -> tuple[PyTree, MultiStepsState]:
         """The optimizer's step and an empty window where `emit`, else zeros and the state as it is.
 
@@ -276,18 +268,17 @@ class MultiSteps(optax.MultiSteps):
 class _Window(NamedTuple):
     """The fields of the state that one window fills and the next finds empty."""
 
-    mini_step: Any
+    mini_step: ArrayLike
     acc_grads: PyTree
-    total_weight: Any
+    total_weight: Array
 
     @classmethod
     def of(cls, state: MultiStepsState) -> _Window:
         return cls(state.mini_step, state.acc_grads, state.total_weight)
 
 
-def _extended(state: Any) -> MultiStepsState:
-    """The state with our fields, also where it is one of optax: its microbatches have counted 1
-    each."""
+def _extended(state: PyTree) -> MultiStepsState:
+    """The state with our fields; in one of optax each microbatch has counted 1."""
     if getattr(state, "total_weight", None) is not None:
         return state
     weight = cast(state.mini_step, _weight_dtype(state.acc_grads))
@@ -295,12 +286,13 @@ def _extended(state: Any) -> MultiStepsState:
     return MultiStepsState(*state[:5], total_weight=weight, updated=updated)
 
 
-def _weight_dtype(acc_grads: PyTree) -> Any:
+def _weight_dtype(acc_grads: PyTree) -> np.dtype:
     """float32, or float64 where any gradient is summed in it."""
-    return promote(jnp.float32, *(jnp.finfo(acc.dtype).dtype for acc in jax.tree.leaves(acc_grads)))
+    real = jax.tree.map(lambda acc: jnp.finfo(acc.dtype).dtype, acc_grads)
+    return promote(jnp.float32, *jax.tree.leaves(real))
 
 
-def _gradient(acc: Array, like: Any) -> Any:
+def _gradient(acc: Array, like: ArrayLike) -> Array | np.ndarray:
     """The window's gradient, in the dtype of one microbatch's or for a parameter `like` this."""
     if not is_inexact(like):
         return np.zeros(jnp.shape(acc), jax.dtypes.float0)
@@ -312,7 +304,7 @@ def _floating(updates: PyTree) -> PyTree:
     return jax.tree.map(lambda x: None if is_float0(x) else x, updates)
 
 
-def _plain(state: Any, params: PyTree = None) -> tuple[Any, PyTree]:
+def _plain(state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
     """Both as plain arrays, where `state` is that of an ``nnx.Optimizer``, all of variables."""
     nnx = sys.modules.get("flax.nnx")  # who holds such a state has imported it
     if nnx is None or not isinstance(state.mini_step, nnx.Variable):

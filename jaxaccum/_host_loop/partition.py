@@ -1,19 +1,20 @@
-"""`partition` and `pad_batch`: the microbatches that the loop would see, and a batch of any size at
-one capacity."""
+"""`partition` gives a host loop its microbatches; `pad_batch` gives every batch one size."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.trees import is_array, key_impl, leaves_with_names
-from jaxaccum._base.types import Array, InAxes, PyTree, Split
+from jaxaccum._base.types import EXAMPLE_KEY, KEY, Array, Axes, InAxes, PyTree, Sentinel, Split
 from jaxaccum._program import argument_slots, validate
-from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.example_keys import example_keys
+from jaxaccum._program.microbatches import Partition
 
 
 def partition(
@@ -24,11 +25,11 @@ def partition(
     split: Split = "contiguous",
     **kwargs: Any,
 ) -> list[tuple[Any, ...]]:
-    """The arguments of every microbatch, as the loop would see them: to rerun one alone, or to feed
-    a host loop.
+    """The arguments of every microbatch, as the loop would see them.
 
-    Microbatch i holds the rows that follow those of microbatch i - 1; strided, the rows i, i + n,
-    …. It equals::
+    Use them to run one microbatch again, alone, or to feed a host loop. Microbatch i holds the rows
+    that follow those of microbatch i - 1; with a strided split it holds the rows i, i + n, …. It
+    equals::
 
         for i, rows in enumerate(np.split(np.arange(batch_size), bounds)):
             yield params, jax.tree.map(lambda x: x[rows], batch)
@@ -60,7 +61,7 @@ def partition(
     layout, _ = argument_slots.read(args, kwargs, in_axes)
     leaves = jax.tree.leaves((args, kwargs))
     given = [x for i, x in enumerate(leaves) if i not in layout.statics]
-    arrays = [slot.array(x) for slot, x in zip(layout.slots, given, strict=True)]
+    arrays = list(map(Slot.array, layout.slots, given))
     plan = validate.partition(
         argument_slots.batch_size(layout.slots, arrays),
         num_microbatches=num_microbatches,
@@ -68,30 +69,65 @@ def partition(
         split=split,
     )
     microbatches = []
-    for group in plan.groups:
-        for index in range(group.first, group.first + group.count):
-            start = (
-                index if split == "strided" else group.start + (index - group.first) * group.size
-            )
-            examples = (
-                range(start, plan.batch_size, plan.num_microbatches)
-                if split == "strided"
-                else range(start, start + group.size)
-            )
-            own = [
-                _take(slot, x, examples=examples, index=index, batch_size=plan.batch_size)
-                for slot, x in zip(layout.slots, arrays, strict=True)
-            ]
-            pair = layout.build(own)
-            microbatches.append(pair if kwargs else pair[0])
+    for microbatch in _microbatches(plan):
+        own = list(map(microbatch.part, layout.slots, arrays))
+        pair = layout.build(own)
+        microbatches.append(pair if kwargs else pair[0])
     return microbatches
 
 
-def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, Array]:
-    """Pad a batch with zeros to a capacity, with the mask of its real rows: one compilation for
-    every batch up to it.
+def num_examples(args: tuple[PyTree, ...], in_axes: InAxes) -> int:
+    """The number of examples in the arguments."""
+    return len(partition(*args, in_axes=in_axes, microbatch_size=1))
 
-    The mask belongs into the weight of a `Mean`, so that padding counts nowhere. It equals::
+
+def in_axes_of_parts(in_axes: Sequence[Axes]) -> tuple[Axes, ...]:
+    """The `in_axes` of what `partition` returns, whose keys are already folded or split."""
+    folded = {KEY: None, EXAMPLE_KEY: 0}
+    return tuple(folded.get(x, x) if isinstance(x, Sentinel) else x for x in in_axes)
+
+
+class _Microbatch(NamedTuple):
+    """One microbatch: its number, its examples, and how many examples the batch has."""
+
+    number: int
+    examples: range
+    batch_size: int
+
+    def part(self, slot: Slot, x: Array) -> Array:
+        """What the microbatch sees of one array of the arguments."""
+        match slot.role:
+            case Role.ROWS:
+                rows = slice(self.examples.start, self.examples.stop, self.examples.step)
+                return x[(slice(None),) * slot.axis + (rows,)]
+            case Role.KEY:
+                return jax.random.fold_in(x, self.number)
+            case Role.EXAMPLE_KEY:
+                examples = jnp.asarray(self.examples, jnp.int32)
+                return example_keys(x, examples, self.batch_size)
+            case _:
+                return x
+
+
+def _microbatches(plan: Partition) -> Iterator[_Microbatch]:
+    """The microbatches in the order of the loop."""
+    if plan.split == "strided":
+        for i in range(plan.num_microbatches):
+            examples = range(i, plan.batch_size, plan.num_microbatches)
+            yield _Microbatch(i, examples, plan.batch_size)
+        return
+    for group in plan.groups:
+        for i in range(group.count):
+            start = group.start + i * group.size
+            examples = range(start, start + group.size)
+            yield _Microbatch(group.first + i, examples, plan.batch_size)
+
+
+def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, Array]:
+    """The batch padded with zeros to a fixed size, and the mask of its real examples.
+
+    So one compiled program serves every batch up to that size. Put the mask into the weight of a
+    `Mean`, and padding counts nowhere. It equals::
 
         padded = np.concatenate([batch, np.zeros((to - len(batch), *batch.shape[1:]))])
         mask = np.arange(to) < len(batch)
@@ -121,7 +157,7 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         if not is_array(leaf) or not -leaf.ndim <= batch_axis < leaf.ndim:
             raise ValueError(
                 f"{name} has no axis {batch_axis}; its shape is {list(jnp.shape(leaf))}. Pass "
-                "arrays with one row an example."
+                "arrays with one row per example."
             )
         sizes.append((name, leaf.shape[batch_axis]))
     count = validate.batch_size(sizes)
@@ -132,28 +168,10 @@ def pad_batch(batch: PyTree, *, to: int, batch_axis: int = 0) -> tuple[PyTree, A
         )
 
     def pad(x: Array) -> Array:
-        if (
-            impl := key_impl(x)
-        ) is not None:  # a key has no zero; its padding is the key made of zeros
+        if (impl := key_impl(x)) is not None:  # keys are padded with the key made of zeros
             return jax.random.wrap_key_data(pad(jax.random.key_data(x)), impl=impl)
         widths = [(0, 0)] * x.ndim
         widths[batch_axis] = (0, capacity - count)
         return jnp.pad(x, widths)
 
     return jax.tree.map(pad, batch), jnp.arange(capacity) < count
-
-
-def _take(
-    slot: argument_slots.Slot, x: Any, *, examples: range, index: int, batch_size: int
-) -> Any:
-    match slot.role:
-        case Role.ROWS:
-            return x[
-                (slice(None),) * slot.axis + (slice(examples.start, examples.stop, examples.step),)
-            ]
-        case Role.KEY:
-            return jax.random.fold_in(x, index)
-        case Role.EXAMPLE_KEY:
-            return example_keys(x, jnp.asarray(examples, jnp.int32), batch_size)
-        case _:
-            return x

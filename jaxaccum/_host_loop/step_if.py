@@ -1,24 +1,23 @@
-"""An optimizer's step that runs or waits: one array per leaf is its update, or else what is
-kept."""
+"""An optimizer's step that runs or waits: its updates share their memory with what is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote
-from jaxaccum._base.types import PyTree
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._devices import varying
 
 
 def step_if(
-    run: Any, update: Callable[[], tuple[PyTree, PyTree]], kept: PyTree, state: PyTree
+    run: ArrayLike, update: Callable[[], tuple[PyTree, PyTree]], kept: PyTree, state: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
     """``(updates, zeros, new state)`` of `update` where `run`, else ``(zeros, kept, state)``.
 
@@ -67,12 +66,12 @@ def _of_one_structure(new: PyTree, state: PyTree) -> PyTree:
     return new
 
 
-def is_float0(x: Any) -> bool:
+def is_float0(x: ArrayLike | jax.ShapeDtypeStruct) -> bool:
     """Whether `x` is what JAX gives for the gradient of an integer: nothing, in its shape."""
     return dtype_of(x) == jax.dtypes.float0
 
 
-def as_dtype(x: Any, like: Any) -> Any:
+def as_dtype(x: Array, like: Array) -> Array:
     """`x` in the dtype of `like`. PRNG keys and float0, which cannot be cast, have it already."""
     return x if getattr(x, "dtype", None) == dtype_of(like) else cast(x, dtype_of(like))
 
@@ -81,37 +80,37 @@ def _fit(like: PyTree, kept: PyTree) -> bool:
     """Whether each update has the type of its leaf in `kept`, but for the precision."""
     if jax.tree.structure(like) != jax.tree.structure(kept):
         return False
-    pairs = zip(jax.tree.leaves(like), jax.tree.leaves(kept), strict=True)
-    return all(_kind(x) == _kind(other) for x, other in pairs)
+    kinds, others = map(_kind, jax.tree.leaves(like)), map(_kind, jax.tree.leaves(kept))
+    return list(kinds) == list(others)
 
 
-def _kind(x: jax.ShapeDtypeStruct) -> tuple[Any, ...]:
+def _kind(x: jax.ShapeDtypeStruct) -> tuple[object, ...]:
     is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
     return x.shape, x.sharding, varying.varying_axes(x), is_inexact(x), is_complex
 
 
-def _both(x: Any, other: Any) -> jax.ShapeDtypeStruct:
+def _both(x: Array, other: Array) -> jax.ShapeDtypeStruct:
     """A dtype that holds both exactly."""
     return jax.ShapeDtypeStruct(jnp.shape(other), promote(dtype_of(x), dtype_of(other)))
 
 
-def _cond(run: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+def _cond(run: ArrayLike, yes: Callable[[], PyTree], no: Callable[[], PyTree]) -> PyTree:
     """``lax.cond``, decided here where `run` is known: without jit no branch is compiled."""
     if isinstance(run, jax.core.Tracer):
         return lax.cond(run, yes, no)
     return yes() if run else no()
 
 
-def _where(run: Any, yes: Any, no: Any) -> Any:
+def _where(run: ArrayLike, yes: Array, no: Array) -> Array:
     if isinstance(run, jax.core.Tracer):
         return jnp.where(run, yes, no)
     return yes if run else no
 
 
-def _as(x: Any, like: Any) -> Any:
+def _as(x: Array, like: Array) -> Array:
     """`x` with the dtype of `like`, varying over the mesh axes that `like` varies over."""
     return varying.vary(as_dtype(x, like), varying.varying_axes(like))
 
 
-def _zeros(like: jax.ShapeDtypeStruct) -> Any:
+def _zeros(like: jax.ShapeDtypeStruct) -> Array | np.ndarray:
     return np.zeros(like.shape, like.dtype) if is_float0(like) else varying.zeros(like)

@@ -7,7 +7,7 @@ effects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxaccum._base.types import Array
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
 
 _checked = Primitive("checked")
@@ -34,15 +34,19 @@ def checked(x: Array, valid: Callable[[Array], Array], message: str) -> Array:
     return _checked.bind(x, valid=valid, message=message)
 
 
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
+def _jvp(
+    primals: Sequence[Array], tangents: Sequence[Array], **params: object
+) -> tuple[Array, Array]:
     return _checked.bind(*primals, **params), tangents[0]
 
 
-def _batched(args: Any, axes: Any, **params: Any) -> tuple[Array, Any]:
+def _batched(
+    args: Sequence[Array], axes: Sequence[int | None], **params: object
+) -> tuple[Array, int | None]:
     return _checked.bind(*args, **params), axes[0]
 
 
-def _checkified(*given: Any, valid: Callable[[Array], Array], message: str) -> tuple[Any, Array]:
+def _checkified(*given: Any, valid: Callable[[Array], Array], message: str) -> tuple[PyTree, Array]:
     """The rule of `checkify` for our check: `given` is what `checkify` hands to a rule, and `x`."""
     *context, value = given
     x = jnp.asarray(value)

@@ -1,5 +1,4 @@
-"""`audit`: asked before training, it reports by which rule a loss accumulates, or which line
-prevents it."""
+"""`audit` says before training whether a loss accumulates exactly, and why or where it does not."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def audit(
     probe: bool = False,
     **kwargs: Any,
 ) -> AuditReport:
-    """Whether the accumulated gradient of a loss is the full batch's: by which rule, and if not, by
-    which line.
+    """Whether the accumulated gradient of a loss is the full batch's, and why or where it is not.
 
     The loss is traced at the batch's size and at the microbatch's, and both programs are walked
     together; nothing is compiled or computed. It asks whether the loss L is additive over the
@@ -79,9 +77,8 @@ def audit(
     report = report_on(Loss(fun, arguments, axis_name, has_aux), arguments.partition, axis_name)
     if not probe:
         return report
-    equal = (
-        num_microbatches if any(f.kind == FaultKind.COLLECTIVE for f in report.findings) else None
-    )
+    coupled = any(finding.kind == FaultKind.COLLECTIVE for finding in report.findings)
+    equal = num_microbatches if coupled else None
     fun, args, own = by_position(fun, args, kwargs, axes)
     found = run_probe(fun, args, in_axes=own, has_aux=has_aux, axis_name=axis_name, equal=equal)
     return dataclasses.replace(report, probe=found)

@@ -1,21 +1,21 @@
-"""A call compiled for the devices that its arguments name, never run: bytes and operations of one
-device."""
+"""What a call costs one device, in bytes and operations, by compiling it and never running it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.core
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum._base.trees import is_array, leaves_with_names
-from jaxaccum._base.types import Fun
+from jaxaccum._base.types import Array, Fun, PyTree
+from jaxaccum._devices import varying
 from jaxaccum._jaxpr.flops import flops
 from jaxaccum._program import argument_slots, prepare
 from jaxaccum._program.argument_slots import Role, Slot
@@ -35,7 +35,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Arguments as shapes with shardings; what is no array is held in `leaves` and never traced."""
+    """Arguments as shapes with shardings; what is not an array is in `leaves` and never traced."""
 
     treedef: Any
     leaves: tuple[Any, ...]
@@ -61,12 +61,10 @@ class Call:
 
     @property
     def explicit(self) -> bool:
-        """Whether the batch is divided over axes of explicit type, on which microbatches are
-        equal."""
-        kinds = (
-            dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)) if self.mesh else {}
-        )
-        return any(kinds[axis] is AxisType.Explicit for axis in self.batch_axes)
+        """Whether explicit axes divide the batch; on these, microbatches have one size."""
+        if self.mesh is None:
+            return False
+        return not self.batch_axes.isdisjoint(self.mesh.abstract_mesh.explicit_axes)
 
     @property
     def device_kind(self) -> str:
@@ -83,9 +81,9 @@ class Call:
 
     def rows(self, axes: ArgumentAxes) -> tuple[list[Slot], int]:
         """The leaves with a batch axis, and its size on one device of the manual axes."""
-        found: list[Any] = []
+        found: list[tuple[tuple[Slot, ...], int]] = []
 
-        def note(*arrays: Any) -> None:
+        def note(*arrays: Array) -> None:
             layout, own = argument_slots.read(*self._build(arrays), axes)
             found.append((layout.slots, argument_slots.batch_size(layout.slots, own)))
 
@@ -94,11 +92,12 @@ class Call:
         return [slot for slot in slots if slot.role is Role.ROWS], batch_size
 
     def couples(self, fun: Fun, options: Options, argnums: Sequence[int], *, has_aux: bool) -> bool:
-        """Whether the loss has collectives over microbatches, by one trace of it where the real
-        call would trace it."""
+        """Whether the loss has collectives over microbatches; the loss is traced once."""
         found: list[bool] = []
 
-        def note(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(
+            fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+        ) -> None:
             program, _ = prepare.prepare(
                 fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux
             )
@@ -108,7 +107,7 @@ class Call:
         jax.eval_shape(self._shard_map(one, None) if self.mesh_axes else one, *self.shapes)
         return found[-1]
 
-    def compiled(self, step: Callable[..., Any], argnums: Sequence[int]) -> Cost:
+    def compiled(self, step: Fun, argnums: Sequence[int]) -> Cost:
         """Compile ``step(*args)``, a gradient with respect to the arguments `argnums`."""
         traced = jax.jit(self._over_mesh(step, argnums)).trace(*self.shapes)
         devices = self.mesh.size if self.mesh is not None else 1
@@ -121,82 +120,69 @@ class Call:
                 raise
             return Cost(used, used, operations)
         assert analysis is not None, "this backend does not report its memory"
-        arguments = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-        )
-        return Cost(
-            analysis.temp_size_in_bytes, arguments + analysis.temp_size_in_bytes, operations
-        )
+        given, returned = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+        temporary, shared = analysis.temp_size_in_bytes, analysis.alias_size_in_bytes
+        return Cost(temporary, given + returned - shared + temporary, operations)
 
-    def _build(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _build(self, arrays: Sequence[PyTree]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """The positional and the keyword arguments that hold `arrays`."""
         own = list(self.leaves)
         for i, x in zip(self.traced, arrays, strict=True):
             own[i] = x
         return self.treedef.unflatten(own)
 
-    def _over_mesh(self, step: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., Any]:
+    def _over_mesh(self, step: Fun, argnums: Sequence[int]) -> Fun:
         """`step` of flat arrays; inside ``shard_map`` where some axes are manual."""
 
-        def call(*arrays: Any) -> Any:
+        def call(*arrays: Array) -> PyTree:
             args, kwargs = self._build(arrays)
             return step(*args, **kwargs)
 
         if not self.mesh_axes:
             return call
 
-        def one(*arrays: Any) -> Any:
+        def one(*arrays: Array) -> tuple[PyTree, list[Array]]:
             head, grads = call(*arrays)
             return jax.tree.map(lambda x: x[None], head), jax.tree.leaves(grads)
 
-        specs, _ = self._build([self._manual_spec(x) for x in self.shapes])
-        outs = [
-            spec for number in argnums for spec in jax.tree.leaves(specs[number], is_leaf=_is_spec)
-        ]
+        specs, _ = self._build(list(map(self._manual_spec, self.shapes)))
+        differentiated = [specs[number] for number in argnums]
+        outs = jax.tree.leaves(differentiated, is_leaf=lambda x: isinstance(x, P))
         return self._shard_map(one, (P(self.mesh_axes), outs))
 
-    def _shard_map(self, fun: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
-        specs = tuple(self._manual_spec(x) for x in self.shapes)
+    def _shard_map(self, fun: Fun, out_specs: PyTree) -> Fun:
+        specs = tuple(map(self._manual_spec, self.shapes))
         return jax.shard_map(
             fun, mesh=self.mesh, in_specs=specs, out_specs=out_specs, axis_names=set(self.mesh_axes)
         )
 
-    def _manual_spec(self, x: Any) -> P:
+    def _manual_spec(self, x: object) -> P:
         """The sharding over manual axes alone."""
-        kept = [
-            tuple(name for name in _names(_spec(x), i) if name in self.mesh_axes)
-            for i in range(len(_spec(x)))
-        ]
-        return P(*(names or None for names in kept))
+        kept, spec = [], _spec(x)
+        for dim in range(len(spec)):
+            names = [name for name in varying.names(spec, dim) if name in self.mesh_axes]
+            kept.append(tuple(names) or None)
+        return P(*kept)
 
     def _device(self) -> Any:
         if self.mesh is not None:
             return self.mesh.devices.flat[0]
-        return next(
-            (next(iter(x.devices())) for x in self.leaves if isinstance(x, jax.Array)),
-            jax.devices()[0],
-        )
+        for x in self.leaves:
+            if isinstance(x, jax.Array):
+                return next(iter(x.devices()))
+        return jax.devices()[0]
 
 
 def read(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
     axes: ArgumentAxes,
     *,
-    traced: Collection[Any],
-    mesh_axes: Any,
+    traced: Collection[int | str | None],
+    mesh_axes: str | Sequence[str] | None,
 ) -> Call:
-    """The call; leaves of the arguments `traced` become arguments of the program also where they
-    are Python numbers."""
-    names = (
-        ()
-        if mesh_axes is None
-        else (mesh_axes,)
-        if isinstance(mesh_axes, str)
-        else tuple(mesh_axes)
-    )
+    """The call; in the arguments `traced`, Python numbers are arguments of the program too."""
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
     leaves, positions = {}, []
     for number, called, arg in argument_slots.every(args, kwargs):
         for name, x in leaves_with_names(arg, called):
@@ -213,43 +199,40 @@ def read(
     structure = jax.tree.structure((args, kwargs))
     call = Call(structure, tuple(leaves.values()), tuple(positions), mesh, names)
     rows, batch_size = call.rows(axes)
-    divided = {axis for slot in rows for axis in _names(_spec(leaves[slot.name]), slot.axis)}
-    return dataclasses.replace(
-        call, batch_axes=frozenset(divided) - set(names), batch_size=batch_size
-    )
+    divided: set[str] = set()
+    for slot in rows:
+        divided.update(varying.names(_spec(leaves[slot.name]), slot.axis))
+    batch_axes = frozenset(divided.difference(names))
+    return dataclasses.replace(call, batch_axes=batch_axes, batch_size=batch_size)
 
 
-def _mesh_of(leaves: Sequence[Any], mesh_axes: tuple[str, ...]) -> Any:
-    shardings = [getattr(x, "sharding", None) for x in leaves]
-    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
-    missing = [name for name in mesh_axes if mesh is None or name not in mesh.axis_names]
-    if missing:
-        raise ValueError(
-            f"mesh_axes names {missing[0]!r}, and no argument is laid out on a mesh with that "
-            "axis; give the arguments the shardings of the real run, "
-            "jax.sharding.NamedSharding(mesh, spec)."
-        )
+def _mesh_of(leaves: Sequence[object], mesh_axes: tuple[str, ...]) -> Any:
+    shardings = filter(None, map(_sharding, leaves))
+    first = next(shardings, None)
+    mesh = None if first is None else first.mesh
+    for name in mesh_axes:
+        if mesh is None or name not in mesh.axis_names:
+            raise ValueError(
+                f"mesh_axes names {name!r}, and no argument is laid out on a mesh with that "
+                "axis; give the arguments the shardings of the real run, "
+                "jax.sharding.NamedSharding(mesh, spec)."
+            )
     return mesh
 
 
-def _spec(x: Any) -> P:
+def _sharding(x: object) -> NamedSharding | None:
+    """How `x` is laid out on a mesh, if it is."""
     sharding = getattr(x, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else P()
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, P)
-
-
-def _names(spec: P, axis: int) -> tuple[str, ...]:
-    """The mesh axes over which an array's own `axis` is divided."""
-    entry = spec[axis] if axis < len(spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+def _spec(x: object) -> P:
+    sharding = _sharding(x)
+    return P() if sharding is None else sharding.spec
 
 
 def _used_bytes(message: str) -> int | None:
-    """The need that the compiler reports for a program that exceeds the device, "Used 29.35G of
-    15.75G hbm"."""
+    """What the compiler says that too large a program needs: "Used 29.35G of 15.75G hbm"."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

@@ -1,12 +1,11 @@
-"""`plan`: how large may a microbatch be? Programs compiled for the real devices, never run, against
-a memory limit."""
+"""`plan` finds the largest microbatch that fits into memory, by compiling and never by running."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxaccum._base.source_lines import is_ours
 from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split, Unroll
@@ -43,8 +42,7 @@ def plan(
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """The largest microbatch whose gradient fits into a device's memory, found by compiling and
-    never by running.
+    """The largest microbatch whose gradient fits into a device's memory; nothing is run.
 
     Memory is nearly affine in the microbatch's size m, ``bytes(m) ≈ a + b m``, so two programs are
     compiled, the others predicted, and the choice is compiled to confirm it; where it does not fit,
@@ -116,75 +114,104 @@ def plan(
         "in_axes": entries, "split": split, "num_examples_argnum": num_examples_argnum,
         "axis_name": axis_name, "mesh_axes": mesh_axes, "unroll": unroll, "audit": None,
     }  # fmt: skip
-    given = {"num_microbatches": num_microbatches, "microbatch_size": microbatch_size}
-    asked = any(number is not None for number in given.values())
-
-    def couples(size: int) -> bool:
-        sized: LoopOptions = {**shared, "microbatch_size": size, "memory": memory}
-        return call.couples(fun, Options(**sized), numbers, has_aux=has_aux)
-
+    loss = _Loss(fun, call, argnums, numbers, has_aux, shared)
+    couples = functools.partial(loss.couples, memory)
     equal = split == "strided" or call.explicit
     every = candidates(call.batch_size, shards=call.shards, equal=equal)
     with during("plan: tracing the loss", progress):
-        if asked:
-            wanted = validate.partition(call.batch_size, **given, split=split).groups[0].size
-            sizes, refused, coupled = [wanted], (), _asked(couples, wanted, every)
-        else:
+        if num_microbatches is None and microbatch_size is None:
             sizes, refused, coupled = _accepted(couples, every)
-    schedules: tuple[Memory, ...] = (
-        (None,) if not coupled else _SCHEDULES if memory is None else (memory,)
-    )
+            if coupled:
+                sizes = [size for size in sizes if call.batch_size % size == 0]
+        else:
+            partition = validate.partition(
+                call.batch_size, num_microbatches=num_microbatches,
+                microbatch_size=microbatch_size, split=split,
+            )  # fmt: skip
+            sizes, refused, coupled = _asked(couples, partition.groups[0].size, every)
+    schedules = _schedules(memory) if coupled else (None,)
 
     def measure(schedule: Memory, size: int) -> lowering.Cost:
         options: GradientOptions = {
             **shared, "microbatch_size": size, "memory": schedule,
             "accumulator": accumulator, "gather": gather,
         }  # fmt: skip
-        step = value_and_grad(fun, argnums, has_aux, **options)
         among = f", memory={schedule!r}" if coupled else ""
-        with (
-            during(f"plan: compiling microbatch_size={size}{among}", progress),
-            warnings.catch_warnings(),
-        ):
-            if len(schedules) > 1:  # that one of them is slow stands in the table
-                warnings.filterwarnings("ignore", message="memory=")
-            return call.compiled(step, numbers)
+        with during(f"plan: compiling microbatch_size={size}{among}", progress):
+            return loss.compiled(options, compared=len(schedules) > 1)
 
-    if coupled and not asked:
-        sizes = [size for size in sizes if call.batch_size % size == 0]
     rows, needed = [], []
     for schedule in schedules:
-        search = _Search(
-            functools.partial(measure, schedule), sizes, call.batch_size, limit, ends=coupled
-        )
+        own = functools.partial(measure, schedule)
+        search = _Search(own, sizes, call.batch_size, limit, ends=coupled)
         choice = search.run()
         rows += [search.row(size, schedule) for size in sizes]
         needed.append((search.total(choice), choice))
-    if min(needed)[0] > limit:
-        raise ValueError(
-            f"memory_bytes={limit}, and the smallest microbatch, of {min(needed)[1]} examples, "
-            f"needs {min(needed)[0]} bytes on a device; raise the limit, shard the parameters, or "
-            "divide the batch over more devices."
-        )
+    least, size = min(needed)
+    _check_fits(least, size, limit)
     return Plan(tuple(sorted(rows, key=lambda row: row.microbatch_size)), limit, coupled, refused)
 
 
+class _Loss(NamedTuple):
+    """The loss and its call: what is traced and compiled at every size."""
+
+    fun: Fun
+    call: lowering.Call
+    argnums: int | Sequence[int]
+    numbers: Sequence[int]
+    """The arguments to differentiate, by their positions."""
+    has_aux: bool
+    options: LoopOptions
+
+    def couples(self, memory: Memory, size: int) -> bool:
+        """Whether the loss has collectives over microbatches of that size."""
+        sized: LoopOptions = {**self.options, "microbatch_size": size, "memory": memory}
+        return self.call.couples(self.fun, Options(**sized), self.numbers, has_aux=self.has_aux)
+
+    def compiled(self, options: GradientOptions, *, compared: bool) -> lowering.Cost:
+        """The cost of the gradient; if `compared`, no warning says that a schedule is slow."""
+        step = value_and_grad(self.fun, self.argnums, self.has_aux, **options)
+        with warnings.catch_warnings():
+            if compared:  # the table says which of them is slow
+                warnings.filterwarnings("ignore", message="memory=")
+            return self.call.compiled(step, self.numbers)
+
+
+def _check_fits(needed: int, size: int, limit: int) -> None:
+    if needed > limit:
+        raise ValueError(
+            f"memory_bytes={limit}, and the smallest microbatch, of {size} examples, "
+            f"needs {needed} bytes on a device; raise the limit, shard the parameters, or "
+            "divide the batch over more devices."
+        )
+
+
 def candidates(batch_size: int, *, shards: int = 1, equal: bool = False) -> list[int]:
-    """The sizes worth a look: the divisors of the batch, and powers of two where microbatches may
-    be unequal."""
+    """The sizes to look at: divisors of the batch, and powers of two if sizes may be unequal."""
     sizes = {size for size in range(1, batch_size + 1) if batch_size % size == 0}
     if not equal:
         sizes |= {2**i for i in range(batch_size.bit_length()) if 2**i < batch_size}
     return sorted(size for size in sizes if size % shards == 0)
 
 
-def _accepted(
-    couples: Callable[[int], bool], sizes: list[int]
-) -> tuple[list[int], tuple[int, ...], bool]:
-    """The sizes that `fun` accepts and those that it does not, and whether it has collectives.
+def _schedules(memory: Memory) -> tuple[Memory, ...]:
+    """The schedules to compare, of a coupled loss."""
+    return _SCHEDULES if memory is None else (memory,)
 
-    A function of groups of examples does not accept a single one. So where the smallest size is
-    accepted all are, and no other is traced.
+
+class _Sizes(NamedTuple):
+    """The sizes that `fun` accepts and those that it does not, and whether it has collectives."""
+
+    accepted: list[int]
+    refused: tuple[int, ...]
+    coupled: bool
+
+
+def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> _Sizes:
+    """Trace `fun` at one size after the other, the smallest first.
+
+    A function of groups of examples does not accept a single example. So where the smallest size is
+    accepted, all are, and no other is traced.
     """
     found: dict[int, bool] = {}
     errors: dict[int, Exception] = {}
@@ -194,10 +221,10 @@ def _accepted(
         except Exception as error:  # of the user's function
             errors[size] = error
         if found and not errors:
-            return sizes, (), found[size]
+            return _Sizes(sizes, (), found[size])
     if not found:
         raise errors[sizes[-1]]
-    return list(found), tuple(errors), any(found.values())
+    return _Sizes(list(found), tuple(errors), any(found.values()))
 
 
 def _accepts(couples: Callable[[int], bool], size: int) -> bool:
@@ -208,10 +235,10 @@ def _accepts(couples: Callable[[int], bool], size: int) -> bool:
     return True
 
 
-def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> bool:
-    """Whether `fun` has collectives, at the size that was asked for."""
+def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> _Sizes:
+    """The one size that was asked for; an error where `fun` does not accept it."""
     try:
-        return couples(size)
+        return _Sizes([size], (), couples(size))
     except Exception as error:  # of the user's function, or one of ours
         accepted = [other for other in others if _accepts(couples, other)]
         if is_ours(error) or not accepted:
@@ -223,7 +250,7 @@ def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> bool
         ) from error
 
 
-def _limit(memory_bytes: Any, call: lowering.Call) -> int:
+def _limit(memory_bytes: int | None, call: lowering.Call) -> int:
     if memory_bytes is not None:
         return validate.size(memory_bytes, "memory_bytes")
     limit = call.device_limit()
@@ -236,10 +263,10 @@ def _limit(memory_bytes: Any, call: lowering.Call) -> int:
 
 
 class _Search:
-    """Compile two sizes, predict the others, confirm the choice; draw the line anew until the
-    choice is confirmed.
+    """Two sizes are compiled, the others predicted from them, and the choice is compiled too.
 
-    The whole batch as one microbatch is no loop, holds no sums, and lies on no line: it is always
+    Where the choice does not fit, the line is drawn anew and another size is chosen. The whole
+    batch as one microbatch has no loop and no sums, so that no line predicts it: it is always
     compiled.
     """
 
@@ -258,8 +285,7 @@ class _Search:
         self.guesses: dict[int, int] = {}
 
     def run(self) -> int:
-        """The largest size that fits, or the smallest of all where none does; either is
-        compiled."""
+        """The largest size that fits, or the smallest of all where none does, compiled."""
         for size in self._anchors():
             self._compile(size)
         while True:
@@ -270,8 +296,7 @@ class _Search:
             self._compile(choice)
 
     def _anchors(self) -> list[int]:
-        """The whole batch, and about an eighth and a half of it: the smallest microbatches are
-        padded."""
+        """The whole batch, a half, and about an eighth of it: the compiler pads smaller ones."""
         whole = {self.batch_size} & set(self.sizes)
         loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
         small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
@@ -284,23 +309,22 @@ class _Search:
 
     def total(self, size: int) -> int:
         """The bytes of the program at a size, compiled or predicted."""
-        return (
-            self.known[size].total_bytes
-            if size in self.known
-            else round(self._between(size, "total_bytes"))
-        )
+        if size in self.known:
+            return self.known[size].total_bytes
+        return round(self._between(size, "total_bytes"))
 
     def _between(self, size: int, name: str) -> float:
         """The line through the nearest compiled loops, on both sides where there are any."""
+        known = lambda x: float(getattr(self.known[x], name))
         loops = [other for other in self.known if other != self.batch_size] or list(self.known)
         near = sorted(loops, key=lambda other: abs(other - size))
-        below, above = [x for x in near if x < size], [x for x in near if x > size]
-        pair = [below[0], above[0]] if below and above else near[:2]
-        values = [float(getattr(self.known[x], name)) for x in pair]
-        if len(pair) == 1:
-            return values[0]
-        slope = (values[1] - values[0]) / (pair[1] - pair[0])
-        return max(values[0] + slope * (size - pair[0]), 0.0)
+        below = [x for x in near if x < size]
+        above = [x for x in near if x > size]
+        first, *others = [below[0], above[0]] if below and above else near
+        if not others:
+            return known(first)
+        slope = (known(others[0]) - known(first)) / (others[0] - first)
+        return max(known(first) + slope * (size - first), 0.0)
 
     def row(self, size: int, memory: Memory) -> Row:
         """What is known of a size."""

@@ -1,5 +1,4 @@
-"""A plan as it is read: one row per size of microbatch and schedule, the best of them, as text and
-as HTML."""
+"""A plan as a table: one row per size of microbatch and schedule, and which row is best."""
 
 from __future__ import annotations
 
@@ -11,15 +10,14 @@ from jaxaccum._base.types import Memory
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One candidate: its sizes, and what one device needs for it; bytes are compiled, or predicted
-    where not."""
+    """One candidate: its sizes, and what one device needs for it, compiled or predicted."""
 
     microbatch_size: int
     num_microbatches: int
     memory: Memory
     """The schedule of a coupled loss, as `value_and_grad` takes it; None for every other."""
     temp_bytes: int
-    """Beside arguments and results: activations and sums."""
+    """Activations and sums: what is neither an argument nor a result."""
     total_bytes: int
     """Arguments, results and temporary memory, each byte once where a result reuses an argument."""
     flops: float
@@ -27,16 +25,14 @@ class Row:
     compiled: bool
     """Whether the bytes are those of the compiled program, or predicted from two others."""
     predicted_temp_bytes: int | None
-    """What the line through the programs compiled before said, kept beside the compiled figure;
-    None for the first."""
+    """What the line through earlier programs predicted; None for the first programs."""
     fits: bool
     """Whether `total_bytes` are within the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The candidates, smallest microbatch first, and the limit; of a coupled loss, those of every
-    schedule."""
+    """The candidates, smallest microbatch first, and the limit of one device's memory."""
 
     rows: tuple[Row, ...]
     memory_bytes: int
@@ -46,26 +42,23 @@ class Plan:
 
     @property
     def best(self) -> Row:
-        """The largest microbatch within the limit; of several schedules' the one of fewest
-        operations. Compiled."""
+        """The largest compiled microbatch within the limit; of several, the one with least work."""
         largest = {row.memory: row for row in self.rows if row.fits and row.compiled}
         return min(largest.values(), key=lambda row: (row.flops, -row.microbatch_size))
 
     def __str__(self) -> str:
         table = [self._head(), *map(self._cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = []
-        for row in table:
-            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join(cells).rstrip())
+        lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in table]
         return "\n".join([*lines, *self._foot()])
 
     def _repr_html_(self) -> str:
         """The same table in a notebook: the best row in bold, rows over the limit pale."""
         styles = {"best": "font-weight:bold", "over": "opacity:0.5", "": ""}
-        rows = [self._cells(row) for row in self.rows]
+        rows = list(map(self._cells, self.rows))
         body = markup.table(self._head(), rows, styles=[styles[cells[0]] for cells in rows])
-        return markup.joined([body, *(markup.element("p", line) for line in self._foot())], "\n")
+        foot = [markup.element("p", line) for line in self._foot()]
+        return markup.joined([body, *foot], "\n")
 
     def _head(self) -> list[str]:
         sizes = ["", "microbatch_size", "num_microbatches"]

@@ -1,5 +1,4 @@
-"""Tests for your own loss: `assert_exact`, rounding bounds, and hypothesis strategies for batches
-and partitions.
+"""Tests for your own loss: `assert_exact`, rounding bounds, strategies, and a compiled program.
 
 Imported by name: `import jaxaccum.testing`. The strategies need hypothesis; nothing else does.
 """
@@ -18,31 +17,21 @@ from jaxaccum.testing.language import build_model as build_model
 
 if TYPE_CHECKING:
     from jaxaccum.testing.linen_models import linen_model as linen_model
-    from jaxaccum.testing.nnx_models import nnx_model as nnx_model
     from jaxaccum.testing.strategies import batches as batches
-    from jaxaccum.testing.strategies import losses as losses
     from jaxaccum.testing.strategies import masks as masks
     from jaxaccum.testing.strategies import model_batches as model_batches
     from jaxaccum.testing.strategies import models as models
     from jaxaccum.testing.strategies import partitions as partitions
     from jaxaccum.testing.strategies import weights as weights
-    from jaxaccum.testing.tagged_losses import Loss as Loss
-    from jaxaccum.testing.tagged_losses import loss_fun as loss_fun
-    from jaxaccum.testing.tagged_losses import loss_terms as loss_terms
 
 _LAZY = {
     "linen_model": "linen_models",
-    "nnx_model": "nnx_models",
     "batches": "strategies",
-    "losses": "strategies",
     "masks": "strategies",
     "model_batches": "strategies",
     "models": "strategies",
     "partitions": "strategies",
     "weights": "strategies",
-    "Loss": "tagged_losses",
-    "loss_fun": "tagged_losses",
-    "loss_terms": "tagged_losses",
 }
 """Names whose module needs flax or hypothesis, and is imported when they are first used."""
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxaccum._base.trees import leaf_name, leaves_with_names
+from jaxaccum._base.types import PyTree
 
 __all__ = ["normwise", "sum_bound"]
 
 
-def sum_bound(num_terms: int, magnitude: Any, *, dtype: Any, factor: float = 1.0) -> Any:
+Magnitude = TypeVar("Magnitude", float, np.ndarray, jax.Array)
+
+
+def sum_bound(
+    num_terms: int, magnitude: Magnitude, *, dtype: DTypeLike, factor: float = 1.0
+) -> Magnitude:
     """The rounding that a sum of given terms cannot exceed, whatever the order of the additions.
 
         bound = factor · n · eps(dtype) · Σ|xᵢ|
@@ -41,13 +51,13 @@ def sum_bound(num_terms: int, magnitude: Any, *, dtype: Any, factor: float = 1.0
     return factor * num_terms * float(jnp.finfo(dtype).eps) * magnitude
 
 
-def normwise(actual: Any, expected: Any) -> float:
-    """How far two pytrees are apart: the largest difference over the largest expected entry, over
-    all leaves.
+def normwise(actual: PyTree, expected: PyTree) -> float:
+    """How far two pytrees are apart: the largest difference over the largest expected entry.
 
         error = max |actual − expected| / max |expected|
 
-    Leaves are not compared one by one, because a leaf's true gradient can be 0.
+    Both maxima are over all leaves. Leaves are not compared one by one, because a leaf's true
+    gradient can be 0.
 
         def normwise(actual, expected):
             pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected))
@@ -71,35 +81,29 @@ def normwise(actual: Any, expected: Any) -> float:
     difference = max(leaf_differences(actual, expected).values(), default=0.0)
     if difference == 0 or not np.isfinite(difference):
         return float(difference)
-    scale = max(
-        float(np.max(np.abs(wide(leaf)), initial=0.0)) for leaf in jax.tree.leaves(expected)
-    )
+    largest = jax.tree.map(lambda leaf: float(np.max(np.abs(wide(leaf)), initial=0.0)), expected)
+    scale = max(jax.tree.leaves(largest))
     return difference / scale if scale > 0 else float("inf")
 
 
-def leaf_differences(actual: Any, expected: Any) -> dict[str, float]:
+def leaf_differences(actual: PyTree, expected: PyTree) -> dict[str, float]:
     """The largest |difference| of each leaf by its path; infinity where one is not finite."""
     differences = jax.tree_util.tree_map_with_path(_difference, expected, actual)
-    return {
-        jax.tree_util.keystr(path): difference
-        for path, difference in jax.tree_util.tree_leaves_with_path(differences)
-    }
+    return dict(leaves_with_names(differences, ""))
 
 
-def wide(leaf: Any) -> np.ndarray:
+def wide(leaf: ArrayLike) -> np.ndarray:
     """The leaf in float64 or complex128."""
     array = np.asarray(leaf)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
-def _difference(path: Any, expected: Any, actual: Any) -> float:
+def _difference(path: KeyPath, expected: ArrayLike, actual: ArrayLike) -> float:
     if np.shape(actual) != np.shape(expected):
-        name = jax.tree_util.keystr(path)
         raise ValueError(
-            f"leaf {name} has shape {np.shape(actual)}, but {np.shape(expected)} is expected"
+            f"leaf {leaf_name('', path)} has shape {np.shape(actual)}, but "
+            f"{np.shape(expected)} is expected"
         )
-    with np.errstate(
-        invalid="ignore"
-    ):  # inf − inf is a difference that is not finite, which is the answer
+    with np.errstate(invalid="ignore"):  # inf − inf is not finite, which is the answer
         difference = np.max(np.abs(wide(actual) - wide(expected)), initial=0.0)
     return float(difference) if np.isfinite(difference) else float("inf")

@@ -10,8 +10,11 @@ import jax
 import numpy as np
 
 import jaxaccum
+from jaxaccum._base.types import PyTree
+from jaxaccum._host_loop.partition import num_examples
+from jaxaccum._tools.probe import weighted_sum
 from jaxaccum.testing.bounds import normwise, wide
-from jaxaccum.testing.oracle import draws_random_numbers, oracle
+from jaxaccum.testing.oracle import LossCall, Result, draws_random_numbers, oracle
 
 __all__ = ["likely_cause"]
 
@@ -20,24 +23,23 @@ CLOSE = 1e-3  # a rule is recognized by its value, not by its rounding
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Value and gradient of the library, the full batch, and each microbatch alone with its share
-    of examples."""
+    """Value and gradient of the library, of the full batch, and of each microbatch alone."""
 
-    actual: Any
-    expected: Any
-    parts: Sequence[Any]
+    actual: Result
+    expected: Result
+    parts: Sequence[Result]
     shares: Sequence[float]
+    """For each microbatch, its share of the examples."""
 
     def is_weighted(self, weights: Sequence[float]) -> bool:
-        return _close(self.actual, _combine(self.parts, weights))
+        return _close(self.actual, weighted_sum(self.parts, weights))
 
     def is_last(self) -> bool:
         return len(self.parts) > 1 and self.is_weighted([0.0] * (len(self.parts) - 1) + [1.0])
 
     def is_sum_declared_mean(self) -> bool:
-        return self.is_weighted(self.shares) and _close(
-            self.expected, _combine(self.parts, [1.0] * len(self.parts))
-        )
+        total = weighted_sum(self.parts, [1.0] * len(self.parts))
+        return self.is_weighted(self.shares) and _close(self.expected, total)
 
     def is_sum_of_means(self) -> bool:
         return self.is_weighted([1.0] * len(self.parts))
@@ -77,92 +79,55 @@ RULES: tuple[tuple[Callable[[_Evidence], bool], str], ...] = (
 
 
 def likely_cause(
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    actual: Any,
-    expected: Any,
-    *,
-    in_axes: Any,
-    has_aux: bool,
-    options: Mapping[str, Any],
+    loss: LossCall, actual: Result, expected: Result, options: Mapping[str, Any]
 ) -> str:
-    """One sentence: the first known wrong rule that gives `actual`, or the factor by which it is
-    off."""
-    entries = in_axes if isinstance(in_axes, tuple | list) else (in_axes,)
-    if jaxaccum.KEY in entries:
+    """The first known wrong rule that gives `actual`, or the factor by which it is off."""
+    if jaxaccum.KEY in loss.in_axes:
         return (
             "jaxaccum.KEY is folded with the microbatch index, so draws depend on the partition: "
             "use EXAMPLE_KEY"
         )
-    if jaxaccum.EXAMPLE_KEY not in entries and draws_random_numbers(fun, *args, in_axes=in_axes):
+    if jaxaccum.EXAMPLE_KEY not in loss.in_axes and draws_random_numbers(loss):
         return (
             "fun draws random numbers from a key of its own, the same for each microbatch: pass it "
             "as EXAMPLE_KEY"
         )
-    evidence = _evidence(
-        fun, args, _pick(actual), _pick(expected), in_axes=in_axes, has_aux=has_aux, options=options
-    )
-    named = (sentence for holds, sentence in RULES if holds(evidence))
-    return next(named, None) or _factor(evidence)
+    evidence = _evidence(loss, actual, expected, options)
+    for holds, sentence in RULES:
+        if holds(evidence):
+            return sentence
+    return _factor(evidence)
 
 
 def _evidence(
-    fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    actual: Any,
-    expected: Any,
-    *,
-    in_axes: Any,
-    has_aux: bool,
-    options: Mapping[str, Any],
+    loss: LossCall, actual: Result, expected: Result, options: Mapping[str, Any]
 ) -> _Evidence:
-    rows = len(jaxaccum.partition(*args, in_axes=in_axes, microbatch_size=1))
-    microbatches = jaxaccum.partition(*args, in_axes=in_axes, **options)
-    cut = tuple(
-        _AFTER_PARTITION.get(axes, axes) if isinstance(axes, _Sentinel) else axes
-        for axes in in_axes
-    )
-    sizes = [
-        len(jaxaccum.partition(*each, in_axes=cut, microbatch_size=1)) for each in microbatches
-    ]
-    parts = [_pick(oracle(fun, *each, in_axes=cut, has_aux=has_aux)) for each in microbatches]
-    return _Evidence(actual, expected, parts, [size / rows for size in sizes])
+    microbatches = jaxaccum.partition(*loss.args, in_axes=loss.in_axes, **options)
+    calls = [loss.of_part(args) for args in microbatches]
+    sizes = [num_examples(call.args, call.in_axes) for call in calls]
+    shares = np.asarray(sizes) / num_examples(loss.args, loss.in_axes)
+    parts = [jax.tree.map(wide, _pick(oracle(call))) for call in calls]
+    return _Evidence(_pick(actual), _pick(expected), parts, shares.tolist())
 
 
-_Sentinel = type(jaxaccum.KEY)
-_AFTER_PARTITION = {jaxaccum.KEY: None, jaxaccum.EXAMPLE_KEY: 0}
-"""What `partition` hands out: a key that is folded already, and one key for each example."""
-
-
-def _pick(result: Mapping[str, Any]) -> Any:
+def _pick(result: Result) -> Result:
     return {"value": result["value"], "gradient": result["gradient"]}
 
 
-def _combine(parts: Sequence[Any], weights: Sequence[float]) -> Any:
-    return jax.tree.map(
-        lambda *leaves: sum(
-            weight * wide(leaf) for weight, leaf in zip(weights, leaves, strict=True)
-        ),
-        *parts,
-    )
-
-
-def _close(actual: Any, expected: Any) -> bool:
+def _close(actual: PyTree, expected: PyTree) -> bool:
     return normwise(actual, expected) < CLOSE
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    """All entries of all leaves."""
+    return np.concatenate([wide(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 def _factor(evidence: _Evidence) -> str:
     """The one number by which all of the answer is off, if there is one."""
-    actual, expected = (
-        np.concatenate([wide(leaf).ravel() for leaf in jax.tree.leaves(tree)])
-        for tree in (evidence.actual, evidence.expected)
-    )
-    factor = float(
-        np.real(
-            np.vdot(expected, actual)
-            / max(np.real(np.vdot(expected, expected)), np.finfo(float).tiny)
-        )
-    )
+    actual, expected = _flat(evidence.actual), _flat(evidence.expected)
+    square = max(np.real(np.vdot(expected, expected)), np.finfo(float).tiny)
+    factor = float(np.real(np.vdot(expected, actual) / square))
     if _close(actual, factor * expected):
         return (
             f"value and gradient are {factor:.6g} times the full batch's, over "

@@ -1,5 +1,7 @@
-"""The collectives of a compiled program, read from its HLO: which, how many bytes, how often,
-inside how many loops."""
+"""The collectives of a compiled program: which, how many bytes, how often, inside how many loops.
+
+It is read from the HLO text, for which JAX has no public reader.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ def collectives(compiled: Any) -> list[Collective]:
         compiled: the result of ``jax.jit(f).lower(…).compile()``, or its HLO text.
 
     Returns:
-        One entry an operation, in the program's order; what a loop repeats stands once, with its
-        `times`.
+        One entry per operation, in the program's order; one inside a loop is listed once, with
+        its `times`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -82,15 +84,13 @@ def _walk(
 
 
 def _called(line: str) -> list[str]:
-    branches = [
-        name.strip().lstrip("%") for found in _BRANCHES.findall(line) for name in found.split(",")
-    ]
-    return [*_CALLED.findall(line), *branches]
+    branches = ",".join(_BRANCHES.findall(line)).split(",")
+    names = [name.strip().lstrip("%") for name in branches if name]
+    return [*_CALLED.findall(line), *names]
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: as the compiler notes it, or the one number in its condition; else
-    once."""
+    """How often a loop runs: by the compiler's note, or the number in its condition, or once."""
     if known := _TRIPS.search(line):
         return int(known[1])
     constants = {int(n) for n in _CONSTANT.findall("\n".join(condition))}
@@ -98,18 +98,16 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _bytes(type_text: str, *, started: bool) -> int:
-    """The bytes of a result; of the operands and results that an asynchronous start holds, the
-    larger half."""
-    sizes = [
-        _width(kind) * math.prod(map(int, filter(None, dims.split(","))))
-        for kind, dims in _ARRAY.findall(type_text)
-    ]
-    whole = math.ceil(sum(sizes))
-    return (
-        math.ceil(max(sizes, default=0))
-        if started and type_text.startswith("(") and len(sizes) in (2, 4)
-        else whole
-    )
+    """The bytes of a result; an asynchronous start holds operands too: the larger of the two."""
+    sizes = [_array_bytes(*array) for array in _ARRAY.findall(type_text)]
+    if started and type_text.startswith("(") and len(sizes) in (2, 4):
+        return math.ceil(max(sizes))
+    return math.ceil(sum(sizes))
+
+
+def _array_bytes(kind: str, dims: str) -> float:
+    sizes = filter(None, dims.split(","))
+    return _width(kind) * math.prod(map(int, sizes))
 
 
 def _width(kind: str) -> float:

@@ -1,9 +1,8 @@
-"""`assert_exact`: is a loss's accumulated gradient the full batch's? If not: where, by how much,
-and why."""
+"""`assert_exact`: is the accumulated gradient of a loss the full batch's? If not, where and why."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,42 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxaccum
+from jaxaccum._base.types import Fun, InAxes, PyTree
+from jaxaccum._host_loop.partition import num_examples
 from jaxaccum._program.argument_slots import assigned
 from jaxaccum._program.axes_by_name import by_position, check_keywords
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause
-from jaxaccum.testing.oracle import draws_random_numbers, oracle
+from jaxaccum.testing.oracle import LossCall, Result, draws_random_numbers, oracle
 
 __all__ = ["assert_exact"]
 
 FLOAT32 = float(np.finfo(np.float32).eps)  # of the accumulator, where parameters are narrower
 
-TAGS = (
-    jaxaccum.Mean,
-    jaxaccum.Sum,
-    jaxaccum.Max,
-    jaxaccum.Min,
-    jaxaccum.Concat,
-    jaxaccum.Stack,
-    jaxaccum.Last,
-    jaxaccum.Carry,
-)
+DEPENDENT = (jaxaccum.Stack, jaxaccum.Last, jaxaccum.Carry)
+"""Tags whose results depend on the partition by their meaning."""
+OTHERS = (jaxaccum.Mean, jaxaccum.Sum, jaxaccum.Max, jaxaccum.Min, jaxaccum.Concat)
 
 
 def assert_exact(
-    fun: Callable[..., Any],
-    *args: Any,
-    in_axes: Any = (None, 0),
+    fun: Fun,
+    *args: PyTree,
+    in_axes: InAxes = (None, 0),
     has_aux: bool = False,
     partitions: Iterable[int | Mapping[str, Any]] | None = None,
     audit: bool = False,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> None:
-    """Asserts that accumulating `fun` over microbatches gives the value and gradient of the full
-    batch.
+    """Asserts that accumulating `fun` over microbatches gives the full batch's value and gradient.
 
-        max |value_and_grad(fun, partition)(*args) − full_batch(fun)(*args in float64)| ≤ bound ·
-        max |full_batch|
+        max |value_and_grad(fun, partition)(*args) − full| ≤ bound · max |full|
+
+    where full is ``full_batch(fun)(*args)`` in float64.
 
     The bound is 16 times the error of the full batch itself in the dtypes of `args`, plus 256 eps,
     and at most 1/4: a network's own rounding is allowed, a wrong rule is not.
@@ -71,7 +65,7 @@ def assert_exact(
 
     Raises:
       AssertionError: naming the leaf, the partition, the error, the bound and the likely cause.
-      ValueError: `audit` is asked of a jaxaccum that has none, or `partitions` is empty.
+      ValueError: `partitions` is empty.
 
     >>> def loss(params, batch):
     ...     errors = (batch["x"] @ params - batch["y"]) ** 2
@@ -80,43 +74,52 @@ def assert_exact(
     >>> assert_exact(loss, jnp.ones(3), batch)
     """
     check_keywords(kwargs, in_axes, "testing.assert_exact", fun)
-    fun, args, in_axes = by_position(fun, args, kwargs, assigned(in_axes, args, kwargs, fun))
+    fun, args, own = by_position(fun, args, kwargs, assigned(in_axes, args, kwargs, fun))
     if audit:
-        _audit(fun, args, in_axes=in_axes, has_aux=has_aux)
-    batch_size = len(jaxaccum.partition(*args, in_axes=in_axes, microbatch_size=1))
-    chosen = [
-        _as_options(each)
-        for each in (default_sizes(batch_size) if partitions is None else partitions)
-    ]
+        jaxaccum.audit(fun, *args, in_axes=own, has_aux=has_aux).raise_if_inexact()
+    batch_size = num_examples(args, own)
+    given = default_sizes(batch_size) if partitions is None else partitions
+    chosen = list(map(_as_options, given))
     if not chosen:
         raise ValueError(
             "partitions is empty: assert_exact would compare nothing; pass microbatch sizes, such "
             "as [1, 2]"
         )
-    fun = _comparable(fun) if has_aux else fun
-    exactly = not draws_random_numbers(fun, *args, in_axes=in_axes)
-    expected = oracle(fun, *args, in_axes=in_axes, has_aux=has_aux, float64=exactly)
-    own = oracle(fun, *args, in_axes=in_axes, has_aux=has_aux, float64=False) if exactly else None
+    loss = LossCall(_comparable(fun) if has_aux else fun, args, own, has_aux)
+    random = draws_random_numbers(loss)
+    expected = oracle(loss, float64=not random)
+    bounds = _bounds(loss, expected, random=random)
     for options in chosen:
-        transformed = jaxaccum.value_and_grad(
-            fun, in_axes=in_axes, has_aux=has_aux, audit=None, **options
-        )
-        actual = _named(jax.jit(transformed)(*args), has_aux)
-        for part, wanted in expected.items():
-            rounding = normwise(own[part], wanted) if own else _eps(args)
-            returned = (
-                _eps(args) if _eps(args) > FLOAT32 else 0.0
-            )  # the sum is rounded to the parameters' dtype
-            bound = min(16 * rounding + 256 * min(_eps(args), FLOAT32) + returned, 0.25)
-            error = normwise(actual[part], wanted)
+        actual = _accumulated(loss, options)
+        for part, bound in bounds.items():
+            error = normwise(actual[part], expected[part])
             if error > bound:
-                cause = likely_cause(
-                    fun, args, actual, expected, in_axes=in_axes, has_aux=has_aux, options=options
-                )
-                leaf = part + _worst_leaf(actual[part], wanted)
+                cause = likely_cause(loss, actual, expected, options)
+                leaf = part + _worst_leaf(actual[part], expected[part])
                 raise AssertionError(
                     _message(leaf, options, batch_size, error=error, bound=bound, cause=cause)
                 )
+
+
+def _accumulated(loss: LossCall, options: Mapping[str, Any]) -> Result:
+    """What `value_and_grad` gives under one partition."""
+    transformed = jaxaccum.value_and_grad(
+        loss.fun, in_axes=loss.in_axes, has_aux=loss.has_aux, audit=None, **options
+    )
+    return loss.named(*jax.jit(transformed)(*loss.args))
+
+
+def _bounds(loss: LossCall, expected: Result, *, random: bool) -> dict[str, float]:
+    """For value, gradient and aux: the rounding that is allowed."""
+    eps = _eps(loss.args[0])
+    summed = 256 * min(eps, FLOAT32)
+    returned = eps if eps > FLOAT32 else 0.0  # the sum is rounded to the parameters' dtype
+    if random:
+        own = dict.fromkeys(expected, eps)
+    else:
+        full = oracle(loss, float64=False)
+        own = {part: normwise(full[part], wanted) for part, wanted in expected.items()}
+    return {part: min(16 * rounding + summed + returned, 0.25) for part, rounding in own.items()}
 
 
 def default_sizes(batch_size: int) -> list[int]:
@@ -130,51 +133,34 @@ def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
     return {"microbatch_size": partition} if isinstance(partition, int) else dict(partition)
 
 
-def _audit(fun: Callable[..., Any], args: tuple[Any, ...], *, in_axes: Any, has_aux: bool) -> None:
-    audited = getattr(jaxaccum, "audit", None)
-    if audited is None:
-        raise ValueError(
-            "audit=True needs jaxaccum.audit, which this version of jaxaccum lacks: pass "
-            "audit=False"
-        )
-    audited(fun, *args, in_axes=in_axes, has_aux=has_aux).raise_if_inexact()
+def _comparable(fun: Fun) -> Fun:
+    """`fun` whose aux has the carried state apart, and lacks what depends on the partition."""
 
-
-def _comparable(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """`fun` whose aux sets apart the carried state and drops what depends on the partition by its
-    meaning."""
-
-    def compared(*args: Any, **kwargs: Any) -> Any:
+    def compared(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, dict[str, PyTree]]:
         loss, aux = fun(*args, **kwargs)
-        carried = [
-            tag for tag in jax.tree.leaves(aux, is_leaf=_is_tag) if isinstance(tag, jaxaccum.Carry)
-        ]
-        dependent = (jaxaccum.Stack, jaxaccum.Last, jaxaccum.Carry)
-        kept = jax.tree.map(
-            lambda tag: () if isinstance(tag, dependent) else tag, aux, is_leaf=_is_tag
-        )
+        tags = jax.tree.leaves(aux, is_leaf=_is_tag)
+        carried = [tag for tag in tags if isinstance(tag, jaxaccum.Carry)]
+        kept = jax.tree.map(_independent, aux, is_leaf=_is_tag)
         return loss, {"kept": kept, "carried": carried}
 
     return compared
 
 
-def _is_tag(node: Any) -> bool:
-    return isinstance(node, TAGS)
+def _independent(tag: PyTree) -> PyTree:
+    """The tag, or nothing where its result depends on the partition."""
+    return () if isinstance(tag, DEPENDENT) else tag
 
 
-def _named(result: Any, has_aux: bool) -> dict[str, Any]:
-    value, gradient = result
-    if not has_aux:
-        return {"value": value, "gradient": gradient}
-    return {"value": value[0], "gradient": gradient, "aux": value[1]["kept"]}
+def _is_tag(node: object) -> bool:
+    return isinstance(node, DEPENDENT + OTHERS)
 
 
-def _eps(args: Any) -> float:
+def _eps(params: PyTree) -> float:
     """That of the narrowest parameter."""
-    return max(float(jnp.finfo(jnp.asarray(leaf).dtype).eps) for leaf in jax.tree.leaves(args[0]))
+    return max(float(jnp.finfo(jnp.asarray(leaf).dtype).eps) for leaf in jax.tree.leaves(params))
 
 
-def _worst_leaf(actual: Any, expected: Any) -> str:
+def _worst_leaf(actual: PyTree, expected: PyTree) -> str:
     differences = leaf_differences(actual, expected)
     return max(differences, key=lambda name: differences[name])
 

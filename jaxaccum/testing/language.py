@@ -1,5 +1,4 @@
-"""The model language: layers as plain data, with numpy weights, that torch, linen and nnx all build
-from.
+"""The model language: layers as plain data, with numpy weights, for any framework to build from.
 
 A model maps a batch to an array of shape (batch_size, length, features). Its first layer reads the
 batch, every other one the layer before. **A name that appears twice is one layer applied twice**:
@@ -28,25 +27,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import DTypeLike
+
+from jaxaccum._base.types import PyTree
 
 __all__ = ["BLOCKS", "CLASSES", "LENGTH", "MASKS", "Layer", "Model", "block", "build_model"]
 
-CLASSES = (
-    5  # labels and tokens share one vocabulary, so that an embedding can be tied to the decoder
-)
+CLASSES = 5
+"""Labels and tokens share one vocabulary, so that an embedding can be tied to the decoder."""
 LENGTH = 3
-MASKS = 2  # dropout masks that each example brings along
+MASKS = 2
+"""The dropout masks that each example brings along."""
 
-Weights = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+Shape = tuple[int, ...]
+Weights = dict[str, PyTree]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its kind, its name, its size or choice, and the layers inside it (the table
-    above)."""
+    """One layer, as the table above says: kind, name, size or choice, and the layers inside it."""
 
     kind: str
     name: str = ""
@@ -57,8 +60,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """Layers, the width of `batch["features"]`, and nested dicts of numpy weights and running
-    statistics."""
+    """Layers, the width of `batch["features"]`, and nested dicts of weights and statistics."""
 
     layers: tuple[Layer, ...]
     width: int
@@ -70,32 +72,29 @@ class Model:
         """Whether one example's output depends on the others: batch normalization in training."""
         return any(layer.kind == "batch_norm" and layer.choice == "train" for layer in self.layers)
 
-    def astype(self, dtype: Any) -> Model:
-        """The same model with weights rounded to `dtype`, and running statistics too, but not below
-        float32."""
+    def astype(self, dtype: DTypeLike) -> Model:
+        """The model with weights of `dtype`; statistics too, but at least in float32."""
         kept = dtype if np.dtype(dtype).itemsize >= 4 else np.float32
         weights = _map(lambda leaf: leaf.astype(dtype), self.weights)
-        return Model(
-            self.layers, self.width, weights, _map(lambda leaf: leaf.astype(kept), self.state)
-        )
+        state = _map(lambda leaf: leaf.astype(kept), self.state)
+        return Model(self.layers, self.width, weights, state)
 
 
 def build_model(layers: tuple[Layer, ...], width: int, *, seed: int) -> Model:
-    """Gives float64 weights, drawn from `seed`, to `layers` over features of `width`.
+    """A model with float64 weights, drawn from `seed`.
 
     >>> build_model((Layer("dense", "head", size=2),), 4, seed=0).weights["head"]["kernel"].shape
     (4, 2)
     """
     rng = np.random.default_rng(seed)
     weights = _map(lambda path: _draw(rng, *path), weight_shapes(layers, width))
-    state = {
-        name: {
-            "mean": rng.normal(size=leaf["scale"].shape),
-            "var": rng.uniform(0.5, 2, size=leaf["scale"].shape),
-        }
-        for name, leaf in weights.items()
-        if any(layer.kind == "batch_norm" and layer.name == name for layer in layers)
-    }
+    normed = {layer.name for layer in layers if layer.kind == "batch_norm"}
+    state = {}
+    for name in weights:
+        if name not in normed:
+            continue
+        shape = weights[name]["scale"].shape
+        state[name] = {"mean": rng.normal(size=shape), "var": rng.uniform(0.5, 2, size=shape)}
     return Model(layers, width, weights, state)
 
 
@@ -110,15 +109,14 @@ def weight_shapes(layers: tuple[Layer, ...], width: int) -> Weights:
             shapes[layer.name] = _map(stack, weight_shapes(layer.layers, width))
         elif layer.kind in _SHAPES:
             named = _SHAPES[layer.kind](width, layer.size)
-            shapes.setdefault(layer.name, {key: _leaf(key, value) for key, value in named.items()})
+            shapes.setdefault(layer.name, _leaf("", named))
         if layer.kind in ("dense", "convolution", "embedding"):
             width = layer.size
     return shapes
 
 
 def block(kind: str, index: int, width: int) -> tuple[Layer, ...]:
-    """A few layers that keep the width, as real networks group them; `index` makes the names
-    unique.
+    """A few layers that keep the width; `index` makes their names unique.
 
     >>> [layer.kind for layer in block("dense", 0, 4)]
     ['dense', 'activation']
@@ -175,7 +173,7 @@ def _scanned(width: int) -> tuple[Layer, ...]:
     return (Layer("residual", layers=inner),)
 
 
-def _affine(*kernel: int) -> dict[str, tuple[int, ...]]:
+def _affine(*kernel: int) -> dict[str, Shape]:
     return {"kernel": kernel, "bias": kernel[-1:]}
 
 
@@ -185,7 +183,7 @@ def _attention(width: int, heads: int) -> Weights:
     return {"query": into, "key": into, "value": into, "out": out}
 
 
-def _norm(width: int, _: int) -> dict[str, tuple[int, ...]]:
+def _norm(width: int, _: int) -> dict[str, Shape]:
     return {"scale": (width,), "bias": (width,)}
 
 
@@ -201,23 +199,20 @@ _SHAPES: Mapping[str, Callable[[int, int], Weights]] = {
 }
 
 
-def _leaf(name: str, shape: Any) -> Any:
-    """Pairs each shape with the name of its leaf, which says how to draw it."""
-    return (
-        {key: _leaf(key, value) for key, value in shape.items()}
-        if isinstance(shape, dict)
-        else (name, shape)
-    )
+def _leaf(name: str, shape: PyTree) -> PyTree:
+    """Each shape together with the name of its leaf, which says how to draw it."""
+    if not isinstance(shape, dict):
+        return name, shape
+    return {key: _leaf(key, value) for key, value in shape.items()}
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _draw(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
     """Scales around 1, the rest around 0, wide enough that no leaf's gradient drowns."""
     return (name == "scale") + 0.4 * rng.normal(size=shape)
 
 
-def _map(fn: Callable[[Any], Any], tree: Any) -> Any:
-    return (
-        {key: _map(fn, value) for key, value in tree.items()}
-        if isinstance(tree, dict)
-        else fn(tree)
-    )
+def _map(fn: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
+    """`fn` of every leaf of nested dicts, in their own order, in which random numbers are drawn."""
+    if not isinstance(tree, dict):
+        return fn(tree)
+    return {key: _map(fn, value) for key, value in tree.items()}

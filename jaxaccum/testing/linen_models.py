@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxaccum.testing.language import CLASSES, Layer
+from jaxaccum._base.types import PyTree
+from jaxaccum.testing.language import CLASSES, Batch, Layer, Weights
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,11 +25,12 @@ __all__ = [
 ]
 
 # Flax's normalizations combine float32 with the dtype of the input, which strict promotion refuses.
-STANDARD_PROMOTION: Callable[[], AbstractContextManager[Any]] = functools.partial(
+STANDARD_PROMOTION: Callable[[], AbstractContextManager[None]] = functools.partial(
     jax.numpy_dtype_promotion, "standard"
 )
 
-Apply = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+Apply = Callable[[Weights, Weights, Batch], tuple[jax.Array, Weights]]
+"""``(weights, state, batch) -> (outputs, new state)``."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -40,10 +42,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @functools.cache
 def linen_model(layers: tuple[Layer, ...], axis_name: str | None = None) -> Apply:
-    """The linen model of `layers`, as a pure function `(weights, state, batch) -> (outputs, new
-    state)`.
+    """The linen model of `layers`, as a pure function of weights, state and batch.
 
-    Cached, so that the same layers give the same function and jit compiles it once.
+    It returns ``(outputs, new state)``. It is cached: the same layers give the same function, which
+    jit compiles once.
 
     Args:
       layers: the model's layers.
@@ -51,10 +53,12 @@ def linen_model(layers: tuple[Layer, ...], axis_name: str | None = None) -> Appl
     """
     module = _Model(layers, axis_name)
 
-    def apply(weights: Any, state: Any, batch: Any) -> tuple[jax.Array, Any]:
+    def apply(weights: Weights, state: Weights, batch: Batch) -> tuple[jax.Array, Weights]:
         variables = {"params": weights, "batch_stats": state}
         with STANDARD_PROMOTION():
-            pair: Any = module.apply(variables, batch["features"], batch, mutable=["batch_stats"])
+            pair: PyTree = module.apply(
+                variables, batch["features"], batch, mutable=["batch_stats"]
+            )
         outputs, changed = pair
         return outputs, changed.get("batch_stats", {})
 
@@ -66,7 +70,7 @@ class _Model(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: Batch) -> jax.Array:
         return _run(self.layers, x, batch, made={}, axis_name=self.axis_name)
 
 
@@ -74,14 +78,14 @@ class _Scanned(nn.Module):
     layers: tuple[Layer, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: Any) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
         return _run(self.layers, x, batch, made={}, axis_name=None), None
 
 
 def _run(
     layers: tuple[Layer, ...],
     x: jax.Array,
-    batch: Any,
+    batch: Batch,
     *,
     made: dict[str, Any],
     axis_name: str | None,
@@ -106,8 +110,7 @@ def _run(
             case "scan":
                 x, _ = _scan(layer)(x, batch)
             case _:
-                # A name seen before is the same module: linen would refuse a second one of that
-                # name.
+                # A name seen before is the same module: linen refuses a second one with its name.
                 module = made[layer.name] if layer.name in made else _make(layer, axis_name)
                 x = made.setdefault(layer.name, module)(x)
     return x
@@ -149,8 +152,7 @@ def _scan(layer: Layer) -> Any:
 
 
 def may_attend(mask: jax.Array) -> jax.Array:
-    """Each token sees the unmasked tokens and itself, so that a masked example is never divided by
-    0."""
+    """Each token sees the unmasked tokens and itself, so that no example is divided by 0."""
     itself = jnp.eye(mask.shape[1], dtype=bool)
     return mask[:, None, None, :] | itself[None, None]
 

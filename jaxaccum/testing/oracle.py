@@ -1,60 +1,76 @@
-"""The full-batch oracle of a loss: value, gradient and aux in one pass, in float64 where that is
-possible."""
+"""The full-batch oracle: value, gradient and aux of a loss in one pass, in float64 if possible."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import jaxaccum
+from jaxaccum._base.types import Array, Axes, Fun, PyTree
+from jaxaccum._host_loop.partition import in_axes_of_parts
 
-__all__ = ["draws_random_numbers", "oracle"]
+__all__ = ["LossCall", "Result", "draws_random_numbers", "oracle"]
+
+Result = dict[str, PyTree]
+"""``"value"`` and ``"gradient"``, and ``"aux"`` where the loss has one."""
 
 
-def oracle(
-    fun: Callable[..., Any],
-    *args: Any,
-    in_axes: Any = (None, 0),
-    has_aux: bool = False,
-    float64: bool = True,
-) -> dict[str, Any]:
-    """`{"value", "gradient"}`, and `"aux"` as `fun` returns it under `"kept"`, of the whole batch
-    in one pass."""
-    total = _total(jaxaccum.full_batch(fun, in_axes=in_axes), has_aux)
+class LossCall(NamedTuple):
+    """A loss, the arguments of one call, and how these are cut.
+
+    Where it has aux, this is a dict, and what is compared is under ``"kept"``.
+    """
+
+    fun: Fun
+    args: tuple[PyTree, ...]
+    in_axes: tuple[Axes, ...]
+    has_aux: bool
+
+    def of_part(self, args: tuple[PyTree, ...]) -> LossCall:
+        """The same loss of one microbatch, as `partition` returns its arguments."""
+        return self._replace(args=args, in_axes=in_axes_of_parts(self.in_axes))
+
+    def named(self, value: PyTree, gradient: PyTree) -> Result:
+        """What `jax.value_and_grad` returned, by name."""
+        if not self.has_aux:
+            return {"value": value, "gradient": gradient}
+        value, aux = value
+        return {"value": value, "gradient": gradient, "aux": aux["kept"]}
+
+
+def oracle(loss: LossCall, *, float64: bool = True) -> Result:
+    """Value, gradient and aux of the whole batch in one pass."""
     if not float64:
-        return _evaluate(total, args)
+        return _evaluated(loss, loss.args)
     # Constants that fun closes over keep their dtype, and meet float64 arguments here.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        return _evaluate(total, jax.tree.map(_to_float64, args))
+        return _evaluated(loss, jax.tree.map(_to_float64, loss.args))
 
 
-def draws_random_numbers(fun: Callable[..., Any], *args: Any, in_axes: Any) -> bool:
-    """Whether `fun` draws from `jax.random`, whose numbers depend on the dtype that is asked
-    for."""
-    return "random_bits" in str(jax.make_jaxpr(jaxaccum.full_batch(fun, in_axes=in_axes))(*args))
+def draws_random_numbers(loss: LossCall) -> bool:
+    """Whether the loss draws from `jax.random`, whose numbers depend on the dtype."""
+    full = jaxaccum.full_batch(loss.fun, in_axes=loss.in_axes)
+    return "random_bits" in str(jax.make_jaxpr(full)(*loss.args))
 
 
-def _total(full: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
-    """The loss as one number: the sum of its terms."""
+def _evaluated(loss: LossCall, args: tuple[PyTree, ...]) -> Result:
+    full = jaxaccum.full_batch(loss.fun, in_axes=loss.in_axes)
 
-    def total(*args: Any) -> Any:
-        loss, aux = full(*args) if has_aux else (full(*args), None)
-        first, *rest = jax.tree.leaves(loss)
-        return sum(rest, start=first), aux
+    def total(*args: PyTree) -> PyTree:
+        """The loss as one number, the sum of its terms."""
+        terms, aux = full(*args) if loss.has_aux else (full(*args), None)
+        first, *rest = jax.tree.leaves(terms)
+        value = sum(rest, start=first)
+        return (value, aux) if loss.has_aux else value
 
-    return total
-
-
-def _evaluate(total: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    (value, aux), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(*args)
-    return {"value": value, "gradient": gradient} | ({} if aux is None else {"aux": aux["kept"]})
+    transformed = jax.value_and_grad(total, has_aux=loss.has_aux)
+    return loss.named(*jax.jit(transformed)(*args))
 
 
-def _to_float64(leaf: Any) -> Any:
-    leaf = jnp.asarray(leaf)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return leaf.astype(jnp.complex128)
-    return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _to_float64(leaf: PyTree) -> Array:
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return array.astype(jnp.complex128)
+    return array.astype(jnp.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array

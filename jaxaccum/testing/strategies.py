@@ -1,7 +1,7 @@
-"""Hypothesis strategies: batches, masks, partitions, models and losses.
+"""Hypothesis strategies: batches, masks, weights, partitions and models.
 
-Arrays are drawn through a seed: hypothesis then shrinks sizes and choices, which explain a failure,
-and not entries.
+Arrays are drawn through a seed. So hypothesis shrinks sizes and choices, which explain a failure,
+instead of entries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from jaxaccum._base.types import PyTree
 from jaxaccum.testing.language import (
     BLOCKS,
     CLASSES,
@@ -23,7 +25,6 @@ from jaxaccum.testing.language import (
     block,
     build_model,
 )
-from jaxaccum.testing.tagged_losses import Loss
 
 try:
     from hypothesis import strategies as st
@@ -34,10 +35,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
-    "LOSSES",
     "batches",
     "compose",
-    "losses",
     "masks",
     "model_batches",
     "models",
@@ -48,7 +47,7 @@ __all__ = [
 SEEDS = st.integers(0, 2**16)
 
 
-def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchStrategy[Any]:
+def batches(example: PyTree, *, min_size: int = 1, max_size: int = 6) -> st.SearchStrategy[PyTree]:
     """Batches whose examples look like `example`.
 
     Floating leaves are standard normal, booleans fair coins, integers at least 0 and below 10.
@@ -72,11 +71,10 @@ def batches(example: Any, *, min_size: int = 1, max_size: int = 6) -> st.SearchS
     >>> check()
     """
 
-    def build(size: int, seed: int) -> Any:
+    def build(size: int, seed: int) -> PyTree:
         rng = np.random.default_rng(seed)
-        return jax.tree.map(
-            lambda leaf: leaf(rng, size) if callable(leaf) else _like(leaf, rng, size), example
-        )
+        own = lambda leaf: leaf(rng, size) if callable(leaf) else _like(leaf, rng, size)
+        return jax.tree.map(own, example)
 
     return st.builds(build, st.integers(min_size, max_size), SEEDS)
 
@@ -103,7 +101,7 @@ def masks(batch_size: int, *shape: int) -> st.SearchStrategy[np.ndarray]:
     return st.builds(build, st.sampled_from(sorted(_MASKS)), SEEDS)
 
 
-def weights(batch_size: int, dtype: Any = np.float32) -> st.SearchStrategy[np.ndarray]:
+def weights(batch_size: int, dtype: DTypeLike = np.float32) -> st.SearchStrategy[np.ndarray]:
     """Weights of shape (batch_size,): quarters from 0 to 2, at least one of them positive.
 
     >>> from hypothesis import given
@@ -117,8 +115,7 @@ def weights(batch_size: int, dtype: Any = np.float32) -> st.SearchStrategy[np.nd
 
 
 def partitions(batch_size: int, *, equal: bool = False) -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments that partition a batch: a microbatch size, a number of microbatches, or a
-    strided split.
+    """Keyword arguments that partition a batch: a size, a number, or a strided split.
 
     Args:
       batch_size: of the batch to divide.
@@ -153,8 +150,7 @@ def models(
     kinds: Sequence[str] = tuple(BLOCKS),
     widths: Sequence[int] = (4, 6),
 ) -> Model:
-    """Models of the model language with float64 weights: a stem, some blocks, perhaps pooling, and
-    a head.
+    """Models of the model language with float64 weights: a stem, blocks, pooling, and a head.
 
     Args:
       draw: supplied by hypothesis.
@@ -182,44 +178,26 @@ def compose(
     max_blocks: int = 2,
     kinds: Sequence[str] = tuple(BLOCKS),
 ) -> tuple[Layer, ...]:
-    """A stem, some blocks, perhaps pooling, and a head; `choose` picks one of the options it is
-    given.
+    """A stem, blocks, pooling, and a head; `choose` picks one of the options it is given.
 
     >>> [layer.kind for layer in compose(lambda options: options[0], 4)]
     ['dense']
     """
     stem = choose([(), (Layer("embedding", "embedding", size=width),)])
-    blocks = [block(choose(kinds), index, width) for index in range(choose(range(max_blocks + 1)))]
+    blocks: list[Layer] = []
+    for index in range(choose(range(max_blocks + 1))):
+        blocks += block(choose(kinds), index, width)
     pooling = choose([(), (Layer("pooling", choice="mean"),), (Layer("pooling", choice="max"),)])
     tied = bool(stem) and choose([False, True])
     head = Layer("decode", "embedding") if tied else Layer("dense", "head", size=CLASSES)
-    return (*stem, *(layer for each in blocks for layer in each), *pooling, head)
-
-
-LOSSES = (
-    Loss(("squared_error",)),
-    Loss(("example_cross_entropy",), label_smoothing=0.25),
-    Loss(("token_cross_entropy",)),
-    Loss(("token_cross_entropy",), class_weights=(1, 0.5, 2, 1, 4), label_smoothing=0.125),
-    Loss(("token_cross_entropy", "z")),
-    Loss(
-        ("squared_error", "example_cross_entropy", "token_cross_entropy", "z"),
-        class_weights=(1, 0.25, 2, 1, 4),
-    ),
-)
-
-
-def losses() -> st.SearchStrategy[Loss]:
-    """Losses with one term and with several, with and without class weights and label smoothing."""
-    return st.sampled_from(LOSSES)
+    return (*stem, *blocks, *pooling, head)
 
 
 @st.composite
 def model_batches(
-    draw: st.DrawFn, width: int, *, sizes: Sequence[int] = (1, 4, 5), dtype: Any = np.float64
+    draw: st.DrawFn, width: int, *, sizes: Sequence[int] = (1, 4, 5), dtype: DTypeLike = np.float64
 ) -> dict[str, np.ndarray]:
-    """Batches that every model and loss of the model language reads; entries of `dtype` where
-    floating.
+    """Batches that every model of the model language reads; floating entries are of `dtype`.
 
     >>> from hypothesis import given
     >>> @given(model_batches(4))
@@ -240,19 +218,17 @@ def model_batches(
     }
 
 
-def _like(leaf: Any, rng: np.random.Generator, size: int) -> np.ndarray:
-    leaf = jax.ShapeDtypeStruct(
-        np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
-    )
-    shape = (size, *leaf.shape)
-    if leaf.dtype == bool:
+def _like(leaf: PyTree, rng: np.random.Generator, size: int) -> np.ndarray:
+    shape = (size, *np.shape(leaf))
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.bool_):
         return rng.random(shape) < 0.5
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return rng.integers(0, 10, shape).astype(leaf.dtype)
-    return rng.normal(size=shape).astype(leaf.dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return rng.integers(0, 10, shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)
 
 
-def _hide(mask: np.ndarray, where: Any) -> np.ndarray:
+def _hide(mask: np.ndarray, where: np.ndarray | slice) -> np.ndarray:
     mask[where] = False
     return mask
 

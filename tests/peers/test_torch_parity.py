@@ -19,9 +19,11 @@ from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 
 import jaxaccum
-from jaxaccum.testing import build_model, linen_model, loss_fun, loss_terms, nnx_model, normwise
+from jaxaccum.testing import build_model, linen_model, normwise
 from jaxaccum.testing.language import BLOCKS
-from jaxaccum.testing.strategies import LOSSES, compose, losses, model_batches, models, partitions
+from jaxaccum.testing.strategies import compose, model_batches, models, partitions
+from tests.support.nnx_builder import nnx_model
+from tests.support.tagged_losses import LOSSES, loss_fun, loss_terms, losses
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 

@@ -25,16 +25,15 @@ from hypothesis import strategies as st
 import jaxaccum
 from jaxaccum.testing import (
     Layer,
-    Loss,
     build_model,
     linen_model,
-    loss_fun,
     model_batches,
-    nnx_model,
     normwise,
 )
 from jaxaccum.testing.language import CLASSES, LENGTH, block
 from tests.support.helpers import INEXACT
+from tests.support.nnx_builder import nnx_model
+from tests.support.tagged_losses import Loss, loss_fun
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 

@@ -199,10 +199,18 @@ def test_no_partition_is_refused():
         assert_exact(weighted_mean, PARAMS, a_batch(), partitions=[])
 
 
-def test_the_audit_reads_the_loss_first(monkeypatch):
-    monkeypatch.delattr(jaxaccum, "audit", raising=False)
-    with pytest.raises(ValueError, match=r"jaxaccum\.audit"):
-        assert_exact(weighted_mean, PARAMS, a_batch(), audit=True)
+def test_the_audit_reads_the_loss_first():
+    """It refuses a loss by its line; without it numbers do, and of one microbatch nothing does."""
+
+    def ratio(params, batch):
+        return jnp.sum(errors(params, batch) * batch["weight"]) / jnp.sum(batch["weight"])
+
+    with pytest.raises(jaxaccum.InexactError, match=r"jaxaccum\.audit"):
+        assert_exact(ratio, PARAMS, a_batch(), partitions=[5], audit=True)
+    with pytest.raises(AssertionError, match="not the full batch's"):
+        assert_exact(ratio, PARAMS, a_batch(), partitions=[2])
+    assert_exact(ratio, PARAMS, a_batch(), partitions=[5])
+    assert_exact(weighted_mean, PARAMS, a_batch(), audit=True)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 7, 8])])

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxaccum.testing import Layer, Loss, build_model, linen_model, loss_terms, nnx_model, normwise
+from jaxaccum.testing import Layer, build_model, linen_model, normwise
 from jaxaccum.testing.language import BLOCKS, CLASSES, block
-from jaxaccum.testing.strategies import LOSSES, losses, model_batches, models
+from jaxaccum.testing.strategies import model_batches, models
+from tests.support.nnx_builder import nnx_model
+from tests.support.tagged_losses import LOSSES, Loss, loss_terms, losses
 
 with contextlib.suppress(ModuleNotFoundError):
     from torch_ref import losses as torch_losses

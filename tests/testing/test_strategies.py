@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import jaxaccum
 from jaxaccum.testing import (
     batches,
-    losses,
     masks,
     model_batches,
     models,
@@ -17,6 +16,7 @@ from jaxaccum.testing import (
     sum_bound,
     weights,
 )
+from tests.support.tagged_losses import losses
 
 EXAMPLE = {"x": np.zeros(2, np.float32), "flag": np.zeros((), bool), "id": np.zeros((), np.int32)}
 

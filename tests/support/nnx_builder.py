@@ -19,8 +19,6 @@ from jaxaccum.testing.linen_models import (
     pool,
 )
 
-__all__ = ["NnxModel", "nnx_model"]
-
 
 class NnxModel(nnx.Module):
     """A module that holds each named layer once, as an attribute of that name."""

@@ -16,11 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from hypothesis import strategies as st
 
 import jaxaccum
 from jaxaccum.testing.linen_models import Apply
-
-__all__ = ["Loss", "loss_fun", "loss_terms"]
 
 Term = tuple[jax.Array, jax.Array]
 
@@ -33,6 +32,24 @@ class Loss:
     terms: tuple[str, ...]
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
+
+
+LOSSES = (
+    Loss(("squared_error",)),
+    Loss(("example_cross_entropy",), label_smoothing=0.25),
+    Loss(("token_cross_entropy",)),
+    Loss(("token_cross_entropy",), class_weights=(1, 0.5, 2, 1, 4), label_smoothing=0.125),
+    Loss(("token_cross_entropy", "z")),
+    Loss(
+        ("squared_error", "example_cross_entropy", "token_cross_entropy", "z"),
+        class_weights=(1, 0.25, 2, 1, 4),
+    ),
+)
+
+
+def losses() -> st.SearchStrategy[Loss]:
+    """Losses with one term and with several, with and without class weights and label smoothing."""
+    return st.sampled_from(LOSSES)
 
 
 def loss_fun(apply: Apply, loss: Loss, *, has_aux: bool = False) -> Callable[..., Any]:
