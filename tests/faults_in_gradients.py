@@ -114,7 +114,7 @@ ROWS = [
     ),
     (
         "float8 maxima are summed", "_loop/maxima.py",
-        "[jnp.maximum(old, cast(new, old.dtype))", "[old + cast(new, old.dtype)",
+        "return jnp.maximum(old, cast(new, old.dtype))", "return old + cast(new, old.dtype)",
         "test_float8.py::test_scales_and_maxima_are_those_of_the_full_batch",
     ),
     (
@@ -141,7 +141,7 @@ ROWS = [
     ),
     (
         "convolutions in the loop stay as they are", "_loop/loop.py",
-        "fast_on_cpu(step) if has_convolutions", "step if has_convolutions",
+        "fast_on_cpu(body) if has_convolutions", "body if has_convolutions",
         "test_convolutions.py::test_on_cpu_every_convolution_in_the_loop_has_the_fast_layout",
     ),
     (

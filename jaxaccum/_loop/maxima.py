@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.trees import cast
@@ -25,9 +26,14 @@ def lowest(value: Array, dtype: Any) -> Array:
     return varying.vary(jnp.full_like(value, _lowest(dtype), dtype), varying.varying_axes(value))
 
 
-def combine(olds: Sequence[Array], news: Sequence[Array]) -> list[Array]:
-    """The maxima of both."""
-    return [jnp.maximum(old, cast(new, old.dtype)) for old, new in zip(olds, news, strict=True)]
+def combine(olds: list[Array], news: list[Array]) -> list[Array]:
+    """The maxima of both, one by one."""
+    return jax.tree.map(larger, olds, news)
+
+
+def larger(old: Array, new: Array) -> Array:
+    """The maximum of two, in the dtype of the first."""
+    return jnp.maximum(old, cast(new, old.dtype))
 
 
 def next_values(
