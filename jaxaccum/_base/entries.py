@@ -1,15 +1,15 @@
-"""Entries of a list by their places: read, replaced, and found."""
+"""Entries of a list, or of a dict, by their places: read, replaced, and found."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def entries(values: Sequence[T], places: Iterable[int]) -> list[T]:
+def entries(values: Sequence[T] | Mapping[int, T], places: Iterable[int]) -> list[T]:
     """The entries at the given places, in the order of the places."""
     return [values[place] for place in places]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.extend.core as jex
 
 from jaxaccum._jaxpr.compat import anonymous
-from jaxaccum._jaxpr.variables import Var, operands_of, results_of, variables
+from jaxaccum._jaxpr.variables import Var, results_of, taken_by, variables
 
 
 def segments(
@@ -36,14 +36,10 @@ def segments(
 
 
 def _segment(jaxpr: jex.Jaxpr, eqns: Sequence[jex.JaxprEqn], needed_after: set[Var]) -> jex.Jaxpr:
-    made = results_of(eqns)
-    reads = dict.fromkeys(operands_of(eqns))
-    for v in made:
-        reads.pop(v, None)
     return jaxpr.replace(
         constvars=[],
-        invars=list(reads),
-        outvars=[v for v in made if v in needed_after],
+        invars=taken_by(eqns),
+        outvars=[v for v in results_of(eqns) if v in needed_after],
         eqns=list(eqns),
         debug_info=anonymous(jaxpr),
     )

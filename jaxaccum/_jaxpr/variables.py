@@ -36,6 +36,14 @@ def results_of(eqns: Iterable[jex.JaxprEqn]) -> list[Var]:
     return [v for eqn in eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
 
 
+def taken_by(eqns: Sequence[jex.JaxprEqn], wanted: Iterable[Atom] = ()) -> list[Var]:
+    """The variables that equations read and do not compute, each once; those of `wanted` too."""
+    taken = dict.fromkeys([*operands_of(eqns), *variables(wanted)])
+    for v in results_of(eqns):
+        taken.pop(v, None)
+    return list(taken)
+
+
 def differentiable(atoms: Iterable[Var]) -> list[Var]:
     """The variables whose values can have a derivative."""
     return [v for v in atoms if is_inexact(v.aval)]
@@ -54,6 +62,11 @@ def types_of(atoms: Iterable[Atom]) -> list[Type]:
 def bound(names: Sequence[Var], values: Iterable[T]) -> dict[Var, T]:
     """A value for each of the variables."""
     return dict(zip(names, values, strict=True))
+
+
+def part_of(env: Mapping[Var, T], names: Iterable[Var]) -> dict[Var, T]:
+    """The values of some variables alone."""
+    return {v: env[v] for v in names}
 
 
 def read(env: Mapping[Var, jax.Array], atoms: Iterable[Atom]) -> list[jax.Array]:
