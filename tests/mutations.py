@@ -212,7 +212,7 @@ FAULTS = [
     ),
     Fault(
         "what collectives take costs no memory", "_coupled/cost.py",
-        "bytes_of(stacked(results), size) + largest", "bytes_of(stacked(results), size)",
+        "return _bytes_of_batch(cuts, results) + largest", "return _bytes_of_batch(cuts, results)",
         "test_coupled_schedule.py::test_stored_bytes_are_those_of_the_boundaries",
     ),
     Fault(
