@@ -27,7 +27,7 @@ else:
 """A jaxpr with its constants; since jax 0.12 another name of `Jaxpr`."""
 
 
-def opened(jaxpr: jex.Jaxpr | ClosedJaxpr) -> tuple[jex.Jaxpr, list[Array]]:
+def opened(jaxpr: Any) -> tuple[jex.Jaxpr, list[Array]]:
     """The jaxpr itself and its constants, whether it came closed or not."""
     return (jaxpr.jaxpr, list(jaxpr.consts)) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
 
