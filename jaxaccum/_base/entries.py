@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -25,3 +26,8 @@ def with_entries(values: Iterable[T], places: Iterable[int], new: Iterable[T]) -
 def places_of(flags: Iterable[bool]) -> list[int]:
     """Where the flags are true."""
     return list(itertools.compress(itertools.count(), flags))
+
+
+def part_of(values: Mapping[K, T], keys: Iterable[K]) -> dict[K, T]:
+    """Some of the entries of a dict, in the order of the keys."""
+    return {key: values[key] for key in keys}

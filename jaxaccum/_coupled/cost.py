@@ -21,7 +21,7 @@ from jaxaccum._base.types import Array
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Fragment
 from jaxaccum._jaxpr import flops
-from jaxaccum._jaxpr.variables import Atom, Type, Var, bound, type_of, variables
+from jaxaccum._jaxpr.variables import Atom, Type, Var, among, bound, type_of, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _once(cuts: Cuts, fragment: Fragment, moved: Collection[Var]) -> float:
     """The operations of a fragment that is common to all microbatches."""
     if not fragment.writes:
         return 0.0
-    stacked = cuts.stacked.union(v for v in fragment.reads if v in cuts.own)
+    stacked = cuts.stacked.union(among(fragment.reads, cuts.own))
     run = lambda values: resolve(fragment, values, cuts.axis, stacked)
     return _operations(run, fragment, moved, stacked, cuts.axis[1])
 

@@ -54,6 +54,7 @@ from jaxaccum._jaxpr.variables import (
     Atom,
     Env,
     Var,
+    among,
     bound,
     differentiable,
     operands_of,
@@ -315,7 +316,7 @@ class _Graph:
         parts = [i for i, v in enumerate(outvars) if self._depth([v]) == level]
         emits = dict.fromkeys(self._own_among(operands_of(self._equations(cut))))
         read_later = {*self._read_from(level + 1), *emits}
-        handed_on = [v for v in results_of(self._equations(local)) if v in read_later]
+        handed_on = among(results_of(self._equations(local)), read_later)
         earlier = [v for v in self._read_from(level) if self.stage_of.get(v, level) < level]
         return Stage(
             shared=self._fragment(shared, results_of(self._equations(shared))),
@@ -328,7 +329,7 @@ class _Graph:
 
     def _own_among(self, atoms: Iterable[Atom]) -> list[Var]:
         """Those that differ between microbatches."""
-        return [v for v in variables(atoms) if v in self.own]
+        return among(variables(atoms), self.own)
 
     def _read_from(self, level: int) -> dict[Var, None]:
         """The own variables that stages from `level` on read: their equations, their cuts and their

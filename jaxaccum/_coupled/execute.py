@@ -33,13 +33,13 @@ import jax
 import numpy as np
 
 from jaxaccum import _loop
-from jaxaccum._base.entries import entries
+from jaxaccum._base.entries import entries, part_of
 from jaxaccum._base.trees import cast, is_inexact
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Fragment, Stage
 from jaxaccum._devices import varying
-from jaxaccum._jaxpr.variables import Env, Type, Var, bound, part_of, read, variables
+from jaxaccum._jaxpr.variables import Env, Type, Var, among, bound, not_among, read, variables
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
@@ -70,7 +70,7 @@ class Call:
         """The arguments that every microbatch reads whole."""
         arguments = self.cuts.jaxpr.invars[1:]
         values = bound(arguments, entries(self.arrays, self.program.sources(0)))
-        return part_of(values, [v for v in arguments if v not in self.cuts.own])
+        return part_of(values, not_among(arguments, self.cuts.own))
 
     def start(self, level: int) -> int:
         """The stage at which a pass to stage `level` starts: that of the nearest boundary that is
@@ -88,7 +88,7 @@ class Call:
         inputs = self.program.inputs(0, self.arrays, rows=rows, carry=carry, index=index)
         arguments = self.cuts.jaxpr.invars
         values = bound(arguments, [index, *inputs])
-        return part_of(values, [v for v in arguments if v in self.cuts.own])
+        return part_of(values, among(arguments, self.cuts.own))
 
     def at(self, parts: Sequence[int]) -> Program:
         """The program of a pass that combines the given outputs alone."""
@@ -143,7 +143,7 @@ class Sweep:
         held = self.boundaries[start]
         following = self.stages[level + 1].live if level + 1 in self.call.stored else ()
         # What crosses both boundaries is stored once.
-        crossing = [v for v in following if v not in held]
+        crossing = not_among(following, held)
 
         def visit(
             sums: tuple[()], own: Env, index: Array, extra: None
@@ -200,8 +200,8 @@ class Sweep:
         if not fragment.writes:
             return None
         own, env = self.call.cuts.own, self.shared | self.stacked | emitted
-        stacked = self.call.cuts.stacked.union(v for v in fragment.reads if v in own)
-        moved = [v for v in fragment.reads if v in self.moved]
+        stacked = self.call.cuts.stacked.union(among(fragment.reads, own))
+        moved = among(fragment.reads, self.moved)
 
         def run(inputs: list[Array]) -> list[Array]:
             known = env | bound(moved, inputs)

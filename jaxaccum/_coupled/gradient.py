@@ -38,14 +38,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum._base.entries import entries
+from jaxaccum._base.entries import entries, part_of
 from jaxaccum._base.trees import cast, widen
 from jaxaccum._base.types import Array
 from jaxaccum._coupled import targets
 from jaxaccum._coupled.cut import Stage
 from jaxaccum._coupled.execute import Call, Pull, Sweep
 from jaxaccum._coupled.targets import Emitted, End, Part, Target
-from jaxaccum._jaxpr.variables import Env, Var, bound, part_of, read, type_of
+from jaxaccum._jaxpr.variables import Env, Var, bound, numbered, read, type_of
 from jaxaccum._loop.derivative import added, unread
 from jaxaccum._loop.maxima import larger, lowest
 
@@ -287,7 +287,7 @@ class _Step:
     def _forward_with_sums(self, base: Env) -> Any:
         """The same, of the running sums of the parameters' gradients, which come back with the
         targets."""
-        places = {v: place for place, v in enumerate(self.parameters)}
+        places = numbered(self.parameters)
 
         def forward(
             sums: list[Array], inputs: _Inputs

@@ -14,7 +14,7 @@ from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._coupled.gradient import Reverse
 from jaxaccum._coupled.schedule import Schedule, choose
 from jaxaccum._coupled.trace import opened
-from jaxaccum._jaxpr.variables import Var
+from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
 from jaxaccum._loop.differentiated import differentiated
 from jaxaccum._program.argument_slots import Role
@@ -98,7 +98,7 @@ def _reversed(sweep: Sweep, gradient: Gradient, seeds: Sequence[Array]) -> Resul
     reverse = Reverse(
         call,
         sweep,
-        parameters={variable[i]: place for place, i in enumerate(slots.summed)},
+        parameters=numbered(entries(variable, slots.summed)),
         sums=list(map(sums.zeros, entries(arrays, slots.summed))),
         overwritten=frozenset(entries(variable, slots.overwritten)),
         in_place=sums.in_place,

@@ -44,7 +44,7 @@ from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.types import Memory
 from jaxaccum._coupled.cost import Costs, bytes_of, costs, microbatch_bytes, statistics_bytes
 from jaxaccum._coupled.cut import Cuts
-from jaxaccum._jaxpr.variables import Var
+from jaxaccum._jaxpr.variables import Var, not_among
 
 _EXPENSIVE = 3.0
 """How many times the operations of the full batch a schedule may take without a warning."""
@@ -182,7 +182,7 @@ def _segments(cost: Costs, start: int, differentiated: bool) -> dict[int, float]
 def _extra_bytes(cuts: Cuts, before: int, cut: int) -> int:
     """What boundary `cut` adds to boundary `before`: a value that crosses both is stored once."""
     held = set(cuts.stages[before].live)
-    return bytes_of((v for v in cuts.stages[cut].live if v not in held), cuts.axis[1])
+    return bytes_of(not_among(cuts.stages[cut].live, held), cuts.axis[1])
 
 
 def _union(cuts: Cuts, stored: Collection[int]) -> int:

@@ -17,6 +17,7 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
+from jaxaccum._base.entries import part_of
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import scan_arity
@@ -80,7 +81,7 @@ def _open_scan(opened: Opened, params: Params, values: list[Array]) -> list[Arra
         outs = step(*values[:n], *carry, *xs)
         return outs[:k], outs[k:]
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    options = part_of(params, ("length", "reverse", "unroll"))
     carry, ys = lax.scan(body, values[n : n + k], values[n + k :], **options)
     return [*carry, *ys]
 

@@ -51,14 +51,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum._base.entries import entries, with_entries
+from jaxaccum._base.entries import entries, part_of, with_entries
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened, scan_arity
 from jaxaccum._jaxpr.equations import constants_first
 from jaxaccum._jaxpr.segments import segments
-from jaxaccum._jaxpr.variables import Atom, Env, Var, bound, read, type_of, variables
+from jaxaccum._jaxpr.variables import Atom, Env, Var, among, bound, read, type_of, variables
 
 Sums = dict[int, Array]
 """Running sums, by their place in the list that `evaluate` was given. Where only some of them are
@@ -82,7 +82,7 @@ def evaluate(
         places: for the arguments that have a sum, their position and the position of the sum.
     """
     threads = _Threads(dict(enumerate(sums)))
-    outs = threads.run(jaxpr, values, {jaxpr.invars[i]: place for i, place in places.items()})
+    outs = threads.run(jaxpr, values, _by_variable(jaxpr.invars, places))
     return outs, list(threads.sums.values())
 
 
@@ -196,9 +196,13 @@ class _Threads:
     ) -> list[Array]:
         """An inner jaxpr, in which the operands at the positions of `at` are parameters."""
         program, consts = constants_first(jaxpr)
-        arguments = program.invars[len(consts) :]
-        places = {arguments[i]: place for i, place in at.items()}
+        places = _by_variable(program.invars[len(consts) :], at)
         return self.run(program, [*consts, *values], places)
+
+
+def _by_variable(arguments: Sequence[Var], at: Mapping[int, int]) -> Places:
+    """The places of sums, given by the positions of arguments."""
+    return {arguments[i]: place for i, place in at.items()}
 
 
 # -- what is read whole, and what is threaded ------------------------------------------------------
@@ -223,7 +227,7 @@ def _read_by_value(jaxpr: jex.Jaxpr, places: Places) -> list[Var]:
     for eqn in jaxpr.eqns:
         threaded = _threaded(eqn, places)
         found.update(variables(v for i, v in enumerate(eqn.invars) if i not in threaded))
-    return [v for v in places if v in found]
+    return among(places, found)
 
 
 # -- the rules -------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def _threads_if_inside(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     """A call is opened where something inside threads a sum; the whole of it, so that nothing is
     computed twice."""
     inner, _ = opened(eqn.params["jaxpr"])
-    places = {inner.invars[i]: 0 for i in found}
+    places = dict.fromkeys(entries(inner.invars, found), 0)
     return found if any(_threaded(one, places) for one in inner.eqns) else []
 
 
@@ -279,7 +283,7 @@ def _run_checkpoint(
         inner = _Threads(dict(sums))
         return inner.called(eqn.params["jaxpr"], values, at), inner.sums
 
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    options = part_of(eqn.params, ("prevent_cse", "policy"))
     outs, sums = jax.checkpoint(body, **options)(values, threads.only([*at.values()]))
     threads.sums |= sums
     return outs
@@ -288,8 +292,12 @@ def _run_checkpoint(
 def _threads_of_scan(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     """A scan threads its constants and its scanned rows. The carry it starts from is read whole."""
     num_consts, num_carry = scan_arity(eqn.params)
-    rows = [i for i in found if i >= num_consts + num_carry and not _is_divided(eqn.invars[i], 0)]
-    return [i for i in found if i < num_consts] + rows
+    threaded: list[int] = []
+    for i in found:
+        is_row = i >= num_consts + num_carry and not _is_divided(eqn.invars[i], 0)
+        if i < num_consts or is_row:
+            threaded.append(i)
+    return threaded
 
 
 def _is_divided(v: Atom, dim: int) -> bool:
@@ -321,7 +329,7 @@ def _run_scan(
 
     indices = jnp.arange(eqn.params["length"], dtype=jnp.int32)
     state = (values[num_consts:first_row], threads.only([*at.values()]))
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    options = part_of(eqn.params, ("length", "reverse", "unroll"))
     (carry, sums), ys = lax.scan(body, state, (indices, values[first_row:]), **options)
     threads.sums |= sums
     return [*carry, *ys]
@@ -356,7 +364,7 @@ def _run_gather(
     """Rows of a table: the transpose of ``gather`` is ``scatter_add``, here into the sum instead of
     into zeros."""
     table, indices = values
-    options = {name: eqn.params[name] for name in _GATHER_OPTIONS}
+    options = part_of(eqn.params, _GATHER_OPTIONS)
     taken, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     fill = eqn.params["fill_value"]
     rows = lax.gather(table, indices, taken, sizes, fill_value=fill, **options)

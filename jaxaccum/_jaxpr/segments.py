@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.extend.core as jex
 
 from jaxaccum._jaxpr.compat import anonymous
-from jaxaccum._jaxpr.variables import Var, results_of, taken_by, variables
+from jaxaccum._jaxpr.variables import Var, among, results_of, taken_by, variables
 
 
 def segments(
@@ -39,7 +39,7 @@ def _segment(jaxpr: jex.Jaxpr, eqns: Sequence[jex.JaxprEqn], needed_after: set[V
     return jaxpr.replace(
         constvars=[],
         invars=taken_by(eqns),
-        outvars=[v for v in results_of(eqns) if v in needed_after],
+        outvars=[*among(results_of(eqns), needed_after)],
         eqns=list(eqns),
         debug_info=anonymous(jaxpr),
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
-from jaxaccum._jaxpr.variables import Atom, Var, types_of
+from jaxaccum._jaxpr.variables import Atom, Var, numbered, types_of
 
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros")
 """Parameters of ``custom_jvp`` and ``custom_vjp`` that derive; the function itself is a program."""
@@ -34,7 +34,7 @@ def key_of(jaxpr: jex.Jaxpr | ClosedJaxpr) -> Hashable:
 
 def _key(jaxpr: jex.Jaxpr) -> Hashable:
     arguments = [*jaxpr.constvars, *jaxpr.invars]
-    place = {v: i for i, v in enumerate(arguments)}
+    place = numbered(arguments)
     eqns: list[Hashable] = []
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)

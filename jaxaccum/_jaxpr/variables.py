@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import jax
@@ -44,6 +44,16 @@ def taken_by(eqns: Sequence[jex.JaxprEqn], wanted: Iterable[Atom] = ()) -> list[
     return list(taken)
 
 
+def among(names: Iterable[Var], chosen: Container[Var]) -> list[Var]:
+    """Those of the names that are chosen, in the order of the names."""
+    return [v for v in names if v in chosen]
+
+
+def not_among(names: Iterable[Var], held: Container[Var]) -> list[Var]:
+    """Those of the names that are not held, in the order of the names."""
+    return [v for v in names if v not in held]
+
+
 def differentiable(atoms: Iterable[Var]) -> list[Var]:
     """The variables whose values can have a derivative."""
     return [v for v in atoms if is_inexact(v.aval)]
@@ -64,9 +74,9 @@ def bound(names: Sequence[Var], values: Iterable[T]) -> dict[Var, T]:
     return dict(zip(names, values, strict=True))
 
 
-def part_of(env: Mapping[Var, T], names: Iterable[Var]) -> dict[Var, T]:
-    """The values of some variables alone."""
-    return {v: env[v] for v in names}
+def numbered(names: Iterable[Var]) -> dict[Var, int]:
+    """The places of variables in a list."""
+    return {v: place for place, v in enumerate(names)}
 
 
 def read(env: Mapping[Var, jax.Array], atoms: Iterable[Atom]) -> list[jax.Array]:

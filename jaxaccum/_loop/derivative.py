@@ -239,7 +239,7 @@ class Derivative:
         for place, i in enumerate(self.slots.rows):
             groups = [written[place] for written in scanned.written]
             by_slot[i] = self.program.partition.merge_rows(groups, self.program.slots[i].axis)
-        return Result(scanned.parts, [by_slot[i] for i in self.gradient.wrt])
+        return Result(scanned.parts, entries(by_slot, self.gradient.wrt))
 
 
 Stacked = dict[int, Array]
