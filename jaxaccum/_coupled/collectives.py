@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -20,40 +19,38 @@ from jax import lax
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Fragment
 from jaxaccum._devices.without_checks import exchanged
-from jaxaccum._jaxpr.equations import axes_of, unchanged
+from jaxaccum._jaxpr.equations import axes_of
+from jaxaccum._jaxpr.evaluate import evaluate
+from jaxaccum._jaxpr.variables import Atom, Var
 
 
 def resolve(
-    fragment: Fragment, values: Sequence[Array], axis: tuple[str, int], stacked: Collection[Any]
+    fragment: Fragment, values: Sequence[Array], axis: tuple[str, int], stacked: Collection[Var]
 ) -> list[Array]:
     """Evaluate a fragment that holds collectives; `stacked` variables have an entry per microbatch,
     in and out."""
     name, size = axis
-    mapped = lambda v: 0 if not isinstance(v, jex.Literal) and v in stacked else None
-    one = lambda _, values: _evaluate(fragment.jaxpr, values)
-    in_axes = (0, [mapped(v) for v in fragment.reads])
-    out_axes = [mapped(v) for v in fragment.writes]
+    one = lambda _, values: evaluate(fragment.jaxpr, values, _resolved)
+    in_axes = (0, _leading_axes(fragment.reads, stacked))
+    out_axes = _leading_axes(fragment.writes, stacked)
     return jax.vmap(one, in_axes, out_axes, axis_name=name)(jnp.zeros(size), list(values))
 
 
-def _evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
-    env: dict[Any, Any] = dict(zip(jaxpr.invars, values, strict=True))
-    read = lambda v: v.val if isinstance(v, jex.Literal) else env[v]
-    for eqn in jaxpr.eqns:
-        operands = [read(v) for v in eqn.invars]
-        rule, several = _EXTREMA.get(eqn.primitive.name), _OVER_SEVERAL_AXES.get(eqn.primitive.name)
-        if several is not None and len(axes_of(eqn)) > 1:
-            outs = [several(eqn, operands[0])]
-        elif eqn.primitive.name == "psum" and _explicit():
-            outs = [_summed(x, axes_of(eqn)) for x in operands]
-        else:
-            outs = (
-                unchanged(eqn, operands, jaxpr)
-                if rule is None
-                else [_extremum(rule, axes_of(eqn), operands[0])]
-            )
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+def _leading_axes(atoms: Sequence[Atom], stacked: Collection[Var]) -> list[int | None]:
+    """For `jax.vmap`: where the entries of the microbatches are, if there are any."""
+    return [0 if not isinstance(v, jex.Literal) and v in stacked else None for v in atoms]
+
+
+def _resolved(eqn: jex.JaxprEqn, operands: list[Array]) -> list[Array] | None:
+    """The collectives for which `jax.vmap` has no rule, or not the one that is wanted."""
+    name = eqn.primitive.name
+    if name in _OVER_SEVERAL_AXES and len(axes_of(eqn)) > 1:
+        return [_OVER_SEVERAL_AXES[name](eqn, operands[0])]
+    if name == "psum" and _explicit():
+        return [_summed(x, axes_of(eqn)) for x in operands]
+    if name in _EXTREMA:
+        return [_extremum(*_EXTREMA[name], axes_of(eqn), operands[0])]
+    return None
 
 
 def _explicit() -> bool:
@@ -62,7 +59,7 @@ def _explicit() -> bool:
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
-def _summed(x: Array, axes: tuple[Any, ...]) -> Array:
+def _summed(x: Array, axes: tuple[str, ...]) -> Array:
     """Over the loop's axis, whose operands are gathered and added, and then over those of the
     mesh."""
     for name in sorted(axes, key=_manual):
@@ -71,7 +68,7 @@ def _summed(x: Array, axes: tuple[Any, ...]) -> Array:
     return x
 
 
-def _gathered(x: Array, axes: tuple[Any, ...], dimension: int = 0) -> Array:
+def _gathered(x: Array, axes: tuple[str, ...], dimension: int = 0) -> Array:
     """One axis after the other, the last first: `jax.vmap` resolves a gather over its own axis
     alone."""
     for name in reversed(axes):
@@ -113,8 +110,12 @@ _OVER_SEVERAL_AXES = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatt
 _EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
 
 
-def _extremum(rule: tuple[Any, Any], axes: tuple[Any, ...], operand: Array) -> Array:
-    collective, reduction = rule
+def _extremum(
+    collective: Callable[[Array, tuple[str, ...]], Array],
+    reduction: Callable[..., Array],
+    axes: tuple[str, ...],
+    operand: Array,
+) -> Array:
     extremum = jax.custom_jvp(lambda x: collective(x, axes))
     over_all = lambda x: reduction(_gathered(x[None], axes), axis=0)
     extremum.defjvp(lambda primals, tangents: jax.jvp(over_all, primals, tangents))

@@ -6,6 +6,7 @@ Counted in the jaxprs that will run, before anything is compiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum._base.entries import entries, places_of, with_entries
+from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.collectives import resolve
 from jaxaccum._coupled.cut import Cuts, Fragment
 from jaxaccum._jaxpr import flops
+from jaxaccum._jaxpr.variables import Atom, Type, Var, among, bound, type_of, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,75 +44,82 @@ class Costs:
         return sum(self.back) + self.once
 
 
-def costs(cuts: Cuts, moved: Collection[Any]) -> Costs:
+def costs(cuts: Cuts, moved: Collection[Var]) -> Costs:
     """The costs of a program whose variables `moved` are differentiated; none for the value
     alone."""
     size = cuts.axis[1]
-    forward, back, through, once = [], [], [], 0.0
+    forward: list[float] = []
+    back: list[float] = []
+    through: list[float] = []
+    once = 0.0
     for stage in cuts.stages:
-        local = lambda values, fragment=stage.local: fragment(
-            dict(zip(fragment.reads, values, strict=True))
-        )
+        run = functools.partial(_local, stage.local)
         live = set(stage.live) & set(moved)
-        forward.append(size * _operations(local, stage.local, ()))
-        back.append(size * _operations(local, stage.local, moved))
-        through.append(size * _operations(local, stage.local, live))
-        for fragment in (stage.shared, stage.cut):
-            if fragment.writes:
-                mapped = {v for v in fragment.reads if v in cuts.own} | cuts.stacked
-                run = lambda values, f=fragment, mapped=mapped: resolve(
-                    f, values, cuts.axis, mapped
-                )
-                once += _operations(
-                    run, fragment, moved, {v: size for v in fragment.reads if v in mapped}
-                )
+        forward.append(size * _operations(run, stage.local, ()))
+        back.append(size * _operations(run, stage.local, moved))
+        through.append(size * _operations(run, stage.local, live))
+        once += _once(cuts, stage.shared, moved) + _once(cuts, stage.cut, moved)
     return Costs(tuple(forward), tuple(back), tuple(through), once)
+
+
+def _local(fragment: Fragment, values: list[Array]) -> list[Array]:
+    return fragment(bound(fragment.reads, values))
+
+
+def _once(cuts: Cuts, fragment: Fragment, moved: Collection[Var]) -> float:
+    """The operations of a fragment that is common to all microbatches."""
+    if not fragment.writes:
+        return 0.0
+    stacked = cuts.stacked.union(among(fragment.reads, cuts.own))
+    run = lambda values: resolve(fragment, values, cuts.axis, stacked)
+    return _operations(run, fragment, moved, stacked, cuts.axis[1])
 
 
 def _operations(
     run: Callable[[list[Array]], list[Array]],
     fragment: Fragment,
-    moved: Collection[Any],
-    sizes: Any = None,
+    moved: Collection[Var],
+    stacked: Collection[Var] = (),
+    size: int = 1,
 ) -> float:
     """The operations of a fragment and of its derivative with respect to the variables `moved`
-    among what it reads."""
-    reads, sizes = fragment.reads, sizes or {}
-    shapes = [_stacked(v.aval, [sizes[v]] if v in sizes else []) for v in reads]
-    places = [i for i, v in enumerate(reads) if v in moved]
+    among what it reads; `stacked` variables have an entry for each of `size` microbatches."""
+    shapes = [_shape(v, (size,) if v in stacked else ()) for v in fragment.reads]
+    places = places_of(v in moved for v in fragment.reads)
 
     def work(values: list[Array]) -> Any:
         if not places:
             return run(values)
 
         def of(inputs: list[Array]) -> list[Array]:
-            own = list(values)
-            for i, x in zip(places, inputs, strict=True):
-                own[i] = x
-            return [x for x in run(own) if jnp.issubdtype(x.dtype, jnp.inexact)]
+            return list(filter(is_inexact, run(with_entries(values, places, inputs))))
 
-        outs, pull = jax.vjp(of, [values[i] for i in places])
-        return outs, pull([jnp.ones_like(x) for x in outs])
+        outs, pull = jax.vjp(of, entries(values, places))
+        return outs, pull(list(map(jnp.ones_like, outs)))
 
     jaxpr = jax.make_jaxpr(work)(shapes).jaxpr
     return flops.flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def _stacked(aval: Any, sizes: list[int]) -> jax.ShapeDtypeStruct:
+def _shape(v: Var, sizes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """The shape of a value with leading axes of the given sizes, which no mesh divides; the others
     stay as they are."""
+    aval = type_of(v)
     sharding = aval.sharding if aval.sharding.mesh.explicit_axes else None
     if sharding is not None:
         sharding = sharding.update(spec=P(*[None] * len(sizes), *sharding.spec))
     return jax.ShapeDtypeStruct((*sizes, *aval.shape), aval.dtype, sharding=sharding)
 
 
-def bytes_of(variables: Iterable[Any], count: int = 1) -> int:
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def bytes_of(atoms: Iterable[Atom], count: int = 1) -> int:
     """The bytes of `count` values of each variable; keys count as what they hold."""
-    return count * sum(_bytes(v.aval) for v in variables)
+    return count * sum(_bytes(type_of(v)) for v in atoms)
 
 
-def _bytes(aval: Any) -> int:
+def _bytes(aval: Type) -> int:
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         held = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return held.size * held.dtype.itemsize
@@ -118,17 +129,20 @@ def _bytes(aval: Any) -> int:
 def statistics_bytes(cuts: Cuts) -> int:
     """What every schedule holds of the full batch: the results of all collectives, and the largest
     cut's operands."""
-    size, stages = cuts.axis[1], cuts.stages
-    stacked = lambda variables: [v for v in variables if v in cuts.own]
-    same: Callable[[Sequence[Any]], list[Any]] = lambda variables: [
-        v for v in variables if v not in cuts.own
-    ]
-    results = [v for stage in stages for v in stage.cut.writes]
-    largest = max((bytes_of(stacked(stage.emits), size) for stage in stages), default=0)
-    return bytes_of(same(results)) + bytes_of(stacked(results), size) + largest
+    largest = max((_bytes_of_batch(cuts, stage.emits) for stage in cuts.stages), default=0)
+    results = [v for stage in cuts.stages for v in variables(stage.cut.writes)]
+    return _bytes_of_batch(cuts, results) + largest
+
+
+def _bytes_of_batch(cuts: Cuts, found: Sequence[Var]) -> int:
+    """The bytes of variables of which each microbatch has its own, or all of them the same."""
+    return sum(bytes_of([v], cuts.axis[1] if v in cuts.own else 1) for v in found)
 
 
 def microbatch_bytes(cuts: Cuts) -> int:
     """What one microbatch computes, stage by stage."""
-    made = [v for stage in cuts.stages for eqn in stage.local.jaxpr.eqns for v in eqn.outvars]
-    return bytes_of(made)
+    total = 0
+    for stage in cuts.stages:
+        for eqn in stage.local.jaxpr.eqns:
+            total += bytes_of(eqn.outvars)
+    return total

@@ -1,38 +1,68 @@
 """Cut the program at its collectives: stages of one microbatch, and between them what all
 microbatches share.
 
-The level of a value is the number of collectives above it. All collectives whose operands have one
-level are one cut, and stage l is what a microbatch computes between cut l and cut l + 1. A value is
-one of
+The problem. A mean over the batch, as in BatchNorm, needs all microbatches before any of them can
+go on. A loop that runs one microbatch to its end cannot compute it.
 
-* given: of parameters alone; every stage that reads it computes it, as the plain loop does;
-* shared: it follows from collectives and is the same for every microbatch; computed once;
-* own: it differs between microbatches. An equation of own values stands in the last stage that its
+The idea. The loop stops there. All microbatches run up to the collective, the collective is
+computed, and all of them go on. The level of a value is the number of collectives above it. All
+collectives whose operands have one level are one cut, and stage l is what a microbatch computes
+between cut l and cut l + 1. A value is
+
+* given, if it depends on parameters alone: every stage that reads it computes it, as the plain loop
+  does;
+* shared, if it follows from collectives and is the same for every microbatch: it is computed once;
+* own, if it differs between microbatches. An equation of own values is in the last stage that its
   readers allow, so that little crosses a cut.
 
 The outputs of the program belong to the stage of their level.
+
+Example. The loss ``Σ (h - m)²`` of ``h = w x``, ``m = pmean(h)`` has one cut. Two microbatches:
+
+    stage 0   h₁ = w x₁                      h₂ = w x₂
+    cut 1     m = (h₁ + h₂) / 2
+    stage 1   T₁ = Σ (w x₁ - m)²             T₂ = Σ (w x₂ - m)²
+
+h is own, and stage 1 reads it: it crosses the cut. Either the h of all microbatches are stored, or
+stage 1 computes its own h again (`schedule`).
+
+The cost. One pass over the microbatches for each cut, and what crosses it or is computed again.
+
+Known weakness. A collective inside a ``while`` or ``cond`` is not in the flat list of equations,
+and the program is refused (`trace`).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import jax
 import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._base.entries import entries
 from jaxaccum._base.source_lines import Frame, frame_of
 from jaxaccum._base.trees import dtype_of
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._jaxpr import running_sums
 from jaxaccum._jaxpr.equations import axes_of, with_invars
-
-Env = dict[Any, Any]
-"""Values by variable."""
+from jaxaccum._jaxpr.variables import (
+    Atom,
+    Env,
+    Var,
+    among,
+    bound,
+    differentiable,
+    operands_of,
+    read,
+    results_of,
+    taken_by,
+    variables,
+)
 
 _SAME_EVERYWHERE = {"psum", "pmax", "pmin", "all_gather"}
 """The collectives whose result is the same for every microbatch."""
@@ -47,32 +77,29 @@ class Fragment:
     jaxpr: jex.Jaxpr
 
     @property
-    def reads(self) -> list[Any]:
+    def reads(self) -> list[Var]:
         """The variables that it takes from elsewhere."""
         return list(self.jaxpr.invars)
 
     @property
-    def writes(self) -> list[Any]:
+    def writes(self) -> list[Atom]:
         """The variables, or literals, that it computes."""
         return list(self.jaxpr.outvars)
 
     def __call__(self, env: Env) -> list[Array]:
         """The values of `writes`."""
-        return self._as_arrays(
-            jax.core.eval_jaxpr(self.jaxpr, [], *(env[v] for v in self.jaxpr.invars))
-        )
+        return self._as_arrays(jax.core.eval_jaxpr(self.jaxpr, [], *read(env, self.reads)))
 
     def with_sums(
-        self, env: Env, sums: list[Array], places: Mapping[Any, int]
+        self, env: Env, sums: list[Array], places: Mapping[Var, int]
     ) -> tuple[list[Array], list[Array]]:
         """The values of `writes`, and the running sums of the gradients of the variables at
         `places`."""
-        reads = self.jaxpr.invars
-        positions = {i: places[v] for i, v in enumerate(reads) if v in places}
-        values, sums = running_sums.evaluate(self.jaxpr, [env[v] for v in reads], sums, positions)
+        positions = {i: places[v] for i, v in enumerate(self.reads) if v in places}
+        values, sums = running_sums.evaluate(self.jaxpr, read(env, self.reads), sums, positions)
         return self._as_arrays(values), sums
 
-    def _as_arrays(self, values: Sequence[Any]) -> list[Any]:
+    def _as_arrays(self, values: Sequence[Array]) -> list[Array]:
         """JAX hands a constant output back as a Python scalar."""
         return [jnp.asarray(x, dtype_of(v.aval)) for v, x in zip(self.writes, values, strict=True)]
 
@@ -89,9 +116,9 @@ class Stage:
     """The collectives: of operands stacked over microbatches, the statistics of the next stage."""
     parts: tuple[int, ...]
     """The outputs of the program that this stage computes."""
-    emits: tuple[Any, ...]
+    emits: tuple[Var, ...]
     """The own values that the cut takes."""
-    live: tuple[Any, ...]
+    live: tuple[Var, ...]
     """The own values of earlier stages that this stage or a later one reads: the full-batch
     boundary, if stored."""
 
@@ -100,7 +127,7 @@ class Stage:
         return self._divided(self.local(env))
 
     def run_with_sums(
-        self, env: Env, sums: list[Array], places: Mapping[Any, int]
+        self, env: Env, sums: list[Array], places: Mapping[Var, int]
     ) -> tuple[list[Array], Env, list[Array]]:
         """The same, and the running sums of the gradients of the variables at `places`."""
         values, sums = self.local.with_sums(env, sums, places)
@@ -108,7 +135,7 @@ class Stage:
 
     def _divided(self, values: list[Array]) -> tuple[list[Array], Env]:
         count = len(self.parts)
-        return values[:count], dict(zip(self.local.writes[count:], values[count:], strict=True))
+        return values[:count], bound(variables(self.local.writes[count:]), values[count:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +145,8 @@ class Cuts:
     jaxpr: jex.Jaxpr
     axis: tuple[str, int]
     stages: tuple[Stage, ...]
-    own: frozenset[Any]
-    stacked: frozenset[Any]
+    own: frozenset[Var]
+    stacked: frozenset[Var]
     """The results of collectives that differ between microbatches, as those of ``ppermute``."""
 
     @property
@@ -127,7 +154,7 @@ class Cuts:
         """The number of cuts, and the index of the last stage."""
         return len(self.stages) - 1
 
-    def output(self, part: int) -> Any:
+    def output(self, part: int) -> Var | None:
         """The variable of an output; None for a constant."""
         v = self.jaxpr.outvars[part]
         return None if isinstance(v, jex.Literal) else v
@@ -135,188 +162,196 @@ class Cuts:
     @property
     def frames(self) -> tuple[tuple[Frame | None, ...], ...]:
         """The lines of the collectives of every cut."""
-        found = [[frame_of(eqn) for eqn in stage.cut.jaxpr.eqns] for stage in self.stages[:-1]]
-        return tuple(tuple(dict.fromkeys(frames)) for frames in found)
+        found = []
+        for stage in self.stages[:-1]:
+            lines = map(frame_of, stage.cut.jaxpr.eqns)
+            found.append(tuple(dict.fromkeys(lines)))
+        return tuple(found)
 
 
-def cut(jaxpr: jex.Jaxpr, own: Collection[Any], axis: tuple[str, int]) -> Cuts:
+def cut(jaxpr: jex.Jaxpr, own: Collection[Var], axis: tuple[str, int]) -> Cuts:
     """The stages of an opened program, whose arguments `own` differ between microbatches."""
     graph = _Graph.of(jaxpr, own, axis[0])
-    stages = tuple(graph.stage(level) for level in range(graph.num_stages))
+    stages = tuple(map(graph.stage, range(graph.num_stages)))
     return Cuts(jaxpr, axis, stages, frozenset(graph.own), frozenset(graph.stacked))
+
+
+def moved_by(jaxpr: jex.Jaxpr, sources: Collection[Var]) -> set[Var]:
+    """The variables that have a derivative with respect to `sources`."""
+    moved = set(sources)
+    for eqn in jaxpr.eqns:
+        moves = not moved.isdisjoint(variables(eqn.invars))
+        if moves and eqn.primitive.name != "stop_gradient":
+            moved.update(differentiable(eqn.outvars))
+    return moved
+
+
+# -- what every equation is ------------------------------------------------------------------------
+
+ByStage = dict[int, list[int]]
+"""Equations, by their place in the program, of every stage."""
+
+
+def _by_stage() -> ByStage:
+    return collections.defaultdict(list)
 
 
 @dataclasses.dataclass
 class _Graph:
-    """What every equation is, and in which stage it stands."""
+    """What every equation is, and which stage it belongs to."""
 
     jaxpr: jex.Jaxpr
     axis_name: str
-    own: set[Any]
-    shared: set[Any] = dataclasses.field(default_factory=set)
-    stacked: set[Any] = dataclasses.field(default_factory=set)
-    levels: dict[Any, int] = dataclasses.field(default_factory=dict)
-    given: dict[Any, int] = dataclasses.field(default_factory=dict)
+    own: set[Var]
+    shared: set[Var] = dataclasses.field(default_factory=set)
+    stacked: set[Var] = dataclasses.field(default_factory=set)
+    levels: dict[Var, int] = dataclasses.field(default_factory=dict)
+    given: dict[Var, int] = dataclasses.field(default_factory=dict)
     """The equation that computes a given variable."""
-    stage_of: dict[Any, int] = dataclasses.field(default_factory=dict)
+    stage_of: dict[Var, int] = dataclasses.field(default_factory=dict)
     """The stage in which an own variable is computed."""
-    locals: list[list[int]] = dataclasses.field(default_factory=list)
-    shareds: list[list[int]] = dataclasses.field(default_factory=list)
-    cuts: list[list[int]] = dataclasses.field(default_factory=list)
+    locals: ByStage = dataclasses.field(default_factory=_by_stage)
+    shareds: ByStage = dataclasses.field(default_factory=_by_stage)
+    cuts: ByStage = dataclasses.field(default_factory=_by_stage)
 
     @classmethod
-    def of(cls, jaxpr: jex.Jaxpr, own: Collection[Any], axis_name: str) -> _Graph:
+    def of(cls, jaxpr: jex.Jaxpr, own: Collection[Var], axis_name: str) -> _Graph:
         graph = cls(jaxpr, axis_name, set(own))
-        kinds = [graph._classify(i, eqn) for i, eqn in enumerate(jaxpr.eqns)]
-        for table in (graph.locals, graph.shareds, graph.cuts):
-            table += [[] for _ in range(graph.num_stages)]
-        for i, kind in enumerate(kinds):
-            if kind == "cut":
-                graph.cuts[graph._depth(jaxpr.eqns[i].invars)].append(i)
-            elif kind == "shared":
-                graph.shareds[graph._depth(jaxpr.eqns[i].outvars)].append(i)
-        graph._place([i for i, kind in enumerate(kinds) if kind == "local"])
+        local: list[int] = []
+        for i, eqn in enumerate(jaxpr.eqns):
+            if is_collective(eqn, axis_name):
+                graph._add_collective(i, eqn)
+            elif graph._differs(eqn):
+                graph._set_level(eqn, graph._depth(eqn.invars))
+                graph.own.update(eqn.outvars)
+                local.append(i)
+            else:
+                graph._add_common(i, eqn)
+        graph._place(local)
         return graph
 
     @property
     def num_stages(self) -> int:
         return 1 + max(self.levels.values(), default=0)
 
-    def _depth(self, atoms: Iterable[Any]) -> int:
-        return max((self.levels.get(v, 0) for v in _variables(atoms)), default=0)
+    def _depth(self, atoms: Iterable[Atom]) -> int:
+        """The level of the deepest of some values."""
+        return max((self.levels.get(v, 0) for v in variables(atoms)), default=0)
 
-    def _classify(self, i: int, eqn: jex.JaxprEqn) -> str:
-        depth, differs = self._depth(eqn.invars), any(v in self.own for v in _variables(eqn.invars))
-        kind = "local" if differs else "given"
-        if is_collective(eqn, self.axis_name):
-            if eqn.params.get("axis_index_groups") is not None:
-                raise ValueError(
-                    f"{eqn.primitive.name} over {self.axis_name!r} with axis_index_groups (at "
-                    f"{frame_of(eqn)}): groups of microbatches are not supported; leave "
-                    "axis_index_groups out."
-                )
-            if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
-                raise NotImplementedError(
-                    f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several "
-                    "axes at once only psum, pmax, pmin, all_gather and psum_scatter are divided "
-                    "between microbatches; name one axis per call."
-                )
-            same = eqn.primitive.name in _SAME_EVERYWHERE
-            kind = "cut" if differs or not same else "shared"
-            depth += kind == "cut"
-            (self.shared if same else self.stacked).update(eqn.outvars)
-            self.own |= set() if same else set(eqn.outvars)
-        elif differs:
-            self.own.update(eqn.outvars)
-        elif any(v in self.shared for v in _variables(eqn.invars)):
-            kind = "shared"
+    def _set_level(self, eqn: jex.JaxprEqn, level: int) -> None:
+        self.levels |= dict.fromkeys(eqn.outvars, level)
+
+    def _differs(self, eqn: jex.JaxprEqn) -> bool:
+        """Whether an operand differs between microbatches."""
+        return not self.own.isdisjoint(variables(eqn.invars))
+
+    def _add_collective(self, i: int, eqn: jex.JaxprEqn) -> None:
+        """One more collective: a cut, unless all that it does is count microbatches."""
+        _check_supported(eqn, self.axis_name)
+        depth, same = self._depth(eqn.invars), eqn.primitive.name in _SAME_EVERYWHERE
+        is_cut = self._differs(eqn) or not same
+        (self.cuts if is_cut else self.shareds)[depth].append(i)
+        self._set_level(eqn, depth + is_cut)
+        if same:
             self.shared.update(eqn.outvars)
         else:
-            self.given.update((v, i) for v in eqn.outvars)
-        self.levels.update((v, depth) for v in eqn.outvars)
-        return kind
+            self.stacked.update(eqn.outvars)
+            self.own.update(eqn.outvars)
 
-    def _place(self, equations: list[int]) -> None:
+    def _add_common(self, i: int, eqn: jex.JaxprEqn) -> None:
+        """One more equation that is the same for every microbatch."""
+        depth = self._depth(eqn.invars)
+        self._set_level(eqn, depth)
+        if self.shared.isdisjoint(variables(eqn.invars)):
+            self.given |= dict.fromkeys(eqn.outvars, i)
+        else:
+            self.shared.update(eqn.outvars)
+            self.shareds[depth].append(i)
+
+    def _place(self, local: list[int]) -> None:
         """Every own equation in the last stage that its readers allow; one that nothing reads, at
         its level."""
-        latest: dict[Any, int] = {}
+        latest: dict[Var, int] = {}
 
-        def read(atoms: Iterable[Any], stage: int) -> None:
-            for v in _variables(atoms):
+        def read_in(atoms: Iterable[Atom], stage: int) -> None:
+            for v in variables(atoms):
                 latest[v] = min(stage, latest.get(v, stage))
 
         for v in self.jaxpr.outvars:
-            read([v], self._depth([v]))
-        for level, cut in enumerate(self.cuts):
-            for i in cut:
-                read(self.jaxpr.eqns[i].invars, level)
-        for i in reversed(equations):
+            read_in([v], self._depth([v]))
+        for level in range(self.num_stages):
+            read_in(operands_of(self._equations(self.cuts[level])), level)
+        for i in reversed(local):
             eqn = self.jaxpr.eqns[i]
-            stage = min(
-                (latest[v] for v in eqn.outvars if v in latest), default=self._depth(eqn.invars)
-            )
-            read(eqn.invars, stage)
+            readers = [latest[v] for v in eqn.outvars if v in latest]
+            stage = min(readers, default=self._depth(eqn.invars))
+            read_in(eqn.invars, stage)
             self.locals[stage].append(i)
-            self.stage_of.update((v, stage) for v in eqn.outvars)
-        for stage in self.locals:
-            stage.reverse()
+            self.stage_of |= dict.fromkeys(eqn.outvars, stage)
+        for equations in self.locals.values():
+            equations.reverse()
 
     # -- fragments
 
-    def fragment(self, equations: Sequence[int], wanted: Sequence[Any]) -> Fragment:
+    def _equations(self, places: Iterable[int]) -> list[jex.JaxprEqn]:
+        return entries(self.jaxpr.eqns, places)
+
+    def _fragment(self, equations: Sequence[int], wanted: Sequence[Atom]) -> Fragment:
         """The equations, and those of given values that they need, up to the wanted variables."""
-        included, eqns = set(equations), self.jaxpr.eqns
-        todo = [*wanted, *(v for i in equations for v in eqns[i].invars)]
+        included = set(equations)
+        todo = variables([*wanted, *operands_of(self._equations(equations))])
         while todo:
-            v = todo.pop()
-            i = None if isinstance(v, jex.Literal) else self.given.get(v)
+            i = self.given.get(todo.pop())
             if i is not None and i not in included:
                 included.add(i)
-                todo += eqns[i].invars
-        chosen = [eqns[i] for i in sorted(included)]
-        made = {v for eqn in chosen for v in eqn.outvars}
-        reads = dict.fromkeys(
-            v
-            for v in _variables([*(v for eqn in chosen for v in eqn.invars), *wanted])
-            if v not in made
-        )
+                todo += variables(self.jaxpr.eqns[i].invars)
+        chosen = self._equations(sorted(included))
         jaxpr = self.jaxpr.replace(eqns=chosen, outvars=list(wanted))
-        return Fragment(with_invars(jaxpr, list(reads)))
+        return Fragment(with_invars(jaxpr, taken_by(chosen, wanted)))
 
     def stage(self, level: int) -> Stage:
-        eqns, made_here = (
-            self.jaxpr.eqns,
-            [v for i in self.locals[level] for v in self.jaxpr.eqns[i].outvars],
-        )
-        parts = tuple(i for i, v in enumerate(self.jaxpr.outvars) if self._depth([v]) == level)
-        emits = dict.fromkeys(
-            v for i in self.cuts[level] for v in _variables(eqns[i].invars) if v in self.own
-        )
-        later = {*self._read_from(level + 1), *emits}
-        handed_on = [v for v in made_here if v in later]
-        used = [
-            v
-            for i in self.shareds[level]
-            for v in eqns[i].outvars
-            if not isinstance(v, jex.DropVar)
-        ]
-        results = [
-            v for i in self.cuts[level] for v in eqns[i].outvars if not isinstance(v, jex.DropVar)
-        ]
+        """One stage, once all equations have their places."""
+        local, shared, cut = self.locals[level], self.shareds[level], self.cuts[level]
+        outvars = self.jaxpr.outvars
+        parts = [i for i, v in enumerate(outvars) if self._depth([v]) == level]
+        emits = dict.fromkeys(self._own_among(operands_of(self._equations(cut))))
+        read_later = {*self._read_from(level + 1), *emits}
+        handed_on = among(results_of(self._equations(local)), read_later)
+        earlier = [v for v in self._read_from(level) if self.stage_of.get(v, level) < level]
         return Stage(
-            shared=self.fragment(self.shareds[level], used),
-            local=self.fragment(
-                self.locals[level], [*(self.jaxpr.outvars[i] for i in parts), *handed_on]
-            ),
-            cut=self.fragment(self.cuts[level], results),
-            parts=parts,
+            shared=self._fragment(shared, results_of(self._equations(shared))),
+            local=self._fragment(local, [*entries(outvars, parts), *handed_on]),
+            cut=self._fragment(cut, results_of(self._equations(cut))),
+            parts=tuple(parts),
             emits=tuple(emits),
-            live=tuple(v for v in self._read_from(level) if self.stage_of.get(v, level) < level),
+            live=tuple(earlier),
         )
 
-    def _read_from(self, level: int) -> dict[Any, None]:
+    def _own_among(self, atoms: Iterable[Atom]) -> list[Var]:
+        """Those that differ between microbatches."""
+        return among(variables(atoms), self.own)
+
+    def _read_from(self, level: int) -> dict[Var, None]:
         """The own variables that stages from `level` on read: their equations, their cuts and their
         outputs."""
-        equations = [
-            i for table in (self.locals, self.cuts) for stage in table[level:] for i in stage
-        ]
-        atoms = [v for i in equations for v in self.jaxpr.eqns[i].invars]
+        atoms: list[Atom] = []
+        for table in (self.locals, self.cuts):
+            for stage in range(level, self.num_stages):
+                atoms += operands_of(self._equations(table[stage]))
         atoms += [v for v in self.jaxpr.outvars if self._depth([v]) >= level]
-        return dict.fromkeys(v for v in _variables(atoms) if v in self.own)
+        return dict.fromkeys(self._own_among(atoms))
 
 
-def _variables(atoms: Iterable[Any]) -> list[Any]:
-    return [v for v in atoms if not isinstance(v, jex.Literal)]
-
-
-def moved_by(
-    jaxpr: jex.Jaxpr, sources: Collection[Any], is_inexact: Callable[[Any], bool]
-) -> set[Any]:
-    """The variables that have a derivative with respect to `sources`."""
-    moved = set(sources)
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name != "stop_gradient" and any(
-            v in moved for v in _variables(eqn.invars)
-        ):
-            moved.update(v for v in eqn.outvars if is_inexact(v.aval))
-    return moved
+def _check_supported(eqn: jex.JaxprEqn, axis_name: str) -> None:
+    if eqn.params.get("axis_index_groups") is not None:
+        raise ValueError(
+            f"{eqn.primitive.name} over {axis_name!r} with axis_index_groups (at "
+            f"{frame_of(eqn)}): groups of microbatches are not supported; leave "
+            "axis_index_groups out."
+        )
+    if len(axes_of(eqn)) > 1 and eqn.primitive.name not in _OVER_SEVERAL_AXES:
+        raise NotImplementedError(
+            f"{eqn.primitive.name} over {axes_of(eqn)} (at {frame_of(eqn)}): over several "
+            "axes at once only psum, pmax, pmin, all_gather and psum_scatter are divided "
+            "between microbatches; name one axis per call."
+        )

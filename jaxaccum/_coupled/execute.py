@@ -1,30 +1,59 @@
 """Run the stages in order: microbatches until the next cut, its collectives, what follows from
 them; and so on.
 
-A pass over the microbatches starts at the nearest stored boundary and computes again what lies
-between, now that the statistics are known. So only statistics, which are small, and stored
+The problem. A stage reads own values of earlier stages, which exist for one microbatch at a time.
+To store them all is to store the activations of the full batch.
+
+The idea. A pass over the microbatches starts at the nearest stored boundary and computes again what
+lies between, now that the statistics are known. So only statistics, which are small, and stored
 boundaries ever exist for the full batch.
+
+Example. Two cuts, as two BatchNorms, of which no boundary is stored; two microbatches:
+
+    pass 1   stage 0 of 1, of 2          -> statistics 1
+    pass 2   stages 0, 1 of 1, of 2      -> statistics 2
+    pass 3   stages 0, 1, 2 of 1, of 2   -> the outputs
+
+If the boundary at cut 1 is stored, pass 3 starts there, and runs the stages 1 and 2.
+
+The cost. Without stored boundaries, n stages take n² / 2 of the stages' time; with all of them
+stored, n. `schedule` chooses.
+
+Known weakness. A value that is computed again is compiled in another context than the copy that
+went into a collective, and can differ from it by a rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from jaxaccum import _loop
+from jaxaccum._base.entries import entries, part_of
 from jaxaccum._base.trees import cast, is_inexact
-from jaxaccum._base.types import Array
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._coupled.collectives import resolve
-from jaxaccum._coupled.cut import Cuts, Env, Fragment
+from jaxaccum._coupled.cut import Cuts, Fragment, Stage
 from jaxaccum._devices import varying
+from jaxaccum._jaxpr.variables import Env, Type, Var, among, bound, not_among, read, variables
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
-Visit = Callable[[Any, Env, Array], tuple[list[Array], Any, Env]]
+
+class Visit(Protocol):
+    """What a pass does at one microbatch."""
+
+    def __call__(
+        self, sums: Any, own: Env, index: Array, extra: Any, /
+    ) -> tuple[list[Array], PyTree, Env]:
+        """The outputs of microbatch `index`, the new sums, and what is written out. `own` are its
+        arguments and its entries of what is stored, `extra` its entry of what the pass was
+        given."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,36 +68,38 @@ class Call:
     @property
     def given(self) -> Env:
         """The arguments that every microbatch reads whole."""
-        pairs = zip(self.cuts.jaxpr.invars[1:], self.program.sources(0), strict=True)
-        return {v: self.arrays[i] for v, i in pairs if v not in self.cuts.own}
+        arguments = self.cuts.jaxpr.invars[1:]
+        values = bound(arguments, entries(self.arrays, self.program.sources(0)))
+        return part_of(values, not_among(arguments, self.cuts.own))
 
     def start(self, level: int) -> int:
         """The stage at which a pass to stage `level` starts: that of the nearest boundary that is
         stored."""
         return max(c for c in (0, *self.stored) if c <= level)
 
-    def own(self, rows: Sequence[Array], index: Array) -> Env:
-        """The arguments of one microbatch that are its own."""
-        carry = [self.arrays[i] for i in self.program.positions(Role.CARRY)]
-        values = self.program.inputs(0, self.arrays, rows=rows, carry=carry, index=index)
-        pairs = zip(self.cuts.jaxpr.invars, [index, *values], strict=True)
-        return {v: x for v, x in pairs if v in self.cuts.own}
-
     def end(self, level: int) -> int:
         """The end of the segment of stage `level`: the next stored boundary, or the end of the
         program."""
         return min((c for c in self.stored if c > level), default=len(self.cuts.stages))
 
+    def own(self, rows: list[Array], index: Array) -> Env:
+        """The arguments of one microbatch that are its own."""
+        carry = entries(self.arrays, self.program.positions(Role.CARRY))
+        inputs = self.program.inputs(0, self.arrays, rows=rows, carry=carry, index=index)
+        arguments = self.cuts.jaxpr.invars
+        values = bound(arguments, [index, *inputs])
+        return part_of(values, among(arguments, self.cuts.own))
+
     def at(self, parts: Sequence[int]) -> Program:
         """The program of a pass that combines the given outputs alone."""
+        program = self.program
         outputs = dataclasses.replace(
-            self.program.outputs, parts=tuple(self.program.outputs.parts[i] for i in parts)
+            program.outputs, parts=tuple(entries(program.outputs.parts, parts))
         )
-        (trace,) = self.program.traces
-        jaxpr = trace.jaxpr.replace(eqns=[], outvars=[self.cuts.jaxpr.outvars[i] for i in parts])
-        return dataclasses.replace(
-            self.program, outputs=outputs, traces=(dataclasses.replace(trace, jaxpr=jaxpr),)
-        )
+        (trace,) = program.traces
+        jaxpr = trace.jaxpr.replace(eqns=[], outvars=entries(self.cuts.jaxpr.outvars, parts))
+        passed = dataclasses.replace(trace, jaxpr=jaxpr)
+        return dataclasses.replace(program, outputs=outputs, traces=(passed,))
 
 
 @dataclasses.dataclass
@@ -76,118 +107,132 @@ class Sweep:
     """What the stages leave behind, up to the one that has been reached."""
 
     call: Call
-    moved: Collection[Any]
+    moved: Collection[Var]
     """The variables whose cotangents will be asked for."""
-    parts: dict[int, Array]
     shared: Env
     """The arguments, the statistics and what follows from them: the same for every microbatch."""
-    stacked: Env
-    """The results of collectives that have an entry per microbatch."""
-    boundaries: dict[int, Env]
-    pulls: dict[tuple[str, int], Pull]
-    """The derivative of each stage's shared fragment and of its cut."""
     checkpoint: bool
     """Whether JAX is to recompute the passes where it derives them."""
+    parts: dict[int, Array] = dataclasses.field(default_factory=dict)
+    stacked: Env = dataclasses.field(default_factory=dict)
+    """The results of collectives that have an entry per microbatch."""
+    boundaries: dict[int, Env] = dataclasses.field(default_factory=lambda: {0: {}})
+    shared_pulls: dict[int, Pull] = dataclasses.field(default_factory=dict)
+    """The derivative of each stage's shared fragment."""
+    cut_pulls: dict[int, Pull] = dataclasses.field(default_factory=dict)
+    """The derivative of each stage's cut."""
 
     @classmethod
-    def begin(cls, call: Call, moved: Collection[Any] = (), *, checkpoint: bool = False) -> Sweep:
+    def begin(cls, call: Call, moved: Collection[Var] = (), *, checkpoint: bool = False) -> Sweep:
         """Before the first stage."""
-        return cls(call, moved, {}, dict(call.given), {}, {0: {}}, {}, checkpoint)
+        return cls(call, moved, dict(call.given), checkpoint)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of the program."""
+        return self.call.cuts.stages
 
     def enter(self, level: int) -> None:
         """Compute what follows, once, from the statistics of stage `level`."""
-        self._once("shared", level, self.call.cuts.stages[level].shared, {})
+        if pull := self._once(self.stages[level].shared, {}):
+            self.shared_pulls[level] = pull
 
     def leave(self, level: int) -> None:
         """Run the microbatches to the end of stage `level`, and its cut."""
-        stage, keep = self.call.cuts.stages[level], level + 1 in self.call.stored
-        start = self.call.start(level)
-        held = self.boundaries[start]  # what crosses both boundaries is stored once
-        crossing = (
-            [v for v in self.call.cuts.stages[level + 1].live if v not in held] if keep else []
-        )
-        wanted = [*stage.emits, *crossing]
+        stage, start = self.stages[level], self.call.start(level)
+        held = self.boundaries[start]
+        following = self.stages[level + 1].live if level + 1 in self.call.stored else ()
+        # What crosses both boundaries is stored once.
+        crossing = not_among(following, held)
 
-        def visit(sums: Any, own: Env, index: Array) -> tuple[list[Array], Any, Env]:
+        def visit(
+            sums: tuple[()], own: Env, index: Array, extra: None
+        ) -> tuple[list[Array], tuple[()], Env]:
+            del index, extra
             env, parts = self.shared | own, []
             for k in range(start, level + 1):
-                parts, values = self.call.cuts.stages[k].run(env)
-                env |= values
-            return parts, sums, {v: env[v] for v in dict.fromkeys(wanted)}
+                parts, made = self.stages[k].run(env)
+                env |= made
+            return parts, sums, part_of(env, [*stage.emits, *crossing])
 
-        _, written = self.over_microbatches(visit, parts=stage.parts, extra=held | self.stacked)
-        if keep:
-            known = held | written
-            self.boundaries[level + 1] = {
-                v: known[v] for v in self.call.cuts.stages[level + 1].live
-            }
-        self._once("cut", level, stage.cut, {v: written[v] for v in stage.emits})
+        _, written = self.over_microbatches(visit, parts=stage.parts, stored=held | self.stacked)
+        if level + 1 in self.call.stored:
+            self.boundaries[level + 1] = part_of(held | written, following)
+        if pull := self._once(stage.cut, part_of(written, stage.emits)):
+            self.cut_pulls[level] = pull
 
     def over_microbatches(
-        self, visit: Visit, *, parts: tuple[int, ...], extra: Env, sums: Any = ()
+        self,
+        visit: Visit,
+        *,
+        parts: tuple[int, ...],
+        stored: Env,
+        extra: PyTree = None,
+        sums: PyTree = (),
     ) -> tuple[Any, Env]:
         """One pass; returns the sums, and what was written, stacked. The outputs `parts` are
-        combined by their tags.
-
-        `visit` takes the sums, a microbatch's own values, `extra` among them, and its index; it
-        returns the outputs, the new sums, and what it writes.
-        """
-        names, written = list(extra), []
+        combined by their tags. `stored` and `extra` have an entry per microbatch."""
+        names: list[Var] = list(stored)
+        written: list[Var] = []
 
         def step(
-            g: int, sums: Any, rows: Any, carry: Any, index: Array, cut: list[Array]
-        ) -> tuple[Any, Any, Any]:
-            own = self.call.own(rows, index) | dict(zip(names, cut, strict=True))
-            outputs, sums, out = visit(sums, own, index)
+            g: int,
+            sums: Any,
+            rows: list[Array],
+            carry: list[Array],
+            index: Array,
+            entry: tuple[list[Array], PyTree],
+        ) -> tuple[list[Array], PyTree, list[Array]]:
+            del g, carry
+            own = self.call.own(rows, index) | bound(names, entry[0])
+            outputs, sums, out = visit(sums, own, index, entry[1])
             written[:] = out
             return outputs, sums, list(out.values())
 
-        extras = [[extra[v] for v in names]]
+        extras = [(list(stored.values()), extra)]
         program, arrays, again = self.call.at(parts), self.call.arrays, self.checkpoint
         scanned = _loop.scan(program, arrays, step, extra=extras, sums=sums, checkpoint=again)
         self.parts |= zip(parts, scanned.parts, strict=True)
-        return scanned.sums, dict(zip(written, scanned.written[0], strict=True))
+        return scanned.sums, bound(written, scanned.written[0])
 
-    def _once(self, kind: str, level: int, fragment: Fragment, emitted: Env) -> None:
+    def _once(self, fragment: Fragment, emitted: Env) -> Pull | None:
+        """Compute what is common to all microbatches; returns its derivative."""
         if not fragment.writes:
-            return
-        env = self.shared | self.stacked | emitted
-        stacked = {v for v in fragment.reads if v in self.call.cuts.own} | self.call.cuts.stacked
-        moved = [v for v in fragment.reads if v in self.moved]
+            return None
+        own, env = self.call.cuts.own, self.shared | self.stacked | emitted
+        stacked = self.call.cuts.stacked.union(among(fragment.reads, own))
+        moved = among(fragment.reads, self.moved)
 
         def run(inputs: list[Array]) -> list[Array]:
-            known = env | dict(zip(moved, inputs, strict=True))
-            return resolve(
-                fragment, [known[v] for v in fragment.reads], self.call.cuts.axis, stacked
-            )
+            known = env | bound(moved, inputs)
+            return resolve(fragment, read(known, fragment.reads), self.call.cuts.axis, stacked)
 
-        outs, pull = jax.vjp(run, [env[v] for v in moved])
-        for v, x in zip(fragment.writes, outs, strict=True):
-            (self.stacked if v in self.call.cuts.own else self.shared)[v] = x
-        self.pulls[kind, level] = Pull(
-            moved, dict(zip(fragment.writes, map(jax.typeof, outs), strict=True)), pull
-        )
+        outs, pull = jax.vjp(run, read(env, moved))
+        written = variables(fragment.writes)
+        for v, x in bound(written, outs).items():
+            (self.stacked if v in own else self.shared)[v] = x
+        return Pull(moved, bound(written, map(jax.typeof, outs)), pull)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pull:
     """The derivative of a fragment, by variable."""
 
-    reads: list[Any]
-    writes: dict[Any, Any]
+    reads: list[Var]
+    writes: dict[Var, Type]
     """The types of what was written."""
-    pull: Any
+    pull: Callable[[list[Any]], tuple[list[Array]]]
 
     def __call__(self, cotangents: Env) -> Env:
         """The cotangents of what was read, from those of what was written; nothing where none has
         arrived."""
-        if not self.reads or not any(v in cotangents for v in self.writes):
+        if not self.reads or cotangents.keys().isdisjoint(self.writes):
             return {}
-        given = [cotangent(cotangents.get(v), kind) for v, kind in self.writes.items()]
-        return dict(zip(self.reads, self.pull(given)[0], strict=True))
+        given = [_cotangent(cotangents.get(v), kind) for v, kind in self.writes.items()]
+        return bound(self.reads, self.pull(given)[0])
 
 
-def cotangent(x: Array | None, kind: Any) -> Any:
+def _cotangent(x: Array | None, kind: Type) -> Array | np.ndarray:
     """A cotangent of a value of the given type: `x`, or zero where nothing has arrived."""
     if not is_inexact(kind):
         return np.zeros(kind.shape, jax.dtypes.float0)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.extend.core as jex
 
-from jaxaccum._base.trees import cast, is_inexact
+from jaxaccum._base.entries import entries
+from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Cuts, cut, moved_by
 from jaxaccum._coupled.execute import Call, Sweep
 from jaxaccum._coupled.gradient import Reverse
 from jaxaccum._coupled.schedule import Schedule, choose
 from jaxaccum._coupled.trace import opened
+from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
+from jaxaccum._loop.differentiated import differentiated
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
@@ -38,13 +39,14 @@ def run_with_gradient(
     """The combined parts, and the gradients of all microbatches, of one seed for each of the
     gradient's parts."""
     cuts = _cuts(program)
-    plan = _Plan(
-        program,
-        cuts,
-        gradient,
-        choose(cuts, program.memory, _moved(program, cuts, gradient.wrt)).stored,
-    )
-    return _reversed(plan, list(arrays), list(seeds))
+    moved = _moved(program, cuts, gradient.wrt)
+    call = Call(program, list(arrays), cuts, choose(cuts, program.memory, moved).stored)
+    sweep = Sweep.begin(call, moved)
+    for level in range(cuts.last):
+        sweep.enter(level)
+        sweep.leave(level)
+    sweep.enter(cuts.last)
+    return _reversed(sweep, gradient, seeds)
 
 
 def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:
@@ -56,60 +58,24 @@ def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:
     return choose(cuts, program.memory, _moved(program, cuts, wrt))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is to be differentiated, and how."""
-
-    program: Program
-    cuts: Cuts
-    gradient: Gradient
-    stored: frozenset[int]
-
-    @property
-    def whole(self) -> list[int]:
-        """The differentiated slots whose gradients are summed over microbatches."""
-        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].overwritten]
-
-    @property
-    def overwritten(self) -> list[int]:
-        """The differentiated slots whose gradients combine by maximum."""
-        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].overwritten]
-
-    @property
-    def rows(self) -> list[int]:
-        """The differentiated slots whose gradients are rows."""
-        return self._wrt(Role.ROWS)
-
-    def _wrt(self, role: Role) -> list[int]:
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is role]
-
-    def dtype(self, parameter: Array) -> Any:
-        """The dtype in which a gradient is combined."""
-        return self.gradient.sums.dtype_for(parameter)
-
-    def zeros(self, arrays: list[Array]) -> list[Array]:
-        """The sums of `whole` before the first microbatch."""
-        return [self.gradient.sums.zeros(arrays[i]) for i in self.whole]
-
-
-def _moved(program: Program, cuts: Cuts, wrt: Sequence[int]) -> set[Any]:
+def _moved(program: Program, cuts: Cuts, wrt: Sequence[int]) -> set[Var]:
     """The variables that have a derivative with respect to the slots `wrt`."""
-    return moved_by(cuts.jaxpr, [v for v, i in _pairs(program, cuts.jaxpr) if i in wrt], is_inexact)
+    return moved_by(cuts.jaxpr, [v for v, i in _slots(program, cuts.jaxpr).items() if i in wrt])
 
 
-def _pairs(program: Program, jaxpr: jex.Jaxpr) -> list[tuple[Any, int]]:
+def _slots(program: Program, jaxpr: jex.Jaxpr) -> dict[Var, int]:
     """The arguments of a microbatch, and the slot of each."""
-    return list(zip(jaxpr.invars[1:], program.sources(0), strict=True))
+    return dict(zip(jaxpr.invars[1:], program.sources(0), strict=True))
+
+
+_DIFFERS = (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)
+"""The roles of arguments that differ between microbatches."""
 
 
 def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
-    own = [
-        v
-        for v, i in _pairs(program, jaxpr)
-        if program.slots[i].role in (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)
-    ]
+    own = [v for v, i in _slots(program, jaxpr).items() if program.slots[i].role in _DIFFERS]
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:
@@ -123,29 +89,30 @@ def _cuts(program: Program) -> Cuts:
     return cuts
 
 
-def _reversed(plan: _Plan, arrays: list[Array], seeds: list[Array]) -> Result:
-    """One sweep over the stages, and back; gradients in the order of `wrt`."""
-    call = Call(plan.program, arrays, plan.cuts, plan.stored)
-    variables = {i: v for v, i in _pairs(plan.program, plan.cuts.jaxpr)}
-    sweep = Sweep.begin(call, _moved(plan.program, plan.cuts, plan.gradient.wrt))
-    for level in range(plan.cuts.last):
-        sweep.enter(level)
-        sweep.leave(level)
-    sweep.enter(plan.cuts.last)
-    parameters = {variables[i]: place for place, i in enumerate(plan.whole)}
-    given = dict(zip(plan.gradient.parts, seeds, strict=True))
-    overwritten = frozenset(variables[i] for i in plan.overwritten)
+def _reversed(sweep: Sweep, gradient: Gradient, seeds: Sequence[Array]) -> Result:
+    """Back over the stages of a finished sweep; gradients in the order of `wrt`."""
+    call, sums = sweep.call, gradient.sums
+    program, arrays = call.program, call.arrays
+    slots = differentiated(program, gradient.wrt)
+    variable = {i: v for v, i in _slots(program, call.cuts.jaxpr).items()}
     reverse = Reverse(
-        call, sweep, parameters, plan.zeros(arrays), overwritten, plan.gradient.sums.in_place, given
+        call,
+        sweep,
+        parameters=numbered(entries(variable, slots.summed)),
+        sums=list(map(sums.zeros, entries(arrays, slots.summed))),
+        overwritten=frozenset(entries(variable, slots.overwritten)),
+        in_place=sums.in_place,
+        seeds=dict(zip(gradient.parts, seeds, strict=True)),
     )
     reverse.run()
-    grads = dict(zip(plan.whole, reverse.sums, strict=True))
-    grads |= {
-        i: cast(reverse.maximum(i, variables[i]), plan.dtype(arrays[i])) for i in plan.overwritten
-    }
-    grads |= {i: reverse.rows(i, variables[i]) for i in plan.rows}
-    return Result(_in_order(sweep), [grads[i] for i in plan.gradient.wrt])
+    grads = dict(zip(slots.summed, reverse.sums, strict=True))
+    for i in slots.overwritten:
+        grads[i] = cast(reverse.maximum(i, variable[i]), sums.dtype_for(arrays[i]))
+    for i in slots.rows:
+        grads[i] = reverse.rows(i, variable[i])
+    return Result(_in_order(sweep), entries(grads, gradient.wrt))
 
 
 def _in_order(sweep: Sweep) -> list[Array]:
-    return [sweep.parts[i] for i in range(len(sweep.parts))]
+    """The outputs of the whole batch, in the order of the program's."""
+    return entries(sweep.parts, range(len(sweep.parts)))

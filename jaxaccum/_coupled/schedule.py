@@ -1,27 +1,50 @@
 """Choose which boundaries to store: the fastest schedule within the memory, by a dynamic program
 over cuts.
 
-A segment from stored cut a to stored cut e is computed from its start for every one of its stages.
-Forward, stage k costs the stages a to k. In reverse, stage l costs the stages a to l again, its own
-derivative, and the derivative with respect to the boundary of every stage behind it in the segment.
-So a segment of m stages costs about m²/2 stages forward and 2 m² in reverse, while its boundary
-costs bytes; the best set of cuts up to cut e is the best one up to some earlier cut a, and the
-segment between.
+The problem. A boundary that is stored costs bytes of the full batch; one that is not costs the
+stages before it again, in every pass that comes later. There are 2ⁿ sets of boundaries.
+
+The idea. A segment from stored cut a to stored cut e is computed from its start for every one of
+its stages. Forward, stage k costs the stages a to k. In reverse, stage l costs the stages a to l
+again, its own derivative, and the derivative with respect to the boundary of every stage behind it
+in the segment.
+
+    forward(a, e) = Σ over k from a to e - 1 of (forward a + … + forward k)
+    reverse(a, e) = Σ over l from a to e - 1 of (forward a + … + forward l-1) + back l
+                                                 + (l - a) · through l
+    best(e)       = min over a < e of best(a) + forward(a, e) + reverse(a, e)
+
+What a segment costs does not depend on the others, so the best set of cuts up to cut e is the best
+one up to some earlier cut a, and the segment between. Bytes and time are two aims: up to every cut
+all schedules are kept that no other beats in both.
+
+Example. Two cuts, hence three stages, each with forward = 1, back = 2 and through = 1. The last
+stage runs forward with its derivative only.
+
+    nothing stored     forward 1 + 2, reverse 2 + 4 + 6: together 15
+    both stored        forward 1 + 1, reverse 2 + 2 + 2: together 8
+
+The cost. A segment of m stages costs about m² / 2 stages forward and 2 m² in reverse. Finding the
+schedule takes n² segments, and at most 256 schedules up to every cut.
+
+Known weakness. Operations are counted in the jaxpr. The compiler may fuse or share what is counted
+twice here, and time is not the same as operations.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
 import warnings
 from collections.abc import Collection
-from typing import Any
 
 from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.types import Memory
 from jaxaccum._coupled.cost import Costs, bytes_of, costs, microbatch_bytes, statistics_bytes
 from jaxaccum._coupled.cut import Cuts
+from jaxaccum._jaxpr.variables import Var, not_among
 
 _EXPENSIVE = 3.0
 """How many times the operations of the full batch a schedule may take without a warning."""
@@ -57,7 +80,7 @@ class Schedule:
         return self.flops / self.full_batch_flops if self.full_batch_flops else 1.0
 
 
-def choose(cuts: Cuts, memory: Memory, moved: Collection[Any]) -> Schedule:
+def choose(cuts: Cuts, memory: Memory, moved: Collection[Var]) -> Schedule:
     """The schedule for a budget; `moved` are the variables that are differentiated."""
     cost, fixed = costs(cuts, moved), statistics_bytes(cuts)
     if memory == "min":
@@ -87,7 +110,7 @@ def choose(cuts: Cuts, memory: Memory, moved: Collection[Any]) -> Schedule:
     return schedule
 
 
-def _cheap(cuts: Cuts, cost: Costs, fixed: int, moved: Collection[Any]) -> frozenset[int]:
+def _cheap(cuts: Cuts, cost: Costs, fixed: int, moved: Collection[Var]) -> frozenset[int]:
     """No more than is held anyway, by one microbatch and by the statistics; unless that is too
     slow."""
     schedules = _schedules(cuts, cost, None, moved)
@@ -95,9 +118,8 @@ def _cheap(cuts: Cuts, cost: Costs, fixed: int, moved: Collection[Any]) -> froze
     within = [s for s in schedules if s.bytes <= microbatch_bytes(cuts) + fixed]
     best = min(within, key=lambda s: s.flops)
     if best.flops > limit:
-        best = min(
-            (s for s in schedules if s.flops <= limit), key=lambda s: s.bytes, default=schedules[-1]
-        )
+        fast = [s for s in schedules if s.flops <= limit]
+        best = min(fast, key=lambda s: s.bytes, default=schedules[-1])
     return best.stored
 
 
@@ -113,14 +135,12 @@ def _fastest(schedules: list[_Candidate]) -> frozenset[int]:
 
 
 def _schedules(
-    cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[Any]
+    cuts: Cuts, cost: Costs, budget: int | None, moved: Collection[Var]
 ) -> list[_Candidate]:
     """The schedules that no other beats in both bytes and operations, the smallest first."""
     count = len(cuts.stages)
-    best: list[list[_Candidate]] = [
-        [_Candidate(0, cost.once, frozenset())],
-        *([] for _ in range(count)),
-    ]
+    best: dict[int, list[_Candidate]] = collections.defaultdict(list)
+    best[0].append(_Candidate(0, cost.once, frozenset()))
     for start in range(count):
         best[start] = _undominated(best[start])
         segment = _segments(cost, start, bool(moved))
@@ -128,10 +148,9 @@ def _schedules(
             extra = _extra_bytes(cuts, start, end) if end < count else 0
             stored = frozenset({end} if end < count else ())
             for s in best[start]:
-                if budget is None or s.bytes + extra <= budget:
-                    best[end].append(
-                        _Candidate(s.bytes + extra, s.flops + segment[end], s.stored | stored)
-                    )
+                longer = _Candidate(s.bytes + extra, s.flops + segment[end], s.stored | stored)
+                if budget is None or longer.bytes <= budget:
+                    best[end].append(longer)
     return _undominated(best[count])
 
 
@@ -148,11 +167,11 @@ def _undominated(schedules: list[_Candidate]) -> list[_Candidate]:
 
 def _segments(cost: Costs, start: int, differentiated: bool) -> dict[int, float]:
     """The operations of the segments from `start`, by their end."""
-    total, again, found, last = 0.0, 0.0, {}, len(cost.forward) - 1
+    total, again, last = 0.0, 0.0, len(cost.forward) - 1
+    found: dict[int, float] = {}
     for k in range(start, last + 1):
-        total += (
-            (again + cost.forward[k]) if k < last or not differentiated else 0.0
-        )  # the last runs with its reverse
+        if k < last or not differentiated:  # the last runs with its reverse
+            total += again + cost.forward[k]
         if differentiated:
             total += again + cost.back[k] + (k - start) * cost.through[k]
         again += cost.forward[k]
@@ -163,7 +182,7 @@ def _segments(cost: Costs, start: int, differentiated: bool) -> dict[int, float]
 def _extra_bytes(cuts: Cuts, before: int, cut: int) -> int:
     """What boundary `cut` adds to boundary `before`: a value that crosses both is stored once."""
     held = set(cuts.stages[before].live)
-    return bytes_of((v for v in cuts.stages[cut].live if v not in held), cuts.axis[1])
+    return bytes_of(not_among(cuts.stages[cut].live, held), cuts.axis[1])
 
 
 def _union(cuts: Cuts, stored: Collection[int]) -> int:
@@ -171,7 +190,7 @@ def _union(cuts: Cuts, stored: Collection[int]) -> int:
 
 
 def _described(
-    cuts: Cuts, cost: Costs, stored: frozenset[int], fixed: int, moved: Collection[Any]
+    cuts: Cuts, cost: Costs, stored: frozenset[int], fixed: int, moved: Collection[Var]
 ) -> Schedule:
     ends = [0, *sorted(stored), len(cuts.stages)]
     flops = cost.once

@@ -23,7 +23,8 @@ from jax.interpreters import ad, batching, mlir
 from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
-from jaxaccum._jaxpr.equations import axes_of, changed, unchanged
+from jaxaccum._jaxpr.equations import axes_of, changed
+from jaxaccum._jaxpr.evaluate import unchanged
 
 
 def unchecked() -> Any:

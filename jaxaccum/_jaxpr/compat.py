@@ -1,26 +1,33 @@
 """What is private, experimental or unstable in JAX, and what its versions name differently: all of
 it, in one file.
 
-Each name says why it is needed, and in which versions it was seen to work; the tests named beside
-it fail where a new version of JAX changes it. The rest of the library uses public names, and of the
+Each name says why it is needed, and in which versions it was seen to work; the tests named with it
+fail where a new version of JAX changes it. The rest of the library uses public names, and of the
 jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.extend.core as jex
 
+from jaxaccum._base.types import Array
+
 # -- programs --------------------------------------------------------------------------------------
 
-ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
+if TYPE_CHECKING:
+    from jax.extend.core import ClosedJaxpr
+else:
+    ClosedJaxpr = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 """A jaxpr with its constants; since jax 0.12 another name of `Jaxpr`."""
 
 
-def opened(jaxpr: Any) -> tuple[jex.Jaxpr, list[Any]]:
+def opened(jaxpr: Any) -> tuple[jex.Jaxpr, list[Array]]:
     """The jaxpr itself and its constants, whether it came closed or not."""
     return (jaxpr.jaxpr, list(jaxpr.consts)) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, [])
 
@@ -29,18 +36,16 @@ def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many constants a scan has, and how many values it carries."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params[
-        "ft_in"
-    ].unpack()  # since jax 0.12: constants, carry and scanned operands, flat
+    # Since jax 0.12: constants, carry and scanned operands, flat.
+    consts, carry, _ = params["ft_in"].unpack()
     return len(list(consts)), len(list(carry))
 
 
 def inlined(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call of a compiled function, which vanishes where it is traced."""
     given: Any = params["inline"]
-    early = (
-        True if isinstance(given, bool) else type(given).JAX_EARLY
-    )  # since jax 0.12 an enumeration
+    # Since jax 0.12 an enumeration.
+    early = True if isinstance(given, bool) else type(given).JAX_EARLY
     return {**params, "inline": early}
 
 
@@ -49,17 +54,17 @@ def anonymous(jaxpr: jex.Jaxpr) -> Any:
     return jaxpr.debug_info._replace(arg_names=None, result_paths=None)
 
 
-def is_reference(aval: Any) -> bool:
+def is_reference(aval: object) -> bool:
     """Whether a variable holds a reference of ``jax.new_ref``: JAX exports no type of them."""
     return hasattr(aval, "inner_aval")
 
 
-def is_reference_effect(effect: Any) -> bool:
+def is_reference_effect(effect: object) -> bool:
     """Whether an effect is a read of a reference, or a write to it."""
     return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
 
 
-def context_key(eqn: Any) -> tuple[str, ...]:
+def context_key(eqn: jex.JaxprEqn) -> tuple[str, ...]:
     """Under which settings an equation was traced, and so is lowered: the fields of its context,
     jax 0.10.2 to 0.12.
 
@@ -69,7 +74,7 @@ def context_key(eqn: Any) -> tuple[str, ...]:
     return tuple(repr(getattr(eqn.ctx, name, None)) for name in names)
 
 
-def traced_mesh(eqn: Any) -> Any:
+def traced_mesh(eqn: jex.JaxprEqn) -> jax.sharding.AbstractMesh:
     """The abstract mesh under which an equation was traced: a field of its context.
 
     Test: test_mesh.
@@ -80,7 +85,7 @@ def traced_mesh(eqn: Any) -> Any:
 # -- private names ---------------------------------------------------------------------------------
 
 
-def without_varying_checks() -> Any:
+def without_varying_checks() -> AbstractContextManager[None]:
     """A context in which JAX does not track which values vary over a mesh.
 
     ``jax.shard_map(check_vma=False)`` sets this state, and nothing public does without a
@@ -116,7 +121,7 @@ def checkify_rules() -> tuple[Any, dict[Any, Any]]:
 # -- experimental names ----------------------------------------------------------------------------
 
 
-def checkify() -> Any:
+def checkify() -> ModuleType:
     """The module ``jax.experimental.checkify``, jax 0.10.2 to 0.12. Test:
     test_multisteps_errors."""
     from jax.experimental import checkify
@@ -125,7 +130,7 @@ def checkify() -> Any:
 
 
 def key_implementation(**fields: Any) -> Any:
-    """A generator of random numbers with keys of one's own making.
+    """A generator of random numbers with keys of our own making.
 
     Experimental: ``jax.extend.random.define_prng_impl``, jax 0.10.2 to 0.12. Test:
     test_example_keys.

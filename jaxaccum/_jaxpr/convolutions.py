@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,9 @@ from jax import lax
 
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import inlined, opened
-from jaxaccum._jaxpr.equations import changed
-from jaxaccum._jaxpr.reversible import equations_inside
-from jaxaccum._jaxpr.structure import value_key
+from jaxaccum._jaxpr.equations import changed, equations_inside
+from jaxaccum._jaxpr.structure import params_key
+from jaxaccum._jaxpr.variables import Type, type_of, types_of
 
 _FAST = ("float32", "float16", "bfloat16")
 """The dtypes of the fast kernel; others have none in any layout."""
@@ -41,7 +41,7 @@ _FAST = ("float32", "float16", "bfloat16")
 
 def has_convolutions(jaxpr: jex.Jaxpr) -> bool:
     """Whether there is a convolution that the fast kernel could compute, at any depth."""
-    return any(_may_be_fast(eqn) for eqn in equations_inside(jaxpr))
+    return any(map(_may_be_fast, equations_inside(jaxpr)))
 
 
 def fast_on_cpu(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def fast_on_cpu(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     def body(*args: Any) -> Any:
         arrays, treedef = jax.tree.flatten(args)
-        types = [jax.typeof(x) for x in arrays]
+        types = list(map(jax.typeof, arrays))
         flat = lambda *arrays: fun(*treedef.unflatten(arrays))
         closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*types)
         jaxpr, consts = opened(closed)
@@ -63,7 +63,7 @@ def _may_be_fast(eqn: jex.JaxprEqn) -> bool:
     if eqn.primitive is not lax.conv_general_dilated_p:
         return False
     spatial = len(eqn.params["window_strides"])
-    operand: Any = eqn.invars[0].aval
+    operand = type_of(eqn.invars[0])
     grouped_twice = eqn.params["feature_group_count"] > 1 and eqn.params["batch_group_count"] > 1
     return 1 <= spatial <= 3 and operand.dtype.name in _FAST and not grouped_twice
 
@@ -73,8 +73,8 @@ def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     is."""
     if not _may_be_fast(eqn):
         return eqn
-    key = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()))
-    call = _call(_Convolution(key, eqn.params), tuple(v.aval for v in eqn.invars))
+    convolution = _Convolution(params_key(eqn.params), eqn.params)
+    call = _call(convolution, tuple(types_of(eqn.invars)))
     return eqn.replace(primitive=call.primitive, params=call.params)
 
 
@@ -92,7 +92,7 @@ class _Convolution:
 
 
 @functools.lru_cache(maxsize=1024)
-def _call(convolution: _Convolution, types: tuple[Any, ...]) -> jex.JaxprEqn:
+def _call(convolution: _Convolution, types: tuple[Type, ...]) -> jex.JaxprEqn:
     as_it_is = functools.partial(lax.conv_general_dilated_p.bind, **convolution.params)
     canonical = functools.partial(_canonical, convolution.params)
 
@@ -138,11 +138,9 @@ def _batch_groups_as_feature_groups(x: Array, groups: int) -> Array:
     return apart.reshape(n // groups, *space, math.prod((groups, c)))
 
 
-def _places(spec: Any) -> list[int]:
+def _places(spec: Sequence[int]) -> list[int]:
     """The transpose from batch first, features last, to the axes that `spec` names in that
     order."""
     batch, features, *space = spec
-    order = {batch: 0, features: len(space) + 1} | {
-        axis: i for i, axis in enumerate(space, start=1)
-    }
-    return [order[axis] for axis in range(len(spec))]
+    rows = [batch, *space, features]
+    return list(map(rows.index, range(len(spec))))

@@ -17,17 +17,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import jax
 import jax.core
 import jax.extend.core as jex
 
+from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr, inlined, traced_mesh
-from jaxaccum._jaxpr.structure import literal_key, value_key
+from jaxaccum._jaxpr.structure import literal_key, params_key
+from jaxaccum._jaxpr.variables import Atom, Var, types_of, variables
 
 
-def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Any]) -> list[Any]:
+def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
     """The outputs of a jaxpr without constants, ready to be differentiated.
 
     A program that was traced without knowing how a mesh divides its values is evaluated as it is:
@@ -37,18 +38,18 @@ def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(as_calls(jaxpr) if as_traced else jaxpr, [], *values)
 
 
-def _has_type(x: Any, v: jex.Var) -> bool:
+def _has_type(x: Array, v: Var) -> bool:
     return _strong(jax.typeof(x)) == _strong(v.aval)
 
 
-def _strong(aval: Any) -> Any:
+def _strong(aval: object) -> object:
     return aval.update(weak_type=False) if isinstance(aval, jax.core.ShapedArray) else aval
 
 
 def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """The jaxpr with its equations as calls, but for those that hold a program or have an
     effect."""
-    return jaxpr.replace(eqns=[_as_call(eqn) for eqn in jaxpr.eqns])
+    return jaxpr.replace(eqns=list(map(_as_call, jaxpr.eqns)))
 
 
 def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
@@ -56,8 +57,8 @@ def _as_call(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
     if kind is None:
         return eqn
     call = _call(kind)
-    invars: list[Any] = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-    return eqn.replace(primitive=call.primitive, params=call.params, invars=invars)
+    operands: list[Atom] = [*variables(eqn.invars)]
+    return eqn.replace(primitive=call.primitive, params=call.params, invars=operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +74,15 @@ def _call(kind: _Kind) -> jex.JaxprEqn:
     """The call of a function that holds the equation alone."""
     eqn = kind.eqn
 
-    def one(*values: Any) -> list[Any]:
+    def one(*values: Array) -> list[Array]:
         rest = iter(values)
         operands = [v.val if isinstance(v, jex.Literal) else next(rest) for v in eqn.invars]
         outs = eqn.primitive.bind(*operands, **eqn.params)
         return outs if eqn.primitive.multiple_results else [outs]
 
     one.__name__ = eqn.primitive.name
-    avals = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
-    (call,) = jax.make_jaxpr(jax.jit(one))(*avals).jaxpr.eqns
+    types = types_of(variables(eqn.invars))
+    (call,) = jax.make_jaxpr(jax.jit(one))(*types).jaxpr.eqns
     return call.replace(params=inlined(call.params))
 
 
@@ -92,8 +93,7 @@ def _kind(eqn: jex.JaxprEqn) -> _Kind | None:
     if traced_mesh(eqn) != jax.sharding.get_abstract_mesh():  # as inside of jax.sharding.auto_axes
         return None
     operands = tuple(literal_key(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
-    params = tuple((name, value_key(x)) for name, x in sorted(eqn.params.items()))
-    key = (eqn.primitive, operands, params, jax.sharding.get_abstract_mesh())
+    key = (eqn.primitive, operands, params_key(eqn.params), jax.sharding.get_abstract_mesh())
     try:
         hash(key)
     except TypeError:
@@ -101,7 +101,7 @@ def _kind(eqn: jex.JaxprEqn) -> _Kind | None:
     return _Kind(key, eqn)
 
 
-def _holds_program(x: Any) -> bool:
+def _holds_program(x: object) -> bool:
     if isinstance(x, tuple | list):
         return any(map(_holds_program, x))
     return isinstance(x, jex.Jaxpr | ClosedJaxpr)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.core
 import jax.extend.core as jex
+from jax.interpreters import partial_eval
 
-from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous
+from jaxaccum._base.types import Array
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
+from jaxaccum._jaxpr.variables import Atom, Var
+
+# -- other arguments and results -------------------------------------------------------------------
 
 
-def with_invars(jaxpr: jex.Jaxpr, invars: list[Any]) -> jex.Jaxpr:
-    """The jaxpr with these arguments, of which there are no constants."""
+def with_invars(jaxpr: jex.Jaxpr, invars: list[Var]) -> jex.Jaxpr:
+    """The jaxpr with these arguments and without constants."""
     return jaxpr.replace(constvars=[], invars=invars, debug_info=anonymous(jaxpr))
 
 
-def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Any]) -> jex.Jaxpr:
+def with_outvars(jaxpr: jex.Jaxpr, outvars: list[Atom]) -> jex.Jaxpr:
     """The jaxpr with these results."""
     return jaxpr.replace(outvars=outvars, debug_info=anonymous(jaxpr))
 
+
+def constants_first(jaxpr: jex.Jaxpr | ClosedJaxpr) -> tuple[jex.Jaxpr, list[Array]]:
+    """The jaxpr whose first arguments are its constants, and the constants."""
+    inner, consts = opened(jaxpr)
+    return with_invars(inner, [*inner.constvars, *inner.invars]), consts
+
+
+def without_unused(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """The jaxpr of the same arguments, without the equations that no output needs."""
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return with_invars(used, list(used.invars))
+
+
+# -- other equations -------------------------------------------------------------------------------
 
 Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
 
@@ -28,36 +47,75 @@ Change = Callable[[jex.JaxprEqn], jex.JaxprEqn]
 def changed(jaxpr: jex.Jaxpr, change: Change) -> jex.Jaxpr:
     """The jaxpr with every equation changed, at any depth; itself where none is."""
     eqns = [_changed_eqn(eqn, change) for eqn in jaxpr.eqns]
-    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
-    return jaxpr if same else jaxpr.replace(eqns=eqns)
+    return jaxpr if _same(eqns, jaxpr.eqns) else jaxpr.replace(eqns=eqns)
 
 
 def _changed_eqn(eqn: jex.JaxprEqn, change: Change) -> jex.JaxprEqn:
     if (new := change(eqn)) is not eqn:
         return new
-    params = {name: changed_param(value, change) for name, value in eqn.params.items()}
-    same = all(params[name] is value for name, value in eqn.params.items())
-    return eqn if same else eqn.replace(params=params)
+    params = changed_params(eqn, change)
+    return eqn if _same(params.values(), eqn.params.values()) else eqn.replace(params=params)
 
 
-def changed_param(value: Any, change: Change) -> Any:
+def changed_params(eqn: jex.JaxprEqn, change: Change) -> dict[str, Any]:
+    """The parameters of an equation, with the programs among them changed."""
+    return {name: _changed_param(value, change) for name, value in eqn.params.items()}
+
+
+def _changed_param(value: Any, change: Change) -> Any:
     if isinstance(value, ClosedJaxpr):
         jaxpr = changed(value.jaxpr, change)
         return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, jex.Jaxpr):
         return changed(value, change)
-    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr) for x in value):
-        new = [changed_param(x, change) for x in value]
-        same = all(x is y for x, y in zip(new, value, strict=True))
-        return (
-            value if same else jax.tree.unflatten(jax.tree.structure(value, is_leaf=_is_part), new)
-        )
+    if isinstance(value, tuple) and any(map(_is_closed, value)):
+        new = [_changed_param(x, change) for x in value]
+        structure = jax.tree.structure(value, is_leaf=_is_part)
+        return value if _same(new, value) else jax.tree.unflatten(structure, new)
     return value
 
 
-def _is_part(x: Any) -> bool:
+def _same(news: Iterable[object], olds: Iterable[object]) -> bool:
+    """Whether nothing was changed."""
+    return all(map(operator.is_, news, olds))
+
+
+def _is_closed(x: object) -> bool:
+    return isinstance(x, ClosedJaxpr)
+
+
+def _is_part(x: object) -> bool:
     """Whether `x` is an entry of a parameter that is a tuple, or a named tuple, of jaxprs."""
     return not isinstance(x, tuple)
+
+
+# -- what is inside --------------------------------------------------------------------------------
+
+
+def equations_inside(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+    """All equations of a jaxpr, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        yield from inside(eqn)
+
+
+def inside(eqn: jex.JaxprEqn) -> Iterator[jex.JaxprEqn]:
+    """All equations of the jaxprs inside of an equation, at any depth."""
+    for inner in jex.jaxprs_in_params(eqn.params):
+        yield from equations_inside(inner)
+
+
+def called(eqn: jex.JaxprEqn) -> jex.Jaxpr | ClosedJaxpr | None:
+    """The program that an equation does nothing with but call it; None of any other equation."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+
+
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+
+
+# -- which axes are named --------------------------------------------------------------------------
 
 
 def axes_of(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
@@ -68,36 +126,26 @@ def axes_of(eqn: jex.JaxprEqn) -> tuple[Any, ...]:
 
 def mentions(jaxpr: jex.Jaxpr, axis_name: str) -> Iterator[jex.JaxprEqn]:
     """The equations, at any depth, that name the axis."""
-    for eqn in jaxpr.eqns:
-        if axis_name in axes_of(eqn):
-            yield eqn
-        for sub in jex.jaxprs_in_params(eqn.params):
-            yield from mentions(sub, axis_name)
+    return _naming(axis_name, equations_inside(jaxpr))
 
 
-def axes_in(jaxpr: jex.Jaxpr) -> Iterator[str]:
+def mentions_inside(eqn: jex.JaxprEqn, axis_name: str) -> Iterator[jex.JaxprEqn]:
+    """The equations of the jaxprs inside of an equation that name the axis."""
+    return _naming(axis_name, inside(eqn))
+
+
+def _naming(axis_name: str, eqns: Iterable[jex.JaxprEqn]) -> Iterator[jex.JaxprEqn]:
+    return (eqn for eqn in eqns if axis_name in axes_of(eqn))
+
+
+def axes_in(jaxpr: jex.Jaxpr) -> set[str]:
     """Every axis that is mentioned, at any depth."""
-    for eqn in jaxpr.eqns:
-        yield from (name for name in axes_of(eqn) if isinstance(name, str))
-        for sub in jex.jaxprs_in_params(eqn.params):
-            yield from axes_in(sub)
+    found: set[str] = set()
+    for eqn in equations_inside(jaxpr):
+        found |= {name for name in axes_of(eqn) if isinstance(name, str)}
+    return found
 
 
-def mentioned(eqn: jex.JaxprEqn, axis_name: str, names: Callable[[str], bool]) -> bool:
-    """Whether the jaxprs inside of the equation mention the axis in an equation of one of the
-    names."""
-    subs = jex.jaxprs_in_params(eqn.params)
-    return any(names(inner.primitive.name) for sub in subs for inner in mentions(sub, axis_name))
-
-
-def unchanged(eqn: jex.JaxprEqn, values: Sequence[Any], whole: jex.Jaxpr) -> list[Any]:
-    """Evaluate one equation of `whole` as JAX does, by way of a jaxpr that holds it alone."""
-    given = {
-        v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, jex.Literal)
-    }
-    outvars = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    single = whole.replace(
-        constvars=[], invars=list(given), outvars=outvars, eqns=[eqn], debug_info=anonymous(whole)
-    )
-    results = iter(jax.core.eval_jaxpr(single, [], *given.values()))
-    return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+def is_index(eqn: jex.JaxprEqn) -> bool:
+    """Whether the equation asks for an index along an axis, and exchanges nothing."""
+    return eqn.primitive.name == "axis_index"

@@ -7,11 +7,11 @@ often.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax.extend.core as jex
 
 from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.variables import Atom
 
 _FREE = {  # what moves, names or makes data, and computes nothing
     "broadcast_in_dim", "reshape", "transpose", "slice", "squeeze", "concatenate", "pad", "rev",
@@ -47,9 +47,8 @@ def _equation(eqn: jex.JaxprEqn, devices: int) -> float:
     if inner and not name.startswith(("reduce", "scatter", "cum")):
         # A custom rule carries its derivative's jaxpr as a parameter; the first is the one that
         # runs.
-        return sum(
-            flops(sub, devices) for sub in (inner[:1] if name.startswith("custom_") else inner)
-        )
+        run = inner[:1] if name.startswith("custom_") else inner
+        return sum(flops(sub, devices) for sub in run)
     return _operations(name, eqn) / devices
 
 
@@ -68,9 +67,9 @@ def _operations(name: str, eqn: jex.JaxprEqn) -> float:
     return float(out)
 
 
-def _shape(v: Any) -> tuple[int, ...]:
+def _shape(v: Atom) -> tuple[int, ...]:
     return getattr(v.aval, "shape", ())
 
 
-def _size(v: Any) -> int:
+def _size(v: Atom) -> int:
     return math.prod(_shape(v))

@@ -1,121 +1,100 @@
 """The index of the microbatch as an argument: what reads ``axis_index`` over the loop's axis reads
-it instead."""
+it instead.
+
+    { lambda x. let i = axis_index[microbatch]; y = mul x i in (y,) }
+      -> { lambda i x. let y = mul x i in (y,) }
+
+A ``scan``, ``while``, ``cond`` or checkpoint that asks for the index inside is built anew around a
+body that is given it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.extend.core as jex
 from jax import lax
 
+from jaxaccum._base.entries import part_of
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import opened, scan_arity
-from jaxaccum._jaxpr.equations import (
-    axes_of,
-    mentioned,
-    mentions,
-    unchanged,
-    with_invars,
-)
-
-
-def _is_index(name: str) -> bool:
-    return name == "axis_index"
+from jaxaccum._jaxpr.compat import scan_arity
+from jaxaccum._jaxpr.equations import axes_of, is_index, mentions, mentions_inside, with_invars
+from jaxaccum._jaxpr.evaluate import Rule, as_function, evaluate
+from jaxaccum._jaxpr.variables import types_of
 
 
 def index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
     """The jaxpr with the loop's index as a new first argument, which replaces ``axis_index`` at any
     depth."""
-    avals = [v.aval for v in jaxpr.invars]
-    index = jax.ShapeDtypeStruct((), "int32")
-    if not any(_is_index(eqn.primitive.name) for eqn in mentions(jaxpr, axis[0])):
-        aval = jax.make_jaxpr(lambda i: i)(index).jaxpr
-        return with_invars(jaxpr, [*aval.invars, *jaxpr.invars])
-    evaluate = _Indexed(axis[0], jaxpr).evaluate
-    return jax.make_jaxpr(lambda i, *args: evaluate(jaxpr, i, list(args)), axis_env=[axis])(
-        index, *avals
-    ).jaxpr
+    name, index = axis[0], jax.ShapeDtypeStruct((), "int32")
+    if not any(map(is_index, mentions(jaxpr, name))):
+        unread = jax.make_jaxpr(lambda i: i)(index).jaxpr
+        return with_invars(jaxpr, [*unread.invars, *jaxpr.invars])
+    given = lambda i, *args: evaluate(jaxpr, args, _with_index(i, name))
+    return jax.make_jaxpr(given, axis_env=[axis])(index, *types_of(jaxpr.invars)).jaxpr
 
 
-@dataclasses.dataclass(frozen=True)
-class _Indexed:
-    """Evaluates a jaxpr in which ``axis_index`` of one axis is a given value; opens only what
-    contains it."""
+def _with_index(index: Array, axis_name: str) -> Rule:
+    """``axis_index`` of the axis is `index`; what contains it is opened, and nothing else."""
 
-    axis_name: str
-    whole: jex.Jaxpr
-
-    def evaluate(self, jaxpr: jex.Jaxpr, index: Array, args: list[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
-            values = [v.val if isinstance(v, jex.Literal) else env[v] for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._equation(eqn, index, values), strict=True))
-        return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
-
-    def _equation(self, eqn: jex.JaxprEqn, index: Array, values: list[Any]) -> list[Any]:
-        if _is_index(eqn.primitive.name) and self.axis_name in axes_of(eqn):
+    def rule(eqn: jex.JaxprEqn, values: list[Array]) -> list[Array] | None:
+        if is_index(eqn) and axis_name in axes_of(eqn):
             return [index]
-        if not mentioned(eqn, self.axis_name, _is_index):
-            return unchanged(eqn, values, self.whole)
-        rule = _OPEN.get(eqn.primitive.name)
-        if rule is None:
+        if not any(map(is_index, mentions_inside(eqn, axis_name))):
+            return None
+        open_it = _OPEN.get(eqn.primitive.name)
+        if open_it is None:
             raise NotImplementedError(
-                f"axis_index of {self.axis_name!r} inside {eqn.primitive.name} (at "
+                f"axis_index of {axis_name!r} inside {eqn.primitive.name} (at "
                 f"{frame_of(eqn)}); compute it outside and pass it in as an argument."
             )
-        return rule(self, eqn.params, index, values)
+        return open_it(lambda jaxpr: as_function(jaxpr, rule), eqn.params, values)
 
-    def closed(self, closed: Any, index: Array) -> Callable[..., list[Any]]:
-        """A closed jaxpr as a function of its arguments, the index closed over."""
-        jaxpr, consts = opened(closed)
-        jaxpr = with_invars(jaxpr, [*jaxpr.constvars, *jaxpr.invars])
-        return lambda *args: self.evaluate(jaxpr, index, [*consts, *args])
+    return rule
 
 
-def _open_jit(self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]) -> list[Any]:
-    return self.closed(params["jaxpr"], index)(*values)
+# -- equations with a program inside, built anew ---------------------------------------------------
+
+Opened = Callable[[Any], Callable[..., list[Array]]]
+"""A jaxpr inside, as a function of its arguments that knows the index."""
+Params = dict[str, Any]
 
 
-def _open_checkpoint(
-    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
-) -> list[Any]:
-    fun = self.closed(params["jaxpr"], index)
-    return jax.checkpoint(fun, prevent_cse=params["prevent_cse"], policy=params["policy"])(*values)
+def _open_jit(opened: Opened, params: Params, values: list[Array]) -> list[Array]:
+    return opened(params["jaxpr"])(*values)
 
 
-def _open_scan(
-    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
-) -> list[Any]:
-    fun, (n, k) = self.closed(params["jaxpr"], index), scan_arity(params)
+def _open_checkpoint(opened: Opened, params: Params, values: list[Array]) -> list[Array]:
+    again = jax.checkpoint(
+        opened(params["jaxpr"]), prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )
+    return again(*values)
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = fun(*values[:n], *carry, *xs)
+
+def _open_scan(opened: Opened, params: Params, values: list[Array]) -> list[Array]:
+    step, (n, k) = opened(params["jaxpr"]), scan_arity(params)
+
+    def body(carry: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
+        outs = step(*values[:n], *carry, *xs)
         return outs[:k], outs[k:]
 
-    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    options = part_of(params, ("length", "reverse", "unroll"))
     carry, ys = lax.scan(body, values[n : n + k], values[n + k :], **options)
     return [*carry, *ys]
 
 
-def _open_while(
-    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
-) -> list[Any]:
+def _open_while(opened: Opened, params: Params, values: list[Array]) -> list[Array]:
     n, k = params["cond_nconsts"], params["body_nconsts"]
-    test, body = self.closed(params["cond_jaxpr"], index), self.closed(params["body_jaxpr"], index)
+    test, body = opened(params["cond_jaxpr"]), opened(params["body_jaxpr"])
     step = lambda carry: body(*values[n : n + k], *carry)
     return lax.while_loop(lambda carry: test(*values[:n], *carry)[0], step, values[n + k :])
 
 
-def _open_cond(
-    self: _Indexed, params: dict[str, Any], index: Array, values: list[Any]
-) -> list[Any]:
-    branches = [self.closed(branch, index) for branch in params["branches"]]
-    return lax.switch(values[0], branches, *values[1:])
+def _open_cond(opened: Opened, params: Params, values: list[Array]) -> list[Array]:
+    return lax.switch(values[0], list(map(opened, params["branches"])), *values[1:])
 
 
 _OPEN = {

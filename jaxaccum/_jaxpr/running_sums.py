@@ -43,7 +43,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.core
@@ -51,13 +51,19 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
+from jaxaccum._base.entries import entries, part_of, with_entries
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once
-from jaxaccum._jaxpr.compat import anonymous, opened, scan_arity
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened, scan_arity
+from jaxaccum._jaxpr.equations import constants_first
 from jaxaccum._jaxpr.segments import segments
+from jaxaccum._jaxpr.variables import Atom, Env, Var, among, bound, read, type_of, variables
 
-Places = Mapping[jex.Var, int]
+Sums = dict[int, Array]
+"""Running sums, by their place in the list that `evaluate` was given. Where only some of them are
+needed, as in the body of a scan, a smaller dict goes in and comes out."""
+Places = Mapping[Var, int]
 """The variables that hold a parameter with a running sum, and the place of that sum."""
 
 
@@ -75,37 +81,39 @@ def evaluate(
         sums: the running sums, of the shapes of their parameters and of any floating dtype.
         places: for the arguments that have a sum, their position and the position of the sum.
     """
-    threads = _Threads(list(sums))
-    outs = threads.run(jaxpr, values, {jaxpr.invars[i]: place for i, place in places.items()})
-    return outs, threads.sums
+    threads = _Threads(dict(enumerate(sums)))
+    outs = threads.run(jaxpr, values, _by_variable(jaxpr.invars, places))
+    return outs, list(threads.sums.values())
 
 
 # -- reading a parameter ---------------------------------------------------------------------------
 
-Add = Callable[[Array, Array, Any], Array]
+Where = Any
+"""Which part of the parameter a reader takes: an index, the start of a block, or None for all."""
+Add = Callable[[Array, Array, Where], Array]
 """``add(sum, gradient, where) -> sum``."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _read(
-    add: Add, places: tuple[int, ...], values: list[Array], sums: list[Array], where: Any
-) -> tuple[list[Array], list[Array]]:
+    add: Add, places: tuple[int, ...], values: list[Array], sums: Sums, where: Where
+) -> tuple[list[Array], Sums]:
     """The values and the sums; backwards, each value's gradient is added to its sum."""
     del add, places, where
     return values, sums
 
 
 def _read_forward(
-    add: Add, places: tuple[int, ...], values: list[Array], sums: list[Array], where: Any
-) -> tuple[tuple[list[Array], list[Array]], Any]:
+    add: Add, places: tuple[int, ...], values: list[Array], sums: Sums, where: Where
+) -> tuple[tuple[list[Array], Sums], Where]:
     del add, places
     return (values, sums), where
 
 
 def _read_backward(
-    add: Add, places: tuple[int, ...], where: Any, cotangents: tuple[list[Array], list[Array]]
-) -> tuple[None, list[Array], None]:
-    gradients, sums = cotangents[0], list(cotangents[1])
+    add: Add, places: tuple[int, ...], where: Where, cotangents: tuple[list[Array], Sums]
+) -> tuple[None, Sums, None]:
+    gradients, sums = cotangents[0], dict(cotangents[1])
     for place, gradient in zip(places, gradients, strict=True):
         sums[place] = add(sums[place], cast(gradient, sums[place].dtype), where)
     return None, sums, None
@@ -114,18 +122,18 @@ def _read_backward(
 _read.defvjp(_read_forward, _read_backward)
 
 
-def _add_whole(total: Array, gradient: Array, where: None) -> Array:
+def _add_whole(total: Array, gradient: Array, where: Where) -> Array:
     del where
     return total + gradient
 
 
-def _add_at_index(total: Array, gradient: Array, where: Array) -> Array:
+def _add_at_index(total: Array, gradient: Array, where: Where) -> Array:
     """Add to one entry of the leading axis."""
     old = lax.dynamic_index_in_dim(total, where, keepdims=False)
     return lax.dynamic_update_index_in_dim(total, old + gradient, where, 0)
 
 
-def _add_at_slice(total: Array, gradient: Array, where: list[Array]) -> Array:
+def _add_at_slice(total: Array, gradient: Array, where: Where) -> Array:
     """Add to the block of the gradient's shape that starts at `where`."""
     old = lax.dynamic_slice(total, where, gradient.shape)
     return lax.dynamic_update_slice(total, old + gradient, where)
@@ -138,81 +146,63 @@ def _add_at_slice(total: Array, gradient: Array, where: list[Array]) -> Array:
 class _Threads:
     """An evaluation under way: the sums as the last reader passed them on."""
 
-    sums: list[Array]
+    sums: Sums
 
     def run(self, jaxpr: jex.Jaxpr, values: Sequence[Array], places: Places) -> list[Array]:
         """The outputs of the jaxpr, where the variables of `places` hold parameters."""
-        parameters: dict[Any, Array] = dict(zip(jaxpr.invars, values, strict=True))
-        env: dict[Any, Array] = parameters | self._read_whole(
-            _read_by_value(jaxpr, places), parameters, places
-        )
+        parameters: Env = bound(jaxpr.invars, values)
+        env = parameters | self._read_whole(_read_by_value(jaxpr, places), parameters, places)
         for step in segments(jaxpr, lambda eqn: bool(_threaded(eqn, places))):
+            operands = read(env, step.invars)
             if isinstance(step, jex.Jaxpr):
-                outs = derived_once.evaluate(step, [env[v] for v in step.invars])
+                outs = derived_once.evaluate(step, operands)
             else:
-                outs = self._thread(step, [_value(v, env) for v in step.invars], parameters, places)
-            env.update(zip(step.outvars, outs, strict=True))
-        return [_value(v, env) for v in jaxpr.outvars]
+                outs = self._thread(step, operands, parameters, places)
+            env |= bound(variables(step.outvars), outs)
+        return read(env, jaxpr.outvars)
 
-    def _read_whole(
-        self, variables: Sequence[jex.Var], parameters: Mapping[jex.Var, Array], places: Places
-    ) -> dict[jex.Var, Array]:
-        if not variables:
+    def _read_whole(self, whole: Sequence[Var], parameters: Env, places: Places) -> Env:
+        """The parameters that an equation takes whole, read at once, before the first of them."""
+        if not whole:
             return {}
-        where = tuple(places[v] for v in variables)
-        values = self._read(_add_whole, where, [parameters[v] for v in variables], None)
-        return dict(zip(variables, values, strict=True))
+        where = [places[v] for v in whole]
+        return bound(whole, self.read(_add_whole, where, read(parameters, whole), None))
 
-    def _read(
-        self, add: Add, places: tuple[int, ...], values: list[Array], where: Any
+    def read(
+        self, add: Add, places: Sequence[int], values: list[Array], where: Where
     ) -> list[Array]:
         """The values, whose gradients go to the sums at `places`; no other sum takes part."""
-        used = sorted(set(places))
-        local = tuple(used.index(place) for place in places)
-        read: Any = _read(add, local, values, [self.sums[place] for place in used], where)
-        for place, total in zip(used, read[1], strict=True):
-            self.sums[place] = total
+        read: Any = _read(add, tuple(places), values, self.only(places), where)
+        self.sums |= read[1]
         return read[0]
 
+    def only(self, places: Sequence[int]) -> Sums:
+        """The sums at the given places."""
+        return {place: self.sums[place] for place in sorted(set(places))}
+
     def _thread(
-        self,
-        eqn: jex.JaxprEqn,
-        values: list[Array],
-        parameters: Mapping[jex.Var, Array],
-        places: Places,
+        self, eqn: jex.JaxprEqn, values: list[Array], parameters: Env, places: Places
     ) -> list[Array]:
         """One equation with its sums: operands that it threads are the parameters, the others as
         they were read."""
         threaded = _threaded(eqn, places)
-        for i in threaded:
-            values[i] = parameters[_variable(eqn, i)]
-        at = {i: places[_variable(eqn, i)] for i in threaded}
-        return _RULES[eqn.primitive.name].run(self, eqn, values, at)
+        held = variables(entries(eqn.invars, threaded))
+        operands = with_entries(values, threaded, read(parameters, held))
+        at = {i: places[v] for i, v in zip(threaded, held, strict=True)}
+        return _RULES[eqn.primitive.name].run(self, eqn, operands, at)
 
-    def called(self, jaxpr: Any, values: Sequence[Array], at: Mapping[int, int]) -> list[Array]:
+    def called(
+        self, jaxpr: jex.Jaxpr | ClosedJaxpr, values: Sequence[Array], at: Mapping[int, int]
+    ) -> list[Array]:
         """An inner jaxpr, in which the operands at the positions of `at` are parameters."""
-        inner, consts = opened(jaxpr)
-        program = inner.replace(
-            constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=anonymous(inner)
-        )
-        places = {inner.invars[i]: place for i, place in at.items()}
+        program, consts = constants_first(jaxpr)
+        places = _by_variable(program.invars[len(consts) :], at)
         return self.run(program, [*consts, *values], places)
 
 
-def _value(v: Any, env: Mapping[jex.Var, Array]) -> Array:
-    return v.val if isinstance(v, jex.Literal) else env[v]
-
-
-def _variable(eqn: jex.JaxprEqn, i: int) -> jex.Var:
-    """Operand `i`, which is known to be a variable."""
-    v = eqn.invars[i]
-    assert isinstance(v, jex.Var)
-    return v
-
-
-def _holds(v: Any, places: Places) -> bool:
-    """Whether an operand is a parameter that has a running sum."""
-    return not isinstance(v, jex.Literal) and v in places
+def _by_variable(arguments: Sequence[Var], at: Mapping[int, int]) -> Places:
+    """The places of sums, given by the positions of arguments."""
+    return {arguments[i]: place for i, place in at.items()}
 
 
 # -- what is read whole, and what is threaded ------------------------------------------------------
@@ -226,17 +216,29 @@ def _threaded(eqn: jex.JaxprEqn, places: Places) -> list[int]:
     return [] if rule is None or not found else rule.threads(eqn, found)
 
 
-def _read_by_value(jaxpr: jex.Jaxpr, places: Places) -> list[jex.Var]:
+def _holds(v: Atom, places: Places) -> bool:
+    """Whether an operand is a parameter that has a running sum."""
+    return not isinstance(v, jex.Literal) and v in places
+
+
+def _read_by_value(jaxpr: jex.Jaxpr, places: Places) -> list[Var]:
     """The parameters that some equation takes whole, or that are outputs themselves."""
-    found = {v for v in jaxpr.outvars if _holds(v, places)}
+    found = set(variables(jaxpr.outvars))
     for eqn in jaxpr.eqns:
         threaded = _threaded(eqn, places)
-        whole = [v for i, v in enumerate(eqn.invars) if i not in threaded]
-        found |= {v for v in whole if _holds(v, places)}
-    return [v for v in places if v in found]
+        found.update(variables(v for i, v in enumerate(eqn.invars) if i not in threaded))
+    return among(places, found)
 
 
 # -- the rules -------------------------------------------------------------------------------------
+
+
+class _Run(Protocol):
+    def __call__(
+        self, threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
+    ) -> list[Array]:
+        """The outputs, of the operands, with the places of the sums of those that are threaded."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,15 +247,14 @@ class _Rule:
 
     threads: Callable[[jex.JaxprEqn, list[int]], list[int]]
     """Of the operands that are parameters, given by position, those that it threads."""
-    run: Callable[[_Threads, jex.JaxprEqn, list[Array], dict[int, int]], list[Array]]
-    """The outputs, of the operands, with the places of the sums of those that it threads."""
+    run: _Run
 
 
 def _threads_if_inside(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     """A call is opened where something inside threads a sum; the whole of it, so that nothing is
     computed twice."""
     inner, _ = opened(eqn.params["jaxpr"])
-    places = {inner.invars[i]: 0 for i in found}
+    places = dict.fromkeys(entries(inner.invars, found), 0)
     return found if any(_threaded(one, places) for one in inner.eqns) else []
 
 
@@ -264,7 +265,7 @@ def _threads_of_jit(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     return _threads_if_inside(eqn, found) if all(map(_is_unspecified, layouts)) else []
 
 
-def _is_unspecified(sharding: Any) -> bool:
+def _is_unspecified(sharding: object) -> bool:
     # JAX does not export the type.
     return sharding is None or type(sharding).__name__ == "UnspecifiedValue"
 
@@ -278,28 +279,28 @@ def _run_call(
 def _run_checkpoint(
     threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
 ) -> list[Array]:
-    used = sorted(set(at.values()))
-    local = {i: used.index(place) for i, place in at.items()}
+    def body(values: list[Array], sums: Sums) -> tuple[list[Array], Sums]:
+        inner = _Threads(dict(sums))
+        return inner.called(eqn.params["jaxpr"], values, at), inner.sums
 
-    def body(values: list[Array], sums: list[Array]) -> tuple[list[Array], list[Array]]:
-        inner = _Threads(list(sums))
-        return inner.called(eqn.params["jaxpr"], values, local), inner.sums
-
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    outs, sums = jax.checkpoint(body, **options)(values, [threads.sums[place] for place in used])
-    for place, total in zip(used, sums, strict=True):
-        threads.sums[place] = total
+    options = part_of(eqn.params, ("prevent_cse", "policy"))
+    outs, sums = jax.checkpoint(body, **options)(values, threads.only([*at.values()]))
+    threads.sums |= sums
     return outs
 
 
 def _threads_of_scan(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     """A scan threads its constants and its scanned rows. The carry it starts from is read whole."""
     num_consts, num_carry = scan_arity(eqn.params)
-    rows = [i for i in found if i >= num_consts + num_carry and not _is_divided(eqn.invars[i], 0)]
-    return [i for i in found if i < num_consts] + rows
+    threaded: list[int] = []
+    for i in found:
+        is_row = i >= num_consts + num_carry and not _is_divided(eqn.invars[i], 0)
+        if i < num_consts or is_row:
+            threaded.append(i)
+    return threaded
 
 
-def _is_divided(v: Any, dim: int) -> bool:
+def _is_divided(v: Atom, dim: int) -> bool:
     """Whether an explicit mesh divides the axis, so that it cannot be indexed."""
     spec = getattr(getattr(v.aval, "sharding", None), "spec", ())
     return len(spec) > dim and spec[dim] is not None
@@ -311,35 +312,33 @@ def _run_scan(
     """The scan that also carries the sums: a step reads rows, and backwards adds to an entry."""
     num_consts, num_carry = scan_arity(eqn.params)
     first_row = num_consts + num_carry
-    used = sorted(set(at.values()))
-    shared = {i: used.index(place) for i, place in at.items() if i < num_consts}
-    scanned = {i: used.index(place) for i, place in at.items() if i >= first_row}
+    shared = {i: place for i, place in at.items() if i < num_consts}
+    scanned = {i: place for i, place in at.items() if i >= first_row}
 
-    def body(state: Any, x: Any) -> tuple[Any, list[Array]]:
+    def body(
+        state: tuple[list[Array], Sums], x: tuple[Array, list[Array]]
+    ) -> tuple[tuple[list[Array], Sums], list[Array]]:
         (carry, sums), (index, rows) = state, x
-        inner, operands = _Threads(list(sums)), [*values[:num_consts], *carry, *rows]
+        inner, operands = _Threads(dict(sums)), [*values[:num_consts], *carry, *rows]
         if scanned:
-            read = inner._read(
-                _add_at_index, tuple(scanned.values()), [operands[i] for i in scanned], index
-            )
-            for i, row in zip(scanned, read, strict=True):
-                operands[i] = row
+            own = entries(operands, scanned)
+            read = inner.read(_add_at_index, [*scanned.values()], own, index)
+            operands = with_entries(operands, scanned, read)
         outs = inner.called(eqn.params["jaxpr"], operands, shared)
         return (outs[:num_carry], inner.sums), outs[num_carry:]
 
     indices = jnp.arange(eqn.params["length"], dtype=jnp.int32)
-    state = (values[num_consts:first_row], [threads.sums[place] for place in used])
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    state = (values[num_consts:first_row], threads.only([*at.values()]))
+    options = part_of(eqn.params, ("length", "reverse", "unroll"))
     (carry, sums), ys = lax.scan(body, state, (indices, values[first_row:]), **options)
-    for place, total in zip(used, sums, strict=True):
-        threads.sums[place] = total
+    threads.sums |= sums
     return [*carry, *ys]
 
 
 def _threads_operand(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
     """A read of a part threads what it reads from; its indices are other operands."""
-    operand: Any = eqn.invars[0]
-    divided = any(_is_divided(operand, dim) for dim in range(operand.aval.ndim))
+    operand = eqn.invars[0]
+    divided = any(_is_divided(operand, dim) for dim in range(type_of(operand).ndim))
     strided = set(eqn.params.get("strides") or ()) - {1}
     return [0] if 0 in found and not divided and not strided else []
 
@@ -347,16 +346,16 @@ def _threads_operand(eqn: jex.JaxprEqn, found: list[int]) -> list[int]:
 def _run_slice(
     threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
 ) -> list[Array]:
-    block = lax.slice(values[0], eqn.params["start_indices"], eqn.params["limit_indices"])
-    where = [jnp.int32(start) for start in eqn.params["start_indices"]]
-    return threads._read(_add_at_slice, (at[0],), [block], where)
+    starts = eqn.params["start_indices"]
+    block = lax.slice(values[0], starts, eqn.params["limit_indices"])
+    return threads.read(_add_at_slice, [at[0]], [block], list(map(jnp.int32, starts)))
 
 
 def _run_dynamic_slice(
     threads: _Threads, eqn: jex.JaxprEqn, values: list[Array], at: dict[int, int]
 ) -> list[Array]:
     block = lax.dynamic_slice(values[0], values[1:], eqn.params["slice_sizes"])
-    return threads._read(_add_at_slice, (at[0],), [block], values[1:])
+    return threads.read(_add_at_slice, [at[0]], [block], values[1:])
 
 
 def _run_gather(
@@ -365,22 +364,22 @@ def _run_gather(
     """Rows of a table: the transpose of ``gather`` is ``scatter_add``, here into the sum instead of
     into zeros."""
     table, indices = values
-    options = {name: eqn.params[name] for name in _GATHER_OPTIONS}
-    read, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    options = part_of(eqn.params, _GATHER_OPTIONS)
+    taken, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     fill = eqn.params["fill_value"]
-    rows = lax.gather(table, indices, read, sizes, fill_value=fill, **options)
+    rows = lax.gather(table, indices, taken, sizes, fill_value=fill, **options)
     written = lax.ScatterDimensionNumbers(
-        update_window_dims=read.offset_dims,
-        inserted_window_dims=read.collapsed_slice_dims,
-        scatter_dims_to_operand_dims=read.start_index_map,
-        operand_batching_dims=read.operand_batching_dims,
-        scatter_indices_batching_dims=read.start_indices_batching_dims,
+        update_window_dims=taken.offset_dims,
+        inserted_window_dims=taken.collapsed_slice_dims,
+        scatter_dims_to_operand_dims=taken.start_index_map,
+        operand_batching_dims=taken.operand_batching_dims,
+        scatter_indices_batching_dims=taken.start_indices_batching_dims,
     )
 
-    def add(total: Array, gradient: Array, where: Array) -> Array:
+    def add(total: Array, gradient: Array, where: Where) -> Array:
         return lax.scatter_add(total, where, gradient, written, **options)
 
-    return threads._read(add, (at[0],), [rows], indices)
+    return threads.read(add, [at[0]], [rows], indices)
 
 
 _GATHER_OPTIONS = ("unique_indices", "indices_are_sorted", "mode")

@@ -6,55 +6,50 @@ a = f x; b = g a; c = h b x; return c        with g apart
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.extend.core as jex
 
 from jaxaccum._jaxpr.compat import anonymous
+from jaxaccum._jaxpr.variables import Var, among, results_of, taken_by, variables
 
 
 def segments(
     jaxpr: jex.Jaxpr, apart: Callable[[jex.JaxprEqn], bool]
 ) -> Iterator[jex.Jaxpr | jex.JaxprEqn]:
-    """The equations that stand apart, and between them jaxprs of those that do not.
+    """The equations for which `apart` is true, and between them jaxprs of all the others.
 
     A jaxpr reads what it needs by its own variables, and returns what is read after it.
     """
     needed_after = _needed_after(jaxpr)
-    pending: list[int] = []
+    pending: list[jex.JaxprEqn] = []
     for i, eqn in enumerate(jaxpr.eqns):
-        if apart(eqn):
-            yield from _segment(jaxpr, pending, needed_after)
-            yield eqn
-            pending = []
-        else:
-            pending.append(i)
-    yield from _segment(jaxpr, pending, needed_after)
+        if not apart(eqn):
+            pending.append(eqn)
+            continue
+        if pending:
+            yield _segment(jaxpr, pending, needed_after[i - 1])
+        yield eqn
+        pending = []
+    if pending:
+        yield _segment(jaxpr, pending, needed_after[-1])
 
 
-def _segment(
-    jaxpr: jex.Jaxpr, equations: list[int], needed_after: list[set[jex.Var]]
-) -> Iterator[jex.Jaxpr]:
-    if not equations:
-        return
-    eqns = [jaxpr.eqns[i] for i in equations]
-    made = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    reads = dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal))
-    made_here = set(made)
-    yield jaxpr.replace(
+def _segment(jaxpr: jex.Jaxpr, eqns: Sequence[jex.JaxprEqn], needed_after: set[Var]) -> jex.Jaxpr:
+    return jaxpr.replace(
         constvars=[],
-        invars=[v for v in reads if v not in made_here],
-        outvars=[v for v in made if v in needed_after[equations[-1]]],
-        eqns=eqns,
+        invars=taken_by(eqns),
+        outvars=[*among(results_of(eqns), needed_after)],
+        eqns=list(eqns),
         debug_info=anonymous(jaxpr),
     )
 
 
-def _needed_after(jaxpr: jex.Jaxpr) -> list[set[jex.Var]]:
+def _needed_after(jaxpr: jex.Jaxpr) -> list[set[Var]]:
     """For each equation, the variables that later equations or the outputs read."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-    after = []
+    needed = set(variables(jaxpr.outvars))
+    after: list[set[Var]] = []
     for eqn in reversed(jaxpr.eqns):
         after.append(set(needed))
-        needed |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
+        needed.update(variables(eqn.invars))
     return after[::-1]

@@ -3,8 +3,8 @@
 A function that is traced twice gives two programs, which JAX compiles twice. Their keys are equal:
 of each equation the primitive, the parameters, the types and the places of its operands, whatever
 their names, and of each constant inside its bytes. What cannot be compared by value, such as a
-callback, is compared as Python compares it. How a function is
-differentiated is no part of the key: it says what a program computes when it runs.
+callback, is compared as Python compares it. The key says what a program computes when it runs, not
+how it is differentiated.
 
     f(x) = sin x + 1   ->   (float32[3],), ((sin, (0,), (float32[3],)), (add, (1, 1.0),
     (float32[3],))), (2,)
@@ -12,8 +12,7 @@ differentiated is no part of the key: it says what a program computes when it ru
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from typing import Any
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import jax
 import jax.extend.core as jex
@@ -21,35 +20,35 @@ import numpy as np
 
 from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
+from jaxaccum._jaxpr.variables import Atom, Var, numbered, types_of
 
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros")
 """Parameters of ``custom_jvp`` and ``custom_vjp`` that derive; the function itself is a program."""
 
 
-def key_of(jaxpr: Any) -> Hashable:
+def key_of(jaxpr: jex.Jaxpr | ClosedJaxpr) -> Hashable:
     """The key of a jaxpr, closed or not. It may hold what has no hash."""
-    jaxpr, consts = opened(jaxpr)
-    return _key(jaxpr), tuple(map(_const_key, consts))
+    program, consts = opened(jaxpr)
+    return _key(program), tuple(map(_const_key, consts))
 
 
 def _key(jaxpr: jex.Jaxpr) -> Hashable:
-    place = {v: i for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])}
-    given = tuple(v.aval for v in place)
-    eqns = []
+    arguments = [*jaxpr.constvars, *jaxpr.invars]
+    place = numbered(arguments)
+    eqns: list[Hashable] = []
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)
-        params = tuple(
-            (name, value_key(x)) for name, x in sorted(eqn.params.items()) if name not in _RULES
-        )
+        params = params_key(eqn.params, without=_RULES)
         context = compat.context_key(eqn)
-        eqns.append((eqn.primitive, operands, params, context, tuple(v.aval for v in eqn.outvars)))
+        results = tuple(types_of(eqn.outvars))
+        eqns.append((eqn.primitive, operands, params, context, results))
         for v in eqn.outvars:
             place[v] = len(place)
-    return given, tuple(eqns), _operands(jaxpr.outvars, place)
+    return tuple(types_of(arguments)), tuple(eqns), _operands(jaxpr.outvars, place)
 
 
-def _operands(variables: Iterable[Any], place: dict[Any, int]) -> tuple[Hashable, ...]:
-    return tuple(literal_key(v) if isinstance(v, jex.Literal) else place[v] for v in variables)
+def _operands(atoms: Iterable[Atom], place: Mapping[Var, int]) -> tuple[Hashable, ...]:
+    return tuple(literal_key(v) if isinstance(v, jex.Literal) else place[v] for v in atoms)
 
 
 def literal_key(v: jex.Literal) -> Hashable:
@@ -57,18 +56,24 @@ def literal_key(v: jex.Literal) -> Hashable:
     return v.aval, np.asarray(v.val).tobytes()
 
 
-def value_key(x: Any) -> Hashable:
+def params_key(params: Mapping[str, object], without: Collection[str] = ()) -> Hashable:
+    """The parameters of an equation, in the order of their names."""
+    names = sorted(set(params) - set(without))
+    return tuple((name, _value_key(params[name])) for name in names)
+
+
+def _value_key(x: object) -> Hashable:
     """A parameter of an equation; programs inside it by their keys, numbers by their bits."""
     if isinstance(x, jex.Jaxpr | ClosedJaxpr):
         return key_of(x)
     if isinstance(x, tuple | list):
-        return type(x), tuple(map(value_key, x))
+        return type(x), tuple(map(_value_key, x))
     if isinstance(x, np.ndarray):
         return _const_key(x)
     return type(x), repr(x) if isinstance(x, float) else x
 
 
-def _const_key(x: Any) -> Hashable:
+def _const_key(x: object) -> Hashable:
     """An array of JAX is itself alone: it never changes. Any other may, and is compared by what it
     holds now."""
     if isinstance(x, jax.Array):

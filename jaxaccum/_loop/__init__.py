@@ -15,4 +15,3 @@ from jaxaccum._loop.loop import run as run
 from jaxaccum._loop.loop import scan as scan
 from jaxaccum._loop.loop import whole_shape as whole_shape
 from jaxaccum._loop.maxima import next_values as next_values
-from jaxaccum._loop.maxima import or_kept as or_kept

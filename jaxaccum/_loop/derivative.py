@@ -27,17 +27,20 @@ whole, and added once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._loop import maxima
-from jaxaccum._loop.loop import Scanned, scan
+from jaxaccum._loop.differentiated import Differentiated, differentiated
+from jaxaccum._loop.loop import Scanned, rows_of, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
@@ -84,33 +87,19 @@ class Derivative:
     arrays: list[Array]
     seeds: list[Array]
 
-    @property
-    def whole(self) -> list[int]:
-        """The differentiated slots that every microbatch reads whole."""
-        return [*self.summed, *self.overwritten]
-
-    @property
-    def summed(self) -> list[int]:
-        """Those whose gradients are summed over microbatches."""
-        return [i for i in self._wrt(Role.WHOLE) if not self.program.slots[i].overwritten]
-
-    @property
-    def overwritten(self) -> list[int]:
-        """Those whose "gradients" are maxima over the examples, and so combine by maximum."""
-        return [i for i in self._wrt(Role.WHOLE) if self.program.slots[i].overwritten]
-
-    def _wrt(self, role: Role) -> list[int]:
-        return [i for i in self.gradient.wrt if self.program.slots[i].role is role]
-
-    @property
-    def rows(self) -> list[int]:
-        """The differentiated slots whose gradients are rows, each of one microbatch."""
-        return self._wrt(Role.ROWS)
+    @functools.cached_property
+    def slots(self) -> Differentiated:
+        """The slots to differentiate, by how their gradients combine."""
+        return differentiated(self.program, self.gradient.wrt)
 
     @property
     def parameters(self) -> list[Array]:
-        """The arrays of `whole`."""
-        return [self.arrays[i] for i in self.whole]
+        """The differentiated arrays that every microbatch reads whole."""
+        return entries(self.arrays, self.slots.whole)
+
+    @property
+    def _overwritten(self) -> list[Array]:
+        return entries(self.arrays, self.slots.overwritten)
 
     @property
     def is_in_place(self) -> bool:
@@ -126,137 +115,156 @@ class Derivative:
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""
-        sums = self.gradient.sums
-        summed = [sums.zeros(self.arrays[i]) for i in self.summed]
-        overwritten = [self.arrays[i] for i in self.overwritten]
-        return [*summed, *(maxima.lowest(x, sums.dtype_for(x)) for x in overwritten)]
+        sums, summed = self.gradient.sums, entries(self.arrays, self.slots.summed)
+        lowest = [maxima.lowest(x, sums.dtype_for(x)) for x in self._overwritten]
+        return [*map(sums.zeros, summed), *lowest]
 
     # -- one microbatch
 
     def add_in_place(
-        self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
-    ) -> tuple[list[Array], Any, Any]:
+        self,
+        g: int,
+        sums: list[Array],
+        rows: list[Array],
+        carry: list[Array],
+        index: Array,
+        extra: Stacked,
+    ) -> tuple[list[Array], list[Array], list[Array]]:
         """The backward pass maps the sums so far to the sums with this microbatch."""
-        places, count = self._places(g), len(self.summed)
+        sums, largest = self._apart(sums)
+        places = self._places(g)
 
         def forward(
             sums: list[Array], overwritten: list[Array], own: list[Array]
         ) -> tuple[tuple[list[Array], list[Array]], list[Array]]:
-            arrays, cut = (
-                self._with_arrays(self.overwritten, overwritten),
-                self._with_rows(rows, own),
-            )
+            arrays = with_entries(self.arrays, self.slots.overwritten, overwritten)
+            cut = with_entries(rows, self._row_places, own)
             inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
             parts, sums = self.program.traces[g].with_sums(index, inputs, sums, places)
             return (self._wanted(parts), sums), parts
 
-        unread = [varying.zeros(jax.typeof(x)) for x in sums[:count]]
-        overwritten = [self.arrays[i] for i in self.overwritten]
+        own = entries(rows, self._row_places)
         (outs, _), pull, parts = jax.vjp(
-            forward, unread, overwritten, self._differentiated(rows), has_aux=True
+            forward, unread(sums), self._overwritten, own, has_aux=True
         )
-        added, news, written = pull((self.cotangents(outs, extra), sums[:count]))
-        return parts, [*added, *maxima.combine(sums[count:], news)], written
+        added, news, written = pull((self.cotangents(outs, extra), sums))
+        return parts, [*added, *maxima.combine(largest, news)], written
 
     def add_tree(
-        self, g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
-    ) -> tuple[list[Array], Any, Any]:
+        self,
+        g: int,
+        sums: list[Array],
+        rows: list[Array],
+        carry: list[Array],
+        index: Array,
+        extra: Stacked,
+    ) -> tuple[list[Array], list[Array], list[Array]]:
         """The backward pass returns a tree of gradients, which is added to the sums."""
+        sums, largest = self._apart(sums)
         parts, pull, outs = self.at(g, rows=rows, carry=carry, index=index)
         grads, written = pull(self.cotangents(outs, extra))
-        count = len(self.summed)
-        added = [
-            total + cast(grad, total.dtype)
-            for total, grad in zip(sums[:count], grads[:count], strict=True)
-        ]
-        return parts, [*added, *maxima.combine(sums[count:], grads[count:])], written
+        grads, news = self._apart(grads)
+        return parts, [*added(sums, grads), *maxima.combine(largest, news)], written
 
     def at(
-        self, g: int, *, rows: list[Array], carry: Any, index: Array
-    ) -> tuple[list[Array], Callable[[list[Array]], Any], list[Array]]:
+        self, g: int, *, rows: list[Array], carry: list[Array], index: Array
+    ) -> tuple[list[Array], Callable[[list[Array]], tuple[list[Array], list[Array]]], list[Array]]:
         """One microbatch forward: all its parts, the pullback to parameters and rows, and the parts
         it starts from."""
 
         def forward(parameters: list[Array], own: list[Array]) -> tuple[list[Array], list[Array]]:
-            arrays, cut = self._with_arrays(self.whole, parameters), self._with_rows(rows, own)
+            arrays = with_entries(self.arrays, self.slots.whole, parameters)
+            cut = with_entries(rows, self._row_places, own)
             inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
             parts = self.program.traces[g].derived(index, inputs)
             return self._wanted(parts), parts
 
-        outs, pull, parts = jax.vjp(
-            forward, self.parameters, self._differentiated(rows), has_aux=True
-        )
+        own = entries(rows, self._row_places)
+        outs, pull, parts = jax.vjp(forward, self.parameters, own, has_aux=True)
         return parts, pull, outs
 
     def _places(self, g: int) -> dict[int, int]:
         """The arguments of trace `g` that have a running sum: their positions there, and those of
         the sums."""
-        place_of = {slot: place for place, slot in enumerate(self.summed)}
-        sources = enumerate(self.program.sources(g))
-        return {position: place_of[slot] for position, slot in sources if slot in place_of}
+        places: dict[int, int] = {}
+        for position, slot in enumerate(self.program.sources(g)):
+            if slot in self.slots.summed:
+                places[position] = self.slots.summed.index(slot)
+        return places
 
-    def _with_arrays(self, slots: list[int], values: Sequence[Array]) -> list[Array]:
-        """The arrays of the call, with those of the given slots replaced."""
-        arrays = list(self.arrays)
-        for i, x in zip(slots, values, strict=True):
-            arrays[i] = x
-        return arrays
+    @property
+    def _row_places(self) -> list[int]:
+        """Among one microbatch's rows, the places of those to differentiate."""
+        return list(map(self.program.positions(Role.ROWS).index, self.slots.rows))
+
+    def _apart(self, xs: list[Array]) -> tuple[list[Array], list[Array]]:
+        """What belongs to sums, and what to maxima."""
+        count = len(self.slots.summed)
+        return xs[:count], xs[count:]
 
     def _wanted(self, parts: list[Array]) -> list[Array]:
-        return [parts[i] for i in self.gradient.parts]
-
-    def _differentiated(self, rows: Sequence[Array]) -> list[Array]:
-        """Of one microbatch's rows, those to differentiate."""
-        order = self.program.positions(Role.ROWS)
-        return [rows[order.index(i)] for i in self.rows]
-
-    def _with_rows(self, rows: Sequence[Array], own: Sequence[Array]) -> list[Array]:
-        """One microbatch's rows, with those to differentiate replaced."""
-        order, cut = self.program.positions(Role.ROWS), list(rows)
-        for i, x in zip(self.rows, own, strict=True):
-            cut[order.index(i)] = x
-        return cut
+        return entries(parts, self.gradient.parts)
 
     # -- cotangents
 
-    def cotangents(self, outs: list[Array], extra: Any) -> list[Array]:
+    def cotangents(self, outs: list[Array], extra: Stacked) -> list[Array]:
         """The cotangents of the wanted parts at one microbatch; `extra` are its own entries of the
         stacked ones."""
-        entries, given = iter(extra), []
-        for part, seed, out in zip(self.gradient.parts, self.seeds, outs, strict=True):
-            own = next(entries) if self.program.outputs.parts[part].reduction.stacked else seed
-            axes = varying.varying_axes(out)
-            # An output that all devices share receives the cotangents of all of them.
-            given.append(varying.sum_over_others(varying.vary(own, axes), axes))
-        return given
+        seeds = with_entries(self.seeds, extra.keys(), extra.values())
+        return list(map(_cotangent, seeds, outs))
 
-    def extra(self) -> list[list[Array]]:
+    def extra(self) -> list[Stacked]:
         """The cotangents of rows and stacks, cut for each group as the rows are."""
         partition = self.program.partition
-        cut: list[list[Array]] = [[] for _ in partition.groups]
-        for part, seed in zip(self.gradient.parts, self.seeds, strict=True):
-            kind = self.program.outputs.parts[part].reduction
+        cut: list[Stacked] = [{} for _ in partition.groups]
+        for place, part in enumerate(self.gradient.parts):
+            kind, seed = self.program.outputs.parts[part].reduction, self.seeds[place]
             for g, group in enumerate(partition.groups):
                 if kind is Reduction.CONCAT:
-                    cut[g].append(partition.split_rows(seed, 0)[g])
+                    cut[g][place] = partition.split_rows(seed, 0)[g]
                 elif kind is Reduction.STACK:
-                    cut[g].append(seed[group.first : group.first + group.count])
+                    cut[g][place] = seed[group.first : group.first + group.count]
         return cut
 
     # -- the result
 
     def idle(self, g: int) -> list[Array]:
         """What a skipped microbatch of group `g` writes: zeros."""
-        rows = [
-            self.program.partition.split_rows(self.arrays[i], self.program.slots[i].axis)[g]
-            for i in self.rows
-        ]
+        rows = rows_of(self.program, self.arrays, self.slots.rows, g)
         return [jnp.zeros_like(x[0]) for x in rows]
 
     def result(self, scanned: Scanned) -> Result:
         """Gradients in the order of `wrt`; those of rows back in the batch's order."""
-        by_slot = dict(zip(self.whole, scanned.sums, strict=True))
-        for j, i in enumerate(self.rows):
-            groups = [group[j] for group in scanned.written]
+        by_slot = dict(zip(self.slots.whole, scanned.sums, strict=True))
+        for place, i in enumerate(self.slots.rows):
+            groups = [written[place] for written in scanned.written]
             by_slot[i] = self.program.partition.merge_rows(groups, self.program.slots[i].axis)
-        return Result(scanned.parts, [by_slot[i] for i in self.gradient.wrt])
+        return Result(scanned.parts, entries(by_slot, self.gradient.wrt))
+
+
+Stacked = dict[int, Array]
+"""The cotangents that differ between microbatches, those of rows and stacks: by their places among
+the seeds."""
+
+
+def _cotangent(seed: Array, out: Array) -> Array:
+    """The cotangent of an output, which varies over the mesh as the output does.
+
+    An output that all devices share receives the cotangents of all of them.
+    """
+    axes = varying.varying_axes(out)
+    return varying.sum_over_others(varying.vary(seed, axes), axes)
+
+
+def unread(sums: list[Array]) -> list[Array]:
+    """What a forward pass is given as sums: it does not read them."""
+    return [varying.zeros(jax.typeof(x)) for x in sums]
+
+
+def added(sums: list[Array], grads: list[Array]) -> list[Array]:
+    """The sums with one more microbatch's gradients."""
+    return jax.tree.map(_plus, sums, grads)
+
+
+def _plus(total: Array, grad: Array) -> Array:
+    return total + cast(grad, total.dtype)

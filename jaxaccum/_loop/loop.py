@@ -1,8 +1,29 @@
 """The one scan over microbatches: each brings its parts of the output, which the scan combines.
 
-State and sums go from microbatch to microbatch in the batch's order. What each reduction carries,
-and what it writes out, is said in `reductions`. Microbatches of two sizes, such as 4 + 4 + 2
-examples, are two scans, one after the other.
+The problem. A function of a batch returns arrays that combine in different ways: totals are added,
+rows are put in order, a carried state is handed on. And a batch of 10 examples in microbatches of 4
+leaves a microbatch of 2, whose arrays have other shapes.
+
+The idea. Each array of the output, a part, has a reduction (`reductions`). What a reduction has to
+remember is the state of the scan; what it writes row by row are the scan's outputs.
+
+    state, sums = initial, zeros
+    for index, rows in enumerate(microbatches):
+        parts, sums, written = visit(sums, rows, carried state, index)
+        state = update(state, parts)
+
+`visit` is what differs between the passes: the value alone, a gradient, a custom accumulator, one
+stage of a coupled program. State and sums go from microbatch to microbatch in the batch's order.
+Microbatches of two sizes are two scans, one after the other; the second begins with the state of
+the first.
+
+Example. ``{"loss": Mean(total, weight), "logits": Concat(z)}`` has three parts. Of microbatches of
+2 and 1 examples, the first leaves the state T₁, W₁ and writes z₁. The second leaves T₁ + T₂,
+W₁ + W₂ and writes z₂. Then z₁ and z₂ are put together, and `finalize` divides.
+
+The cost. The state and one microbatch at a time; rows and stacks have the size of their result.
+
+Known weakness. Two sizes of microbatch are traced and compiled apart, which doubles both times.
 """
 
 from __future__ import annotations
@@ -10,33 +31,48 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxaccum._base.entries import entries
 from jaxaccum._base.trees import cast, promote
-from jaxaccum._base.types import Array, Unroll
+from jaxaccum._base.types import Array, PyTree, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.convolutions import fast_on_cpu, has_convolutions
+from jaxaccum._jaxpr.variables import Type, type_of
 from jaxaccum._program import reductions
 from jaxaccum._program.argument_slots import Role
-from jaxaccum._program.microbatches import Group
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
 
-Visit = Callable[..., tuple[list[Array], Any, Any]]
-"""``visit(g, sums, rows, carry, index, extra) -> (parts, sums, written)``, once per microbatch."""
 
+class Visit(Protocol):
+    """What a pass does at one microbatch."""
 
-Body = Callable[[Any, Any], tuple[Any, Any]]
+    def __call__(
+        self,
+        g: int,
+        sums: PyTree,
+        rows: list[Array],
+        carry: list[Array],
+        index: Array,
+        extra: PyTree,
+        /,
+    ) -> tuple[list[Array], PyTree, PyTree]:
+        """The parts of microbatch `index`, which is one of group `g`; the new sums; and what is
+        written out. `extra` is the microbatch's entry of what the pass was given."""
+        ...
 
 
 class Scanned(NamedTuple):
+    """What a pass leaves."""
+
     parts: list[Array]
-    sums: Any
-    written: list[Any]
+    sums: PyTree
+    written: list[PyTree]
     """What each microbatch wrote, stacked, one entry per group."""
 
 
@@ -45,59 +81,58 @@ def scan(
     arrays: Sequence[Array],
     visit: Visit,
     *,
-    sums: Any = (),
-    idle: Callable[[int], Any] = lambda g: (),
-    extra: Any = None,
+    sums: PyTree = (),
+    idle: Callable[[int], PyTree] = lambda g: (),
+    extra: Sequence[PyTree] = (),
     checkpoint: bool = False,
-    keep: Callable[[Any], Array] | None = None,
+    keep: Callable[[PyTree], Array] | None = None,
 ) -> Scanned:
-    """The one loop: state and sums go from microbatch to microbatch, in the batch's order, one scan
-    per size.
+    """One pass over the microbatches, in the batch's order: one scan per size.
 
-    `keep` reads off what a microbatch wrote whether it counts; one that does not leaves the state
-    as it was.
+    Args:
+        program: what one microbatch computes.
+        arrays: the arrays of the call, one per slot.
+        visit: what the pass does at one microbatch.
+        sums: where its sums begin.
+        idle: of a group, what a microbatch of padding alone writes.
+        extra: for each group, what `visit` reads beside the rows, with one entry per microbatch.
+        checkpoint: whether JAX is to compute microbatches again where it derives the scan.
+        keep: reads off what a microbatch wrote whether it counts; one that does not leaves the
+            state as it was.
     """
-    partition, written, stacked = program.partition, [], []
-    state = _Carried.first(program, arrays)
-    for g, group in enumerate(partition.groups):
-        state = state.entering(program, g)
-
-        def step(carried: Any, x: Any, g: int = g, group: Group = group) -> tuple[Any, Any]:
-            index, rows, cut = x
-
-            def active(carried: Any) -> tuple[Any, Any]:
-                state, sums = carried
-                parts, sums, out = visit(g, sums, rows, state.carry(program, arrays), index, cut)
-                new, entries = state.updated(program, parts)
-                state = (
-                    new
-                    if keep is None
-                    else jax.tree.map(functools.partial(lax.select, keep(out)), new, state)
-                )
-                return varying.vary(((state, sums), (entries, out)), program.axes)
-
-            if program.limit is None:
-                return active(carried)
-            skipped = varying.vary((_empty_entries(program, g), idle(g)), program.axes)
-            padding = _is_padding(partition.first_example(group, index), arrays[program.limit])
-            return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
-
+    step = _Step(program, arrays, visit, idle, keep)
+    state, written, stacked = _first(program, arrays), [], []
+    for g, group in enumerate(program.partition.groups):
+        state = _entering(program, g, state)
         indices = jnp.arange(group.first, group.first + group.count, dtype=jnp.int32)
-        rows = [
-            partition.split_rows(arrays[i], program.slots[i].axis)[g]
-            for i in program.positions(Role.ROWS)
-        ]
+        rows = rows_of(program, arrays, program.positions(Role.ROWS), g)
         init = varying.vary((state, sums), program.axes)
-        body = fast_on_cpu(step) if has_convolutions(program.traces[g].jaxpr) else step
+        body = functools.partial(step.microbatch, g)
+        body = fast_on_cpu(body) if has_convolutions(program.traces[g].jaxpr) else body
         body = jax.checkpoint(body) if checkpoint else body
         xs = (indices, rows, extra[g] if extra else None)
-        adds_up = bool(jax.tree.leaves(sums))
-        is_last = adds_up and g == len(partition.groups) - 1
-        loop = _over_all_but_the_last if program.unroll == "last" and is_last else _over_all
-        (state, sums), (entries, out) = loop(body, init, xs, program.unroll)
+        loop = _over_all_but_the_last if _last_apart(program, g, sums) else _over_all
+        (state, sums), (own, out) = loop(body, init, xs, program.unroll)
         written.append(out)
-        stacked.append(entries)
-    return Scanned(state.parts(program, stacked), sums, written)
+        stacked.append(own)
+    return Scanned(_combined(program, state, stacked), sums, written)
+
+
+def rows_of(program: Program, arrays: Sequence[Array], slots: Sequence[int], g: int) -> list[Array]:
+    """The arrays of some slots, cut into the microbatches of group `g`."""
+    split = program.partition.split_rows
+    return [split(arrays[i], program.slots[i].axis)[g] for i in slots]
+
+
+# -- one scan --------------------------------------------------------------------------------------
+
+Body = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def _last_apart(program: Program, g: int, sums: PyTree) -> bool:
+    """Whether the last microbatch is written out behind the loop: only where sums can travel."""
+    is_last = g == len(program.partition.groups) - 1
+    return program.unroll == "last" and is_last and bool(jax.tree.leaves(sums))
 
 
 def _over_all(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
@@ -121,6 +156,53 @@ def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tu
     return carried, jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), written, entry)
 
 
+# -- one microbatch --------------------------------------------------------------------------------
+
+State = dict[int, Array]
+"""What the scan remembers of the output, by part: sums, extrema, last values, the carried state."""
+Entries = dict[int, Array]
+"""What a microbatch writes of the output, by part: rows and stacks."""
+Carried = tuple[State, PyTree]
+"""The state and the sums of a pass."""
+Written = tuple[Entries, PyTree]
+"""What is written of the output, and by the pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """The body of the scan; its fields are the arguments of `scan`."""
+
+    program: Program
+    arrays: Sequence[Array]
+    visit: Visit
+    idle: Callable[[int], PyTree]
+    keep: Callable[[PyTree], Array] | None
+
+    def microbatch(
+        self, g: int, carried: Carried, x: tuple[Array, list[Array], PyTree]
+    ) -> tuple[Carried, Written]:
+        """One microbatch of group `g`: its index, its rows, its extra; one of padding alone is
+        passed over."""
+        program, active = self.program, functools.partial(self._active, g, x=x)
+        if program.limit is None:
+            return active(carried)
+        skipped = varying.vary((_empty_entries(program, g), self.idle(g)), program.axes)
+        first = program.partition.first_example(program.partition.groups[g], x[0])
+        padding = _is_padding(first, self.arrays[program.limit])
+        return lax.cond(padding, lambda carried: (carried, skipped), active, carried)
+
+    def _active(
+        self, g: int, carried: Carried, x: tuple[Array, list[Array], PyTree]
+    ) -> tuple[Carried, Written]:
+        (state, sums), (index, rows, extra) = carried, x
+        carry = _carried_state(self.program, state, self.arrays)
+        parts, sums, out = self.visit(g, sums, rows, carry, index, extra)
+        new, own = _updated(self.program, state, parts)
+        if self.keep is not None:
+            new = jax.tree.map(functools.partial(lax.select, self.keep(out)), new, state)
+        return varying.vary(((new, sums), (own, out)), self.program.axes)
+
+
 def _is_padding(first: Array, num_examples: Array) -> Array:
     """Whether a microbatch that begins at example `first` holds padding alone; the number has any
     integer dtype."""
@@ -128,68 +210,78 @@ def _is_padding(first: Array, num_examples: Array) -> Array:
     return cast(first, dtype) >= cast(num_examples, dtype)
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
-class _Carried:
-    """The state of the parts that are no rows: sums, extrema, last values and the carried state."""
+# -- the output ------------------------------------------------------------------------------------
 
-    values: list[Array]
 
-    def tree_flatten(self) -> tuple[tuple[list[Array]], None]:
-        return (self.values,), None
+class _Part(NamedTuple):
+    """One array of the output: how it combines, and its type in one microbatch."""
 
-    @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[list[Array]]) -> _Carried:
-        return cls(*children)
+    reduction: Reduction
+    type: Type
 
-    @classmethod
-    def first(cls, program: Program, arrays: Sequence[Array]) -> _Carried:
-        states = iter(arrays[i] for i in program.positions(Role.CARRY))
-        return cls(
-            [
-                varying.vary(
-                    lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype)),
-                    varying.varying_axes(aval),
-                )
-                if reduction is Reduction.CARRY
-                else reductions.initial(reduction, aval)
-                for reduction, aval in _reductions(program, 0, stacked=False)
-            ]
-        )
 
-    def entering(self, program: Program, g: int) -> _Carried:
-        """The last value may have the shape of its microbatch; where it has, it starts anew at each
-        size."""
-        pairs = zip(self.values, _reductions(program, g, stacked=False), strict=True)
-        return _Carried(
-            [x if x.shape == aval.shape else reductions.initial(r, aval) for x, (r, aval) in pairs]
-        )
+def _parts(program: Program, g: int, *, stacked: bool) -> dict[int, _Part]:
+    """The parts that are written row by row, or those that are not, in group `g`."""
+    found: dict[int, _Part] = {}
+    for i, part in enumerate(program.outputs.parts):
+        if part.reduction.stacked is stacked:
+            found[i] = _Part(part.reduction, type_of(program.traces[g].jaxpr.outvars[i]))
+    return found
 
-    def carry(self, program: Program, arrays: Sequence[Array]) -> list[Array]:
-        """The carried state; the initial one in a program that does not compute it, because nothing
-        there reads it."""
-        pairs = zip(self.values, _reductions(program, 0, stacked=False), strict=True)
-        values = [x for x, (r, _) in pairs if r is Reduction.CARRY]
-        return values or [arrays[i] for i in program.positions(Role.CARRY)]
 
-    def updated(self, program: Program, parts: Sequence[Array]) -> tuple[_Carried, list[Array]]:
-        """The state after a microbatch, and what it writes out."""
-        kinds = [part.reduction for part in program.outputs.parts]
-        news = [(r, x) for r, x in zip(kinds, parts, strict=True) if not r.stacked]
-        values = [
-            reductions.update(r, old, x) for old, (r, x) in zip(self.values, news, strict=True)
-        ]
-        return _Carried(values), [x for r, x in zip(kinds, parts, strict=True) if r.stacked]
+def _first(program: Program, arrays: Sequence[Array]) -> State:
+    """The state before the first microbatch."""
+    states = iter(entries(arrays, program.positions(Role.CARRY)))
+    state: State = {}
+    for i, (reduction, aval) in _parts(program, 0, stacked=False).items():
+        if reduction is Reduction.CARRY:
+            given = lax.stop_gradient(lax.convert_element_type(next(states), aval.dtype))
+            state[i] = varying.vary(given, varying.varying_axes(aval))
+        else:
+            state[i] = reductions.initial(reduction, aval)
+    return state
 
-    def parts(self, program: Program, stacked: list[list[Array]]) -> list[Array]:
-        """All parts of the whole batch, in their order."""
-        values, entries = iter(self.values), iter(zip(*stacked, strict=True))
-        return [
-            _merged(program, part.reduction, list(next(entries)))
-            if part.reduction.stacked
-            else next(values)
-            for part in program.outputs.parts
-        ]
+
+def _entering(program: Program, g: int, state: State) -> State:
+    """The state before the first microbatch of group `g`.
+
+    The last value may have the shape of its microbatch; where it has, it starts anew at each size.
+    """
+    entered: State = {}
+    for i, (reduction, aval) in _parts(program, g, stacked=False).items():
+        same = state[i].shape == aval.shape
+        entered[i] = state[i] if same else reductions.initial(reduction, aval)
+    return entered
+
+
+def _carried_state(program: Program, state: State, arrays: Sequence[Array]) -> list[Array]:
+    """The carried state; the initial one in a program that does not compute it, because nothing
+    there reads it."""
+    parts = program.outputs.parts
+    values = [x for i, x in state.items() if parts[i].reduction is Reduction.CARRY]
+    return values or entries(arrays, program.positions(Role.CARRY))
+
+
+def _updated(program: Program, state: State, parts: Sequence[Array]) -> tuple[State, Entries]:
+    """The state after a microbatch, and what it writes out."""
+    new, written = {}, {}
+    for i, part in enumerate(program.outputs.parts):
+        if part.reduction.stacked:
+            written[i] = parts[i]
+        else:
+            new[i] = reductions.update(part.reduction, state[i], parts[i])
+    return new, written
+
+
+def _combined(program: Program, state: State, stacked: Sequence[Entries]) -> list[Array]:
+    """All parts of the whole batch, in their order; `stacked` has an entry per group."""
+    combined = []
+    for i, part in enumerate(program.outputs.parts):
+        if part.reduction.stacked:
+            combined.append(_merged(program, part.reduction, [own[i] for own in stacked]))
+        else:
+            combined.append(state[i])
+    return combined
 
 
 def _merged(program: Program, reduction: Reduction, groups: list[Array]) -> Array:
@@ -198,14 +290,8 @@ def _merged(program: Program, reduction: Reduction, groups: list[Array]) -> Arra
     return groups[0] if len(groups) == 1 else jnp.concatenate(groups)
 
 
-def _reductions(program: Program, g: int, *, stacked: bool) -> list[tuple[Reduction, Any]]:
-    avals = [v.aval for v in program.traces[g].jaxpr.outvars]
-    pairs = zip(program.outputs.parts, avals, strict=True)
-    return [(part.reduction, aval) for part, aval in pairs if part.reduction.stacked is stacked]
-
-
-def _empty_entries(program: Program, g: int) -> list[Array]:
-    return [varying.zeros(aval) for _, aval in _reductions(program, g, stacked=True)]
+def _empty_entries(program: Program, g: int) -> Entries:
+    return {i: varying.zeros(part.type) for i, part in _parts(program, g, stacked=True).items()}
 
 
 # -- forward alone ---------------------------------------------------------------------------------
@@ -219,8 +305,8 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
 
 def _forward(program: Program, arrays: Sequence[Array]) -> Visit:
     def visit(
-        g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
-    ) -> tuple[list[Array], Any, Any]:
+        g: int, sums: PyTree, rows: list[Array], carry: list[Array], index: Array, extra: None
+    ) -> tuple[list[Array], PyTree, tuple[()]]:
         del extra
         return program.parts(g, arrays, rows=rows, carry=carry, index=index), sums, ()
 

@@ -9,10 +9,12 @@ A maximum that has seen no example is the lowest number of its dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
@@ -20,29 +22,44 @@ from jaxaccum._devices import varying
 from jaxaccum._program.argument_slots import Slot
 
 
-def lowest(value: Array, dtype: Any) -> Array:
+def lowest(value: Array, dtype: DTypeLike) -> Array:
     """The maximum of no examples: of the shape and the devices of the value."""
     return varying.vary(jnp.full_like(value, _lowest(dtype), dtype), varying.varying_axes(value))
 
 
-def combine(olds: Sequence[Array], news: Sequence[Array]) -> list[Array]:
-    """The maxima of both."""
-    return [jnp.maximum(old, cast(new, old.dtype)) for old, new in zip(olds, news, strict=True)]
+def combine(olds: list[Array], news: list[Array]) -> list[Array]:
+    """The maxima of both, one by one."""
+    return jax.tree.map(larger, olds, news)
+
+
+def larger(old: Array, new: Array) -> Array:
+    """The maximum of two, in the dtype of the first."""
+    return jnp.maximum(old, cast(new, old.dtype))
 
 
 def next_values(
-    slots: Sequence[Slot], arrays: Sequence[Array], wrt: Sequence[int], grads: Sequence[Array]
+    slots: Sequence[Slot],
+    arrays: Sequence[Array],
+    wrt: Sequence[int],
+    grads: Sequence[Array],
+    axes: Callable[[int, Array], tuple[str, ...]] = lambda slot, maximum: (),
 ) -> list[Array]:
     """The gradients of the slots `wrt`; a maximum that has seen no example is the value that was
-    there."""
-    pairs = list(zip(wrt, grads, strict=True))
-    return [or_kept(grad, arrays[i]) if slots[i].overwritten else grad for i, grad in pairs]
+    there. `axes` are those of the mesh over which a maximum is combined first."""
+    news = list(grads)
+    for place, i in enumerate(wrt):
+        if slots[i].overwritten:
+            maximum, value = news[place], arrays[i]
+            if names := axes(i, maximum):
+                maximum, value = lax.pmax((maximum, value), names)
+            news[place] = _or_kept(maximum, value)
+    return news
 
 
-def or_kept(maximum: Array, value: Array) -> Array:
+def _or_kept(maximum: Array, value: Array) -> Array:
     """The maximum; where it has seen no example, the value."""
     return jnp.where(maximum == _lowest(maximum.dtype), cast(value, maximum.dtype), maximum)
 
 
-def _lowest(dtype: Any) -> Any:
+def _lowest(dtype: DTypeLike) -> ArrayLike:
     return jnp.finfo(dtype).min

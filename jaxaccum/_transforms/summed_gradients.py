@@ -60,7 +60,8 @@ def value_and_grad(
     result = engine.run_with_gradient(
         program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds
     )
-    grads = _maxima_over_shards(program, arrays, wrt, result.grads)
+    axes = lambda i, grad: varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)
+    grads = _loop.next_values(program.slots, arrays, wrt, result.grads, axes)
     return over_shards(program, wrt, ValueAndGrad(result.parts, grads), known)
 
 
@@ -192,20 +193,3 @@ def over_shards(
         for i, (part, x) in pairs
     ]
     return ValueAndGrad(parts, summed[len(sums) :])
-
-
-def _maxima_over_shards(
-    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], grads: list[Array]
-) -> list[Array]:
-    """The gradients, with those that are maxima over examples combined over all shards."""
-    return [
-        _largest(program, i, grad, arrays[i]) if program.slots[i].overwritten else grad
-        for i, grad in zip(wrt, grads, strict=True)
-    ]
-
-
-def _largest(program: Program, slot: int, maximum: Array, value: Array) -> Array:
-    names = varying.gradient_axes(maximum, program.given_axes[slot], program.mesh_axes)
-    if names:
-        maximum, value = lax.pmax((maximum, value), names)
-    return _loop.or_kept(maximum, value)
