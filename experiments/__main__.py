@@ -11,8 +11,10 @@ from pathlib import Path
 
 import experiments
 from experiments import _report
+from experiments._compiled_devices import NoSuchDevice
 
 DEFAULT = ("toy", "bert", "memory")
+COMPILED = ("gpu", "tpu")  # for devices that may only be described
 PICTURES = Path(__file__).parent / "pictures"
 
 
@@ -27,15 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen
     ):  # before any runs: `public` asks for several host devices, and JAX must not have begun
         importlib.import_module(f"experiments.{name}")
-    passed = [run(name, options) for name in chosen]
+    if options.on and set(chosen) - set(COMPILED):
+        parser().error(f"--on is an option of {' and '.join(COMPILED)}")
+    try:
+        passed = [run(name, options) for name in chosen]
+    except NoSuchDevice as error:
+        parser().error(str(error))
     return 0 if all(passed) else 1
 
 
 def run(name: str, options: argparse.Namespace) -> bool:
     """One experiment, shown and saved; whether its checks held."""
     start = time.perf_counter()
+    places = {"topologies": tuple(options.on)} if options.on else {}
     record = importlib.import_module(f"experiments.{name}").run(
-        full=options.full, track=_report.bar
+        full=options.full, track=_report.bar, **places
     )
     _report.show(record)
     _report.save(record, options.out)
@@ -64,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--full", action="store_true", help="the long form of an experiment, where it has one"
+    )
+    made.add_argument(
+        "--on",
+        action="append",
+        metavar="CHIP:SHAPE",
+        help=f"what {' and '.join(COMPILED)} compile for, as h100:1x1x8 or v5e:2x2; repeatable",
     )
     made.add_argument(
         "--out",

@@ -7,7 +7,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from experiments import _compiled_models as models
+from experiments import _compiled_steps as steps
+from experiments import _compiled_ways as ways
 from experiments import tpu
+from experiments._compiled_devices import described
 from jaxaccum.testing import collectives
 
 N, EXAMPLES = 8, 16
@@ -20,7 +24,7 @@ def _single_precision():
 
 
 def mesh_of(count=4, topology="v5e:2x2"):
-    return Mesh(tpu.described(topology)[:count], ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(described(topology, "tpu")[:count], ("data",), axis_types=(AxisType.Auto,))
 
 
 def shapes(mesh, dtype=jnp.float32, examples=EXAMPLES, width=1024):
@@ -38,11 +42,11 @@ def over_parameters(compiled, params):
 def test_the_adamw_step():
     mesh = mesh_of()
     params, x = shapes(mesh)
-    state = tpu._laid(jax.eval_shape(tpu.OPTIMIZER.init, params), mesh, P())
-    steps = {
-        name: jax.jit(tpu._step(tpu.WAYS[name](tpu._scanned, N, mesh)), donate_argnums=(0, 1)) for name in tpu.WAYS
+    state = steps.laid(jax.eval_shape(steps.OPTIMIZER.init, params), mesh, P())
+    jitted = {
+        name: jax.jit(steps.step(ways.WAYS[name](models.mean_square, N, mesh)), donate_argnums=(0, 1)) for name in ways.WAYS
     }
-    compiled = {name: step.lower(params, state, x).compile() for name, step in steps.items()}
+    compiled = {name: step.lower(params, state, x).compile() for name, step in jitted.items()}
     assert over_parameters(compiled["jaxaccum"], params) <= 1.55
     large = {
         name: [c for c in collectives(c) if c.bytes > 1024 and c.kind == "all-reduce"] for name, c in compiled.items()
@@ -58,10 +62,10 @@ def test_the_adamw_step_of_a_model_that_exceeds_the_on_chip_memory():
     """Of the smaller ones XLA places buffers where the temporary memory that it reports does not count them."""
     mesh = mesh_of(1)
     params, x = shapes(mesh, width=4096)  # 800 MB
-    state = tpu._laid(jax.eval_shape(tpu.OPTIMIZER.init, params), mesh, P())
+    state = steps.laid(jax.eval_shape(steps.OPTIMIZER.init, params), mesh, P())
 
     def needed(way):
-        step = jax.jit(tpu._step(tpu.WAYS[way](tpu._scanned, N, mesh)), donate_argnums=(0, 1))
+        step = jax.jit(steps.step(ways.WAYS[way](models.mean_square, N, mesh)), donate_argnums=(0, 1))
         return over_parameters(step.lower(params, state, x).compile(), params)
 
     assert needed("jaxaccum") <= 1.55
@@ -72,7 +76,7 @@ def test_the_adamw_step_of_a_model_that_exceeds_the_on_chip_memory():
 def test_gradients_alone(dtype, count, bound):
     mesh = mesh_of(count)
     params, x = shapes(mesh, dtype)
-    step = jax.jit(tpu.with_jaxaccum(tpu._scanned, N, mesh)).lower(params, x)
+    step = jax.jit(ways.with_jaxaccum(models.mean_square, N, mesh)).lower(params, x)
     assert over_parameters(step.compile(), params) <= bound
 
 
@@ -80,20 +84,20 @@ def test_the_experiment_compiles_every_way_and_checks_it(monkeypatch):
     options = {"models": ("scanned",), "topologies": ("v5e:2x2",), "num_microbatches": (2,), "examples": 4}
     record = tpu.run(**options)
     assert record.passed
-    assert [row["way"] for row in record.rows] == list(tpu.WAYS)
+    assert [row["way"] for row in record.rows] == list(ways.WAYS)
     assert all(row["seconds"] > 0 and row["note"] == "estimated" for row in record.rows)
-    monkeypatch.setitem(tpu.WAYS, "jaxaccum", tpu.with_scan)
+    monkeypatch.setitem(ways.WAYS, "jaxaccum", ways.with_scan)
     assert not tpu.run(**options).passed
 
 
 def test_parameters_of_low_precision_are_summed_both_ways_by_both():
-    assert list(tpu.ways("scanned")) == list(tpu.WAYS)
-    assert list(tpu.ways("decoder")) == [*tpu.WAYS, *tpu.OTHER_SUMS]
+    assert list(ways.ways("scanned")) == list(ways.WAYS)
+    assert list(ways.ways("decoder")) == [*ways.WAYS, *ways.OTHER_SUMS]
     params = {"w": jnp.ones((8, 4), jnp.bfloat16)}
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     loss = lambda params, x: jnp.mean((x @ params["w"]).astype(jnp.float32) ** 2)
     x = jax.device_put(jnp.ones((8, 8), jnp.bfloat16), NamedSharding(mesh, P("data")))
-    dtypes = {name: jax.jit(way(loss, 2, mesh))(params, x)[1]["w"].dtype for name, way in tpu.ways("decoder").items()}
+    dtypes = {name: jax.jit(way(loss, 2, mesh))(params, x)[1]["w"].dtype for name, way in ways.ways("decoder").items()}
     wide = {name for name, dtype in dtypes.items() if dtype == jnp.float32}
     assert wide == {"scan, float32 sums"}  # jaxaccum sums in float32 and returns the parameters' dtype
 
@@ -101,15 +105,15 @@ def test_parameters_of_low_precision_are_summed_both_ways_by_both():
 def test_a_pod_of_256_chips_reduces_once():
     mesh = mesh_of(256, "v5e:16x16")
     params, x = shapes(mesh)
-    compiled = jax.jit(tpu.with_jaxaccum(tpu._scanned, N, mesh)).lower(params, x).compile()
+    compiled = jax.jit(ways.with_jaxaccum(models.mean_square, N, mesh)).lower(params, x).compile()
     assert [(c.kind, c.times, c.loops) for c in collectives(compiled)] == [("all-reduce", 1, 0)]
 
 
 def test_the_plan_predicts_what_the_compiler_then_says():
     mesh = mesh_of()
     params, x = shapes(mesh, examples=8192)
-    plan = ja.plan(tpu._scanned, params, x, mesh_axes="data", memory_bytes=400 * 2**20)
-    step = ja.value_and_grad(tpu._scanned, microbatch_size=plan.best.microbatch_size, mesh_axes="data")
+    plan = ja.plan(models.mean_square, params, x, mesh_axes="data", memory_bytes=400 * 2**20)
+    step = ja.value_and_grad(models.mean_square, microbatch_size=plan.best.microbatch_size, mesh_axes="data")
     over = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
     real = jax.jit(over).lower(params, x).compile().memory_analysis().temp_size_in_bytes
     assert plan.best.temp_bytes == pytest.approx(real, rel=0.01)
