@@ -1,5 +1,6 @@
 """The strict rules under which every test runs, and the profiles of hypothesis."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -25,6 +26,21 @@ if importlib.util.find_spec("torch") is None:
         for path in pathlib.Path(__file__).parent.glob("test_*.py")
         if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
+
+# The compiler for GPUs, 257 MB, comes with the extra `gpu`, which `test` does not bring.
+GPU_COMPILERS = ("jax-cuda13-pjrt", "jax-cuda12-pjrt")
+COMPILES_FOR_GPUS = any(list(importlib.metadata.distributions(name=name)) for name in GPU_COMPILERS)
+
+
+def pytest_report_header():
+    return [] if COMPILES_FOR_GPUS else "tests marked gpu are deselected: pip install -e '.[test,gpu]' brings their compiler"
+
+
+def pytest_collection_modifyitems(config, items):
+    if not COMPILES_FOR_GPUS:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
 
 _ALWAYS = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
 hypothesis.settings.register_profile("dev", max_examples=25, **_ALWAYS)
