@@ -23,8 +23,12 @@ ONE, HOST = "h100:1x1x1", "h100:1x1x8"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _single_precision():
-    with jax.enable_x64(False):
+def _as_in_a_script():
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         yield
 
 
@@ -50,10 +54,11 @@ def whole(program, name="scanned"):
 
 
 def sent(program, name="scanned"):
-    """The gradients that one step sends, over the bytes of the parameters, and whether a loop does so."""
+    """How often one step sends the gradients, to a thousandth, and whether a loop does so. The loss takes four bytes."""
     large = [c for c in collectives(program) if c.bytes > 1024]
-    assert {c.kind for c in large} <= {"all-reduce"}
-    return sum(c.times * c.bytes for c in large) / models.model(name).bytes, any(c.loops for c in large)
+    assert {c.kind for c in large} == {"all-reduce"}
+    times = sum(c.times * c.bytes for c in large) / models.model(name).bytes
+    return round(times, 3), any(c.loops for c in large)
 
 
 @pytest.mark.parametrize("place", [ONE, HOST])
@@ -68,7 +73,10 @@ def test_one_accumulator_in_place(place):
 def test_the_others_make_a_second(way):
     program = compiled(way)
     assert over_parameters(program) >= 2.1
-    assert whole(program) == {"broadcast": N, "add": N}  # zeros for every microbatch's gradient, and the sum
+    assert whole(program) == {
+        "broadcast": N,
+        "add": N,
+    }  # zeros for every microbatch's gradient, and the sum
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])
@@ -78,12 +86,12 @@ def test_gradients_are_sent_once_whatever_the_number_of_microbatches(n):
 
 @pytest.mark.parametrize("way", [ways.SCAN, ways.OPTAX])
 def test_the_others_send_them_for_every_microbatch(way):
-    times, in_loops = sent(compiled(way, HOST))
-    assert times == pytest.approx(N, rel=0.01)
-    assert in_loops
+    assert sent(compiled(way, HOST)) == (N, True)
 
 
-@pytest.mark.parametrize(("place", "count"), [("h100:1x1x2", 2), ("h100:1x4x8", 32), ("h100:1x32x8", 256)])
+@pytest.mark.parametrize(
+    ("place", "count"), [("h100:1x1x2", 2), ("h100:1x4x8", 32), ("h100:1x32x8", 256)]
+)
 def test_gradients_are_sent_once_whatever_the_number_of_gpus(place, count):
     assert described(place, "gpu").size == count
     program = compiled(ways.OURS, place)
@@ -105,10 +113,15 @@ def test_bfloat16_parameters_are_summed_in_float32_in_place():
 
 
 def test_the_experiment_compiles_every_way_and_checks_it(monkeypatch):
-    options = {"models": ("scanned",), "topologies": (HOST,), "num_microbatches": (2,), "examples": 4}
+    options = {
+        "models": ("scanned",),
+        "topologies": (HOST,),
+        "num_microbatches": (2,),
+        "examples": 4,
+    }
     record = gpu.run(**options)
     assert record.passed
     assert [row["way"] for row in record.rows] == list(ways.WAYS)
     assert all(row["seconds"] > 0 and row["note"] == "estimated" for row in record.rows)
     monkeypatch.setitem(ways.WAYS, "jaxaccum", ways.with_scan)
-    assert [check.passed for check in gpu.run(**options).checks] == [False, False, False]
+    assert [check.passed for check in gpu.run(**options).checks] == [False] * 4
