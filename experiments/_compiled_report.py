@@ -24,7 +24,8 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to compile: the models, for these places, at these N.
+    """What to compile: the models, at these N, for these places; None: for the devices that are
+    here, and where there are none of this kind, for the usual described ones.
 
     The first place has every model at N = 8, and the first model at every N; the other places have
     the first model at N = 8. With `full`, every model is compiled at every N for the first place,
@@ -32,7 +33,8 @@ class Plan:
     """
 
     kind: str
-    topologies: Sequence[str]
+    usual: Sequence[str]
+    topologies: Sequence[str] | None = None
     models: Sequence[str] = MODELS
     num_microbatches: Sequence[int] = NUM_MICROBATCHES
     examples: int = EXAMPLES
@@ -58,8 +60,8 @@ class Plan:
 
 
 def record(plan: Plan, *, name: str, question: str, track: _report.Track) -> _report.Record:
-    """Compile everything of the plan, and run it where the devices are here."""
-    real = places.present(plan.kind)
+    """Compile everything of the plan, and run it on the devices that are here."""
+    real = plan.topologies is None and places.present(plan.kind)
     here = {"here": np.array(jax.devices())} if real else _described(plan)
     points = plan.points(list(here))
     rows = []
@@ -83,7 +85,8 @@ def record(plan: Plan, *, name: str, question: str, track: _report.Track) -> _re
 
 
 def _described(plan: Plan) -> dict[str, np.ndarray]:
-    return {name: places.described(name, plan.kind) for name in plan.topologies}
+    names = plan.topologies or plan.usual
+    return {name: places.described(name, plan.kind) for name in names}
 
 
 def checks(rows: Sequence[Row], bound: float | None) -> list[_report.Check]:
