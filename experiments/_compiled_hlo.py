@@ -20,6 +20,7 @@ PASSED_ON = {
     "bitcast",
     "while",
     "opt-barrier",
+    "call",  # its instructions count
     "dynamic-update-slice",
     "scatter",
     "copy-done",  # its copy-start counts
@@ -50,6 +51,11 @@ class Instruction:
     def operands(self) -> list[str]:
         """The names of its operands, and after them those of what it calls."""
         return _NAME.findall(self.rest)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one integer that the program holds."""
+        return self.opcode == "constant" and self.type.startswith("s32[]")
 
 
 Computation = list[Instruction]
@@ -94,21 +100,18 @@ def _in_loops(
         if body := _BODY.search(instruction.rest):
             trips = _trips(computations, instruction)
             yield from _in_loops(computations, body[1], times=times * trips, loops=loops + 1)
-        elif called := _APPLIED.search(instruction.rest) if instruction.opcode == "call" else None:
-            yield from _in_loops(computations, called[1], times=times, loops=loops)
+        elif instruction.opcode == "call":
+            (called,) = _APPLIED.findall(instruction.rest)
+            yield from _in_loops(computations, called, times=times, loops=loops)
 
 
 def _trips(computations: Mapping[str, Computation], loop: Instruction) -> int:
     """How often a loop runs: as the compiler notes it, or the one number in its condition."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
-    condition = _CONDITION.search(loop.rest)
-    numbers = {
-        re.sub(r"\D.*", "", one.rest)
-        for one in (computations.get(condition[1], []) if condition else [])
-        if one.opcode == "constant" and one.type.startswith("s32[]")
-    }
-    return int(numbers.pop()) if len(numbers) == 1 else 1
+    (condition,) = _CONDITION.findall(loop.rest)
+    numbers = [one.rest for one in computations[condition] if one.is_number]
+    return int(numbers[0].partition(")")[0]) if len(numbers) == 1 else 1
 
 
 def _dimensions(shape: Sequence[int]) -> re.Pattern[str]:

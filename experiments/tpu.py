@@ -12,7 +12,8 @@ published; they rank programs and predict no clock. `scanned` fits the on-chip m
 v6e, where XLA puts its buffers and leaves them out of the temporary memory it reports: the peak
 counts them.
 
-Command   python -m experiments tpu          (pip install 'jaxaccum[experiments,tpu]')
+Command   python -m experiments tpu [--on v5e:4x4]
+          (pip install 'jaxaccum[experiments,tpu]')
 Cost      some twenty minutes: `scanned` for N from 1 to 64 and on every topology, the other models
           at N = 8; hours with --full, which compiles every N of every model
 Expected  jaxaccum sends its gradients once per step whatever N, outside of loops; a hand-written
@@ -30,13 +31,12 @@ def run(
     *,
     full: bool = False,
     track: _report.Track = _report.quiet,
-    topologies: tuple[str, ...] = TOPOLOGIES,
     **options: Any,
 ) -> _report.Record:
     """The first model at every N on the first topology, all others at N = 8; with `full`, every N
     of every model. The `options` are those of `_compiled_report.Plan`."""
     return _compiled_report.record(
-        _compiled_report.Plan("tpu", topologies, full=full, **options),
+        _compiled_report.Plan("tpu", TOPOLOGIES, full=full, **options),
         name="tpu",
         question="What does a training step cost on a TPU pod: memory, collectives, seconds?",
         track=track,

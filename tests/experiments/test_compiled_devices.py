@@ -11,6 +11,7 @@ import pytest
 from experiments import __main__ as cli
 from experiments import _compiled_devices as places
 from experiments import _compiled_steps as steps
+from experiments import gpu
 
 
 def line(call, *words):
@@ -157,3 +158,14 @@ def test_the_description_and_the_figures_are_of_one_gpu():
     text = (places.Path(places.__file__).parent / "h100.txtpb").read_text()
     found = re.search(r"device_memory_size: (\d+)", text)
     assert int(found[1]) == places.CHIPS["h100"].memory
+
+
+def test_devices_that_are_here_run_the_steps_and_are_timed(monkeypatch):
+    here = jax.devices()[:2]
+    monkeypatch.setattr(places, "present", lambda kind: True)
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    with jax.enable_x64(False):
+        record = gpu.run(models=("scanned",), num_microbatches=(2,), examples=4)
+    assert record.settings["topologies"] == ["here"]
+    assert record.settings["compiled by"] == here[0].device_kind
+    assert all(row["note"] == "measured" and row["seconds"] > 0 for row in record.rows)

@@ -25,8 +25,12 @@ ONE, HOST = "h100:1x1x1", "h100:1x1x8"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _single_precision():
-    with jax.enable_x64(False):
+def _as_in_a_script():
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
         yield
 
 
@@ -52,13 +56,12 @@ def whole(program, name="scanned"):
 
 
 def sent(program, name="scanned"):
-    """The gradients that one step sends, over the bytes of the parameters, and whether a loop does
-    so."""
+    """How often one step sends the gradients, to a thousandth, and whether a loop does so. The loss
+    takes four bytes."""
     large = [c for c in collectives(program) if c.bytes > 1024]
-    assert {c.kind for c in large} <= {"all-reduce"}
-    return sum(c.times * c.bytes for c in large) / models.model(name).bytes, any(
-        c.loops for c in large
-    )
+    assert {c.kind for c in large} == {"all-reduce"}
+    times = sum(c.times * c.bytes for c in large) / models.model(name).bytes
+    return round(times, 3), any(c.loops for c in large)
 
 
 @pytest.mark.parametrize("place", [ONE, HOST])
@@ -87,9 +90,7 @@ def test_gradients_are_sent_once_whatever_the_number_of_microbatches(n):
 
 @pytest.mark.parametrize("way", [ways.SCAN, ways.OPTAX])
 def test_the_others_send_them_for_every_microbatch(way):
-    times, in_loops = sent(compiled(way, HOST))
-    assert times == pytest.approx(N, rel=0.01)
-    assert in_loops
+    assert sent(compiled(way, HOST)) == (N, True)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +129,4 @@ def test_the_experiment_compiles_every_way_and_checks_it(monkeypatch):
     assert [row["way"] for row in record.rows] == list(ways.WAYS)
     assert all(row["seconds"] > 0 and row["note"] == "estimated" for row in record.rows)
     monkeypatch.setitem(ways.WAYS, "jaxaccum", ways.with_scan)
-    assert [check.passed for check in gpu.run(**options).checks] == [False, False, False]
+    assert [check.passed for check in gpu.run(**options).checks] == [False] * 4

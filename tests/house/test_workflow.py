@@ -104,9 +104,10 @@ def commands(workflow):
                     yield row.get("python"), row.get("jax"), plain(filled)
 
 
-def test_it_runs_the_commands_of_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    found = re.findall(r"python3[.\d]* -m venv .*? -m (?:pytest -n 2|experiments)", readme)
+def test_it_runs_the_commands_of_the_readme_and_of_contributing():
+    papers = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    command = r"python3[.\d]* -m venv .*? -m (?:pytest -n 2(?: -m gpu)?|experiments)"
+    found = re.findall(command, papers)
     of = {re.search(r"\[(.*)\]", command)[1]: plain(command) for command in found}
     ran = set(commands(WORKFLOW))
     assert {command for _, _, command in ran} == set(of.values())
@@ -114,6 +115,7 @@ def test_it_runs_the_commands_of_the_readme():
         ("3.11", "oldest", of["test"]),
         ("3.13", "latest", of["test-core"]),
         (None, None, of["experiments"]),
+        (None, None, of["test,gpu"]),
     } <= ran
 
 

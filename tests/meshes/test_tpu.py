@@ -12,6 +12,7 @@ from experiments import _compiled_steps as steps
 from experiments import _compiled_ways as ways
 from experiments import tpu
 from experiments._compiled_devices import described
+from experiments._compiled_hlo import whole_results
 from jaxaccum.testing import collectives
 
 N, EXAMPLES = 8, 16
@@ -82,6 +83,30 @@ def test_the_adamw_step_of_a_model_that_exceeds_the_on_chip_memory():
 
     assert needed("jaxaccum") <= 1.55
     assert needed("hand-written scan") >= 3.45
+
+
+def test_bfloat16_parameters_are_summed_in_float32_in_place():
+    """On one TPU: on several, XLA reduces the largest leaf into a second array, after the loop."""
+    mesh = mesh_of(1)
+    params, x = shapes(mesh, jnp.bfloat16, width=4096)
+    state = steps.laid(jax.eval_shape(steps.OPTIMIZER.init, params), mesh, P())
+
+    def needed(way):
+        step = jax.jit(steps.step(way(models.mean_square, N, mesh)), donate_argnums=(0, 1))
+        compiled = step.lower(params, state, x).compile()
+        analysis, size = (
+            compiled.memory_analysis(),
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+        )
+        beyond = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
+        return beyond / size, whole_results(compiled.as_text(), params["w"].shape)
+
+    ours, whole = needed(ways.with_jaxaccum)
+    assert ours <= 2.1  # the sum alone is 2.0
+    assert whole == {}
+    theirs, whole = needed(ways.with_wide_scan)
+    assert theirs >= 3.0
+    assert whole == {"broadcast": N, "add": N}
 
 
 @pytest.mark.parametrize(
