@@ -94,14 +94,16 @@ def measured(place: str, n: int, form: Any, *, layers: int) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=OPTIONS[kind])
     seconds = time.perf_counter() - start
-    sent = sums_sent(compiled.as_text())
+    text, analysis = compiled.as_text(), compiled.memory_analysis()
+    assert text and analysis, "this compiler tells neither its program nor its memory"
+    sent = sums_sent(text)
     return {
         "place": place,
         "N": n,
         "unroll": form,
         "gradients sent": sum(one.bytes for one in sent) / size,
         "share sent while computing": sum(one.bytes for one in sent if one.hidden) / size,
-        "temporary / parameters": compiled.memory_analysis().temp_size_in_bytes / size,
+        "temporary / parameters": analysis.temp_size_in_bytes / size,
         "compile s": seconds,
     }
 
