@@ -288,12 +288,12 @@ FAULTS = [
     ),
     Fault(
         "the audit lets randomness pass", "_audit/judge.py",
-        "accumulates and not draws, bool", "accumulates, bool",
+        "accumulates and not random, random", "accumulates, random",
         "test_audit.py::test_keys",
     ),
     Fault(
         "the audit lets a constant of the size pass", "_audit/constants.py",
-        "fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), at=at)", "fixed(number=self.fresh())",
+        "fixed(_constant_if(same(a, b)), number=self.fresh(), at=at)", "fixed(number=self.fresh())",
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[a constant of the size]",
     ),
     Fault(
@@ -303,7 +303,7 @@ FAULTS = [
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Sum of a mean]",
     ),
     Fault(
-        "the audit takes n - 1 for n", "_audit/lattice.py",
+        "the audit takes n - 1 for n", "_audit/sizes.py",
         "return power if close and abs(power) <= 4 else None", "return power",
         "test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Mean by size - 1]",
     ),
@@ -348,8 +348,8 @@ FAULTS = [
         "test_coupled_on_meshes.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
     ),
     Fault(
-        "a carried key that comes back is taken for a changed state", "_audit/analysis.py",
-        "made_of.get(v, v) for v in new", "v for v in new",
+        "a carried key that comes back is taken for a changed state", "_audit/inputs.py",
+        "made_of.get(after, after)", "after",
         "test_audit.py::test_a_carried_key_that_comes_back_is_no_changed_state",
     ),
     Fault(
