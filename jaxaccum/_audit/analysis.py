@@ -9,15 +9,15 @@ are walked, 10 with 4 and 10 with 2, and the worst answer counts.
 
 Two programs may differ and yet mean the same. So what does not come out exact is tried again:
 
-- With microbatches of one example JAX leaves out what moves nothing, and the program for one
-  example is another than that for ten. A larger microbatch is walked in its place, if that computes
-  with the same primitives. Or the loss is written for one example, and reads it as ``x[0]``.
-- The loss may take adjacent examples in groups, as pairs do. Then a group is taken for one example.
+- With one example, JAX leaves out the equations that would move nothing, such as a broadcast from
+  1 to 1. So a larger microbatch is walked instead, if it computes with the same primitives. Or the
+  loss is written for one example, and reads it as ``x[0]``.
+- The loss may read adjacent examples together, as pairs. Then a group counts as one example.
 
 The cost. One trace for the whole batch, one per size of microbatch, and a walk of each pair. Only
 what is not exact costs the further tries.
 
-The weakness. An error that `fun` raises at one of the sizes is all that is known of it there.
+The weakness. A loss that raises an error at one of the two sizes cannot be decided.
 """
 
 from __future__ import annotations

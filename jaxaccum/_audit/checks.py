@@ -76,8 +76,8 @@ def closure_of(ins: Sequence[Value]) -> str:
 
 
 def _faults(notes: Notes, result: Result) -> frozenset[Fault]:
-    """The operands' faults, and what is new here. What only follows from a wrong operand is no
-    news."""
+    """The operands' faults, and those that are new here. What only follows from a wrong operand is
+    not reported again."""
     before = faults_of(result.ins)
     faults = before | result.out.faults | _of_position(notes, result)
     if not result.rule.scales and faults == before:
@@ -112,7 +112,8 @@ def _crosses(result: Result) -> bool:
     """Whether an axis has the batch's size and holds no examples: along it a value is known to be
     uniform.
 
-    A constant may lie beside the rows of the result: it has as many such axes as those have.
+    An operand that is independent of the batch may have as many such axes as the result has axes
+    of rows: it is combined with the rows.
     """
     op, out = result.op, result.out
     if beyond(result.shapes, out):

@@ -20,7 +20,7 @@ A mean loss, step by step (`x` has one row per example)::
 
     r = (x @ w) ** 2               ROWS
     s = sum(r)                     TOTAL, its one term of scale 1
-    n = len(x)                     FIXED, of scale batch_size ** 1
+    n = len(x)                     FIXED (whatever the examples are), of scale batch_size ** 1
     s / n                          TOTAL, its one term of scale batch_size ** -1: a mean
     s / n + 0.1 * sum(w**2)        a second term, fixed and of scale 1: still a mean
     s + 0.1 * sum(w**2)            scales 1 and 1, and the latter fixed: the penalty would count
@@ -37,9 +37,8 @@ A loss with a BatchNorm::
     pmean(m, "microbatch")         FIXED: the full batch's, which all microbatches share
     mean((h - that) ** 2)          a mean without a coupling: exact
 
-A value that is wrong carries its `Fault`, and so does all that is computed from it. The verdict is
-that of the worst fault of the output, and without any it is read from the kind and the terms
-(`judge`).
+A value that is wrong carries its `Fault`, and so does every value computed from it. The worst fault
+of the output decides the verdict. Without faults its kind and its terms decide (`judge`).
 
 The cost. A few small immutable objects per equation. The terms of a value are a set, so that a loop
 that adds equal terms has a fixed point.
@@ -179,7 +178,7 @@ PLAIN = frozenset([Term()])
 
 
 class FaultKind(enum.StrEnum):
-    """What stands between a loss and its accumulation."""
+    """What keeps a loss from being accumulated."""
 
     COUPLING = "coupling"
     PAIRWISE = "pairwise"
@@ -195,9 +194,9 @@ class FaultKind(enum.StrEnum):
 
 
 CONSEQUENCES = (FaultKind.BATCH_SIZE, FaultKind.POSITION, FaultKind.DERIVATIVE)
-"""What is no news of a value that is wrong already."""
+"""Faults that only follow where a value is wrong already: they are not reported then."""
 HARMLESS = (FaultKind.RANDOM, FaultKind.COLLECTIVE, FaultKind.ASSUMPTION)
-"""What leaves a verdict as it is."""
+"""Faults that leave a verdict as it is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -228,7 +227,7 @@ class Index(enum.Enum):
     MICROBATCH = "the microbatch's place"
     START = "the place of the microbatch's first example in the batch"
     GATHERED = (
-        "no integer: all microbatches' rows, which reshape or sum to what no partition changes"
+        "not an integer: all microbatches' rows, which reshape or sum to what no partition changes"
     )
 
 
@@ -318,7 +317,7 @@ _UNIDENTIFIED: dict[str, Any] = {
     "extremum": None, "root": None, "compares": frozenset(), "scalar": False,
     "overwritten": False,
 }  # fmt: skip
-"""The fields of a value that no rule has said anything of."""
+"""What a value is called, or known to be, before a rule says so."""
 
 
 def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
@@ -337,7 +336,7 @@ def total(site: Site, terms: frozenset[Term], **fields: Any) -> Value:
 
 
 def statistic(site: Site | None, **fields: Any) -> Value:
-    """A function of the whole batch that is no sum."""
+    """A function of the whole batch that is not a sum."""
     return Value(Kind.STATISTIC, origin=site, **fields)
 
 

@@ -35,7 +35,7 @@ from jaxaccum._base.source_lines import Frame
 
 _OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the whole batch"
 _CAUSES = {FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN}
-"""Faults after which a further meeting of examples is no news."""
+"""Faults of a statistic after which a further meeting of examples is not reported."""
 
 
 class Notes(Constants):
@@ -128,7 +128,7 @@ class Notes(Constants):
     ) -> Value:  # fmt: skip
         """The result of an equation at which examples meet; rows where `layout` says so.
 
-        It is no news if the operands are statistics that are wrong already.
+        Nothing new is reported if the operands are statistics that are wrong already.
         """
         summaries = [v for v in ins if v.summary]
         met = summaries or ins

@@ -1,4 +1,4 @@
-"""What the audit says: a verdict, the lines that stand in the way, and what to write instead."""
+"""What the audit says: a verdict, the lines that cause it, and what to write instead."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def is_jax(file: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An equation with a body, inside of which another one is."""
+    """An equation whose body holds another one: a call, a loop, a branch."""
 
     eqn: jex.JaxprEqn
     cached_library_body: bool
