@@ -1,15 +1,15 @@
 """What an output is, before faults: whether that is exact under its tag, and if not, what to write.
 
-The output of a program without faults is a value of a known kind and known terms (see `lattice`).
-Whether it may be cut into microbatches depends on what its tag makes of the parts::
+Without faults, an output is a value of a known kind and known terms (see `lattice`). Whether its
+microbatches' parts add up to it depends on its tag::
 
-    what it is                     bare (a mean)    Mean(total, weight)    Sum
-    sum of scale 1                 no: say Sum      as total, as weight    exact
-    sum of scale 1/batch_size      exact            no: do not divide      no: say nothing, or sum
-    sum over a total, as a mask's  no: say Mean     no: do not divide      no: say Mean
-    independent of the batch       exact            exact if both are      no: counts N times
+    what it is                    without a tag (a mean)   Mean(total, weight)    Sum
+    sum of scale 1                no: say Sum              as total, as weight    exact
+    sum of scale 1 / batch_size   exact                    no: do not divide      no: drop the tag
+    sum / sum of weights          no: say Mean             no: do not divide      no: say Mean
+    independent of the batch      exact                    exact if both are      no: counts N times
 
-`Concat` wants rows along axis 0, `Max` and `Min` the extremum itself.
+`Concat` wants rows along axis 0, and `Max` and `Min` want the extremum itself.
 """
 
 from __future__ import annotations
