@@ -12,16 +12,16 @@ import inspect
 import linecache
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.core
+import jax.extend.core as jex
 import numpy as np
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
-from jaxaccum._audit.folding import LARGEST, is_numeric
+from jaxaccum._audit.folding import LARGEST, Constant, is_numeric
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
@@ -30,7 +30,7 @@ from jaxaccum._base.types import Array, Fun, WithStreams
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._program.argument_slots import Role, Slot
-from jaxaccum._program.program import Options, Program
+from jaxaccum._program.program import Observed, Options, Program
 
 
 def check(
@@ -63,19 +63,22 @@ def _is_whole(program: Program) -> bool:
     With one microbatch on each device, a BatchNorm over the devices has the whole batch's
     statistics.
     """
-    return program.partition.num_microbatches == 1 and (
-        not program.mesh_axes or _spans_devices(program)
-    )
+    if program.partition.num_microbatches > 1:
+        return False
+    return not program.mesh_axes or _spans_devices(program)
 
 
 def _spans_devices(program: Program) -> bool:
-    eqns = [
-        eqn
-        for one in program.traces
-        for axis in program.mesh_axes
-        for eqn in mentions(one.jaxpr, axis)
-    ]
-    return any(eqn.primitive.name not in _ON_ONE_DEVICE for eqn in eqns)
+    """Whether the loss itself exchanges something between the devices."""
+    for one in program.traces:
+        for axis in program.mesh_axes:
+            if any(map(_is_exchange, mentions(one.jaxpr, axis))):
+                return True
+    return False
+
+
+def _is_exchange(eqn: jex.JaxprEqn) -> bool:
+    return eqn.primitive.name not in _ON_ONE_DEVICE
 
 
 _ON_ONE_DEVICE = ("pvary", "pcast", "pbroadcast", "axis_index")
@@ -118,19 +121,15 @@ class _Call:
 
 # -- one report for a function and its shapes ------------------------------------------------------
 
-_REPORTS: weakref.WeakKeyDictionary[Fun, dict[Any, AuditReport]] = weakref.WeakKeyDictionary()
+_REPORTS: weakref.WeakKeyDictionary[Fun, dict[Hashable, AuditReport]]
+_REPORTS = weakref.WeakKeyDictionary()
 
 
 def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it
     traced to."""
-    key = (
-        axis_name,
-        call.program.mesh_axes,
-        call.program.partition,
-        call.argnums,
-        _signature(call),
-    )
+    program = call.program
+    key = (axis_name, program.mesh_axes, program.partition, call.argnums, _signature(call))
     try:
         reports = _REPORTS.setdefault(call.fun, {})
         report = reports.get(key)
@@ -159,24 +158,25 @@ def _made(call: _Call, axis_name: str) -> AuditReport:
         return report_on(call, partition, axis_name, mesh_axes=mesh_axes, whole_runs=False)
     except Exception as error:  # of a rule of the audit, in any way
         said = f"the audit failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        finding = Finding(
-            "unknown", None, None, "compare numerically: jaxaccum.testing.assert_exact", note=said
-        )
+        fix = "compare numerically: jaxaccum.testing.assert_exact"
+        finding = Finding("unknown", None, None, fix, note=said)
         return AuditReport(Verdict.UNKNOWN, False, False, (finding,), causes=(finding,))
 
 
-def _signature(call: _Call) -> Any:
+def _signature(call: _Call) -> Hashable:
     """What tells two traces of one function apart: its arguments, and its program with all that it
     holds."""
-    seen = tuple(call.program.observed.values())
     types = tuple(map(jax.typeof, call.arrays))
     roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
-    programs = tuple(structure.key_of(one.trace.jaxpr) for one in seen)
-    numbers = tuple(_content(x) for one in seen for x in one.consts)
-    return types, roles, programs, numbers, tuple(one.outputs for one in seen)
+    return types, roles, tuple(map(_program_key, call.program.observed.values()))
 
 
-def _content(constant: Any) -> Any:
+def _program_key(seen: Observed) -> Hashable:
+    """The program at one size, with its constants and its outputs."""
+    return structure.key_of(seen.trace.jaxpr), tuple(map(_content, seen.consts)), seen.outputs
+
+
+def _content(constant: Constant) -> Hashable:
     """The numbers of a small constant, which the audit may look at; of any other its type."""
     aval = jax.typeof(constant)
     if isinstance(constant, jax.core.Tracer) or not is_numeric(constant) or aval.size > LARGEST:
@@ -206,12 +206,11 @@ def message(fun: Fun, report: AuditReport, slots: Sequence[Slot] = ()) -> str:
 
 def _others(report: AuditReport) -> str:
     """The other outputs that are not exact."""
-    first, *rest = dict.fromkeys(cause.output for cause in report.causes)
-    names = [name for name in rest if name != first]
+    _, *names = dict.fromkeys(cause.output for cause in report.causes)
+    if not names:
+        return ""
     verb = "is" if len(names) == 1 else "are"
-    return (
-        f" ({', '.join(names)} {verb} not exact either; jaxaccum.audit says why)" if names else ""
-    )
+    return f" ({', '.join(names)} {verb} not exact either; jaxaccum.audit says why)"
 
 
 def _name(fun: Fun) -> str:
@@ -220,10 +219,8 @@ def _name(fun: Fun) -> str:
 
 def _line_of(finding: Finding) -> str | None:
     """The line that a finding speaks of, with its text."""
-    frames = [
-        frame for frame in (finding.origin, finding.use, *finding.fix_lines) if frame is not None
-    ]
-    return _with_text(frames[0]) if frames else None
+    frame = next(filter(None, (finding.origin, finding.use, *finding.fix_lines)), None)
+    return _with_text(frame) if frame is not None else None
 
 
 def _with_text(frame: Frame) -> str:

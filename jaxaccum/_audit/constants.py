@@ -9,15 +9,13 @@ are equal.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
 
-import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._audit.folding import LARGEST, is_arange, is_numeric, may_be_key, same
+from jaxaccum._audit.folding import LARGEST, Constant, is_arange, is_numeric, may_be_key, same
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     Fault,
@@ -36,78 +34,81 @@ class Constants:
 
     def __init__(self, sizes: Sizes):
         self.sizes = sizes
-        self.name_of: Callable[[Any], str | None] = lambda constant: None
+        self.name_of: Callable[[Constant], str | None] = lambda constant: None
         """The name of an array that the loss closes over."""
         self._fresh = 0
-        self._numbers: dict[Any, int] = {}
-        self.faults: dict[Any, Fault] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self.faults: dict[Hashable, Fault] = {}
 
     def fresh(self) -> int:
         """The number of a value like no other."""
         self._fresh += 1
         return self.number_of(("fresh", self._fresh))
 
-    def number_of(self, key: Any) -> int:
+    def number_of(self, key: Hashable) -> int:
+        """The number of a value, the same whenever its key comes again."""
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def constant(self, a: Any, b: Any) -> Value:
+    def constants(self, first: Iterable[Constant], second: Iterable[Constant]) -> list[Value]:
+        """Those of a program, in pairs of one at each size."""
+        return [self.constant(a, b) for a, b in zip(first, second, strict=False)]
+
+    def constant(self, a: Constant, b: Constant) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
         value = self._constant(a, b)
         name = self.name_of(a) if may_be_key(a) else None
         return value if name is None else dataclasses.replace(value, closure=name)
 
-    def _constant(self, a: Any, b: Any) -> Value:
+    def _constant(self, a: Constant, b: Constant) -> Value:
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
             one = getattr(a, "size", 0) == 1
-            return fixed(
-                Scale() if a is b else IRREGULAR,
-                number=self.number_of(("traced", id(a))),
-                scalar=one,
-            )
+            number = self.number_of(("traced", id(a)))
+            return fixed(_constant_if(a is b), number=number, scalar=one)
         if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, "O") or jnp.ndim(a) == 0:
             return self._scalar(a, b)
         if np.shape(a) == np.shape(b):
             return self._array(a, b)
         return self._table(a, b)
 
-    def _scalar(self, a: Any, b: Any) -> Value:
+    def _scalar(self, a: Constant, b: Constant) -> Value:
         if not is_numeric(a):
-            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), scalar=True)
-        power = self.sizes.power(a, b)
-        known = np.asarray(a).item() if power == 0 else None
-        dtype = str(getattr(a, "dtype", type(a)))
-        number = self.number_of(
-            ("literal", str(a), dtype) if power == 0 else ("literals", str(a), str(b))
-        )
-        return fixed(
-            Scale(power), known=known, scalar=True, number=number, at=(np.asarray(a), np.asarray(b))
-        )
+            return fixed(_constant_if(same(a, b)), number=self.fresh(), scalar=True)
+        power, at = self.sizes.power(a, b), (np.asarray(a), np.asarray(b))
+        if power != 0:
+            number = self.number_of(("literals", str(a), str(b)))
+            return fixed(Scale(power), scalar=True, number=number, at=at)
+        number = self.number_of(("literal", str(a), str(getattr(a, "dtype", type(a)))))
+        return fixed(Scale(power), known=at[0].item(), scalar=True, number=number, at=at)
 
-    def _array(self, a: Any, b: Any) -> Value:
+    def _array(self, a: Constant, b: Constant) -> Value:
         """A constant array of the same shape at both sizes."""
         if not is_numeric(a) or a.size > LARGEST or a.size == 0:
-            return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh())
-        at = (np.asarray(a), np.asarray(b))
-        if all(np.all(x == x.flat[0]) for x in at):
-            uniform = self._scalar(at[0].flat[0], at[1].flat[0])
+            return fixed(_constant_if(same(a, b)), number=self.fresh())
+        first, second = at = (np.asarray(a), np.asarray(b))
+        if _is_uniform(first) and _is_uniform(second):
+            uniform = self._scalar(first.flat[0], second.flat[0])
             return dataclasses.replace(uniform, number=self.fresh(), at=at)
-        return fixed(Scale() if same(a, b) else IRREGULAR, number=self.fresh(), at=at)
+        return fixed(_constant_if(same(a, b)), number=self.fresh(), at=at)
 
-    def _table(self, a: Any, b: Any) -> Value:
+    def _table(self, a: Constant, b: Constant) -> Value:
         """A constant array of the batch's size: uniform, or a row for each place."""
-        a, b = np.asarray(a), np.asarray(b)
-        if (
-            a.size
-            and b.size
-            and is_numeric(a)
-            and np.all(a == a.flat[0])
-            and np.all(b == b.flat[0])
-        ):
-            return dataclasses.replace(self._scalar(a.flat[0], b.flat[0]), number=self.fresh())
-        if is_arange(a, self.sizes.first) and is_arange(b, self.sizes.second):
+        first, second = np.asarray(a), np.asarray(b)
+        both_filled = first.size and second.size
+        if both_filled and is_numeric(first) and _is_uniform(first) and _is_uniform(second):
+            uniform = self._scalar(first.flat[0], second.flat[0])
+            return dataclasses.replace(uniform, number=self.fresh())
+        if is_arange(first, self.sizes.first) and is_arange(second, self.sizes.second):
             return Value(index=Index.ROW, layout=Layout((0,)))
         note = "a constant array has a row for each place in the batch"
-        fault = Fault(FaultKind.POSITION, None, None, note)
-        return fixed(
-            faults=frozenset([self.faults.setdefault((note, a.shape), fault)]), number=self.fresh()
-        )
+        found = Fault(FaultKind.POSITION, None, None, note)
+        fault = self.faults.setdefault((note, first.shape), found)
+        return fixed(faults=frozenset([fault]), number=self.fresh())
+
+
+def _constant_if(alike: bool) -> Scale:
+    """The scale of a constant, if it is alike at both sizes."""
+    return Scale() if alike else IRREGULAR
+
+
+def _is_uniform(x: np.ndarray) -> bool:
+    return bool(np.all(x == x.flat[0]))

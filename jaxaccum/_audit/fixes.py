@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from jaxaccum._audit.lattice import Fault, FaultKind
-from jaxaccum._audit.sources import Site
+from jaxaccum._audit.sources import Site, line_of
 from jaxaccum._base.source_lines import Frame
 
 _NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
@@ -81,7 +80,8 @@ def fix_of(
     line."""
     if fault.fix:
         return fault.fix
-    if fault.kind is FaultKind.COUPLING or (fault.kind is FaultKind.SELECTION and fault.hoistable):
+    of_statistic = fault.kind is FaultKind.COUPLING
+    if of_statistic or (fault.kind is FaultKind.SELECTION and fault.hoistable):
         if layer := _normalization(fault.origin) or _normalization(fault.use):
             keyword, mapped = _LAYERS[layer]
             names = _names(fault, axis_name, devices, mapped=mapped)
@@ -98,8 +98,8 @@ def _names(
 
     A layer that is `mapped` has an axis of `jax.vmap`, which leaves no trace in the program.
     """
-    lines = [site.frame for site in (fault.origin, fault.use) if site is not None]
-    known = next((devices[line] for line in lines if line is not None and line in devices), ())
+    lines = filter(None, (line_of(fault.origin), line_of(fault.use)))
+    known = next((devices[line] for line in lines if line in devices), ())
     names = ", ".join(f'"{name}"' for name in (*known, axis_name))
     if not known and mapped:
         return f'("batch", {names}), where "batch" is the axis of your jax.vmap'
@@ -108,10 +108,12 @@ def _names(
 
 def _normalization(site: Site | None) -> str | None:
     """The file of the normalization layer that an equation belongs to."""
-    traceback: Any = site.eqn.source_info.traceback if site is not None else None
-    frames = traceback.frames if traceback is not None else ()
-    files = [frame.file_name.replace(os.sep, "/") for frame in frames]
-    return next((end for file in files for end in _LAYERS if file.endswith(end)), None)
+    traceback = site.eqn.source_info.traceback if site is not None else None
+    for frame in traceback.frames if traceback is not None else ():
+        file = frame.file_name.replace(os.sep, "/")
+        if layer := next(filter(file.endswith, _LAYERS), None):
+            return layer
+    return None
 
 
 KEY_ARGUMENT = (

@@ -6,46 +6,50 @@ equations of constants. They are computed here, by numpy, so that their results 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 LARGEST = 64
 """The most entries of a constant that is computed with: shapes are short."""
 
-Fold = Callable[..., Any]
+Constant = Any
+"""What JAX holds as a constant of a program: a number, an array, a key, or a tracer."""
+Params = Mapping[str, Any]
+"""The parameters of an equation."""
+Fold = Callable[..., np.ndarray]
 """``(parameters, *operands) -> result``."""
 
 
-def _elementwise(function: Callable[..., Any]) -> Fold:
+def _elementwise(function: Callable[..., np.ndarray]) -> Fold:
     return lambda params, *operands: function(*operands)
 
 
-def _along_axes(function: Callable[..., Any]) -> Fold:
+def _along_axes(function: Callable[..., np.ndarray]) -> Fold:
     return lambda params, x: function(x, axis=tuple(params["axes"]))
 
 
-def _quotient(params: Any, x: Any, y: Any) -> Any:
+def _quotient(params: Params, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """JAX rounds the quotient of integers towards zero."""
     if np.issubdtype(x.dtype, np.integer):
         return np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y))
     return x / y
 
 
-def _broadcast(params: Any, x: Any) -> Any:
+def _broadcast(params: Params, x: np.ndarray) -> np.ndarray:
     shape = [1] * len(params["shape"])
     for axis, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
         shape[axis] = size
     return np.broadcast_to(x.reshape(shape), params["shape"])
 
 
-def _slice(params: Any, x: Any) -> Any:
+def _slice(params: Params, x: np.ndarray) -> np.ndarray:
     steps = params["strides"] or [1] * x.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-    return x[tuple(slice(*each) for each in bounds)]
+    return x[tuple(map(slice, params["start_indices"], params["limit_indices"], steps))]
 
 
 FOLDS: dict[str, Fold] = {
@@ -100,32 +104,35 @@ FOLDS: dict[str, Fold] = {
 }
 
 
-def folded(eqn: Any, operands: Sequence[np.ndarray]) -> np.ndarray | None:
+def folded(eqn: jex.JaxprEqn, operands: Sequence[np.ndarray]) -> np.ndarray | None:
     """The result of an equation of constants; None where it has no rule here or is large."""
     fold = FOLDS.get(eqn.primitive.name)
     if fold is None or not eqn.outvars:
         return None
-    out = eqn.outvars[0].aval
+    out: Any = eqn.outvars[0].aval
     if out.size > LARGEST or not isinstance(out.dtype, np.dtype):
         return None
-    given = [v.aval for v in eqn.invars]
-    if any(x.shape != aval.shape for x, aval in zip(operands, given, strict=True)):
-        return None
-    own = [np.asarray(x, aval.dtype) for x, aval in zip(operands, given, strict=True)]
+    own = []
+    for x, v in zip(operands, eqn.invars, strict=True):
+        aval: Any = v.aval
+        if x.shape != aval.shape:
+            return None
+        own.append(np.asarray(x, aval.dtype))
     with np.errstate(all="ignore"):  # a division by zero that a choice then leaves out
         return np.asarray(fold(eqn.params, *own), out.dtype)
 
 
-def is_numeric(x: Any) -> bool:
+def is_numeric(x: Constant) -> bool:
     """Whether a constant is a number, or an array of numbers."""
+    if isinstance(x, bool | int | float | complex):
+        return True
     dtype = getattr(x, "dtype", None)
-    return isinstance(x, bool | int | float | complex) or (
-        dtype is not None
-        and (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
-    )
+    if dtype is None:
+        return False
+    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: Constant, b: Constant) -> bool:
     """Whether two constants, numbers or keys, are equal."""
     if a is b or not (hasattr(a, "dtype") and hasattr(b, "dtype")):
         return a is b
@@ -141,7 +148,7 @@ def is_arange(x: np.ndarray, size: int) -> bool:
     return counts and np.array_equal(x, np.arange(size))
 
 
-def may_be_key(x: Any) -> bool:
+def may_be_key(x: Constant) -> bool:
     """Whether a constant is a typed key, or has the type of the numbers of one."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key))

@@ -1,21 +1,65 @@
 """What the audit knows of a value: how it depends on the batch, where its examples lie, and what
-normalizes it."""
+it is divided by.
+
+The problem. The microbatches' gradients add up to the full batch's if each term of the loss is a
+sum over examples, divided by one number that all microbatches share. Which losses are of this form?
+
+The idea. Forget the numbers of a variable, and keep what decides this question, a `Value`. Its kind
+says how it depends on the batch::
+
+    FIXED      independent of the batch                    parameters, 0.1, len(x)
+    ROWS       one part per example, along `layout`        x, x @ w, (x @ w - y) ** 2
+    TOTAL      a sum over the examples                     sum(x), sum(mask), mean(x)
+    STATISTIC  another function of the whole batch         sum(x) ** 2, max(x)
+
+A total is a sum of addends, its `terms`. Each has a `Scale`, the factor that all examples share:
+``batch_size ** power`` times powers of other totals. And a term is `fixed` if it comes from a value
+that is independent of the batch.
+
+A mean loss, step by step (`x` has one row per example)::
+
+    r = (x @ w) ** 2               ROWS
+    s = sum(r)                     TOTAL, its one term of scale 1
+    n = len(x)                     FIXED (whatever the examples are), of scale batch_size ** 1
+    s / n                          TOTAL, its one term of scale batch_size ** -1: a mean
+    s / n + 0.1 * sum(w**2)        a second term, fixed and of scale 1: still a mean
+    s + 0.1 * sum(w**2)            scales 1 and 1, and the latter fixed: the penalty would count
+                                   once per microbatch
+    s / sum(mask)                  the scale holds the total sum(mask) to the power -1: a ratio
+
+A loss with a BatchNorm::
+
+    h = x @ w                      ROWS
+    m = mean(h)                    TOTAL of scale batch_size ** -1
+    h - m                          ROWS, with a fault of kind `coupling`: each microbatch would
+                                   subtract a total of its own
+    mean((h - m) ** 2)             a mean, with the fault that it inherits: COUPLED
+    pmean(m, "microbatch")         FIXED: the full batch's, which all microbatches share
+    mean((h - that) ** 2)          a mean without a coupling: exact
+
+A value that is wrong carries its `Fault`, and so does every value computed from it. The worst fault
+of the output decides the verdict. Without faults its kind and its terms decide (`judge`).
+
+The cost. A few small immutable objects per equation. The terms of a value are a set, so that a loop
+that adds equal terms has a fixed point.
+
+The weakness. The lattice knows two kinds of factors, powers of the batch size and of totals, and no
+algebra: ``s / (n + 1)`` is neither, and ``h - m + m`` is reported as coupled, although it is `h`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import math
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._audit.sizes import Power
+from jaxaccum._audit.sizes import Sizes as Sizes
 from jaxaccum._audit.sources import Site
-
-Power = Fraction | None
-"""A number proportional to ``batch_size ** power``; None where it follows no such law."""
 
 
 class Kind(enum.Enum):
@@ -64,6 +108,19 @@ class Weight:
     exponent: int = 1
     guarded: bool = False
 
+    def inverse(self) -> Weight:
+        """1 / weight."""
+        return dataclasses.replace(self, exponent=-self.exponent)
+
+    def with_guard(self) -> Weight:
+        """The weight, kept from being 0."""
+        return dataclasses.replace(self, guarded=True)
+
+    def times(self, other: Weight) -> Weight:
+        """The product of two powers of one total."""
+        guarded = self.guarded or other.guarded
+        return Weight(self.number, self.exponent + other.exponent, guarded)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -79,15 +136,13 @@ class Scale:
 
     def inverse(self) -> Scale:
         """1 / scale."""
-        weights = frozenset(dataclasses.replace(w, exponent=-w.exponent) for w in self.weights)
+        weights = frozenset(map(Weight.inverse, self.weights))
         return Scale(None if self.power is None else -self.power, weights)
 
     def guarded(self) -> Scale:
         """The scale whose weights are kept from being 0, by a maximum, a small addend or a
         choice."""
-        return Scale(
-            self.power, frozenset(dataclasses.replace(w, guarded=True) for w in self.weights)
-        )
+        return Scale(self.power, frozenset(map(Weight.with_guard, self.weights)))
 
     @property
     def trivial(self) -> bool:
@@ -96,12 +151,11 @@ class Scale:
 
 
 def _multiplied(one: frozenset[Weight], two: frozenset[Weight]) -> frozenset[Weight]:
-    exponents: dict[int, int] = {}
-    guarded: dict[int, bool] = {}
+    found: dict[int, Weight] = {}
     for w in (*one, *two):
-        exponents[w.number] = exponents.get(w.number, 0) + w.exponent
-        guarded[w.number] = guarded.get(w.number, False) or w.guarded
-    return frozenset(Weight(n, e, guarded[n]) for n, e in exponents.items() if e or guarded[n])
+        known = found.get(w.number)
+        found[w.number] = w if known is None else known.times(w)
+    return frozenset(w for w in found.values() if w.exponent or w.guarded)
 
 
 UNIT = Scale()
@@ -124,7 +178,7 @@ PLAIN = frozenset([Term()])
 
 
 class FaultKind(enum.StrEnum):
-    """What stands between a loss and its accumulation."""
+    """What keeps a loss from being accumulated."""
 
     COUPLING = "coupling"
     PAIRWISE = "pairwise"
@@ -140,9 +194,9 @@ class FaultKind(enum.StrEnum):
 
 
 CONSEQUENCES = (FaultKind.BATCH_SIZE, FaultKind.POSITION, FaultKind.DERIVATIVE)
-"""What is no news of a value that is wrong already."""
+"""Faults that only follow where a value is wrong already: they are not reported then."""
 HARMLESS = (FaultKind.RANDOM, FaultKind.COLLECTIVE, FaultKind.ASSUMPTION)
-"""What leaves a verdict as it is."""
+"""Faults that leave a verdict as it is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +227,7 @@ class Index(enum.Enum):
     MICROBATCH = "the microbatch's place"
     START = "the place of the microbatch's first example in the batch"
     GATHERED = (
-        "no integer: all microbatches' rows, which reshape or sum to what no partition changes"
+        "not an integer: all microbatches' rows, which reshape or sum to what no partition changes"
     )
 
 
@@ -243,12 +297,7 @@ class Value:
     def but(self, **changes: Any) -> Value:
         """A new value like this one: what identified the old one does not carry over unless it is
         given."""
-        reset: dict[str, Any] = {
-            "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None,
-            "extremum": None, "root": None, "compares": frozenset(), "scalar": False,
-            "overwritten": False,
-        }  # fmt: skip
-        return self.like(**reset | changes)
+        return self.like(**_UNIDENTIFIED | changes)
 
     def like(self, **changes: Any) -> Value:
         """A copy with other fields, as by ``dataclasses.replace``, but quick: each equation makes
@@ -259,9 +308,16 @@ class Value:
 
     def scaled(self, scale: Scale) -> Value:
         """Its addends under a further factor."""
-        return self.but(
-            terms=frozenset(term.times(scale) for term in self.terms), scalar=self.scalar
-        )
+        terms = frozenset(term.times(scale) for term in self.terms)
+        return self.but(terms=terms, scalar=self.scalar)
+
+
+_UNIDENTIFIED: dict[str, Any] = {
+    "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None,
+    "extremum": None, "root": None, "compares": frozenset(), "scalar": False,
+    "overwritten": False,
+}  # fmt: skip
+"""What a value is called, or known to be, before a rule says so."""
 
 
 def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
@@ -280,62 +336,25 @@ def total(site: Site, terms: frozenset[Term], **fields: Any) -> Value:
 
 
 def statistic(site: Site | None, **fields: Any) -> Value:
-    """A function of the whole batch that is no sum."""
+    """A function of the whole batch that is not a sum."""
     return Value(Kind.STATISTIC, origin=site, **fields)
 
 
-def _spacing(x: Any) -> float:
-    """How far apart, relatively, the numbers of a constant's dtype are."""
-    dtype = jnp.dtype(getattr(x, "dtype", float))
-    return (
-        float(jnp.finfo(dtype).eps)
-        if jnp.issubdtype(dtype, jnp.inexact)
-        else float(np.finfo(float).eps)
-    )
+def is_wrong(faults: Iterable[Fault]) -> bool:
+    """Whether one of them changes the verdict."""
+    return any(fault.kind not in HARMLESS for fault in faults)
 
 
-def _tolerance(spacing: float) -> float:
-    """How much a ratio of constants may be off: by some roundings, or by one where numbers are 1 %
-    apart."""
-    return spacing if spacing > 1e-4 else 8 * spacing
+def faults_of(values: Iterable[Value]) -> frozenset[Fault]:
+    """All faults of some values."""
+    return frozenset[Fault]().union(*(v.faults for v in values))
 
 
-def _is_small_integer(x: complex) -> bool:
-    """Whether every floating dtype with 8 bits of mantissa, as bfloat16, holds the number
-    exactly."""
-    return x.imag == 0 and x.real == round(x.real) and abs(x.real) <= 256
+def origin_of(values: Iterable[Value]) -> Site | None:
+    """The first reduction or split that some values come from."""
+    return next((v.origin for v in values if v.origin is not None), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The two batch sizes at which the program was traced."""
-
-    first: int
-    second: int
-
-    def power(self, a: Any, b: Any) -> Power:
-        """The power of the batch size by which `a` at the first size becomes `b` at the second."""
-        apart = _tolerance(max(_spacing(a), _spacing(b)))
-        try:
-            a, b = complex(a), complex(b)
-        except (TypeError, ValueError):
-            return None
-        if a == b or (a != a and b != b):
-            return Fraction(0)
-        if a == 0 or b == 0 or not math.isfinite(abs(a)) or not math.isfinite(abs(b)):
-            return None
-        ratio = b / a
-        if ratio.imag or ratio.real <= 0:
-            return None
-        base = self.second / self.first
-        power = Fraction(round(2 * math.log(ratio.real) / math.log(base)), 2)
-        whole = power.denominator == 1 and _is_small_integer(a) and _is_small_integer(b)
-        apart = 0.0 if whole else apart
-        close = abs(ratio.real / base ** float(power) - 1) <= apart
-        return power if close and abs(power) <= 4 else None
-
-    def divided(self, by: int) -> Sizes | None:
-        """The sizes of one of `by` equal shares; None where they do not divide."""
-        if self.first % by or self.second % by:
-            return None
-        return Sizes(self.first // by, self.second // by)
+def any_params(values: Iterable[Value]) -> bool:
+    """Whether one of them depends on the parameters."""
+    return any(v.params for v in values)

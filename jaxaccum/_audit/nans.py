@@ -4,7 +4,6 @@ program."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.core
@@ -12,16 +11,17 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._audit.folding import Constant
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 
 
-def any_nan(numbers: Iterable[Any]) -> bool:
+def any_nan(numbers: Iterable[Constant]) -> bool:
     """Whether one of them is NaN or has a NaN entry; of what has no value yet, that is not
     known."""
     return any(map(_is_nan, numbers))
 
 
-def constants(jaxpr: Any) -> Iterator[Any]:
+def constants(jaxpr: object) -> Iterator[Constant]:
     """The numbers of a program: its constants, and those that are written in its equations."""
     inner, consts = opened(jaxpr)
     yield from consts
@@ -31,7 +31,7 @@ def constants(jaxpr: Any) -> Iterator[Any]:
             yield from constants(body)
 
 
-def _bodies(parameters: Iterable[Any]) -> Iterator[Any]:
+def _bodies(parameters: Iterable[object]) -> Iterator[object]:
     """The jaxprs among the parameters of an equation, with their constants."""
     for x in parameters:
         if isinstance(x, jex.Jaxpr | ClosedJaxpr):
@@ -40,7 +40,7 @@ def _bodies(parameters: Iterable[Any]) -> Iterator[Any]:
             yield from _bodies(x)
 
 
-def _is_nan(x: Any) -> bool:
+def _is_nan(x: Constant) -> bool:
     if isinstance(x, float | complex):
         return x != x
     if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) or not hasattr(x, "dtype"):

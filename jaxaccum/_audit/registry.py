@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from jaxaccum._audit.lattice import Value
 
 Apply = Callable[..., Any]
-"""``(walk, op, operands) -> Value | list[Value]``; one value stands for all results."""
+"""``(walk, op, operands) -> Value | list[Value]``; one value is that of all results."""
+_Function = TypeVar("_Function", bound=Apply)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,10 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(names: str, **flags: bool) -> Callable[[Apply], Apply]:
+def rule(names: str, **flags: bool) -> Callable[[_Function], _Function]:
     """Register a function for the primitives of these names, separated by spaces."""
 
-    def register(apply: Apply) -> Apply:
+    def register(apply: _Function) -> _Function:
         for name in names.split():
             RULES[name] = Rule(apply, **flags)
         return apply
@@ -39,6 +42,6 @@ def rule(names: str, **flags: bool) -> Callable[[Apply], Apply]:
     return register
 
 
-class Settled(list[Any]):
+class Settled(list[Value]):
     """Results whose faults are complete: those of the operands were considered and are not to be
     added."""

@@ -1,4 +1,4 @@
-"""What the audit says: a verdict, the lines that stand in the way, and what to write instead."""
+"""What the audit says: a verdict, the lines that cause it, and what to write instead."""
 
 from __future__ import annotations
 
@@ -103,11 +103,9 @@ class Probe:
             return f"probe: could not be computed ({self.note})"
         said = "equal" if self.exact else "NOT equal"
         worst = max(self.errors, key=lambda name: self.errors[name], default="")
-        rule = (
-            f"the microbatches' own losses combine as a {self.rule}"
-            if self.rule
-            else "no rule combines the microbatches"
-        )
+        rule = "no rule combines the microbatches"
+        if self.rule:
+            rule = f"the microbatches' own losses combine as a {self.rule}"
         return (
             f"probe: {said} in float64 over {split} examples (largest error "
             f"{self.errors[worst]:.2g}, {worst}); {rule}"
@@ -164,9 +162,7 @@ class AuditReport:
         left = "text-align:left; vertical-align:top"
         parts = [element("p", element("b", self._answer()))]
         if len(self.terms) > 1:
-            rows = [
-                (name, verdict, "" if exact else "not exact") for name, verdict, exact in self.terms
-            ]
+            rows = [_term_cells(term) for term in self.terms]
             parts.append(table(("output", "verdict", ""), rows, cells=left))
         if self.findings:
             rows = [_finding_cells(finding) for finding in self.findings]
@@ -185,20 +181,19 @@ class AuditReport:
             print(self)
 
     def _answer(self) -> str:
-        answer = (
-            "accumulates exactly" if self.exact else "does not accumulate exactly, as it stands"
-        )
-        answer = "may not accumulate exactly" if self.verdict is Verdict.UNKNOWN else answer
+        answer = "accumulates exactly"
+        if self.verdict is Verdict.UNKNOWN:
+            answer = "may not accumulate exactly"
+        elif not self.exact:
+            answer = "does not accumulate exactly, as it stands"
         random = " (random draws depend on the split)" if self.random else ""
         return f"{self.verdict}: {MEANING[self.verdict]}; it {answer}{random}"
 
     def _lines(self) -> Iterator[str]:
         yield self._answer()
         if len(self.terms) > 1:
-            yield from (
-                f"  {name}: {verdict}{'' if exact else ', not exact'}"
-                for name, verdict, exact in self.terms
-            )
+            for name, verdict, exact in self.terms:
+                yield f"  {name}: {verdict}{'' if exact else ', not exact'}"
         for finding in self.findings:
             yield from _finding_lines(finding)
         if self.probe is not None:
@@ -211,6 +206,11 @@ def _finding_lines(finding: Finding) -> Iterator[str]:
     if finding.fix:
         yield f"    fix: {finding.fix}"
     yield from _fix_places(finding)
+
+
+def _term_cells(term: tuple[str, Verdict, bool]) -> tuple[str, Verdict, str]:
+    name, verdict, exact = term
+    return name, verdict, "" if exact else "not exact"
 
 
 def _finding_cells(finding: Finding) -> tuple[str, str, str]:
@@ -230,12 +230,13 @@ def _said(finding: Finding) -> str:
 
 def _places(finding: Finding) -> Iterator[str]:
     """The line where examples first meet, and the line that makes it matter."""
-    if finding.origin is not None:
-        yield from _marked(
-            finding.origin, "from" if finding.use not in (None, finding.origin) else "at"
-        )
-    if finding.use is not None and finding.use != finding.origin:
-        yield from _marked(finding.use, "used at" if finding.origin is not None else "at")
+    origin, use = finding.origin, finding.use
+    if use == origin:
+        use = None
+    if origin is not None:
+        yield from _marked(origin, "from" if use is not None else "at")
+    if use is not None:
+        yield from _marked(use, "used at" if origin is not None else "at")
 
 
 def _fix_places(finding: Finding) -> Iterator[str]:

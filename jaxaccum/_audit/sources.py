@@ -6,32 +6,31 @@ import dataclasses
 import functools
 import os
 import sysconfig
-from typing import Any
+
+import jax.extend.core as jex
 
 from jaxaccum._base.source_lines import _INNER, Frame
 
+_FOLDERS = sysconfig.get_paths()
 _LIBRARIES = tuple(
-    path + os.sep
-    for path in {
-        sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")
-    }
-    if path
+    _FOLDERS[name] + os.sep
+    for name in ("purelib", "platlib", "stdlib", "platstdlib")
+    if _FOLDERS[name]
 )
-
+"""Where Python keeps its own modules and those that are installed."""
 
 _HERE = os.path.dirname(__file__) + os.sep
 _TRACED_FROM = (
     _HERE,
     os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "call.py"),
 )
-"""The files that trace a loss: what stands below them is the loss."""
+"""The files that trace a loss: the frames that they call are the loss."""
 
 
 def is_library(file: str) -> bool:
     """Whether a file is installed code, JAX or this package, and so not the user's own."""
-    return file.startswith(("<frozen", *_INNER)) or (
-        file.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file
-    )
+    installed = file.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file
+    return installed or file.startswith(("<frozen", *_INNER))
 
 
 def is_jax(file: str) -> bool:
@@ -41,9 +40,9 @@ def is_jax(file: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An equation inside whose body another stands."""
+    """An equation whose body holds another one: a call, a loop, a branch."""
 
-    eqn: Any
+    eqn: jex.JaxprEqn
     cached_library_body: bool
     """Whether JAX may have traced the body earlier, for another caller of a library function."""
 
@@ -53,10 +52,10 @@ class Site:
     """An equation and the calls around it, the outermost first. It holds them, so that identities
     stay unique."""
 
-    eqn: Any
+    eqn: jex.JaxprEqn
     calls: tuple[Call, ...] = ()
     defined: Frame | None = None
-    """Where the function is defined that stands for the equation's derivative."""
+    """Where the function is defined that computes the equation's derivative."""
 
     @functools.cached_property
     def frame(self) -> Frame | None:
@@ -70,7 +69,8 @@ class Site:
             stack, cached = _extended(stack, _stack(call.eqn), cached), call.cached_library_body
         stack = _extended(stack, _stack(self.eqn), cached)
         own = [frame for frame in stack if not is_library(frame.file)]
-        return own[-1] if own else stack[-1] if stack else None
+        innermost = own or stack
+        return innermost[-1] if innermost else None
 
     @property
     def primitive(self) -> str:
@@ -81,29 +81,32 @@ class Site:
         return str(self.frame) if self.frame is not None else "an unknown line"
 
 
-def _stack(eqn: Any) -> list[Frame]:
+def line_of(site: Site | None) -> Frame | None:
+    """The line of a site, where there is one."""
+    return site.frame if site is not None else None
+
+
+def _stack(eqn: jex.JaxprEqn) -> list[Frame]:
     """The frames below those that trace the loss, outside of JAX and this package, the outermost
     first."""
     traceback = eqn.source_info.traceback
-    inward = list(traceback.frames) if traceback is not None else []
-    depth = next(
-        (i for i, f in enumerate(inward) if f.file_name.startswith(_TRACED_FROM)), len(inward)
-    )
-    own = [f for f in reversed(inward[:depth]) if not f.file_name.startswith(_INNER)]
-    return [Frame(f.file_name, f.line_num, f.function_name) for f in own]
+    stack: list[Frame] = []
+    for frame in traceback.frames if traceback is not None else ():  # the innermost first
+        if frame.file_name.startswith(_TRACED_FROM):
+            break
+        if not frame.file_name.startswith(_INNER):
+            stack.append(Frame(frame.file_name, frame.line_num, frame.function_name))
+    return stack[::-1]
 
 
 def _extended(outer: list[Frame], inner: list[Frame], cached: bool) -> list[Frame]:
     """The frames of an equation inside a call.
 
     JAX caches the body of a jitted library function together with the first caller's frames. Frames
-    that do not extend the call's own are that caller's, and the line of the call is the answer; so
-    it is where there is none of the user's inside.
+    that do not extend the call's own are that caller's, and the line of the call is the answer. So
+    it is if no frame inside is the user's.
     """
-    if (
-        outer
-        and inner[: len(outer)] != outer
-        and (cached or all(is_library(frame.file) for frame in inner))
-    ):
-        return outer
-    return inner or outer
+    if not outer or inner[: len(outer)] == outer:
+        return inner or outer
+    of_another_caller = cached or all(is_library(frame.file) for frame in inner)
+    return outer if of_another_caller else inner

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._audit.folding import Constant
 from jaxaccum._audit.sources import is_library
 from jaxaccum._base.trees import is_array
-from jaxaccum._base.types import Fun
+from jaxaccum._base.types import Array, Fun, InAxes, PyTree
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.argument_slots import Layout, Role, Slot
+from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output, leaves
@@ -27,13 +29,14 @@ class Traced:
     """The program at one size, and the outputs that it computes."""
 
     closed: Any
+    """A jaxpr with its constants: a type that JAX names differently in its versions."""
     outputs: tuple[Output, ...]
     indexed: bool = False
     """Whether its first argument is the index of the microbatch."""
 
     @property
     def arguments(self) -> list[Any]:
-        """The variables of the arguments of the loss."""
+        """The variables of the arguments of the loss; JAX's type of them knows no shape."""
         return self.closed.jaxpr.invars[1 if self.indexed else 0 :]
 
 
@@ -51,7 +54,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def given(self) -> Sequence[Any]:
+    def given(self) -> Sequence[Constant]:
         """The arguments, array by array, where they are at hand."""
         ...
 
@@ -73,51 +76,51 @@ class Arguments:
     """What the loss is called with, as shapes, and how the batch is divided."""
 
     layout: Layout
-    shapes: tuple[Any, ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    """One per slot."""
     partition: Partition
-    given: tuple[Any, ...] = ()
+    given: tuple[Constant, ...] = ()
     """The leaves as they came."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """One an array."""
+        """One per array."""
         return self.layout.slots
 
-    def at(self, size: int) -> list[Any]:
+    def at(self, size: int) -> list[jax.ShapeDtypeStruct]:
         """The shapes of the arrays for a batch of `size` examples."""
-        return [
-            self._resized(slot, x, size) for slot, x in zip(self.slots, self.shapes, strict=True)
-        ]
+        return [_resized(slot, x, size) for slot, x in zip(self.slots, self.shapes, strict=True)]
 
-    def _resized(self, slot: Slot, x: Any, size: int) -> Any:
-        if slot.role is Role.ROWS:
-            return jax.ShapeDtypeStruct(
-                (*x.shape[: slot.axis], size, *x.shape[slot.axis + 1 :]), x.dtype
-            )
-        if slot.role is Role.EXAMPLE_KEY:
-            return jax.eval_shape(example_keys, x, jax.ShapeDtypeStruct((size,), jnp.int32))
-        return x
+
+def _resized(slot: Slot, x: jax.ShapeDtypeStruct, size: int) -> jax.ShapeDtypeStruct:
+    """The shape of one array for a batch of `size` examples."""
+    if slot.role is Role.ROWS:
+        shape = (*x.shape[: slot.axis], size, *x.shape[slot.axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    if slot.role is Role.EXAMPLE_KEY:
+        return jax.eval_shape(example_keys, x, jax.ShapeDtypeStruct((size,), jnp.int32))
+    return x
 
 
 def read(
-    args: Sequence[Any], kwargs: dict[str, Any], in_axes: Any, num_microbatches: int
-) -> Arguments:
+    args: Sequence[PyTree], kwargs: dict[str, PyTree], in_axes: ArgumentAxes | InAxes,
+    num_microbatches: int,
+) -> Arguments:  # fmt: skip
     """The arguments, which may be shapes, as `value_and_grad` would read them."""
-    args = tuple(jax.tree.map(_as_array, arg) if i == 0 else arg for i, arg in enumerate(args))
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    places = [i for i, x in enumerate(leaves) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
+    if args:
+        args = (jax.tree.map(_as_array, args[0]), *args[1:])
+    leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if _is_array_or_shape(x)}
     layouts: list[Layout] = []
 
-    def arrays(given: list[Any]) -> list[Any]:
-        full = list(leaves)
-        for i, x in zip(places, given, strict=True):
-            full[i] = x
-        own_args, own_kwargs = treedef.unflatten(full)
-        layout, read = argument_slots.read(own_args, own_kwargs, in_axes)
+    def slot_arrays(arrays: dict[int, Array]) -> list[Array]:
+        every = [arrays.get(i, x) for i, x in enumerate(leaves)]
+        own_args, own_kwargs = treedef.unflatten(every)
+        layout, found = argument_slots.read(own_args, own_kwargs, in_axes)
         layouts.append(layout)
-        return read
+        return found
 
-    shapes = jax.eval_shape(arrays, [leaves[i] for i in places])
+    shapes = jax.eval_shape(slot_arrays, arrays)
     size = argument_slots.batch_size(layouts[0].slots, shapes)
     partition = validate.partition(
         size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous"
@@ -125,9 +128,13 @@ def read(
     return Arguments(layouts[0], tuple(shapes), partition, tuple(leaves))
 
 
-def _as_array(x: Any) -> Any:
+def _as_array(x: PyTree) -> PyTree:
     """A Python number of the first argument is differentiated, and so traced."""
     return jnp.asarray(x) if isinstance(x, float | complex) else x
+
+
+def _is_array_or_shape(x: object) -> bool:
+    return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +152,7 @@ class Loss:
         return self.arguments.slots
 
     @property
-    def given(self) -> Sequence[Any]:
+    def given(self) -> Sequence[Constant]:
         """The leaves of the arguments as they came."""
         return self.arguments.given
 
@@ -161,17 +168,19 @@ class Loss:
         """Its program for one of `count` microbatches of `size` examples."""
         outputs: list[Output] = []
 
-        def flat(*arrays: Any) -> list[Any]:
+        def flat(*arrays: Array) -> list[Array]:
             args, kwargs = self.arguments.layout.build(list(arrays))
             loss, aux = loss_and_aux(self.fun(*args, **kwargs), self.has_aux)
             found = [*leaves(loss, "the loss", aux=False), *leaves(aux, "aux", aux=True)]
-            outputs.extend(output for output, _ in found)
-            return [x for _, parts in found for x in parts]
+            results: list[Array] = []
+            for output, parts in found:
+                outputs.append(output)
+                results += parts
+            return results
 
+        traced = jax.make_jaxpr(flat, axis_env=[(self.axis_name, count)])
         try:
-            closed = jax.make_jaxpr(flat, axis_env=[(self.axis_name, count)])(
-                *self.arguments.at(size)
-            )
+            closed = traced(*self.arguments.at(size))
         except NameError as error:
             _unbound(error)
             raise

@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from jaxaccum._jaxpr.compat import opened
 from jaxaccum._program.example_keys import is_joined
 
+_Atom = jex.Var | jex.Literal
 _SIZES = {
     "shape", "new_sizes", "slice_sizes", "sizes", "reps", "fft_lengths", "length", "axis_size",
     "perm", "axis_index_groups", "result_avals",
@@ -29,7 +29,7 @@ _BY_AXIS = {
 _PLAIN = (bool, int, float, complex, str, type(None), np.dtype, np.generic, enum.Enum)
 
 
-def same_function(eqn: Any, other: Any) -> bool:
+def same_function(eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:
     """Whether two equations do the same to arrays of two sizes.
 
     Functions and jaxprs among the parameters are not compared: those are walked, or have no rule.
@@ -41,21 +41,24 @@ def same_function(eqn: Any, other: Any) -> bool:
     return all(_agree(name, eqn, other) for name in eqn.params)
 
 
-def _kinds(variables: Sequence[Any]) -> list[Any]:
+def _kinds(variables: Iterable[_Atom]) -> list[tuple[object, int]]:
     """Dtypes and numbers of axes."""
-    avals = [v.aval for v in variables]
-    return [(_dtype(x), len(getattr(x, "shape", ()))) for x in avals]
+    return [(_dtype(v), len(_shape(v))) for v in variables]
 
 
-def _dtype(aval: Any) -> Any:
+def _shape(v: _Atom) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())
+
+
+def _dtype(v: _Atom) -> object:
     """The dtype; of a key that holds those of the examples, at any size, its name."""
-    dtype: Any = getattr(aval, "dtype", None)
-    if isinstance(dtype, np.dtype):  # nearly all of them, and they make their names anew each time
+    dtype = getattr(v.aval, "dtype", None)
+    if dtype is None or isinstance(dtype, np.dtype):  # whose name NumPy makes anew each time
         return dtype
     return dtype.name if is_joined(dtype) else dtype
 
 
-def _agree(name: str, eqn: Any, other: Any) -> bool:
+def _agree(name: str, eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:
     first, second = eqn.params[name], other.params[name]
     if name in _SIZES or not _is_plain(first):
         return True
@@ -64,19 +67,22 @@ def _agree(name: str, eqn: Any, other: Any) -> bool:
     return _equal(first, second)
 
 
-def _agree_by_axis(first: Sequence[Any], second: Sequence[Any], eqn: Any, other: Any) -> bool:
+def _agree_by_axis(
+    first: Sequence[object], second: Sequence[object], eqn: jex.JaxprEqn, other: jex.JaxprEqn
+) -> bool:
     """Whether entries differ only along axes whose size differs, before or after the equation."""
-    before = _varies(eqn.invars[0], other.invars[0])
-    after = _varies(eqn.outvars[0], other.outvars[0])
-    changed = [not _equal(a, b) for a, b in zip(first, second, strict=True)]
-    return not any(change and not before(i) and not after(i) for i, change in enumerate(changed))
+    before, after = (eqn.invars[0], other.invars[0]), (eqn.outvars[0], other.outvars[0])
+    for axis, (a, b) in enumerate(zip(first, second, strict=True)):
+        if not _equal(a, b) and not _varies(*before, axis) and not _varies(*after, axis):
+            return False
+    return True
 
 
-def _varies(v: Any, w: Any) -> Callable[[int], bool]:
-    return lambda axis: v.aval.shape[axis] != w.aval.shape[axis]
+def _varies(v: _Atom, w: _Atom, axis: int) -> bool:
+    return _shape(v)[axis] != _shape(w)[axis]
 
 
-def _is_plain(x: Any) -> bool:
+def _is_plain(x: object) -> bool:
     """Whether a parameter is data: not a function, a jaxpr or a layout on a mesh."""
     if isinstance(x, tuple | list):
         return all(map(_is_plain, x))
@@ -85,7 +91,7 @@ def _is_plain(x: Any) -> bool:
     return isinstance(x, _PLAIN) or type(x) is type
 
 
-def _equal(x: Any, y: Any) -> bool:
+def _equal(x: object, y: object) -> bool:
     both_nan = isinstance(x, float) and isinstance(y, float) and x != x and y != y
     return both_nan or bool(x == y)
 
@@ -99,7 +105,7 @@ _MOVES = {
 1."""
 
 
-def same_work(first: Any, second: Any) -> bool:
+def same_work(first: object, second: object) -> bool:
     """Whether two programs compute with the same primitives, as often, but for what only moves
     numbers."""
     return Counter(_computing(opened(first)[0])) == Counter(_computing(opened(second)[0]))
@@ -107,10 +113,11 @@ def same_work(first: Any, second: Any) -> bool:
 
 def _computing(jaxpr: jex.Jaxpr) -> Iterator[str]:
     for eqn in jaxpr.eqns:
-        inexact = any(
-            jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact) for v in eqn.outvars
-        )
-        if inexact and eqn.primitive.name not in _MOVES:
+        if eqn.primitive.name not in _MOVES and any(map(_is_inexact, eqn.outvars)):
             yield eqn.primitive.name
         for inner in jex.jaxprs_in_params(eqn.params):
             yield from _computing(inner)
+
+
+def _is_inexact(v: jex.Var) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact)

@@ -1,0 +1,78 @@
+"""What each argument of the loss is to the walk, before its first equation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from jaxaccum._audit.lattice import Fault, FaultKind, Index, Layout, Value, fixed, rows
+from jaxaccum._audit.traces import Subject, Traced
+from jaxaccum._audit.walk import Walk
+from jaxaccum._program.argument_slots import Role, Slot
+
+
+def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
+    """The values of the program's arguments; the first may be the index of the microbatch."""
+    values: list[Value] = []
+    if whole.indexed:
+        values.append(fixed(index=Index.MICROBATCH, scalar=True, number=walk.fresh()))
+    unchanged = _unchanged(subject.slots, whole)
+    for slot, v in zip(subject.slots, whole.arguments, strict=True):
+        params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        values.append(_value(walk, slot, v, params=params, unchanged=v in unchanged))
+    return values
+
+
+def _value(walk: Walk, slot: Slot, v: jex.Var, *, params: bool, unchanged: bool) -> Value:
+    number, scalar = walk.fresh(), getattr(v.aval, "shape", None) == ()
+    match slot.role:
+        case Role.ROWS:
+            return rows(Layout((slot.axis,), inner=walk.group), number=number)
+        case Role.EXAMPLE_KEY:
+            return rows(Layout((0,), inner=walk.group), number=number)
+        case Role.KEY:
+            note = f"{slot.name} is folded with the microbatch's index"
+            fault = Fault(FaultKind.RANDOM, None, None, note, declared=True)
+            return fixed(faults=frozenset([fault]), number=number, scalar=scalar)
+        case Role.CARRY if not unchanged:
+            note = f"{slot.name} changes from microbatch to microbatch"
+            fault = Fault(FaultKind.STATE, None, None, note)
+            return fixed(faults=frozenset([fault]), number=number, scalar=scalar)
+        case _:
+            of_maxima = slot.overwritten
+            return fixed(number=number, scalar=scalar, params=params, overwritten=of_maxima)
+
+
+def _unchanged(slots: Sequence[Slot], traced: Traced) -> set[jex.Var]:
+    """The variables of the carried leaves that come back in their own place of the `Carry`, as they
+    went in."""
+    pairs = zip(traced.arguments, slots, strict=True)
+    old = [v for v, slot in pairs if slot.role is Role.CARRY]
+    new = _new_states(traced)
+    if len(new) != len(old):
+        return set()
+    # A carried key goes in as the integers that it is made of, and comes out typed.
+    made_of = {
+        eqn.outvars[0]: eqn.invars[0]
+        for eqn in traced.closed.jaxpr.eqns
+        if eqn.primitive.name == "random_wrap"
+    }
+    unchanged: set[jex.Var] = set()
+    for before, after in zip(old, new, strict=True):
+        came_from = after if isinstance(after, jex.Literal) else made_of.get(after, after)
+        if came_from is before:
+            unchanged.add(before)
+    return unchanged
+
+
+def _new_states(traced: Traced) -> list[jex.Var | jex.Literal]:
+    """The results that a loss returned in a `Carry`."""
+    results = iter(traced.closed.jaxpr.outvars)
+    found: list[jex.Var | jex.Literal] = []
+    for output in traced.outputs:
+        arrays = [next(results) for _ in range(output.count)]
+        if output.tag == "Carry":
+            found += arrays
+    return found
