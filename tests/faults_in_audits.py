@@ -13,7 +13,7 @@ ROWS = [
     ),
     (
         "a stopped ratio cancels", "_audit/rules/elementwise.py",
-        "    if any(term.scale.weights for term in x.terms):\n        return walk.couple(op, [x], note=_STOPPED",
+        "    if is_weighted(x):\n        return walk.couple(op, [x], note=_STOPPED",
         "    if False:\n        return walk.couple(op, [x], note=_STOPPED",
         "test_audit_losses.py::test_exact_is_what_the_numbers_say[an adaptive weight]",
     ),
