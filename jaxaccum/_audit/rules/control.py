@@ -125,7 +125,7 @@ def unfollowed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     if all_fixed(ins) and "callback" not in op.name and not op.eqn.effects:
         same = all_unscaled(ins) and _same_params(op)
         value = fixed(UNIT if same else IRREGULAR)
-    elif all(map(_is_wrong_already, ins)):
+    elif ins and all(map(_is_wrong_already, ins)):
         value = statistic(ins[0].origin)
     else:
         value = walk.unknown(op, f"{_described(op)} has no rule")
