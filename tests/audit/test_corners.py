@@ -2,6 +2,7 @@
 refute."""
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ rows = lambda w, b: jnp.tanh(b["x"] @ w)
 root = lambda w, b: jnp.sqrt(jnp.sum(rows(w, b) ** 2))
 
 
+called = lambda: jax.experimental.io_callback(lambda: np.float64(1), jax.ShapeDtypeStruct((), float))
 SHARED, SHARDED = P(), P("data")
 
 
@@ -98,6 +100,10 @@ LOSSES = {
             * jnp.sum(by_device(lambda w, x: w * lax.psum(1.0, "data"), SHARED)(w, b))
         ),
         "MEAN", True,
+    ),
+    "a callback without operands": (lambda w, b: jnp.mean(rows(w, b)) * called(), "UNKNOWN", False),
+    "a reshape of rows without entries": (
+        lambda w, b: jnp.mean(rows(w, b)) + jnp.sum(b["x"][:, :0].reshape(len(b["x"]), 2, 0)), "UNKNOWN", False,
     ),
     "a scan that adds": (lambda w, b: Sum(added(w, b)), "SUM", True),
     "a scan that counts": (lambda w, b: jnp.mean(numbered(w, b)), "POSITION", False),

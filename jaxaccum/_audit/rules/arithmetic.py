@@ -3,15 +3,12 @@ normalizer."""
 
 from __future__ import annotations
 
-import dataclasses
 from fractions import Fraction
 
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._audit.lattice import (
-    IRREGULAR,
-    PLAIN,
-    UNIT,
     FaultKind,
     Index,
     Kind,
@@ -24,7 +21,28 @@ from jaxaccum._audit.lattice import (
     statistic,
 )  # fmt: skip
 from jaxaccum._audit.registry import Settled, rule
-from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
+from jaxaccum._audit.rules.elementwise import combine
+from jaxaccum._audit.rules.operands import (
+    Terms,
+    all_fixed,
+    all_scalar,
+    any_rows,
+    any_summary,
+    both,
+    common_scale,
+    faults_of,
+    faulty,
+    layout_of,
+    nonzero,
+    note_terms,
+    once,
+    origin_of,
+    products,
+    same_layout,
+    summaries_among,
+    terms_of,
+    with_faults,
+)
 from jaxaccum._audit.walk import Op, Walk
 
 # -- totals as divisors ----------------------------------------------------------------------------
@@ -56,8 +74,8 @@ def guarded(x: Value, ins: list[Value]) -> Value:
     """A statistic that is a weight kept from 0: its maximum with a constant, or its sum with
     one."""
     weight = as_weight(x)
-    scalar = all(v.scalar for v in ins)
-    return statistic(x.origin, weight=None if weight is None else weight.guarded(), scalar=scalar)
+    kept = None if weight is None else weight.guarded()
+    return statistic(x.origin, weight=kept, scalar=all_scalar(ins))
 
 
 # -- sums ------------------------------------------------------------------------------------------
@@ -67,17 +85,16 @@ def guarded(x: Value, ins: list[Value]) -> Value:
 def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x + y. The first example of the microbatch plus a row is the example's place in the batch: a
     datum of its own."""
-    if {v.index for v in ins} == {Index.START, Index.ROW}:
-        row = next(v for v in ins if v.index is Index.ROW)
-        assert row.layout is not None
-        return Settled([rows(row.layout, faults=ins[0].faults | ins[1].faults)])
     for x, y in (ins, ins[::-1]):
-        if (
-            x.index is Index.MICROBATCH and y.known == 0
-        ):  # as JAX writes the index along several axes
+        if x.index is Index.START and y.index is Index.ROW:
+            assert y.layout is not None
+            return Settled([rows(y.layout, faults=faults_of(ins))])
+        if x.index is not Index.MICROBATCH:
+            continue
+        if y.known == 0:  # as JAX writes the index along several axes
             return Settled([x])
-        if x.index is Index.MICROBATCH and y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
-            return Settled([dataclasses.replace(x, faults=x.faults | y.faults)])
+        if y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
+            return Settled([with_faults(x, y.faults)])
     return added(walk, op, ins)
 
 
@@ -94,60 +111,58 @@ def sub(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 def added(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A sum, or whatever is linear like one: the addends of all operands."""
-    live = [v for v in ins if not v.zero]
-    summaries = [v for v in live if v.summary]
-    if all(v.fixed for v in live):
+    live = nonzero(ins)
+    summaries = summaries_among(live)
+    if all_fixed(live):
         return _added_fixed(op, ins)
     if len(live) == 1:
-        return dataclasses.replace(
-            live[0].but(scalar=all(v.scalar for v in ins)), weight=as_weight(live[0])
-        )
-    if summaries and not all(v.fixed for v in live if v not in summaries):
+        return live[0].but(scalar=all_scalar(ins), weight=as_weight(live[0]))
+    if summaries and any_rows(live):
         return combine(walk, op, live)
-    if (
-        len(summaries) == 1
-        and summaries[0].kind is Kind.STATISTIC
-        and summaries[0].weight is not None
-    ):
+    if len(summaries) == 1 and _divides(summaries[0]):
         return guarded(summaries[0], ins)
-    if any(v.kind is Kind.STATISTIC for v in live) or not same_layout(live):
+    if not same_layout(live) or not all(map(_has_addends, live)):
         return combine(walk, op, live)
     terms = _addends(walk, op, live, apart=bool(summaries))
     if (layout := layout_of(live)) is not None:
         return rows(layout, terms=terms, origin=origin_of(live))
     weight = guarded(summaries[0], ins).weight if len(summaries) == 1 else None
-    return dataclasses.replace(
-        summaries[0].but(scalar=all(v.scalar for v in ins)), terms=terms, weight=weight
-    )
+    return summaries[0].but(scalar=all_scalar(ins), terms=terms, weight=weight)
+
+
+def _has_addends(x: Value) -> bool:
+    """Whether the analysis knows what a value is a sum of."""
+    return x.kind is not Kind.STATISTIC
+
+
+def _divides(x: Value) -> bool:
+    """Whether it is a total that a guard has made another statistic of."""
+    return x.kind is Kind.STATISTIC and x.weight is not None
 
 
 def _added_fixed(op: Op, ins: list[Value]) -> Value:
-    scales = {v.scale for v in ins if not v.zero} or {UNIT}
-    known = None
-    if op.name in ("add", "sub") and all(v.known is not None for v in ins):
-        x, y = (v.known for v in ins)
-        known = x + y if op.name == "add" else x - y
-    return fixed(
-        scales.pop() if len(scales) == 1 else IRREGULAR,
-        known=known,
-        scalar=all(v.scalar for v in ins),
-    )
+    return fixed(common_scale(ins), known=_known_sum(op, ins), scalar=all_scalar(ins))
 
 
-def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> frozenset[Term]:
+def _known_sum(op: Op, ins: list[Value]) -> complex | None:
+    """The sum or the difference of two numbers that are known."""
+    if op.name not in ("add", "sub"):
+        return None
+    x, y = ins
+    if x.known is None or y.known is None:
+        return None
+    return x.known + y.known if op.name == "add" else x.known - y.known
+
+
+def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> Terms:
     """The addends of all operands; `apart` keeps those that are independent of the batch, which
-    stand once."""
-    terms: set[Term] = set()
+    enter once."""
+    terms: Terms = frozenset()
     for v in ins:
-        own = (
-            {dataclasses.replace(term, fixed=True) for term in v.terms}
-            if v.fixed and apart
-            else v.terms
-        )
-        for term in own:
-            walk.sites.setdefault(term, v.origin or walk.site(op))
+        own = once(v) if v.fixed and apart else v.terms
+        note_terms(walk, own, v.origin or walk.site(op))
         terms |= own
-    return frozenset(terms)
+    return terms
 
 
 # -- products --------------------------------------------------------------------------------------
@@ -162,18 +177,13 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         if x.index is Index.MICROBATCH and y.known == 1:
             return Settled([x])
         if x.index is Index.MICROBATCH and _is_batch_size(walk, op, y):
-            return dataclasses.replace(x.but(scalar=True), index=Index.START)
+            return x.but(scalar=True, index=Index.START)
     for x, y in (ins, ins[::-1]):
         if y.fixed:
             return _scaled(walk, op, x, y)
-        if (
-            y.kind is Kind.STATISTIC
-            and x.kind is not Kind.STATISTIC
-            and (scale := normalizer(y)) is not None
-        ):
-            return dataclasses.replace(
-                x.scaled(_noted(walk, op, scale)), origin=x.origin or y.origin
-            )
+        ratio = normalizer(y) if y.kind is Kind.STATISTIC and x.kind is not Kind.STATISTIC else None
+        if ratio is not None:
+            return x.scaled(_noted(walk, op, ratio)).like(origin=x.origin or y.origin)
         if (undone := _undivided(x, y)) is not None:
             return undone
     return times(walk, op, ins)
@@ -186,11 +196,16 @@ def _undivided(x: Value, y: Value) -> Value | None:
     if scale is None:
         return None
     own = {term.times(scale) for term in x.terms if not term.fixed}
-    once = {y_term.times(term.scale) for term in x.terms if term.fixed for y_term in y.terms}
     left = {weight.number for term in own for weight in term.scale.weights if weight.exponent}
-    if left & {weight.number for weight in scale.weights}:
+    if left & _numbers(scale):
         return None
-    return dataclasses.replace(x.but(scalar=x.scalar), terms=frozenset(own | once))
+    apart = frozenset(term for term in x.terms if term.fixed)
+    return x.but(scalar=x.scalar, terms=products(y.terms, apart) | own)
+
+
+def _numbers(scale: Scale) -> frozenset[int]:
+    """Which totals over the batch a scale holds."""
+    return frozenset(weight.number for weight in scale.weights)
 
 
 def times(walk: Walk, op: Op, ins: list[Value]) -> Value:
@@ -199,27 +214,32 @@ def times(walk: Walk, op: Op, ins: list[Value]) -> Value:
     layout = layout_of(ins)
     if layout is None or not (x.rows and y.rows and same_layout(ins)):
         return combine(walk, op, ins)
-    terms = frozenset(s.times(t.scale) for s in x.terms for t in y.terms)
-    return rows(layout, terms=terms, origin=origin_of(ins))
+    return rows(layout, terms=products(x.terms, y.terms), origin=origin_of(ins))
 
 
 def _is_batch_size(walk: Walk, op: Op, x: Value) -> bool:
-    values = [getattr(v, "val", None) for eqn in (op.eqn, op.other) for v in eqn.invars]
-    given = [v for v in values if v is not None]
+    """Whether a factor is the size of a microbatch, written as a number."""
     first, second = walk.sizes.first, walk.sizes.second
     equal = first * walk.axis_sizes[0] == second * walk.axis_sizes[1] and not walk.mesh_axes
-    return x.fixed and equal and given == [first, second]
+    return x.fixed and equal and both(op, _numbers_written) == ([first], [second])
+
+
+def _numbers_written(eqn: jex.JaxprEqn) -> list[object]:
+    """The operands of an equation that are numbers of the program."""
+    return [v.val for v in eqn.invars if isinstance(v, jex.Literal)]
 
 
 def _scaled(walk: Walk, op: Op, x: Value, factor: Value) -> Value:
     """A value times a factor that is independent of the batch."""
     if x.rows and not factor.scale.trivial:
         walk.sized = walk.sized or walk.site(op)
+    known = weight = None
+    if x.known is not None and factor.known is not None:
+        known = x.known * factor.known
+    if factor.scalar and (own := as_weight(x)) is not None:
+        weight = own * factor.scale
     scalar = x.scalar and factor.scalar
-    known = x.known * factor.known if x.known is not None and factor.known is not None else None
-    value = dataclasses.replace(x.scaled(factor.scale), scalar=scalar, known=known)
-    weight = as_weight(x) if factor.scalar else None
-    return value if weight is None else dataclasses.replace(value, weight=weight * factor.scale)
+    return x.scaled(factor.scale).like(scalar=scalar, known=known, weight=weight)
 
 
 @rule("div", uniform=True, scales=True)
@@ -235,13 +255,9 @@ def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
         inverse = _noted(walk, op, scale).inverse()
         if x.fixed:
             return statistic(y.origin, weight=inverse * x.scale, scalar=x.scalar)
-        return dataclasses.replace(x.scaled(inverse), origin=x.origin or y.origin)
+        return x.scaled(inverse).like(origin=x.origin or y.origin)
     if layout is not None and y.rows and not x.summary and same_layout(ins) and len(y.terms) == 1:
-        return rows(
-            layout,
-            terms=frozenset(term.times(y.scale.inverse()) for term in x.terms),
-            origin=origin_of(ins),
-        )
+        return rows(layout, terms=x.scaled(y.scale.inverse()).terms, origin=origin_of(ins))
     return combine(walk, op, ins)
 
 
@@ -259,7 +275,9 @@ _EXPONENTS = {
 def power_of(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x to the power y; to the power 2.0, a root is the total again."""
     x, y = ins
-    return Settled([x.root]) if x.root is not None and y.known == 2 else combine(walk, op, ins)
+    if x.root is not None and y.known == 2:
+        return Settled([x.root])
+    return combine(walk, op, ins)
 
 
 @rule("square sqrt rsqrt reciprocal integer_pow", uniform=True, scales=True)
@@ -270,12 +288,11 @@ def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if exponent == 2 and x.root is not None:
         return Settled([x.root])
     if op.name == "sqrt" and x.kind is Kind.TOTAL:
-        return dataclasses.replace(combine(walk, op, ins), root=x)
+        return combine(walk, op, ins).like(root=x)
     same = op.eqn.params.get("y") == op.other.params.get("y")
     scale = x.scale
     if same and not x.summary and not scale.weights and scale.power is not None:
-        terms = frozenset([Term(Scale(scale.power * exponent))])
-        return dataclasses.replace(x.but(scalar=x.scalar), terms=terms)
+        return x.but(scalar=x.scalar, terms=frozenset([Term(Scale(scale.power * exponent))]))
     if same and exponent == -1 and (weight := normalizer(x)) is not None:
         return statistic(x.origin, weight=_noted(walk, op, weight).inverse(), scalar=True)
     return combine(walk, op, ins)
@@ -297,44 +314,42 @@ def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
-    if op.name == "lt" and x.index is not None and y.zero:
-        return fixed(
-            known=False, number=walk.fresh()
-        )  # no place is negative: the index is taken as it stands
+    if op.name == "lt" and x.index is not None and y.zero:  # a place is never negative
+        return _never(walk)
     if op.name == "ne" and x.number == y.number and (x.summary or (x.rows and x.params)):
         return _is_nan(walk, op, x)
-    if op.name == "and" and any(v.known is False for v in ins):
-        return Settled([fixed(known=False, number=walk.fresh())])
-    summaries = [v for v in ins if v.summary]
-    compared = [_compared(v) for v in summaries]
-    if summaries and all(compared) and not any(v.rows for v in ins):
-        return statistic(
-            summaries[0].origin,
-            compares=frozenset().union(*compared),
-            scalar=all(v.scalar for v in ins),
-        )
+    if op.name == "and" and (x.known is False or y.known is False):
+        return Settled([_never(walk)])
+    summaries = summaries_among(ins)
+    compared = list(map(_compared, summaries))
+    if summaries and all(compared) and not any_rows(ins):
+        compares = frozenset().union(*compared)
+        return statistic(summaries[0].origin, compares=compares, scalar=all_scalar(ins))
     return combine(walk, op, ins)
+
+
+def _never(walk: Walk) -> Value:
+    """A condition that is false everywhere."""
+    return fixed(known=False, number=walk.fresh())
 
 
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
     """Only a NaN differs from itself. Nothing is, where the loss rests on that: an empty mean, and
     `jnp.nanmean`."""
-    never = fixed(known=False, number=walk.fresh())
+    never = _never(walk)
     if x.summary:
         return Settled([never])
     if walk.may_be_nan():
         return combine(walk, op, [x])
     note = "exact where no value is NaN: each microbatch counts its own"
-    return Settled(
-        [dataclasses.replace(never, faults=x.faults | {walk.fault(op, FaultKind.ASSUMPTION, note)})]
-    )
+    assumed = faulty(walk, op, FaultKind.ASSUMPTION, note)
+    return Settled([with_faults(never, x.faults | assumed)])
 
 
 def _compared(x: Value) -> frozenset[int]:
+    """The totals that a condition compares, or that a divisor is made of."""
     weight = as_weight(x)
-    return x.compares or (
-        frozenset(w.number for w in weight.weights) if weight is not None else frozenset()
-    )
+    return x.compares or (frozenset() if weight is None else _numbers(weight))
 
 
 @rule("select_n", uniform=True)
@@ -345,9 +360,9 @@ def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return Settled([cases[int(which.known)]])
     if which.compares and which.scalar:
         return _guard(walk, op, ins)
-    if which.fixed and not which.faults and not any(v.rows for v in cases):
+    if which.fixed and not which.faults and not any_rows(cases):
         return added(walk, op, cases) if which.scale.trivial else combine(walk, op, ins)
-    if not which.summary and not any(v.summary for v in cases):
+    if not any_summary(ins):
         return _select_rows(walk, op, ins)
     return combine(walk, op, ins)
 
@@ -355,32 +370,27 @@ def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _guard(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """``where(w > 0, x, constant)``: x may be w itself, or what w has normalized."""
     which, *cases = ins
-    live = [v for v in cases if not v.zero]
+    live = nonzero(cases)
     if len(live) == 1 and _normalized_by(live[0], which.compares):
         terms = frozenset(Term(t.scale.guarded(), t.fixed) for t in live[0].terms)
-        return dataclasses.replace(live[0].but(scalar=live[0].scalar), terms=terms)
-    weights = [v for v in cases if v.summary]
-    if (
-        len(weights) == 1
-        and _compared(weights[0]) == which.compares
-        and all(v.fixed for v in cases if v not in weights)
-    ):
+        return live[0].but(scalar=live[0].scalar, terms=terms)
+    weights = summaries_among(cases)
+    if len(weights) == 1 and _compared(weights[0]) == which.compares and not any_rows(cases):
         return guarded(weights[0], ins)
     return combine(walk, op, ins)
 
 
 def _normalized_by(x: Value, weights: frozenset[int]) -> bool:
     """Whether every addend of a total is divided by all of the weights."""
-    scales = [{w.number for w in term.scale.weights} for term in x.terms]
-    return x.kind is Kind.TOTAL and all(weights <= scale for scale in scales)
+    return x.kind is Kind.TOTAL and all(weights <= _numbers(term.scale) for term in x.terms)
 
 
 def _select_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """A choice for each example: scaled like the cases, of which a 0 does not count."""
+    """A choice for each example: scaled like the cases that are not 0."""
+    which, *cases = ins
     layout = layout_of(ins)
-    if not same_layout(ins) or not ins[0].scale.trivial:
+    if not same_layout(ins) or not which.scale.trivial:
         return combine(walk, op, ins)
     if layout is None:
-        return _added_fixed(op, ins[1:])
-    terms = frozenset().union(*(v.terms for v in ins[1:] if not v.zero)) or PLAIN
-    return rows(layout, terms=terms, origin=origin_of(ins))
+        return _added_fixed(op, cases)
+    return rows(layout, terms=terms_of(cases), origin=origin_of(ins))

@@ -4,19 +4,24 @@ anything else."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal, TypeGuard
 
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._jaxpr.compat import scan_arity
+from jaxaccum._base.types import PyTree
+from jaxaccum._jaxpr.compat import opened, scan_arity
+
+Users = dict[jex.Var, list[jex.JaxprEqn]]
+"""The equations that read each variable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
     """The parameters of a scan, in the words of either version of JAX."""
 
-    eqn: Any
+    eqn: jex.JaxprEqn
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -24,80 +29,98 @@ class Scan:
         return scan_arity(self.eqn.params)
 
     @property
-    def body(self) -> Any:
-        body = self.eqn.params["jaxpr"]
-        return getattr(body, "jaxpr", body)
+    def body(self) -> jex.Jaxpr:
+        return opened(self.eqn.params["jaxpr"])[0]
+
+    @property
+    def closed_over(self) -> Sequence[PyTree]:
+        """The arrays that the body holds itself."""
+        return opened(self.eqn.params["jaxpr"])[1]
 
     @property
     def length(self) -> int:
         return self.eqn.params["length"]
 
 
+RoleName = Literal["state", "count", "sum", "write"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A carried value that the body only adds to, only writes to, or only counts with: `what` goes
-    in at each step."""
+    """What the body does with a carried value: it only adds to it, only writes to it, only counts
+    with it, or anything else, as with a state."""
 
-    name: str
-    what: Any
+    name: RoleName = "state"
+    added: jex.Var | jex.Literal | None = None
+    """What a sum adds at each step."""
 
 
-def roles_of(scan: Scan) -> dict[int, Role]:
-    """The carried values that are no state, each with what goes into it."""
+def roles_of(scan: Scan) -> list[Role]:
+    """The role of each carried value."""
     consts, carried = scan.counts
     body = scan.body
-    users: dict[Any, list[Any]] = {}
+    users, results = _users(body), list(filter(_is_variable, body.outvars))
+    role = lambda v, out: _role(users, results, v, out)
+    return list(map(role, body.invars[consts : consts + carried], body.outvars))
+
+
+def _is_variable(v: object) -> TypeGuard[jex.Var]:
+    return not isinstance(v, jex.Literal)
+
+
+def _users(body: jex.Jaxpr) -> Users:
+    users: Users = {}
     for eqn in body.eqns:
-        for v in eqn.invars:
-            if not isinstance(v, jex.Literal):
-                users.setdefault(v, []).append(eqn)
-    given = [v for v in body.outvars if not isinstance(v, jex.Literal)]
-    found = {
-        i: _role(users, given, body.invars[consts + i], body.outvars[i]) for i in range(carried)
-    }
-    return {i: role for i, role in found.items() if role is not None}
+        for v in filter(_is_variable, eqn.invars):
+            users.setdefault(v, []).append(eqn)
+    return users
 
 
-def _role(users: dict[Any, list[Any]], given: list[Any], v: Any, out: Any) -> Role | None:
+def _role(users: Users, results: list[jex.Var], v: jex.Var, out: jex.Var) -> Role:
     """What becomes of a carried value on its way from the body's operand to its result."""
-    if _counts(users.get(v, []), out) and given.count(out) == 1:
-        return Role("count", None)
-    role = None
+    if results.count(out) != 1:
+        return Role()
+    if _counts(users.get(v, []), out):
+        return Role("count")
+    role = Role()
     while v is not out:
         uses = users.get(v, [])
-        if len(uses) != 1 or v in given or uses[0].invars.count(v) != 1:
-            return None
+        if len(uses) != 1 or v in results or uses[0].invars.count(v) != 1:
+            return Role()
         (eqn,) = uses
-        if eqn.primitive.name == "convert_element_type" and _same_class(eqn):
-            pass
-        elif role is None and (
-            eqn.primitive.name in ("add", "add_any")
-            or (eqn.primitive.name == "sub" and eqn.invars[0] is v)
-        ):
-            role = Role("sum", next(w for w in eqn.invars if w is not v))
-        elif (
-            role is None
-            and eqn.primitive.name in ("dynamic_update_slice", "scatter")
-            and eqn.invars[0] is v
-        ):
-            role = Role("write", None)
-        else:
-            return None
+        if not _changes_dtype(eqn):
+            if role.name != "state" or (step := _step(eqn, v)).name == "state":
+                return Role()
+            role = step
         (v,) = eqn.outvars
-    return role if given.count(out) == 1 and not users.get(out) else None
+    return Role() if users.get(out) else role
 
 
-def _counts(uses: list[Any], out: Any) -> bool:
+def _step(eqn: jex.JaxprEqn, v: jex.Var) -> Role:
+    """What one equation does with a carried value that it alone reads."""
+    name, first = eqn.primitive.name, eqn.invars[0] is v
+    if name in ("add", "add_any") or (name == "sub" and first):
+        return Role("sum", eqn.invars[1 if first else 0])
+    if name in ("dynamic_update_slice", "scatter") and first:
+        return Role("write")
+    return Role()
+
+
+def _counts(uses: list[jex.JaxprEqn], out: jex.Var) -> bool:
     """Whether a value is a counter: read anywhere, and one more at the next step."""
-    return len(uses) > 1 and any(
-        e.primitive.name == "add" and _is_one(e.invars[1]) and e.outvars[0] is out for e in uses
-    )
+    return len(uses) > 1 and any(_adds_one(eqn) and eqn.outvars[0] is out for eqn in uses)
 
 
-def _same_class(eqn: Any) -> bool:
-    old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    return jnp.issubdtype(old, jnp.inexact) == jnp.issubdtype(new, jnp.inexact)
+def _adds_one(eqn: jex.JaxprEqn) -> bool:
+    if eqn.primitive.name != "add":
+        return False
+    added = eqn.invars[1]
+    return isinstance(added, jex.Literal) and added.val == 1
 
 
-def _is_one(v: Any) -> bool:
-    return isinstance(v, jex.Literal) and v.val == 1
+def _changes_dtype(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation changes a dtype alone: not from inexact to integer, nor back."""
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    inexact = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    return inexact(eqn.invars[0]) == inexact(eqn.outvars[0])

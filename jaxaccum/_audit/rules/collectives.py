@@ -3,17 +3,43 @@ each would."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import IRREGULAR, FaultKind, Index, Kind, Layout, Scale, Value, fixed
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    UNIT,
+    FaultKind,
+    Index,
+    Kind,
+    Layout,
+    Scale,
+    Term,
+    Value,
+    fixed,
+)
 from jaxaccum._audit.registry import Settled, rule
+from jaxaccum._audit.rules.operands import (
+    all_numbered,
+    any_params,
+    any_summary,
+    avals_of,
+    both,
+    common,
+    faults_of,
+    faulty,
+    is_weighted,
+    params_at_both,
+    with_faults,
+    with_new_axis,
+)
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._base.types import Array, Fun
 from jaxaccum._jaxpr.compat import opened
 from jaxaccum._jaxpr.equations import axes_in, mentions
 
@@ -22,7 +48,7 @@ _EACH = Scale(Fraction(-1))
 times."""
 
 
-def axes_of(op: Op) -> set[Any]:
+def axes_of(op: Op) -> set[str | int]:
     """The named axes of a collective."""
     names = op.params.get("axes", op.params.get("axis_name", ()))
     return set(names) if isinstance(names, tuple | list) else {names}
@@ -35,12 +61,9 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
     if op.params.get("axis_index_groups") is not None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
     if walk.axis_name in axes:
-        everywhere = walk.mesh_axes | walk.outer_axes <= axes
-        return (
-            None
-            if everywhere
-            else walk.unknown(op, f"{op.name} over the loop, on each device apart")
-        )
+        if walk.mesh_axes | walk.outer_axes <= axes:
+            return None
+        return walk.unknown(op, f"{op.name} over the loop, on each device apart")
     walk.note_devices(op, axes)
     if x.fixed and x.index is None:
         return x.but()
@@ -52,14 +75,10 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
     return walk.couple(op, [x], kind=kind, note=f"{op.name} between devices mixes examples")
 
 
-def _declared(walk: Walk, op: Op, scale: Scale, **fields: Any) -> Value:
+def _declared(walk: Walk, op: Op, scale: Scale = UNIT, **fields: Any) -> Value:
     """A statistic of the whole batch, the same in every microbatch."""
-    fault = walk.fault(
-        op,
-        FaultKind.COLLECTIVE,
-        f"{op.name} over {walk.axis_name!r} couples the examples, as declared",
-    )
-    return fixed(scale, faults=frozenset([fault]), **fields)
+    note = f"{op.name} over {walk.axis_name!r} couples the examples, as declared"
+    return fixed(scale, faults=faulty(walk, op, FaultKind.COLLECTIVE, note), **fields)
 
 
 def _unlike(walk: Walk, op: Op, x: Value) -> Value:
@@ -67,13 +86,9 @@ def _unlike(walk: Walk, op: Op, x: Value) -> Value:
     return walk.couple(op, [x], kind=FaultKind.SELECTION, note=note)
 
 
-def _each(op: Op, ins: list[Value], one: Any) -> list[Value]:
+def _each(ins: list[Value], one: Callable[[Value], Value]) -> list[Value]:
     """A collective of several operands at once."""
-    return Settled([_with(v, out) for v, out in zip(ins, map(one, ins), strict=True)])
-
-
-def _with(x: Value, out: Value) -> Value:
-    return dataclasses.replace(out, faults=out.faults | x.faults, params=x.params)
+    return Settled([with_faults(one(x), x.faults, params=x.params) for x in ins])
 
 
 def _under_vmap(op: Op) -> bool:
@@ -81,21 +96,28 @@ def _under_vmap(op: Op) -> bool:
     return any(isinstance(axis, int) for axis in op.params["axes"])
 
 
-def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Callable[..., Any]) -> list[Value]:
+def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Fun) -> list[Value]:
     """A collective over axes of the array and over axes with names: first the one, then the
     other."""
-    own = tuple(axis for axis in op.params["axes"] if isinstance(axis, int))
-    names = tuple(axis for axis in op.params["axes"] if not isinstance(axis, int))
+    own: list[int] = []
+    names: list[str] = []
+    for axis in op.params["axes"]:
+        if isinstance(axis, int):
+            own.append(axis)
+        else:
+            names.append(axis)
 
-    def program(eqn: Any) -> Any:
-        def reduced(*operands: Any) -> Any:
-            parts = [reduce(x, axis=own) for x in operands]
-            return eqn.primitive.bind(*parts, **{**eqn.params, "axes": names}) if names else parts
+    def program(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+        def reduced(*operands: Array) -> list[Array]:
+            parts = [reduce(x, axis=tuple(own)) for x in operands]
+            if not names:
+                return parts
+            return eqn.primitive.bind(*parts, **{**eqn.params, "axes": tuple(names)})
 
         env = [(name, 1) for name in names]
-        return jax.make_jaxpr(reduced, axis_env=env)(*(v.aval for v in eqn.invars))
+        return jax.make_jaxpr(reduced, axis_env=env)(*avals_of(eqn.invars))
 
-    return Settled(walk.body(op, (program(op.eqn), program(op.other)), ins))
+    return Settled(walk.body(op, both(op, program), ins))
 
 
 @rule("psum psum_invariant psum2", scales=True)
@@ -109,12 +131,17 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return out
         if x.fixed and x.index is None:
             return fixed(x.scale * _EACH, scalar=x.scalar)
-        scales = {term.scale * _EACH if term.fixed else term.scale for term in x.terms}
-        if x.kind is not Kind.TOTAL or any(scale.weights for scale in scales):
+        if x.kind is not Kind.TOTAL or is_weighted(x):
             return _unlike(walk, op, x)
-        return _declared(walk, op, scales.pop() if len(scales) == 1 else IRREGULAR, scalar=x.scalar)
+        return _declared(walk, op, common(map(_over_microbatches, x.terms)), scalar=x.scalar)
 
-    return _each(op, ins, one)
+    return _each(ins, one)
+
+
+def _over_microbatches(term: Term) -> Scale:
+    """The scale of an addend of a total, summed over microbatches: what enters once enters in
+    each."""
+    return term.scale * _EACH if term.fixed else term.scale
 
 
 @rule("pmax pmin")
@@ -128,13 +155,11 @@ def extremum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return out
         if x.fixed and x.index is None:
             return fixed(x.scale if x.scale.trivial else IRREGULAR, scalar=x.scalar)
-        return (
-            _declared(walk, op, Scale(), scalar=x.scalar)
-            if x.extremum == op.name[1:]
-            else _unlike(walk, op, x)
-        )
+        if x.extremum != op.name[1:]:
+            return _unlike(walk, op, x)
+        return _declared(walk, op, scalar=x.scalar)
 
-    return _each(op, ins, one)
+    return _each(ins, one)
 
 
 @rule("all_gather all_gather_invariant")
@@ -144,28 +169,18 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
             return out
-        axis = op.params["all_gather_dimension"]
-        if (
-            x.layout is None
-            or not x.rows
-            or not x.layout.plain
-            or not all(term.scale.trivial for term in x.terms)
-        ):
-            return (
-                _unlike(walk, op, x)
-                if not x.fixed
-                else walk.unknown(op, "all_gather of what every microbatch shares")
-            )
-        if op.params["tiled"]:
-            return (
-                _declared(walk, op, Scale()) if x.layout.axes == (axis,) else _unlike(walk, op, x)
-            )
-        (row,) = x.layout.axes
-        return _declared(
-            walk, op, Scale(), index=Index.GATHERED, layout=Layout((axis, row + (row >= axis)))
-        )
+        if x.fixed:
+            return walk.unknown(op, "all_gather of what every microbatch shares")
+        scaled = any(not term.scale.trivial for term in x.terms)
+        if not x.rows or x.layout is None or not x.layout.plain or scaled:
+            return _unlike(walk, op, x)
+        axis, (row,) = op.params["all_gather_dimension"], x.layout.axes
+        if not op.params["tiled"]:
+            gathered = Layout((axis, *with_new_axis(x.layout, axis).axes))
+            return _declared(walk, op, index=Index.GATHERED, layout=gathered)
+        return _declared(walk, op) if row == axis else _unlike(walk, op, x)
 
-    return _each(op, ins, one)
+    return _each(ins, one)
 
 
 @rule("ppermute pcollectivepermute all_to_all psum_scatter reduce_scatter pshuffle")
@@ -180,17 +195,17 @@ def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return _unlike(walk, op, x)
         if op.name == "ppermute" and x.fixed and x.index is None:
             return x.but()
-        return walk.unknown(
-            op, f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet"
-        )
+        note = f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet"
+        return walk.unknown(op, note)
 
-    return _each(op, ins, one)
+    return _each(ins, one)
 
 
 def _reaches_all(walk: Walk, op: Op) -> bool:
     """Whether a permutation sends something to every microbatch; the others have zeros."""
-    pairs = zip((op.params, op.other.params), walk.axis_sizes, strict=True)
-    return all(len(params["perm"]) >= size for params, size in pairs)
+    sent, sent_at_other = both(op, lambda eqn: len(eqn.params["perm"]))
+    first, second = walk.axis_sizes
+    return sent >= first and sent_at_other >= second
 
 
 @rule("axis_index", uniform=True)
@@ -199,37 +214,34 @@ def axis_index(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if walk.axis_name in axes_of(op):
         return fixed(index=Index.MICROBATCH, scalar=True)
     if walk.mesh_axes:
-        return fixed(
-            faults=frozenset(
-                [walk.fault(op, FaultKind.POSITION, "the result depends on the device")]
-            )
-        )
+        note = "the result depends on the device"
+        return fixed(faults=faulty(walk, op, FaultKind.POSITION, note))
     return fixed(scalar=True)
 
 
-def whole_batch_moments(walk: Walk, op: Op, body: Any, ins: list[Value]) -> list[Value]:
+def whole_batch_moments(walk: Walk, op: Op, body: jex.Jaxpr, ins: list[Value]) -> list[Value]:
     """The count, mean and squares of our BatchNorm: the whole batch's, the same in every
     microbatch."""
     jaxpr = opened(body)[0]
     named = set(axes_in(jaxpr))
-    grouped = any(
-        eqn.params.get("axis_index_groups") is not None
-        for name in named
-        for eqn in mentions(jaxpr, name)
-    )
-    if walk.axis_name not in named or grouped or not ins[0].rows or any(v.summary for v in ins):
-        return walk.body(op, (body, op.other.params["jaxpr"]), ins)
-    faults = frozenset().union(*(v.faults for v in ins))
+    followed = walk.axis_name in named and not _is_grouped(jaxpr, named)
+    if not followed or not ins[0].rows or any_summary(ins):
+        return walk.body(op, params_at_both(op, "jaxpr"), ins)
     if apart := (walk.mesh_axes | walk.outer_axes) - named:
-        devices = ", ".join(sorted(apart))
-        fault = walk.fault(
-            op, FaultKind.COUPLING, f"the statistics are those of one device along {devices}"
-        )
+        kind = FaultKind.COUPLING
+        note = f"the statistics are those of one device along {', '.join(sorted(apart))}"
     else:
+        kind = FaultKind.COLLECTIVE
         note = f"BatchNorm over {walk.axis_name!r} couples the examples, as declared"
-        fault = walk.fault(op, FaultKind.COLLECTIVE, note)
-    params = any(v.params for v in ins)
-    return [
-        fixed(faults=faults | {fault}, params=params, number=walk.fresh())
-        for _ in range(op.num_outs)
-    ]
+    faults = faults_of(ins) | faulty(walk, op, kind, note)
+    moments = fixed(faults=faults, params=any_params(ins))
+    return all_numbered(walk, [moments] * op.num_outs)
+
+
+def _is_grouped(jaxpr: jex.Jaxpr, axes: set[str]) -> bool:
+    """Whether a collective of a program runs over groups of microbatches or of devices."""
+    for name in axes:
+        for eqn in mentions(jaxpr, name):
+            if eqn.params.get("axis_index_groups") is not None:
+                return True
+    return False

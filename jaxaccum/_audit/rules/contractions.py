@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from jaxaccum._audit.lattice import FaultKind, Kind, Layout, Value, fixed, rows, statistic, total
+from jaxaccum._audit.lattice import FaultKind, Kind, Layout, Value, fixed, rows
 from jaxaccum._audit.registry import RULES, rule
-from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
+from jaxaccum._audit.rules.elementwise import combine
+from jaxaccum._audit.rules.operands import (
+    all_fixed,
+    any_summary,
+    axes_except,
+    layout_of,
+    origin_of,
+    products,
+    relocated,
+    same_layout,
+    summaries_among,
+    summed,
+    without_examples,
+)
 from jaxaccum._audit.walk import Op, Walk, varying
 
 
@@ -19,20 +30,11 @@ def dot_general(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return fixed(x.scale * y.scale * walk.growth(op.shapes(), contracted))
     if x.rows and y.rows:
         return _dot_rows(walk, op, ins)
-    for i, (one, factor) in enumerate((ins, ins[::-1])):
-        if factor.fixed:
-            return _dot_fixed(walk, op, one, factor, side=i)
-    layout = next(
-        (
-            out
-            for i, v in enumerate(ins)
-            if v.rows
-            for out in [_laid_out(op, v, i)]
-            if isinstance(out, Layout)
-        ),
-        None,
-    )
-    return walk.couple(op, [v for v in ins if v.summary], layout=layout)
+    if y.fixed:
+        return _dot_fixed(walk, op, x, y, side=0)
+    if x.fixed:
+        return _dot_fixed(walk, op, y, x, side=1)
+    return walk.couple(op, summaries_among(ins), layout=_laid_out(op, ins))
 
 
 def _dot_fixed(walk: Walk, op: Op, x: Value, factor: Value, *, side: int) -> Value:
@@ -40,22 +42,17 @@ def _dot_fixed(walk: Walk, op: Op, x: Value, factor: Value, *, side: int) -> Val
     contracted = op.params["dimension_numbers"][0][side]
     if x.kind is Kind.STATISTIC:
         return combine(walk, op, [x, factor])
-    others = [a for a in contracted if x.layout is None or a not in x.layout.axes]
-    x = x.scaled(factor.scale * walk.growth(op.shapes(side), others)).but()
-    if x.layout is None:
-        return x
-    out = _laid_out(op, x, side)
-    if isinstance(out, Layout):
-        return rows(out, terms=x.terms, origin=x.origin)
-    return _summed(walk, op, x, complete=out)
+    growth = walk.growth(op.shapes(side), without_examples(contracted, x))
+    x = x.scaled(factor.scale * growth).but()
+    return x if x.layout is None else _product(walk, op, x, side)
 
 
-def _summed(walk: Walk, op: Op, x: Value, *, complete: bool) -> Value:
-    if not complete:
-        return statistic(x.origin or walk.site(op))
-    for term in x.terms:
-        walk.sites.setdefault(term, walk.site(op))
-    return total(walk.site(op), x.terms)
+def _product(walk: Walk, op: Op, x: Value, side: int) -> Value:
+    """Rows of an operand in the product: summed, where their axes are contracted."""
+    layout = _laid_out_alone(op, x, side)
+    if layout is None:
+        return summed(walk, op, x, op.params["dimension_numbers"][0][side])
+    return rows(layout, terms=x.terms, origin=x.origin)
 
 
 def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
@@ -64,46 +61,41 @@ def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
     x, y = ins
     (cx, cy), (bx, by) = op.params["dimension_numbers"]
     assert x.layout is not None
-    assert y.layout is not None
-    pairs = set(zip([*cx, *bx], [*cy, *by], strict=True))
-    meet = set(zip(x.layout.axes, y.layout.axes, strict=False)) <= pairs
-    alike = x.layout.at() == y.layout.at() and len(x.layout.axes) == len(y.layout.axes)
-    if not (meet and alike):
-        outs = [
-            out for out in (_laid_out(op, x, 0), _laid_out(op, y, 1)) if isinstance(out, Layout)
-        ]
+    partner = dict(zip([*cx, *bx], [*cy, *by], strict=True))
+    if y.layout != relocated(x.layout, lambda axis: partner.get(axis, -1)):
         note = "examples are compared with each other, and a microbatch holds only some of them"
-        return walk.couple(
-            op, ins, kind=FaultKind.PAIRWISE, note=note, layout=outs[0] if outs else None
-        )
-    growth = walk.growth(op.shapes(), [a for a in cx if a not in x.layout.axes])
-    terms = frozenset(s.times(t.scale * growth) for s in x.terms for t in y.terms)
-    product = rows(x.layout, terms=terms, origin=origin_of(ins))
-    out = _laid_out(op, x, 0)
-    if isinstance(out, Layout):
-        return rows(out, terms=terms, origin=product.origin)
-    return _summed(walk, op, product, complete=out)
+        layout = _laid_out(op, ins)
+        return walk.couple(op, ins, kind=FaultKind.PAIRWISE, note=note, layout=layout)
+    growth = walk.growth(op.shapes(), without_examples(cx, x))
+    terms = products(x.scaled(growth).terms, y.terms)
+    return _product(walk, op, rows(x.layout, terms=terms, origin=origin_of(ins)), 0)
 
 
-def _laid_out(op: Op, x: Value, side: int) -> Layout | bool:
-    """Where the rows of an operand lie in the product; where they are summed, whether all of them
-    are."""
+def _laid_out(op: Op, ins: list[Value]) -> Layout | None:
+    """Where the rows of an operand lie in the product: those of the first that keeps them."""
+    x, y = ins
+    return _laid_out_alone(op, x, 0) or _laid_out_alone(op, y, 1)
+
+
+def _laid_out_alone(op: Op, x: Value, side: int) -> Layout | None:
+    """Where the rows of one operand lie in the product; None where they are summed, or it has
+    none."""
     contracted = op.params["dimension_numbers"][0][side]
-    assert x.layout is not None
-    if summed := set(contracted) & set(x.layout.axes):
-        return len(summed) == len(x.layout.axes) and not x.layout.looped
-    return x.layout.at(*(_dot_axis(op, a, side) for a in x.layout.axes))
+    if not x.rows or x.layout is None or set(contracted) & set(x.layout.axes):
+        return None
+    return relocated(x.layout, lambda axis: _dot_axis(op, axis, side))
 
 
 def _dot_axis(op: Op, axis: int, side: int) -> int:
     """The axis of the product that an axis of an operand becomes: batched ones, then the left's,
     then the right's."""
-    contracted, batched = (dims[side] for dims in op.params["dimension_numbers"])
-    if axis in batched:
-        return list(batched).index(axis)
-    free = [a for a in range(len(op.shapes(side)[0])) if a not in contracted and a not in batched]
-    left = len(op.shapes(0)[0]) - len(op.params["dimension_numbers"][0][0]) - len(batched)
-    return len(batched) + (left if side else 0) + free.index(axis)
+    contracted, batched = op.params["dimension_numbers"]
+    if axis in batched[side]:
+        return list(batched[side]).index(axis)
+    gone = {*contracted[side], *batched[side]}
+    free = axes_except(range(len(op.shapes(side)[0])), gone)
+    before = len(op.shapes(0)[0]) - len(contracted[0]) if side else len(batched[side])
+    return before + free.index(axis)
 
 
 @rule("conv_general_dilated", scales=True)
@@ -111,19 +103,18 @@ def convolution(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """Images with kernels: rows where the images are and the kernels are not."""
     x, kernel = ins
     numbers = op.params["dimension_numbers"]
-    if all(v.fixed for v in ins):
+    if all_fixed(ins):
         return combine(walk, op, ins)
     alone = kernel.fixed and not varying(op.shapes(1)) and op.params["batch_group_count"] == 1
     if not alone or x.kind is Kind.STATISTIC:
         return RULES["*"].apply(walk, op, ins)
+    scaled = x.scaled(kernel.scale)
     if x.layout is None:
-        return x.scaled(kernel.scale).but() if not varying(op.shapes()) else combine(walk, op, ins)
+        return combine(walk, op, ins) if varying(op.shapes()) else scaled.but()
     if x.layout.axes == (numbers.lhs_spec[0],):
-        return rows(
-            x.layout.at(numbers.out_spec[0]), terms=x.scaled(kernel.scale).terms, origin=x.origin
-        )
+        return rows(x.layout.at(numbers.out_spec[0]), terms=scaled.terms, origin=x.origin)
     if not x.layout.axes:
-        return rows(x.layout, terms=x.scaled(kernel.scale).terms, origin=x.origin)
+        return rows(x.layout, terms=scaled.terms, origin=x.origin)
     return RULES["*"].apply(walk, op, ins)
 
 
@@ -131,13 +122,14 @@ def convolution(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """Linear, along the last axes."""
     (x,) = ins
-    first = len(op.shapes()[0]) - len(op.params["fft_lengths"])
-    if x.layout is not None and any(a >= first for a in x.layout.axes):
-        return walk.couple(
-            op, ins, note="a Fourier transform along the batch axis", layout=x.layout
-        )
-    grows = any(a >= first for a in varying(op.shapes())) or x.kind is Kind.STATISTIC
-    return combine(walk, op, ins) if grows else x.but()
+    ndim = len(op.shapes()[0])
+    transformed = set(range(ndim - len(op.params["fft_lengths"]), ndim))
+    if x.layout is not None and transformed & set(x.layout.axes):
+        note = "a Fourier transform along the batch axis"
+        return walk.couple(op, ins, note=note, layout=x.layout)
+    if x.kind is Kind.STATISTIC or transformed & set(varying(op.shapes())):
+        return combine(walk, op, ins)
+    return x.but()
 
 
 @rule("""
@@ -147,14 +139,10 @@ def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def linear_algebra(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Functions of matrices, one for each entry of the leading axes."""
     layout = layout_of(ins)
-    matrix = 1 if op.name in ("lu_pivots_to_permutation", "tridiagonal_solve") else 2
-    if layout is None or any(v.summary for v in ins) or not same_layout(ins):
+    of_vectors = op.name in ("lu_pivots_to_permutation", "tridiagonal_solve")
+    batched = len(op.shapes()[0]) - (1 if of_vectors else 2)
+    if layout is None or any_summary(ins) or not same_layout(ins):
         return combine(walk, op, ins)
-    if any(a >= len(op.shapes()[0]) - matrix for a in layout.axes):
-        return walk.couple(op, ins, note=f"{op.name} of a matrix of examples", layout=None)
+    if max(layout.axes, default=-1) >= batched:
+        return walk.couple(op, ins, note=f"{op.name} of a matrix of examples")
     return combine(walk, op, ins)
-
-
-def batched_alike(ins: Sequence[Value]) -> bool:
-    """Whether all rows lie alike and nothing sums over them."""
-    return same_layout(list(ins)) and not any(v.summary for v in ins)

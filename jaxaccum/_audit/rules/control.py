@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.extend.core as jex
 
 from jaxaccum._audit.lattice import (
     IRREGULAR,
-    PLAIN,
     UNIT,
-    Fault,
     FaultKind,
     Kind,
-    Term,
+    Layout,
     Value,
     fixed,
     statistic,
@@ -23,6 +20,26 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.collectives import whole_batch_moments
 from jaxaccum._audit.rules.elementwise import text_of
+from jaxaccum._audit.rules.operands import (
+    Faults,
+    all_fixed,
+    all_numbered,
+    all_scalar,
+    all_unscaled,
+    all_with_faults,
+    any_params,
+    both,
+    common_scale,
+    faults_of,
+    faulty,
+    layouts_of,
+    nonzero,
+    once,
+    origin_of,
+    params_at_both,
+    terms_of,
+    with_faults,
+)
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._flax import batch_norm
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
@@ -31,14 +48,14 @@ from jaxaccum._program import example_keys
 
 def body_of(op: Op) -> str | None:
     """The parameter that holds the one body of a call."""
-    return next(
-        (
-            k
-            for k in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
-            if isinstance(op.params.get(k), jex.Jaxpr | ClosedJaxpr)
-        ),
-        None,
-    )
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        if _is_body(op.params.get(name)):
+            return name
+    return None
+
+
+def _is_body(param: object) -> bool:
+    return isinstance(param, jex.Jaxpr | ClosedJaxpr)
 
 
 @rule(
@@ -52,40 +69,46 @@ def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A function applied: its body, in place."""
     key = body_of(op)
     if key is None:
-        return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
-    if _is_whole_batch_moments(op.params[key]):
-        return whole_batch_moments(walk, op, op.params[key], ins)
-    if _is_of_example_keys(op.params[key]):
-        return [fixed(faults=frozenset().union(*(v.faults for v in ins)), number=walk.fresh())]
-    cached = op.name in ("jit", "pjit")
-    return walk.body(op, (op.params[key], op.other.params[key]), ins, cached=cached)
+        return all_numbered(walk, unfollowed(walk, op, ins))
+    body = op.params[key]
+    if _is_whole_batch_moments(body):
+        return whole_batch_moments(walk, op, body, ins)
+    if _is_of_example_keys(body):
+        return [fixed(faults=faults_of(ins), number=walk.fresh())]
+    return walk.body(op, params_at_both(op, key), ins, cached=op.name in ("jit", "pjit"))
 
 
-def _is_whole_batch_moments(body: Any) -> bool:
+def _is_whole_batch_moments(body: jex.Jaxpr) -> bool:
     """Whether a call is that of our BatchNorm, whose algebra no rule could follow."""
     debug = opened(body)[0].debug_info
     return debug.func_name == "whole_batch_moments" and debug.func_filename == batch_norm.__file__
 
 
-def _is_of_example_keys(body: Any) -> bool:
+def _is_of_example_keys(body: jex.Jaxpr) -> bool:
     """Whether a call makes a key that holds those of the examples, or reads the key of the stream
     in one."""
     debug = opened(body)[0].debug_info
-    return (
-        debug.func_name in ("joined", "stream_data")
-        and debug.func_filename == example_keys.__file__
-    )
+    ours = debug.func_filename == example_keys.__file__
+    return ours and debug.func_name in ("joined", "stream_data")
 
 
 @rule("call_hi_primitive", complete=True)
 def composed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """What jax 0.12 defines by simpler primitives: these, in place. One of the user's own derives
     itself: no rule."""
-    prims = [eqn.params["_prim"] for eqn in (op.eqn, op.other)]
-    if not all(type(prim).__module__.startswith("jax.") for prim in prims):
-        return [numbered(walk, v) for v in unfollowed(walk, op, ins)]
-    whole, part = (jax.make_jaxpr(prim.expand)(*prim.in_avals) for prim in prims)
-    return walk.body(op, (whole, part), ins, cached=False)
+    if not all(both(op, _is_jaxs_own)):
+        return all_numbered(walk, unfollowed(walk, op, ins))
+    return walk.body(op, both(op, _expanded), ins, cached=False)
+
+
+def _is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
+    return type(eqn.params["_prim"]).__module__.startswith("jax.")
+
+
+def _expanded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    """The simpler primitives that define one."""
+    prim = eqn.params["_prim"]
+    return jax.make_jaxpr(prim.expand)(*prim.in_avals)
 
 
 @rule("*")
@@ -97,35 +120,41 @@ def no_rule(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 def unfollowed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The results of an equation whose meaning is not known."""
-    if all(v.fixed for v in ins) and "callback" not in op.name and not op.eqn.effects:
-        same = all(v.scale.trivial for v in ins) and _same_params(op)
-        return [fixed(UNIT if same else IRREGULAR) for _ in range(op.num_outs)]
-    if not any(v.rows or v.fixed for v in ins) and all(
-        v.kind is Kind.STATISTIC and v.faults for v in ins
-    ):
-        return [statistic(ins[0].origin) for _ in range(op.num_outs)]
-    return [walk.unknown(op, f"{_described(op)} has no rule") for _ in range(op.num_outs)]
+    if op.num_outs == 0:
+        return []
+    if all_fixed(ins) and "callback" not in op.name and not op.eqn.effects:
+        same = all_unscaled(ins) and _same_params(op)
+        value = fixed(UNIT if same else IRREGULAR)
+    elif ins and all(map(_is_wrong_already, ins)):
+        value = statistic(ins[0].origin)
+    else:
+        value = walk.unknown(op, f"{_described(op)} has no rule")
+    return [value] * op.num_outs
+
+
+def _is_wrong_already(x: Value) -> bool:
+    return x.kind is Kind.STATISTIC and bool(x.faults)
 
 
 def _described(op: Op) -> str:
-    name = (
-        op.params.get("name") or op.params.get("target_name") or op.params.get("call_target_name")
-    )
+    """The name of a primitive, with that of what it calls."""
+    given = op.params.get
+    name = given("name") or given("target_name") or given("call_target_name")
     return f"{op.name} ({name})" if isinstance(name, str) else op.name
 
 
 def _same_params(op: Op) -> bool:
-    is_body = lambda v: isinstance(v, jex.Jaxpr | ClosedJaxpr)
-    plain = lambda eqn: {k: text_of(v) if is_body(v) else v for k, v in eqn.params.items()}
+    """Whether the parameters are the same at both sizes."""
+    mine, other = both(op, _params_as_text)
     try:
-        return bool(plain(op.eqn) == plain(op.other))
+        return bool(mine == other)
     except ValueError:  # arrays among them
         return False
 
 
-def numbered(walk: Walk, x: Value) -> Value:
-    """The value under a number of its own."""
-    return dataclasses.replace(x, number=walk.fresh())
+def _params_as_text(eqn: jex.JaxprEqn) -> dict[str, object]:
+    """The parameters, and of a body what it does."""
+    return {k: text_of(v) if _is_body(v) else v for k, v in eqn.params.items()}
 
 
 # -- branches --------------------------------------------------------------------------------------
@@ -135,75 +164,68 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
     """What is true of a value that may be either."""
     if x == y:
         return x
-    faults, params, origin = x.faults | y.faults, x.params or y.params, x.origin or y.origin
-    common: dict[str, Any] = {
-        "faults": faults, "params": params, "origin": origin, "scalar": x.scalar and y.scalar,
-        "number": x.number if x.number == y.number else walk.fresh(),
-        "known": x.known if x.known == y.known else None,
-    }  # fmt: skip
-    if x.fixed and y.fixed:
-        scales = {v.scale for v in (x, y) if not v.zero} or {UNIT}
-        if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
-            common.update(index=x.index, layout=x.layout, columns=x.columns)
-        elif x.index or y.index:
-            common["faults"] = faults | {
-                walk.fault(op, FaultKind.POSITION, "a position of an example enters")
-            }
-        return fixed(scales.pop() if len(scales) == 1 else IRREGULAR, **common)
-    kinds = {v.kind for v in (x, y)}
-    layouts = {v.layout for v in (x, y) if v.rows}
-    if kinds <= {Kind.FIXED, Kind.ROWS} and len(layouts) == 1 and not (x.index or y.index):
-        return Value(
-            Kind.ROWS,
-            layouts.pop(),
-            terms=frozenset().union(*(v.terms for v in (x, y) if not v.zero)) or PLAIN,
-            **common,
-        )
-    if kinds <= {Kind.FIXED, Kind.TOTAL} and not (x.index or y.index):
-        own = (
-            frozenset(Term(t.scale, v.fixed or t.fixed) for t in v.terms)
-            for v in (x, y)
-            if not v.zero
-        )
-        return Value(Kind.TOTAL, terms=frozenset().union(*own), **common)
+    either = [x, y]
+    joined = Value(
+        faults=faults_of(either),
+        params=any_params(either),
+        origin=origin_of(either),
+        scalar=all_scalar(either),
+        number=x.number if x.number == y.number else walk.fresh(),
+        known=x.known if x.known == y.known else None,
+    )
+    if all_fixed(either):
+        return _joined_fixed(walk, op, joined, x, y)
+    kinds, layouts, places = {x.kind, y.kind}, layouts_of(either), x.index or y.index
+    if kinds <= {Kind.FIXED, Kind.ROWS} and len(layouts) == 1 and not places:
+        return joined.like(kind=Kind.ROWS, layout=layouts.pop(), terms=terms_of(either))
+    if kinds <= {Kind.FIXED, Kind.TOTAL} and not places:
+        own = [once(v) if v.fixed else v.terms for v in nonzero(either)]
+        return joined.like(kind=Kind.TOTAL, terms=frozenset().union(*own))
     note = "values that depend on the batch in different ways meet"
-    common.update(faults=faults | {walk.fault(op, FaultKind.UNKNOWN, note)}, scalar=False)
-    return Value(Kind.STATISTIC, **common)
+    faults = joined.faults | faulty(walk, op, FaultKind.UNKNOWN, note)
+    return joined.like(kind=Kind.STATISTIC, faults=faults, scalar=False)
+
+
+def _joined_fixed(walk: Walk, op: Op, joined: Value, x: Value, y: Value) -> Value:
+    """What is true of either of two values that are independent of the batch."""
+    joined = joined.like(terms=fixed(common_scale([x, y])).terms)
+    if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
+        return joined.like(index=x.index, layout=x.layout, columns=x.columns)
+    if x.index or y.index:
+        return with_faults(
+            joined, faulty(walk, op, FaultKind.POSITION, "a position of an example enters")
+        )
+    return joined
 
 
 @rule("cond", complete=True)
 def cond(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """One of several bodies."""
     which, *operands = ins
-    pairs = list(zip(op.params["branches"], op.other.params["branches"], strict=True))
+    bodies = list(zip(*params_at_both(op, "branches"), strict=True))
     if which.known is not None:
-        return walk.body(op, pairs[min(max(int(which.known), 0), len(pairs) - 1)], operands)
-    results = [walk.body(op, pair, operands) for pair in pairs]
-    outs = [_joined(walk, op, list(values)) for values in zip(*results, strict=True)]
-    faults = which.faults
+        return walk.body(op, bodies[min(max(int(which.known), 0), len(bodies) - 1)], operands)
+    branches = [walk.body(op, body, operands) for body in bodies]
+    either = functools.partial(join, walk, op)
+    outs = [functools.reduce(either, values) for values in zip(*branches, strict=True)]
+    faults = which.faults | _chosen_by(walk, op, which)
+    return all_numbered(walk, all_with_faults(outs, faults, params=which.params))
+
+
+def _chosen_by(walk: Walk, op: Op, which: Value) -> Faults:
+    """What is wrong with a branch that this value chooses."""
+    faults: Faults = frozenset()
     if not which.fixed:
         kind = FaultKind.UNKNOWN if which.rows else FaultKind.COUPLING
-        faults |= walk.couple(
-            op, [which], kind=kind, note="a branch is chosen by the data of the batch"
-        ).faults
+        note = "a branch is chosen by the data of the batch"
+        faults |= walk.couple(op, [which], kind=kind, note=note).faults
     if which.index is not None:
-        faults |= {
-            walk.fault(op, FaultKind.POSITION, "a branch is chosen by the position of an example")
-        }
-    if not which.scale.trivial and which.fixed:
-        faults |= {walk.fault(op, FaultKind.BATCH_SIZE, "a branch is chosen by the batch size")}
-    changed = [
-        dataclasses.replace(v, faults=v.faults | faults, params=v.params or which.params)
-        for v in outs
-    ]
-    return [numbered(walk, v) for v in changed]
-
-
-def _joined(walk: Walk, op: Op, values: list[Value]) -> Value:
-    first, *rest = values
-    for other in rest:
-        first = join(walk, op, first, other)
-    return first
+        note = "a branch is chosen by the position of an example"
+        faults |= faulty(walk, op, FaultKind.POSITION, note)
+    if which.fixed and not which.scale.trivial:
+        note = "a branch is chosen by the batch size"
+        faults |= faulty(walk, op, FaultKind.BATCH_SIZE, note)
+    return faults
 
 
 @rule("custom_linear_solve", complete=True)
@@ -212,23 +234,23 @@ def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
     Its gradient is by the others: the system itself, its transpose, and the solver of that.
     """
-    lengths, solution = op.params["const_lengths"], []
-    faults: frozenset[Fault] = frozenset()
+    counts, solution = op.params["const_lengths"], []
+    faults: Faults = frozenset()
     for name in ("solve", "matvec", "vecmat", "transpose_solve"):
-        bodies = tuple(getattr(eqn.params["jaxprs"], name) for eqn in (op.eqn, op.other))
+        bodies = both(op, lambda eqn, name=name: getattr(eqn.params["jaxprs"], name))
         if bodies[0] is None:
             continue
-        before = sum(lengths[: lengths._fields.index(name)])
-        consts = ins[before : before + getattr(lengths, name)]
-        outs = walk.body(op, bodies, [*consts, *(solution or ins[sum(lengths) :])])
+        before = sum(counts[: counts._fields.index(name)])
+        consts = ins[before : before + getattr(counts, name)]
+        outs = walk.body(op, bodies, [*consts, *(solution or ins[sum(counts) :])])
         solution = solution or outs
-        faults = faults.union(*(v.faults for v in outs))
-        if any(
-            (x.kind, x.layout) != (y.kind, y.layout) for x, y in zip(outs, solution, strict=True)
-        ):
-            faults |= {
-                walk.fault(
-                    op, FaultKind.UNKNOWN, f"the {name} of a custom_linear_solve mixes examples"
-                )
-            }
-    return [dataclasses.replace(v, faults=v.faults | faults) for v in solution]
+        faults |= faults_of(outs)
+        if list(map(_place_of, outs)) != list(map(_place_of, solution)):
+            note = f"the {name} of a custom_linear_solve mixes examples"
+            faults |= faulty(walk, op, FaultKind.UNKNOWN, note)
+    return all_with_faults(solution, faults)
+
+
+def _place_of(x: Value) -> tuple[Kind, Layout | None]:
+    """How a value depends on the batch, and where its examples lie."""
+    return x.kind, x.layout

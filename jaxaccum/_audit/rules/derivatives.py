@@ -15,7 +15,8 @@ its microbatches do not add up to the full batch.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from itertools import compress
+from typing import Any, TypeGuard
 
 import jax
 import jax.core
@@ -25,12 +26,12 @@ import jax.numpy as jnp
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     HARMLESS,
-    IRREGULAR,
     PLAIN,
     UNIT,
     Fault,
     FaultKind,
     Kind,
+    Layout,
     Scale,
     Term,
     Value,
@@ -40,9 +41,25 @@ from jaxaccum._audit.lattice import (
 )
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import body_of, unfollowed
+from jaxaccum._audit.rules.operands import (
+    Faults,
+    Terms,
+    all_fixed,
+    all_numbered,
+    all_with_faults,
+    any_params,
+    avals_of,
+    both,
+    common,
+    faults_of,
+    faulty,
+    kinds_of,
+    params_at_both,
+)
 from jaxaccum._audit.sources import Site, is_jax
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._base.source_lines import Frame
+from jaxaccum._base.types import Array
 
 
 @rule("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", complete=True)
@@ -50,17 +67,19 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The function itself, and whether its derivative keeps the examples apart."""
     key = body_of(op)
     if key is None:
-        return [dataclasses.replace(v, number=walk.fresh()) for v in unfollowed(walk, op, ins)]
-    bodies = op.params[key], op.other.params[key]
-    outs = walk.body(op, bodies, ins)
-    moved = any(v.params or not v.fixed for v in ins) and any(map(_is_inexact, op.eqn.invars))
-    wrong = all(
-        any(f.kind not in HARMLESS for f in v.faults) for v in outs
-    )  # whatever its derivative
+        return all_numbered(walk, unfollowed(walk, op, ins))
+    outs = walk.body(op, params_at_both(op, key), ins)
+    moves = any_params(ins) or not all_fixed(ins)
+    moved = moves and any(map(_is_inexact, op.eqn.invars))
+    wrong = all(map(_is_wrong, outs))  # whatever its derivative
     if not walk.checks_derivatives or not moved or wrong or _is_jaxs_own(op):
         return outs
-    faults = _faults(walk, op, ins, outs)
-    return [dataclasses.replace(v, faults=v.faults | faults) for v in outs]
+    return all_with_faults(outs, _faults(walk, op, ins, outs))
+
+
+def _is_wrong(x: Value) -> bool:
+    """Whether a value makes the loss inexact already."""
+    return not kinds_of(x.faults) <= set(HARMLESS)
 
 
 _WRAPPERS = ("custom_derivatives.py", "solves.py")
@@ -74,33 +93,25 @@ def _is_jaxs_own(op: Op) -> bool:
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
 
 
-def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> frozenset[Fault]:
+def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> Faults:
     """What is wrong with the backward pass."""
-    given = _variables(op.eqn)
-    by_variable = {
-        v: x for v, x in zip(op.eqn.invars, ins, strict=True) if not isinstance(v, jex.Literal)
-    }
-    primals = [dataclasses.replace(by_variable[v], faults=frozenset()) for v in given]
-    floating = [i for i, v in enumerate(op.eqn.outvars) if _is_inexact(v)]
-    values = [outs[i] for i in floating]
+    primals: dict[jex.Var, Value] = {}
+    for v, x in zip(op.eqn.invars, ins, strict=True):
+        if _is_variable(v):
+            primals[v] = x.like(faults=frozenset())
+    floating = list(map(_is_inexact, op.eqn.outvars))
+    values = list(compress(outs, floating))
     backward = _Backward(walk, op, primals, floating, values)
     walk.checks_derivatives = False
     try:
-        found = backward.faults([_dual(walk, op, x) for x in values])
+        found = backward.faults(values)
         return frozenset([backward.not_linear()]) if found and backward.is_not_linear() else found
     except Exception as error:  # the user's rule may fail here in any way; the answer is the same
-        reason = (
-            "differs between the sizes"
-            if isinstance(error, ProgramsDifferError)
-            else type(error).__name__
-        )
-        return frozenset(
-            [
-                walk.fault(
-                    op, FaultKind.UNKNOWN, f"its backward pass could not be followed ({reason})"
-                )
-            ]
-        )
+        reason = type(error).__name__
+        if isinstance(error, ProgramsDifferError):
+            reason = "differs between the sizes"
+        note = f"its backward pass could not be followed ({reason})"
+        return faulty(walk, op, FaultKind.UNKNOWN, note)
     finally:
         walk.checks_derivatives = True
 
@@ -116,10 +127,11 @@ class _Backward:
 
     walk: Walk
     op: Op
-    primals: list[Value]
-    floating: list[int]
+    primals: dict[jex.Var, Value]
+    floating: list[bool]
+    """Which results have cotangents."""
     values: list[Value]
-    """The equation's results that have cotangents."""
+    """These results."""
 
     @property
     def origin(self) -> Site:
@@ -128,46 +140,51 @@ class _Backward:
         own = rule if rule is not None and not is_jax(rule.file) else None
         return Site(self.op.eqn, self.walk.calls, defined=own)
 
-    def faults(self, cotangents: list[Value], *, unit: bool = False) -> frozenset[Fault]:
-        """What is wrong with the results; `unit` says that the cotangents came without a scale."""
+    def faults(self, of: list[Value], *, unit: bool = False) -> Faults:
+        """What is wrong with the results for the cotangents of these values; `unit` says that the
+        values have no scale."""
+        cotangents = [_dual(self.walk, self.op, x) for x in of]
         walk, op, count = self.walk, self.op, len(self.primals)
-        bodies = walk.derivatives.setdefault(id(op.eqn), None) or _traced(walk, op, self.floating)
-        results = walk.body(op, bodies, [*self.primals, *cotangents])
-        if not all(map(_alike, self.values, results[count:])):
-            note = "its forward rule is another function of the batch"
-            return frozenset([walk.fault(op, FaultKind.UNKNOWN, note)])
+        bodies = walk.derivatives.get(id(op.eqn)) or _traced(walk, op, self.floating)
+        results = walk.body(op, bodies, [*self.primals.values(), *cotangents])
         # Under differentiation the forward rule runs instead of the function.
-        found = frozenset().union(*(y.faults for y in results[count:]))
-        for v, x, result in zip(_variables(op.eqn), self.primals, results[:count], strict=True):
+        values = results[count:]
+        if list(map(_dependence, self.values)) != list(map(_dependence, values)):
+            note = "its forward rule is another function of the batch"
+            return faulty(walk, op, FaultKind.UNKNOWN, note)
+        found = faults_of(values)
+        for (v, x), result in zip(self.primals.items(), results[:count], strict=True):
             if _is_inexact(v) and x.params and not x.overwritten:  # any other cotangent is dropped
                 found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
         return found
 
     def is_not_linear(self) -> bool:
         """Whether what fails is right for cotangents that do not depend on the microbatch."""
-        if all(x.fixed for x in self.values):
+        if all_fixed(self.values):
             return True  # a linear function of a sum over the examples would be one too
         if all(_scale(x).trivial for x in self.values):
             return False
-        plain = [_dual(self.walk, self.op, x.but(terms=PLAIN)) for x in self.values]
+        plain = [x.but(terms=PLAIN) for x in self.values]
         return not self.faults(plain, unit=True)
 
     def not_linear(self) -> Fault:
         """That fault, with what to write instead."""
-        fix = fixes.AFTERWARDS if all(x.fixed for x in self.values) else ""
+        fix = fixes.AFTERWARDS if all_fixed(self.values) else ""
         kind, origin = FaultKind.DERIVATIVE, self.origin
         return self.walk.fault(self.op, kind, _NOT_LINEAR, origin=origin, fix=fix)
 
-    def _mismatch(self, x: Value, result: Value, *, scale: Scale) -> frozenset[Fault]:
+    def _mismatch(self, x: Value, result: Value, *, scale: Scale) -> Faults:
         """What is wrong with the cotangent that a backward pass returns for x."""
         rows_alike = result.rows and result.layout == x.layout
         alike = rows_alike or result.fixed if x.rows else result.kind is _DUAL[x.kind]
         apart = (alike and result.terms == {Term(scale)}) or (result.fixed and result.zero)
-        kinds = {f.kind for f in result.faults} - {FaultKind.ASSUMPTION}
+        kinds = kinds_of(result.faults) - {FaultKind.ASSUMPTION}
         kinds = kinds or (set() if apart else {FaultKind.COUPLING})
-        notes = {kind: f"its backward pass mixes the examples ({kind})" for kind in kinds}
-        fault = lambda kind: self.walk.fault(self.op, kind, notes[kind], origin=self.origin)
-        return frozenset(map(fault, notes))
+        return frozenset(map(self._mixes, kinds))
+
+    def _mixes(self, kind: FaultKind) -> Fault:
+        note = f"its backward pass mixes the examples ({kind})"
+        return self.walk.fault(self.op, kind, note, origin=self.origin)
 
 
 _DUAL = {Kind.FIXED: Kind.TOTAL, Kind.TOTAL: Kind.FIXED, Kind.STATISTIC: Kind.FIXED}
@@ -179,12 +196,13 @@ def _is_inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
-def _alike(x: Value, y: Value) -> bool:
-    return (x.kind, x.layout, x.terms) == (y.kind, y.layout, y.terms)
+def _is_variable(v: object) -> TypeGuard[jex.Var]:
+    return not isinstance(v, jex.Literal)
 
 
-def _variables(eqn: Any) -> list[Any]:
-    return list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
+def _dependence(x: Value) -> tuple[Kind, Layout | None, Terms]:
+    """How a value depends on the batch."""
+    return x.kind, x.layout, x.terms
 
 
 def _dual(walk: Walk, op: Op, out: Value) -> Value:
@@ -201,50 +219,50 @@ def _dual(walk: Walk, op: Op, out: Value) -> Value:
 def _scale(x: Value) -> Scale:
     """The scale of a value's own addends: those of a total that depend on the batch."""
     scales = {term.scale for term in x.terms if not term.fixed}
-    return scales.pop() if len(scales) == 1 else IRREGULAR
+    return common(scales)
 
 
-def _rule(eqn: Any) -> Frame | None:
+def _rule(eqn: jex.JaxprEqn) -> Frame | None:
     """The first line of the user's derivative rule, as JAX noted it."""
-    rule = next((eqn.params[k] for k in ("bwd", "jvp_jaxpr_fun") if k in eqn.params), None)
+    rule = eqn.params.get("bwd", eqn.params.get("jvp_jaxpr_fun"))
     debug = getattr(rule, "debug_info", None)
     file, line = getattr(debug, "func_filename", None), getattr(debug, "func_lineno", None)
     return Frame(file, line, debug.func_name) if debug is not None and file and line else None
 
 
-def _traced(walk: Walk, op: Op, floating: list[int]) -> tuple[Any, Any]:
+def _traced(walk: Walk, op: Op, floating: list[bool]) -> tuple[jex.ClosedJaxpr, jex.ClosedJaxpr]:
     """The backward pass of one equation, at both sizes; kept, so that its equations keep their
     identities."""
-    pair = (_backward(op.eqn, floating), _backward(op.other, floating))
+    pair = both(op, lambda eqn: _backward(eqn, floating))
     walk.derivatives[id(op.eqn)] = pair
     return pair
 
 
-def _backward(eqn: Any, floating: list[int]) -> Any:
-    given = _variables(eqn)
-    debug = _debug_info()
-    outvars = [eqn.outvars[i] for i in floating]
-    alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, debug)
-    moved = [i for i, v in enumerate(given) if _is_inexact(v)]
+def _backward(eqn: jex.JaxprEqn, floating: list[bool]) -> jex.ClosedJaxpr:
+    """A program of the operands and of the cotangents: the operands' cotangents, and the results.
 
-    def pull(*arrays: Any) -> list[Any]:
-        primals, cotangents = list(arrays[: len(given)]), list(arrays[len(given) :])
+    An operand that has no cotangent is returned as it came.
+    """
+    given = list(dict.fromkeys(filter(_is_variable, eqn.invars)))
+    moved = list(filter(_is_inexact, given))
+    outvars = list(compress(eqn.outvars, floating))
+    alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _debug_info())
 
-        def function(*values: Any) -> list[Any]:
-            full = list(primals)
-            for i, value in zip(moved, values, strict=True):
-                full[i] = value
-            return jax.core.eval_jaxpr(
-                alone, [], *full, propagate_source_info=False
-            )  # keeps the frames of the rule
+    def pull(*arrays: Array) -> list[Array]:
+        primals = dict(zip(given, arrays, strict=False))
+        cotangents = list(arrays[len(given) :])
 
-        values, backward = jax.vjp(function, *(primals[i] for i in moved))
-        by_place = dict(zip(moved, backward(cotangents), strict=True))
-        return [*(by_place.get(i, primals[i]) for i in range(len(given))), *values]
+        def function(*moving: Array) -> list[Array]:
+            operands = primals | dict(zip(moved, moving, strict=True))
+            # The equations keep the frames of the rule.
+            return jax.core.eval_jaxpr(alone, [], *operands.values(), propagate_source_info=False)
 
-    types = [v.aval for v in (*given, *outvars)]  # shapes alone would lose how a mesh divides them
-    return jax.make_jaxpr(pull)(*types)
+        values, backward = jax.vjp(function, *map(primals.__getitem__, moved))
+        pulled = dict(zip(moved, backward(cotangents), strict=True))
+        return [*(primals | pulled).values(), *values]
+
+    return jax.make_jaxpr(pull)(*avals_of([*given, *outvars]))
 
 
-def _debug_info() -> Any:
+def _debug_info() -> jex.DebugInfo:
     return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info._replace(arg_names=None, result_paths=None)

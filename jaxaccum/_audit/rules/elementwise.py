@@ -4,24 +4,26 @@ sum."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
 
+import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import (
-    IRREGULAR,
-    UNIT,
-    Fault,
-    FaultKind,
-    Layout,
-    Value,
-    fixed,
-    rows,
-    statistic,
-)
+from jaxaccum._audit.lattice import IRREGULAR, UNIT, FaultKind, Value, fixed, rows, statistic
 from jaxaccum._audit.registry import rule
-from jaxaccum._audit.sources import Site
+from jaxaccum._audit.rules.operands import (
+    Faults,
+    all_scalar,
+    all_unscaled,
+    both,
+    faults_of,
+    faulty,
+    is_weighted,
+    layout_of,
+    origin_of,
+    rows_among,
+    same_layout,
+    summaries_among,
+)
 from jaxaccum._audit.walk import Op, Walk
 
 _NONLINEAR = """
@@ -37,52 +39,26 @@ _IDENTITY = (
 )
 
 
-def same_layout(values: Sequence[Value]) -> bool:
-    """Whether all rows lie alike."""
-    return len({v.layout for v in values if v.rows}) <= 1
-
-
-def layout_of(values: Sequence[Value]) -> Layout | None:
-    """Where the rows of the operands lie."""
-    return next((v.layout for v in values if v.rows), None)
-
-
-def origin_of(values: Sequence[Value]) -> Site | None:
-    """The first reduction or split that the operands come from."""
-    return next((v.origin for v in values if v.origin is not None), None)
-
-
 @rule(_NONLINEAR, uniform=True)
 def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A function of its operands that is linear in none of them."""
-    parts, layout = [v for v in ins if v.rows], layout_of(ins)
+    parts, layout = rows_among(ins), layout_of(ins)
     if (extremum := _extremum_of(op, ins)) is not None:
         return statistic(ins[0].origin, extremum=extremum)
-    if summaries := [v for v in ins if v.summary]:
+    if summaries := summaries_among(ins):
         return walk.couple(op, summaries, layout=layout)
     if layout is None:
-        return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=all(v.scalar for v in ins))
+        return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=all_scalar(ins))
     if not same_layout(parts):
-        return walk.couple(
-            op,
-            parts,
-            kind=FaultKind.PAIRWISE,
-            note="different examples are combined",
-            layout=layout,
-        )
-    if weighted := [v for v in parts if any(term.scale.weights for term in v.terms)]:
-        return walk.couple(
-            op, weighted, note="an example scaled by a statistic of the batch enters", layout=layout
-        )
-    faults: frozenset[Fault] = frozenset()
+        note = "different examples are combined"
+        return walk.couple(op, parts, kind=FaultKind.PAIRWISE, note=note, layout=layout)
+    if scaled := list(filter(is_weighted, parts)):
+        note = "an example scaled by a statistic of the batch enters"
+        return walk.couple(op, scaled, note=note, layout=layout)
+    faults: Faults = frozenset()
     if not _constant(op, ins):
-        faults = frozenset(
-            [
-                walk.fault(
-                    op, FaultKind.BATCH_SIZE, "a value that changes with the batch size enters"
-                )
-            ]
-        )
+        note = "a value that changes with the batch size enters"
+        faults = faulty(walk, op, FaultKind.BATCH_SIZE, note)
     return rows(layout, faults=faults, origin=origin_of(parts))
 
 
@@ -96,7 +72,7 @@ def _extremum_of(op: Op, ins: list[Value]) -> str | None:
     """Whether it is an extremum over the examples too: an increasing function of one, or the larger
     of two maxima."""
     kinds = {v.extremum for v in ins}
-    if len(kinds) != 1 or any(v.faults for v in ins):
+    if len(kinds) != 1 or faults_of(ins):
         return None
     (kind,) = kinds
     return kind if op.name in _INCREASING or op.name == kind else None
@@ -104,11 +80,17 @@ def _extremum_of(op: Op, ins: list[Value]) -> str | None:
 
 def _constant(op: Op, ins: list[Value]) -> bool:
     """Whether neither the function nor its operands change with the batch size."""
-    mine, other = (
-        {k: text_of(v) if "jaxpr" in k else v for k, v in eqn.params.items() if _says(k)}
-        for eqn in (op.eqn, op.other)
-    )
-    return mine == other and all(v.scale.trivial for v in ins)
+    mine, other = both(op, _function_of)
+    return mine == other and all_unscaled(ins)
+
+
+def _function_of(eqn: jex.JaxprEqn) -> dict[str, object]:
+    """The parameters that say which function it is."""
+    said = {}
+    for name, value in eqn.params.items():
+        if _says(name):
+            said[name] = text_of(value) if "jaxpr" in name else value
+    return said
 
 
 def _says(parameter: str) -> bool:
@@ -117,12 +99,11 @@ def _says(parameter: str) -> bool:
     return not any(word in parameter for word in ("sharding", "computation", "shape", "sizes"))
 
 
-def text_of(body: Any) -> Any:
+def text_of(body: object) -> object:
     """What a jaxpr does, whose identity says nothing; with constants it is like no other."""
     open_ = getattr(body, "jaxpr", body)
-    return (
-        str(open_) if not (getattr(body, "consts", ()) or getattr(open_, "constvars", ())) else body
-    )
+    has_constants = getattr(body, "consts", ()) or getattr(open_, "constvars", ())
+    return body if has_constants else str(open_)
 
 
 @rule(_LINEAR, uniform=True)
@@ -145,7 +126,7 @@ def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     (x,) = ins
     if not x.params:
         return [x]
-    if any(term.scale.weights for term in x.terms):
+    if is_weighted(x):
         return walk.couple(op, [x], note=_STOPPED, layout=x.layout)
     return dataclasses.replace(x, number=walk.fresh(), root=None)
 

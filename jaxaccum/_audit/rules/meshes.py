@@ -3,55 +3,70 @@ of the batch."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-from jaxaccum._audit.lattice import Kind, Value, fixed, rows
+from jaxaccum._audit.lattice import Kind, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import RULES, Settled, rule
+from jaxaccum._audit.rules.operands import (
+    all_fixed,
+    any_place,
+    any_summary,
+    example_axes,
+    params_at_both,
+    rows_among,
+)
 from jaxaccum._audit.walk import Op, Walk
+
+Spec = tuple[tuple[str, ...], ...]
+"""The mesh axes over which each dimension of an array is sharded."""
 
 
 @rule("shard_map", scales=True)
 def shard_map(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Each device runs the body on its share: of the examples, or of anything else."""
-    params = op.params
-    specs = [_dims(spec) for spec in params["in_specs"]]
-    axes = {_mesh_axes(spec, v) for spec, v in zip(specs, ins, strict=True) if v.rows}
-    if all(v.fixed for v in ins):
+    if all_fixed(ins):
         return RULES["*"].apply(walk, op, ins)
-    if (
-        len(axes) != 1
-        or any(v.summary or v.index for v in ins)
-        or not all(v.layout.plain for v in ins if v.rows and v.layout)
-    ):
+    axes: set[tuple[str, ...]] = set()
+    dividing: set[str] = set()
+    for x, spec in zip(ins, map(_dims, op.params["in_specs"]), strict=True):
+        if x.rows:
+            axes.add(_mesh_axes(spec, x))
+        else:
+            dividing.update(*spec)
+    apart = all(x.layout is not None and x.layout.plain for x in rows_among(ins))
+    if len(axes) != 1 or not apart or any_summary(ins) or any_place(ins):
         return walk.unknown(op, "a shard_map that the analysis cannot follow")
     (names,) = axes
-    if any(
-        v.fixed and set(names) & {name for dim in spec for name in dim}
-        for spec, v in zip(specs, ins, strict=True)
-    ):
-        return walk.unknown(
-            op, "a shard_map that divides what is independent of the batch over the batch's devices"
-        )
-    sizes = walk.sizes.divided(math.prod(params["mesh"].shape[name] for name in names))
+    if dividing & set(names):
+        return walk.unknown(op, _DIVIDES_WHAT_IS_FIXED)
+    sizes = walk.sizes.divided(math.prod(op.params["mesh"].shape[name] for name in names))
     if sizes is None:
         return walk.unknown(op, "the devices do not divide the batch")
+    with _on_one_device(walk, sizes, names):
+        outs = walk.body(op, params_at_both(op, "jaxpr"), ins)
+    joined = lambda x, spec: _joined(walk, op, x, _dims(spec), names)
+    return Settled(map(joined, outs, op.params["out_specs"]))
+
+
+_DIVIDES_WHAT_IS_FIXED = (
+    "a shard_map that divides what is independent of the batch over the batch's devices"
+)
+
+
+@contextlib.contextmanager
+def _on_one_device(walk: Walk, sizes: Sizes, names: tuple[str, ...]) -> Iterator[None]:
+    """Walk the program of one device, which has its share of the batch."""
     before = walk.sizes, walk.mesh_axes
     walk.sizes, walk.mesh_axes = sizes, frozenset(names)
     try:
-        outs = walk.body(op, (params["jaxpr"], op.other.params["jaxpr"]), ins)
+        yield
     finally:
         walk.sizes, walk.mesh_axes = before
-    out_specs = [_dims(spec) for spec in params["out_specs"]]
-    return Settled(
-        [_joined(walk, op, v, spec, names) for v, spec in zip(outs, out_specs, strict=True)]
-    )
 
 
-def _joined(
-    walk: Walk, op: Op, x: Value, spec: tuple[tuple[str, ...], ...], names: tuple[str, ...]
-) -> Value:
+def _joined(walk: Walk, op: Op, x: Value, spec: Spec, names: tuple[str, ...]) -> Value:
     """A result of one device as one of all: rows side by side, or a total that the body has summed
     over devices."""
     if x.rows and x.layout is not None and x.layout.plain and _mesh_axes(spec, x) == names:
@@ -59,22 +74,24 @@ def _joined(
     if x.kind is Kind.STATISTIC:
         return x
     if op.params.get("check_vma") and x.kind is Kind.TOTAL and not any(spec):
-        return dataclasses.replace(x, number=-1)
+        return x.like(number=-1)
     if x.fixed and not any(spec):
         return fixed(x.scale, faults=x.faults)
-    return dataclasses.replace(
-        walk.unknown(op, "a result of shard_map that the analysis cannot follow"), number=-1
-    )
+    return walk.unknown(op, "a result of shard_map that the analysis cannot follow")
 
 
-def _dims(spec: Any) -> tuple[tuple[str, ...], ...]:
+def _dims(spec: Iterable[str | tuple[str, ...] | None]) -> Spec:
     """The mesh axes of each dimension of a partition spec."""
-    return tuple(
-        () if name is None else (name,) if isinstance(name, str) else tuple(name) for name in spec
-    )
+    return tuple(map(_names, spec))
 
 
-def _mesh_axes(spec: tuple[tuple[str, ...], ...], x: Value) -> tuple[str, ...]:
+def _names(dim: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+def _mesh_axes(spec: Spec, x: Value) -> tuple[str, ...]:
     """The mesh axes that shard the batch axis of rows."""
-    axes = x.layout.axes if x.layout is not None else ()
+    axes = example_axes(x)
     return spec[axes[0]] if len(axes) == 1 and axes[0] < len(spec) else ()

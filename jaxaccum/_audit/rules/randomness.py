@@ -12,7 +12,19 @@ import jax.numpy as jnp
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value, fixed, rows
 from jaxaccum._audit.registry import RULES, Settled, rule
-from jaxaccum._audit.rules.elementwise import layout_of, same_layout
+from jaxaccum._audit.rules.operands import (
+    Faults,
+    all_fixed,
+    all_unscaled,
+    any_place,
+    any_summary,
+    faults_of,
+    faulty,
+    kinds_of,
+    layout_of,
+    same_layout,
+    summaries_among,
+)
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 from jaxaccum._program.example_keys import is_joined
 
@@ -42,8 +54,8 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if (drawn := _by_example(op, ins)) is not None:
         return drawn
     layout = layout_of(ins)
-    if any(v.summary for v in ins):
-        return walk.couple(op, [v for v in ins if v.summary], layout=layout)
+    if any_summary(ins):
+        return walk.couple(op, summaries_among(ins), layout=layout)
     if layout is not None:
         alone = same_layout(ins) and (op.name != "rng_bit_generator" or not layout.axes)
         if any(beyond(op.out_shapes(i), rows(layout)) for i in range(op.num_outs)):
@@ -51,20 +63,20 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         if not alone:
             return RULES["*"].apply(walk, op, ins)
         return rows(layout, faults=_mixed_keys(walk, op) if layout.axes else frozenset())
-    faults = frozenset(_as_stream(walk, op, f) for v in ins for f in v.faults)
+    faults = {_as_stream(walk, op, f) for f in faults_of(ins)}
     if _by_split(op, ins):
-        faults = frozenset(f for f in faults if f.kind is not FaultKind.POSITION)
+        faults = {f for f in faults if f.kind is not FaultKind.POSITION}
         if not any(f.declared for f in faults):
-            faults |= {_one_key(walk, op, ins)}
-    return Settled([fixed(faults=faults) for _ in range(op.num_outs)])
+            faults.add(_one_key(walk, op, ins))
+    return Settled([fixed(faults=frozenset(faults))] * op.num_outs)
 
 
 def _by_example(op: Op, ins: list[Value]) -> Settled | None:
     """What becomes of a key that holds those of the examples, which draw along the axis that grows
     with them."""
-    if not any(is_joined(v.aval.dtype) for v in op.eqn.invars) or not all(v.fixed for v in ins):
+    if not any(map(is_joined, _dtypes(op.eqn.invars))) or not all_fixed(ins):
         return None
-    faults = frozenset().union(*(v.faults for v in ins))
+    faults = faults_of(ins)
     axes = varying(op.out_shapes()) if op.name == "random_bits" else []
     return Settled([rows(Layout(tuple(axes)), faults=faults) if axes else fixed(faults=faults)])
 
@@ -86,14 +98,13 @@ def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
     return walk.fault(op, FaultKind.RANDOM, note, fix=fix)
 
 
-def _mixed_keys(walk: Walk, op: Op) -> frozenset[Fault]:
+def _mixed_keys(walk: Walk, op: Op) -> Faults:
     """That the generator does not keep the keys of a `jax.vmap` apart."""
-    dtypes = [v.aval.dtype for v in (*op.eqn.invars, *op.eqn.outvars)]
-    key = next((d for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)), None)
-    name = "threefry2x32" if key is None else _generators().get(key)
+    keys = list(filter(_is_key, _dtypes([*op.eqn.invars, *op.eqn.outvars])))
+    name = _generators().get(keys[0]) if keys else "threefry2x32"
     if name is None:
-        note = f"draws from keys of the type {key} have no rule"
-        return frozenset([walk.fault(op, FaultKind.UNKNOWN, note)])
+        note = f"draws from keys of the type {keys[0]} have no rule"
+        return faulty(walk, op, FaultKind.UNKNOWN, note)
     apart = _FOR_EACH_KEY[name]
     if apart is None or op.name in apart:
         return frozenset()
@@ -101,8 +112,16 @@ def _mixed_keys(walk: Walk, op: Op) -> frozenset[Fault]:
     return frozenset([walk.fault(op, FaultKind.RANDOM, note, fix=fixes.ONE_BY_ONE)])
 
 
+def _dtypes(variables: list[Any]) -> list[jnp.dtype]:
+    return [v.aval.dtype for v in variables]
+
+
+def _is_key(dtype: jnp.dtype) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 @functools.cache
-def _generators() -> dict[Any, str]:
+def _generators() -> dict[object, str]:
     """The names of JAX's own generators, by the dtype of their keys."""
     key = lambda name: jax.eval_shape(lambda: jax.random.key(0, impl=name))
     return {key(name).dtype: name for name in _FOR_EACH_KEY}
@@ -110,9 +129,7 @@ def _generators() -> dict[Any, str]:
 
 def _by_split(op: Op, ins: list[Value]) -> bool:
     """Whether the draw has the batch's size, or its key is made of an example's place."""
-    grows = any(varying(op.out_shapes(i)) for i in range(op.num_outs))
-    grown = any(varying(op.shapes(i)) for i in range(len(ins)))
-    placed = any(
-        v.index is not None or any(f.kind is FaultKind.POSITION for f in v.faults) for v in ins
-    )
-    return placed or (grows and not grown) or not all(v.scale.trivial for v in ins)
+    grows = any(map(varying, map(op.out_shapes, range(op.num_outs))))
+    grown = any(map(varying, map(op.shapes, range(len(ins)))))
+    by_place = any_place(ins) or FaultKind.POSITION in kinds_of(faults_of(ins))
+    return by_place or (grows and not grown) or not all_unscaled(ins)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 from jaxaccum._audit.lattice import ONE_EXAMPLE, Index, Layout, Value, rows, total
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
-from jaxaccum._audit.rules.elementwise import combine, layout_of, origin_of, same_layout
-from jaxaccum._audit.rules.indexing import only_place, terms_of
+from jaxaccum._audit.rules.elementwise import combine
+from jaxaccum._audit.rules.indexing import reads_place
+from jaxaccum._audit.rules.operands import (
+    all_fixed,
+    any_rows,
+    any_summary,
+    axes_except,
+    example_axes,
+    faults_of,
+    layout_of,
+    once,
+    origin_of,
+    same_layout,
+    terms_of,
+)
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
 
@@ -22,176 +35,137 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Updates written at given indices of an operand; added there, a sum over the examples."""
     x, indices, updates = ins
     adds = op.name in ("scatter-add", "scatter_add", "scatter-sub")
-    if any(v.summary for v in ins):
-        linear = indices.fixed and not any(v.rows for v in ins) and (adds or op.name == "scatter")
-        return (
-            dataclasses.replace(added(walk, op, [x, updates]), weight=None)
-            if linear
-            else RULES["*"].apply(walk, op, ins)
-        )
-    if all(v.fixed for v in ins):
-        value = dataclasses.replace(added(walk, op, [x, updates]), known=None, scalar=False)
-        evenly = (
-            all(_inside(op, a) for a in varying(op.shapes()))
-            and indices.index is None
-            and not any(indices.columns)
-        )
-        faults = frozenset().union(*(v.faults for v in ins))
-        return (
-            Settled([dataclasses.replace(value, faults=faults)])
-            if evenly and not varying(op.shapes(1))
-            else value
-        )
+    linear = adds or op.name == "scatter"
+    if any_summary(ins):
+        if linear and indices.fixed and not any_rows(ins):
+            return added(walk, op, [x, updates]).like(weight=None)
+        return RULES["*"].apply(walk, op, ins)
+    if all_fixed(ins):
+        return _into_fixed(walk, op, ins)
     if updates.layout == ONE_EXAMPLE and indices.index is Index.STEP and op.name == "scatter":
         return _written_at_a_step(walk, op, ins)
     if (layout := _scattered(op, ins)) is not None:
-        if not adds and op.name != "scatter":
-            value = combine(
-                walk, op, [dataclasses.replace(v, layout=layout) if v.rows else v for v in ins]
-            )
-            return value
-        faults = frozenset().union(*(v.faults for v in ins))
-        return Settled(
-            [rows(layout, terms=terms_of([x, updates]), faults=faults, origin=origin_of(ins))]
-        )
-    if (
-        adds
-        and x.fixed
-        and not varying(op.shapes())
-        and same_layout(ins)
-        and indices.index is None
-        and not any(indices.columns)
-    ):
+        if not linear:
+            return combine(walk, op, [v.like(layout=layout) if v.rows else v for v in ins])
+        terms, faults = terms_of([x, updates]), faults_of(ins)
+        return Settled([rows(layout, terms=terms, faults=faults, origin=origin_of(ins))])
+    alike = same_layout(ins) and not _holds_places(indices)
+    if adds and x.fixed and alike and not varying(op.shapes()):
         return _histogram(walk, op, ins)
     return RULES["*"].apply(walk, op, ins)
 
 
+def _holds_places(indices: Value) -> bool:
+    """Whether some of the indices are places of examples."""
+    return indices.index is not None or any(indices.columns)
+
+
+def _into_fixed(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
+    """A scatter of what is independent of the batch: settled where each place is written alike."""
+    x, indices, updates = ins
+    value = added(walk, op, [x, updates]).like(known=None, scalar=False)
+    evenly = _inside(op) >= set(varying(op.shapes()))
+    if not evenly or _holds_places(indices) or varying(op.shapes(1)):
+        return value
+    return Settled([value.like(faults=faults_of(ins))])
+
+
 def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """In a loop over the examples, each writes its own row."""
-    x, indices, updates = ins
+    x, _, updates = ins
     numbers = op.params["dimension_numbers"]
     axes = tuple(numbers.scatter_dims_to_operand_dims)
     layout = Layout(axes)
-    if (
-        beyond(op.shapes(), rows(layout))
-        or len(axes) != 1
-        or axes != tuple(numbers.inserted_window_dims)
-        or x.layout not in (None, layout)
-    ):
+    by_row = len(axes) == 1 and axes == tuple(numbers.inserted_window_dims)
+    if not by_row or beyond(op.shapes(), rows(layout)) or x.layout not in (None, layout):
         return RULES["*"].apply(walk, op, ins)
-    faults = x.faults | updates.faults | indices.faults
-    return Settled(
-        [rows(layout, terms=terms_of([x, updates]), faults=faults, origin=updates.origin)]
-    )
+    terms, faults = terms_of([x, updates]), faults_of(ins)
+    return Settled([rows(layout, terms=terms, faults=faults, origin=updates.origin)])
 
 
 def _histogram(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Each example adds to entries of a table: a total, which the table itself enters once."""
     x, _, updates = ins
     layout = layout_of(ins)
-    repeats = max(len(varying(op.shapes(i))) for i in (1, 2)) > 1
-    if (
-        layout is None
-        or layout.looped
-        or len(layout.axes) != 1
-        or repeats
-        or _window_holds(op, ins)
-    ):
+    repeats = max(len(varying(op.shapes(1))), len(varying(op.shapes(2)))) > 1
+    if layout is None or layout.looped or len(layout.axes) != 1 or repeats:
         return RULES["*"].apply(walk, op, ins)
-    own = (
-        frozenset()
-        if x.zero
-        else frozenset(dataclasses.replace(term, fixed=True) for term in x.terms)
-    )
-    return Settled(
-        [
-            total(
-                walk.site(op),
-                updates.terms | own,
-                faults=frozenset().union(*(v.faults for v in ins)),
-            )
-        ]
-    )
+    if _window_holds(op, updates):
+        return RULES["*"].apply(walk, op, ins)
+    return Settled([total(walk.site(op), updates.terms | once(x), faults=faults_of(ins))])
 
 
-def _window_holds(op: Op, ins: list[Value]) -> bool:
+def _window_holds(op: Op, updates: Value) -> bool:
     """Whether the axis of the examples lies inside the windows that are written."""
-    updates = ins[2]
-    return (
-        updates.rows
-        and updates.layout is not None
-        and bool(set(updates.layout.axes) & set(op.params["dimension_numbers"].update_window_dims))
-    )
+    windows = set(op.params["dimension_numbers"].update_window_dims)
+    return updates.rows and bool(windows & set(example_axes(updates)))
 
 
 def _scattered(op: Op, ins: list[Value]) -> Layout | None:
     """Where rows lie in the result, if each example writes to its own part of the operand."""
     x, indices, updates = ins
-    found = {v.layout for v in (x,) if v.rows}
-    for v, axis_of in ((updates, _of_updates), (indices, _of_indices)):
-        if v.rows:
-            if v.layout is None or (v.layout.axes and len(v.layout.axes) != 1):
-                return None
-            axis = axis_of(op, v.layout.axes[0], indices) if v.layout.axes else None
-            if axis is None and v.layout.axes:
-                return None
-            found.add(v.layout if axis is None else v.layout.at(axis))
+    found = {x.layout} if x.rows else set()
+    if updates.rows:
+        found.add(_written(op, updates, indices, _of_updates))
+    if indices.rows:
+        found.add(_written(op, indices, indices, _of_indices))
     layout = found.pop() if len(found) == 1 else None
-    if (
-        layout is None
-        or beyond(op.shapes(), rows(layout))
-        or len(varying(op.shapes(2))) > len(layout.axes)
-    ):
+    if layout is None or beyond(op.shapes(), rows(layout)):
+        return None
+    if len(varying(op.shapes(2))) > len(layout.axes):
         return None
     return layout if _owned(op, layout, indices) else None
 
 
+def _written(
+    op: Op, x: Value, indices: Value, axis_of: Callable[[Op, int, Value], int | None]
+) -> Layout | None:
+    """Where rows of the updates or of the indices lie in the result, if it can be said."""
+    if x.layout is None or not x.layout.axes:
+        return x.layout
+    if len(x.layout.axes) != 1:
+        return None
+    axis = axis_of(op, x.layout.axes[0], indices)
+    return None if axis is None else x.layout.at(axis)
+
+
 def _owned(op: Op, layout: Layout, indices: Value) -> bool:
     """Whether writing never reaches from one example's part into another's."""
-    beside = op.params["dimension_numbers"].operand_batching_dims
-    return all(a in beside or _inside(op, a) or _by_place(op, a, indices) for a in layout.axes)
+    apart = _inside(op) | set(op.params["dimension_numbers"].operand_batching_dims)
+    return all(a in apart or _by_place(op, a, indices) for a in layout.axes)
 
 
-def _inside(op: Op, axis: int) -> bool:
-    """Whether an axis of the operand lies inside the windows that are written, and no index reaches
-    along it."""
+def _inside(op: Op) -> set[int]:
+    """The axes of the operand that lie inside the windows that are written, and along which no
+    index reaches."""
+    return set(_windows(op)) - set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
+
+
+def _windows(op: Op) -> list[int]:
+    """The axes of the operand along which the windows extend, in the order of the windows'."""
     numbers = op.params["dimension_numbers"]
-    gone = {
-        *numbers.inserted_window_dims,
-        *numbers.operand_batching_dims,
-        *numbers.scatter_dims_to_operand_dims,
-    }
-    return axis not in gone
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    return axes_except(range(len(op.shapes()[0])), gone)
 
 
 def _by_place(op: Op, axis: int, indices: Value) -> bool:
-    numbers = op.params["dimension_numbers"]
-    dims = list(numbers.scatter_dims_to_operand_dims)
-    return (
-        axis in dims
-        and _wide(op, axis) == 1
-        and dims.index(axis) < len(indices.columns)
-        and only_place(indices, dims.index(axis))
-        and bool(indices.layout and indices.layout.plain)
-    )
+    """Whether each example writes at its own place along an axis of the operand."""
+    dims = op.params["dimension_numbers"].scatter_dims_to_operand_dims
+    return reads_place(dims, axis, indices) and _wide(op, axis) == 1
 
 
 def _wide(op: Op, axis: int) -> int:
     """How many entries of an axis of the operand one update writes."""
-    numbers = op.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    kept = [i for i in range(len(op.shapes()[0])) if i not in gone]
+    numbers, kept = op.params["dimension_numbers"], _windows(op)
     return op.shapes(2)[0][numbers.update_window_dims[kept.index(axis)]] if axis in kept else 1
 
 
 def _of_updates(op: Op, axis: int, indices: Value) -> int | None:
     """The axis of the operand that an axis of the updates is written to."""
-    numbers = op.params["dimension_numbers"]
-    if axis in numbers.update_window_dims:
-        gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-        kept = [i for i in range(len(op.shapes()[0])) if i not in gone]
-        return kept[list(numbers.update_window_dims).index(axis)]
-    outer = [i for i in range(len(op.shapes(2)[0])) if i not in numbers.update_window_dims]
+    windows = list(op.params["dimension_numbers"].update_window_dims)
+    if axis in windows:
+        return _windows(op)[windows.index(axis)]
+    outer = axes_except(range(len(op.shapes(2)[0])), windows)
     return _of_indices(op, outer.index(axis), indices)
 
 
