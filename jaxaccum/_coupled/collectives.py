@@ -1,5 +1,5 @@
-"""Resolve collectives: of operands stacked over microbatches, by `jax.vmap`, for which they are
-named axes already.
+"""Resolve collectives of operands that are stacked over microbatches, by `jax.vmap`, for which the
+loop's axis is a named axis already.
 
 So every collective, its derivative and further axes (of a mesh, of an outer `vmap`) come from JAX.
 It has no derivative of ``pmax`` and ``pmin``; theirs is that of ``reduce_max`` over all operands,
@@ -60,8 +60,7 @@ def _explicit() -> bool:
 
 
 def _summed(x: Array, axes: tuple[str, ...]) -> Array:
-    """Over the loop's axis, whose operands are gathered and added, and then over those of the
-    mesh."""
+    """The sum over the loop's axis, by a gather, and then over the axes of the mesh."""
     for name in sorted(axes, key=_manual):
         over = functools.partial(lax.psum, axis_name=name)
         x = _one(over, x, name) if _manual(name) else jnp.sum(_gathered(x[None], (name,)), axis=0)
@@ -97,8 +96,8 @@ def _reduce_scatter(eqn: jex.JaxprEqn, x: Array) -> Array:
 
 
 def _one(collective: Callable[[Array], Array], x: Array, name: str) -> Array:
-    """Over one axis: the loop's, or one of the mesh, of which JAX checks types where a caller
-    differentiates."""
+    """A collective over one axis: the loop's, or one of the mesh. There JAX would check types where
+    a caller differentiates."""
     return exchanged(collective, x) if _manual(name) else collective(x)
 
 

@@ -135,7 +135,7 @@ def statistics_bytes(cuts: Cuts) -> int:
 
 
 def _bytes_of_batch(cuts: Cuts, found: Sequence[Var]) -> int:
-    """The bytes of variables of which each microbatch has its own, or all of them the same."""
+    """The bytes of variables for the whole batch: own values once per microbatch, others once."""
     return sum(bytes_of([v], cuts.axis[1] if v in cuts.own else 1) for v in found)
 
 

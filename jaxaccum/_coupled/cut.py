@@ -21,10 +21,10 @@ Example. The loss ``Σ (h - m)²`` of ``h = w x``, ``m = pmean(h)`` has one cut.
 
     stage 0   h₁ = w x₁                      h₂ = w x₂
     cut 1     m = (h₁ + h₂) / 2
-    stage 1   T₁ = Σ (w x₁ - m)²             T₂ = Σ (w x₂ - m)²
+    stage 1   T₁ = Σ (h₁ - m)²               T₂ = Σ (h₂ - m)²
 
 h is own, and stage 1 reads it: it crosses the cut. Either the h of all microbatches are stored, or
-stage 1 computes its own h again (`schedule`).
+the pass to stage 1 computes h again (`schedule`).
 
 The cost. One pass over the microbatches for each cut, and what crosses it or is computed again.
 

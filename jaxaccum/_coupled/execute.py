@@ -8,7 +8,7 @@ The idea. A pass over the microbatches starts at the nearest stored boundary and
 lies between, now that the statistics are known. So only statistics, which are small, and stored
 boundaries ever exist for the full batch.
 
-Example. Two cuts, as two BatchNorms, of which no boundary is stored; two microbatches:
+Example. Two cuts, as of two BatchNorms, and two microbatches. No boundary is stored:
 
     pass 1   stage 0 of 1, of 2          -> statistics 1
     pass 2   stages 0, 1 of 1, of 2      -> statistics 2

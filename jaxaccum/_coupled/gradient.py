@@ -9,18 +9,19 @@ the cotangents of all statistics behind it are complete. So are, by the adjoint 
 all that stage l emits. One pass over the microbatches then gives the cotangents of the parameters,
 statistics and rows that stage l itself reads.
 
-    ds  = Σ over microbatches of (d stage l+1 / d s) · its cotangents     the pass of stage l + 1
-    de  = (d cut / d e) · ds                                              once, e are all emitted
-    dw += Σ over microbatches of (d stage l / d w) · (its own of de)      the pass of stage l
+    ds  = Σ over microbatches of vjp(stages l + 1 … e; s)      the pass of stage l + 1
+    de  = vjp(the cut; ds)                                     once, for what all of them emit
+    dw += Σ over microbatches of vjp(stages l … e; w)          the pass of stage l, of de too
 
-Example. The loss ``Σ (h - m)²`` of ``h = w x``, ``m = pmean(h)``, two microbatches:
+A pass back-propagates from the end e of its segment, the nearest stored boundary behind it. The
+cotangent of that boundary is known. A boundary is overwritten by its cotangent.
 
-    pass of stage 1    dm  = Σ₁ -2 (h₁ - m) + Σ₂ -2 (h₂ - m);   dw += 2 (h₁ - m) x₁ + 2 (h₂ - m) x₂
+Example. The loss ``Σ (h - m)²`` of ``h = w x``, ``m = pmean(h)``; two microbatches of one example,
+and nothing stored:
+
+    pass of stage 1    dm  = -2 (h₁ - m) - 2 (h₂ - m)
     the cut, once      dh₁ = dm / 2,  dh₂ = dm / 2
-    pass of stage 0    dw += x₁ dh₁ + x₂ dh₂
-
-A pass back-propagates from the end of its segment, the nearest stored boundary behind it, whose
-cotangent is known. A boundary is overwritten by its cotangent.
+    pass of stage 0    dw += x₁ (dh₁ + 2 (h₁ - m)) + x₂ (dh₂ + 2 (h₂ - m))
 
 The cost. A segment of m stages takes about 2 m² stages; memory as in the forward passes.
 

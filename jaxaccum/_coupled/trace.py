@@ -1,10 +1,10 @@
-"""Open the program: one flat list of equations in which every collective over the loop's axis
-stands by itself.
+"""Open the program: one flat list of equations in which every collective over the loop's axis is
+an equation of its own.
 
 Only what contains a collective is opened. A scan is unrolled, because each of its steps is a cut of
 its own; a checkpoint is dropped, because the schedule recomputes. Where JAX decides at run time
-what is computed, or where a custom rule would be torn apart, there is nothing to cut at, and the
-program is refused.
+what is computed, or where a custom rule would be torn apart, the program cannot be cut, and is
+refused.
 """
 
 from __future__ import annotations

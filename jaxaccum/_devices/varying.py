@@ -12,7 +12,9 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
+from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.types import Array, PyTree
 
 
@@ -23,7 +25,7 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct | jax.core.ShapedArray) -> froz
     return frozenset() if kind is None else frozenset(kind.varying)
 
 
-def of(x: Array) -> Any:
+def of(x: Array) -> jax.sharding.AbstractMesh:
     """The mesh that the type of `x` names; without axes where it names none."""
     return jax.typeof(x).sharding.mesh
 
@@ -47,7 +49,9 @@ def spec(x: Array) -> PartitionSpec:
 def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     """The mesh axes over which one dimension is divided."""
     entry = spec[dim] if dim < len(spec) else None
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def is_summed(x: Array) -> bool:
@@ -75,18 +79,18 @@ def _of_parts(x: Array, **kinds: Any) -> NamedSharding:
     return NamedSharding(of(x), PartitionSpec(*spec(x).partitions, **kinds))
 
 
-def full(aval: Any, value: Any, dtype: Any = None) -> Array:
+def full(aval: Any, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
     """An array of one value, over the mesh as its type says; of another dtype where one is
     given."""
-    dtype, sharding = aval.dtype if dtype is None else dtype, getattr(aval, "sharding", None)
-    abstract = isinstance(sharding, NamedSharding) and isinstance(
-        sharding.mesh, jax.sharding.AbstractMesh
-    )
+    dtype = aval.dtype if dtype is None else dtype
+    sharding = getattr(aval, "sharding", None)
+    named = isinstance(sharding, NamedSharding)
+    abstract = named and isinstance(sharding.mesh, jax.sharding.AbstractMesh)
     x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if abstract else None)
     return vary(x, varying_axes(aval))
 
 
-def zeros(aval: Any, dtype: Any = None) -> Array:
+def zeros(aval: Any, dtype: DTypeLike | None = None) -> Array:
     """Zeros of a type, as `full` makes them."""
     return full(aval, 0, dtype)
 
@@ -116,8 +120,7 @@ def checked(mesh_axes: Sequence[str]) -> bool:
 
 
 def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """The sum over all shards, of which each device's own term is one: a cotangent of the sum is
-    one of the term."""
+    """The sum over all shards. Each device's own term receives the sum's cotangent unchanged."""
     if checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return lax.psum(vary(x, frozenset(mesh_axes)), mesh_axes)
     # Unchecked, JAX would transpose the sum into another one and count every device's copy of the
@@ -128,36 +131,33 @@ def sum_shards(x: Array, mesh_axes: tuple[str, ...]) -> Array:
 
 
 def last_shard(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """The value on the last of the shards, whose microbatches are the last; itself where it is the
-    same on all."""
-    own = (
-        tuple(name for name in mesh_axes if name in varying_axes(x))
-        if checked(mesh_axes)
-        else mesh_axes
-    )
+    """The value on the last shard, which holds the last microbatches; itself where it is the same
+    on all."""
+    own = mesh_axes
+    if checked(mesh_axes):
+        own = tuple(name for name in mesh_axes if name in varying_axes(x))
     if not own:
         return x
-    count = math.prod(lax.axis_size(name) for name in own)
-    wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(
-        jnp.where(shard_index(own) == count - 1, wide, jnp.zeros_like(wide)), own
-    ).astype(x.dtype)
+    count = math.prod(map(lax.axis_size, own))
+    return _of_shard(x, own, count - 1)
 
 
 def of_one_shard(x: Array, axes: frozenset[str]) -> Array:
-    """A value that is the same along `axes`, typed so: that of the first device, whose cotangent
-    counts once."""
+    """A value that is the same along `axes`, typed so: that of the first device, so that its
+    cotangent counts once."""
     names = tuple(sorted(axes & varying_axes(x)))
-    if not names:
-        return x
+    return _of_shard(x, names, 0) if names else x
+
+
+def _of_shard(x: Array, names: tuple[str, ...], place: int) -> Array:
+    """The value on one of the shards, on all of them."""
     wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-    return lax.psum(jnp.where(shard_index(names) == 0, wide, jnp.zeros_like(wide)), names).astype(
-        x.dtype
-    )
+    alone = jnp.where(shard_index(names) == place, wide, jnp.zeros_like(wide))
+    return lax.psum(alone, names).astype(x.dtype)
 
 
 def sum_cotangents(x: Array, mesh_axes: tuple[str, ...]) -> Array:
-    """`x`, whose gradient is summed over all shards where JAX does not do so by itself
+    """`x`. Its gradient is summed over all shards where JAX does not do so by itself
     (``check_vma=False``)."""
     if not mesh_axes or checked(mesh_axes) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
@@ -171,9 +171,8 @@ def sum_at_once(arrays: list[Array], axes: list[tuple[str, ...]]) -> list[Array]
     results = list(arrays)
     for names in set(axes) - {()}:
         places = [i for i, own in enumerate(axes) if own == names]
-        summed = lax.psum([vary(arrays[i], frozenset(names)) for i in places], names)
-        for i, x in zip(places, summed, strict=True):
-            results[i] = x
+        summed = lax.psum(vary(entries(arrays, places), frozenset(names)), names)
+        results = with_entries(results, places, summed)
     return results
 
 

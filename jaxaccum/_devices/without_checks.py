@@ -1,16 +1,17 @@
 """Run a coupled program where JAX tracks which values vary over a mesh (`shard_map` with
 ``check_vma=True``).
 
-There JAX refuses every collective over an axis that is none of the mesh's, those of `jax.vmap` as
-well. So a coupled program is traced and run as under ``check_vma=False``, on values whose types say
-nothing about devices; what it returns varies over every axis that its arguments vary over, and the
-sums over devices that follow are typed again.
+There JAX refuses every collective over an axis that does not belong to the mesh, and so those of
+`jax.vmap`. So a coupled program is traced and run as under ``check_vma=False``, on values with
+types that say nothing about devices. What it returns varies over every axis that its arguments vary
+over, and the sums over devices that follow are typed again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -23,11 +24,13 @@ from jax.interpreters import ad, batching, mlir
 from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
+from jaxaccum._jaxpr.compat import ClosedJaxpr
 from jaxaccum._jaxpr.equations import axes_of, changed
 from jaxaccum._jaxpr.evaluate import unchanged
+from jaxaccum._jaxpr.variables import Type, type_of
 
 
-def unchecked() -> Any:
+def unchecked() -> AbstractContextManager[None]:
     """A context in which JAX does not track which values vary."""
     return compat.without_varying_checks()
 
@@ -40,7 +43,7 @@ def mapped_mesh_axes() -> frozenset[str]:
 
 
 def untyped(tree: PyTree) -> PyTree:
-    """The same values, whose types say nothing about devices; keys have no such types."""
+    """The same values, with types that say nothing about devices; keys have no such types."""
     return jax.tree.map(lambda x: _untyped.bind(x) if key_impl(x) is None else x, tree)
 
 
@@ -53,7 +56,7 @@ def untyped_shard_index(mesh_axes: Sequence[str]) -> Any:
     return place
 
 
-def _everywhere(x: Any) -> Any:
+def _everywhere(x: Type) -> Type:
     """The type of `x`, laid out over explicit axes as it is, and the same on all devices of manual
     ones."""
     return x.update(weak_type=False, manual_axis_type=type(x.manual_axis_type)())
@@ -80,7 +83,7 @@ def typed(tree: PyTree, axes: Collection[str]) -> PyTree:
     return jax.tree.map(lambda x: _typed.bind(x, axes=names) if key_impl(x) is None else x, tree)
 
 
-def _varying(x: Any, axes: tuple[str, ...]) -> Any:
+def _varying(x: Type, axes: tuple[str, ...]) -> Type:
     mesh, sharding = jax.sharding.get_abstract_mesh(), x.sharding
     if sharding.mesh.empty:
         sharding = jax.sharding.NamedSharding(
@@ -100,26 +103,23 @@ ad.deflinear2(_typed, lambda cotangent, x, axes: [_untyped.bind(cotangent)])
 
 
 def exchanged(collective: Callable[[Array], Array], x: Array) -> Array:
-    """``collective(x)``, linear in `x`, of which JAX checks no types: nor of its transpose,
-    wherever that is taken."""
+    """``collective(x)``, which is linear in `x`, without JAX's checks of types: here, and where it
+    is transposed."""
     return _exchanged.bind(x, **_sealed(collective, jax.typeof(x)))
 
 
 def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
-    """The jaxpr whose linear collectives over the mesh alone are `exchanged`; the loop resolves
+    """The jaxpr with its linear collectives over the mesh alone as `exchanged`; the loop resolves
     those over its axis."""
     manual = set(jax.sharding.get_abstract_mesh().manual_axes) - {loop_axis}
 
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
         if eqn.primitive.name == _index.name and manual.issuperset(axes_of(eqn)):
             return eqn.replace(primitive=_index)
-        if (
-            eqn.primitive.name not in _LINEAR
-            or not manual.issuperset(axes_of(eqn))
-            or len(eqn.invars) != 1
-        ):
+        linear = eqn.primitive.name in _LINEAR and len(eqn.invars) == 1
+        if not linear or not manual.issuperset(axes_of(eqn)):
             return eqn
-        params = _sealed(lambda x: unchanged(eqn, [x], jaxpr)[0], eqn.invars[0].aval)
+        params = _sealed(lambda x: unchanged(eqn, [x], jaxpr)[0], type_of(eqn.invars[0]))
         return eqn.replace(primitive=_exchanged, params=params, effects=jex.no_effects)
 
     return changed(jaxpr, change)
@@ -135,11 +135,11 @@ mlir.register_lowering(_index, mlir.lower_fun(lax.axis_index, multiple_results=F
 _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}
 
 
-def _sealed(collective: Callable[[Array], Array], aval: Any) -> dict[str, Any]:
+def _sealed(collective: Callable[[Array], Array], aval: Type) -> dict[str, Any]:
     """The collective of an array of that type: as it is lowered, and the type of its result.
 
-    It is lowered of arrays without a layout over explicit axes, for which JAX lowers no
-    ``reduce_scatter`` (0.12: of any array, 0.10: of one that is divided).
+    It is lowered on arrays without a layout over explicit axes, because JAX does not lower
+    ``reduce_scatter`` on those that have one (0.12: on any array, 0.10: on one that is divided).
     """
     aval = _everywhere(aval)
     with unchecked():
@@ -148,15 +148,15 @@ def _sealed(collective: Callable[[Array], Array], aval: Any) -> dict[str, Any]:
             return {"jaxpr": jax.make_jaxpr(collective)(_bare(aval)), "out": _everywhere(out)}
 
 
-def _no_mesh() -> Any:
+def _no_mesh() -> AbstractContextManager[object]:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
-def _bare(aval: Any) -> Any:
+def _bare(aval: Type) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _evaluated(x: Any, jaxpr: Any, out: Any) -> Any:
+def _evaluated(x: Array, jaxpr: ClosedJaxpr, out: Type) -> Array:
     del out
     return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x)[0]
 

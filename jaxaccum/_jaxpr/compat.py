@@ -143,7 +143,7 @@ def key_implementation(**fields: Any) -> Any:
 def splits_by_index() -> bool:
     """Whether a key that is split depends on its own index alone, and not on how many there are.
 
-    A flag of JAX, for whose flags it declares no types: ``jax_threefry_partitionable``. Test:
+    A flag of JAX, which declares no types for its flags: ``jax_threefry_partitionable``. Test:
     test_example_keys.
     """
     return jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,8 +1,8 @@
 """Equal equations as calls of one function, so that JAX derives the derivative of each kind once.
 
 The problem. `jax.numpy` is made of small compiled functions, and JAX keeps the derivative of each:
-twelve equal layers cost it little more than one. A traced program has none of them left, only
-primitives, and JAX derives every equation anew, which costs more than the rest of the trace.
+twelve equal layers cost it little more than one. In a traced program they are gone. It has
+only primitives, and JAX derives every equation anew, which costs more than the rest of the trace.
 
 The idea. Before a program is differentiated, an equation becomes a call of a function that holds it
 alone, one function for all equations of a kind: the same primitive, parameters, types and literals.

@@ -23,7 +23,7 @@ _FREE = {  # what moves, names or makes data, and computes nothing
 
 
 def flops(jaxpr: jex.Jaxpr, devices: int = 1) -> float:
-    """The operations of one device: a multiply-add is two, any other elementwise operation one an
+    """The operations of one device: a multiply-add is two, any other elementwise operation one per
     element.
 
     Args:

@@ -1,5 +1,5 @@
 """Which derivatives a program has: in reverse or only forward, linear in the cotangent or perhaps
-not, of what."""
+not, with respect to which arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxaccum._jaxpr.variables import Atom, Var, bound, differentiable
 
 def has_backward_rule(jaxpr: jex.Jaxpr) -> bool:
     """Whether it holds a ``jax.custom_vjp``: its backward rule may do to a cotangent what is not
-    linear, as clip it."""
+    linear, such as clip it."""
     return any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in equations_inside(jaxpr))
 
 

@@ -2,7 +2,7 @@
 gradients.
 
 The problem. A loop over microbatches wants ``sum += gradient``. If the backward pass returns the
-gradient as a value, a second array of the parameter's size exists beside the sum: for a scan over
+gradient as a value, a second array of the parameter's size exists next to the sum: for a scan over
 layers that is a copy of the whole model, although each step of the scan finishes only one layer's
 slice.
 
@@ -17,8 +17,8 @@ So ``vjp`` with the sum so far as the cotangent of the last ``s`` returns the ne
 cotangent of the first. A scan that reads a slice of the parameter at every step carries ``s``, and
 adds to one slice: XLA does so in place.
 
-Worked example, two microbatches, one scan over two layers ``w = [a, b]``, of which ``dᵢa, dᵢb`` are
-the gradients::
+Worked example: two microbatches, one scan over two layers ``w = [a, b]``. In microbatch i their
+gradients are ``dᵢa`` and ``dᵢb``::
 
     the sum before           [0, 0]
     microbatch 1, step b     [0, d₁b]
@@ -34,8 +34,8 @@ Where the sum goes inside: ``jit``, ``checkpoint``, ``scan`` (as a constant or a
 reads of a part (slices and rows of a table). Every other reader takes the parameter whole, and its
 gradient is added in one piece.
 
-Cost: nothing in the forward pass, where the sum is an argument that nobody reads and XLA removes.
-Known weakness: a parameter that is cast or transposed before it is scanned is read whole.
+Cost: nothing in the forward pass. There no equation reads the sums, and XLA removes them. Known
+weakness: a parameter that is cast or transposed before it is scanned is read whole.
 """
 
 from __future__ import annotations

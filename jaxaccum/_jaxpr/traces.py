@@ -1,8 +1,7 @@
-"""One trace of `fun`: a jaxpr over flat arrays with its closure hoisted, its loop index an
-argument, its uses known.
+"""One trace of `fun`: a jaxpr of flat arrays, of what `fun` closes over, and of the loop's index.
 
-`fun` is called once for each size of microbatch; everything after that, the pass that computes
-denominators, the derivative, the derivative of the derivative, evaluates the jaxpr.
+`fun` is called once for each size of microbatch. Everything after that evaluates the jaxpr: the
+pass that computes denominators, the derivative, the derivative of the derivative.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ class Trace:
 
     @property
     def exchanges(self) -> bool:
-        """Whether collectives that are no sums mention an axis other than the loop's."""
+        """Whether collectives other than sums mention an axis other than the loop's."""
         for name in self.other_axes:
             for eqn in mentions(self.jaxpr, name):
                 if eqn.primitive.name not in ("psum", "axis_index"):

@@ -32,7 +32,7 @@ def operands_of(eqns: Iterable[jex.JaxprEqn]) -> list[Var]:
 
 
 def results_of(eqns: Iterable[jex.JaxprEqn]) -> list[Var]:
-    """The variables that equations compute, but for those that nobody reads."""
+    """The variables that equations compute, without those that are never read."""
     return [v for eqn in eqns for v in eqn.outvars if not isinstance(v, jex.DropVar)]
 
 

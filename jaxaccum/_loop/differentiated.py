@@ -26,7 +26,7 @@ class Differentiated(NamedTuple):
 
 
 def differentiated(program: Program, wrt: Sequence[int]) -> Differentiated:
-    """The slots `wrt`, apart; of any other role there is no gradient."""
+    """The slots `wrt`, by how their gradients combine. Slots of other roles have no gradient."""
     found = Differentiated([], [], [])
     for i in wrt:
         slot = program.slots[i]

@@ -95,7 +95,7 @@ def scan(
         visit: what the pass does at one microbatch.
         sums: where its sums begin.
         idle: of a group, what a microbatch of padding alone writes.
-        extra: for each group, what `visit` reads beside the rows, with one entry per microbatch.
+        extra: for each group, what else `visit` reads, with one entry per microbatch.
         checkpoint: whether JAX is to compute microbatches again where it derives the scan.
         keep: reads off what a microbatch wrote whether it counts; one that does not leaves the
             state as it was.
