@@ -41,6 +41,7 @@ def drawn():
 def _as_in_a_notebook():
     """JAX's own defaults, and no window for the pictures."""
     matplotlib.use("Agg")
+    jax.config.update("jax_disable_most_optimizations", True)  # compilation is most of the time
     precision = jax.config.jax_default_matmul_precision
     with (
         jax.enable_x64(False),
@@ -49,6 +50,7 @@ def _as_in_a_notebook():
     ):
         yield
     jax.config.update("jax_default_matmul_precision", precision)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

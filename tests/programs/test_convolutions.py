@@ -74,9 +74,8 @@ def loss_of(kind):
 
 def reference(loss, w, x):
     """One row after the other, no loop: XLA sees each convolution at the top."""
-    return jax.value_and_grad(
-        lambda w, x: sum(loss(w, x[i : i + 1]) for i in range(len(x))) / len(x), (0, 1)
-    )(w, x)
+    mean = lambda w, x: sum(loss(w, x[i : i + 1]) for i in range(len(x))) / len(x)
+    return jax.jit(jax.value_and_grad(mean, (0, 1)))(w, x)
 
 
 @pytest.mark.usefixtures("compiling_fast")
