@@ -33,11 +33,8 @@ from tests.programs.nested_writer import Step
 from tests.support.helpers import EXACT, data
 
 PROFILE = hypothesis.settings.default.max_examples
-PROGRAMS = {100: 60, 1000: 2500}.get(PROFILE, PROFILE)
-"""For each of the two laws; together 120 under `ci`, and 5000 under `deep`.
-
-Each is another program, so its time is tracing and compilation, a second or more.
-"""
+PROGRAMS = {1000: 2500}.get(PROFILE, PROFILE)
+"""For each of the two laws; together 200 under `ci`, and 5000 under `deep`."""
 
 PARAMS = {
     **{name: data(3, 3, seed=i) / 2 for i, name in enumerate("abc")},
