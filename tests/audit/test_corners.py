@@ -22,7 +22,9 @@ rows = lambda w, b: jnp.tanh(b["x"] @ w)
 root = lambda w, b: jnp.sqrt(jnp.sum(rows(w, b) ** 2))
 
 
-called = lambda: jax.experimental.io_callback(lambda: np.float64(1), jax.ShapeDtypeStruct((), float))
+called = lambda: jax.experimental.io_callback(
+    lambda: np.float64(1), jax.ShapeDtypeStruct((), float)
+)
 SHARED, SHARDED = P(), P("data")
 
 

@@ -1,4 +1,5 @@
-"""The worked examples at the head of the audit's lattice: what the walk knows after each equation."""
+"""The worked examples at the head of the audit's lattice: what the walk knows after each
+equation."""
 
 from fractions import Fraction
 

@@ -20,8 +20,7 @@ FAULTS = [
     Fault(
         "a stopped ratio cancels",
         "stopped",
-        "    if any(term.scale.weights for term in x.terms):\n"
-        "        return walk.couple(op, [x], note=_STOPPED",
+        "    if is_weighted(x):\n        return walk.couple(op, [x], note=_STOPPED",
         "    if False:\n        return walk.couple(op, [x], note=_STOPPED",
         "audit/test_losses.py::test_exact_is_what_the_numbers_say[an adaptive weight]",
     ),
@@ -34,7 +33,7 @@ FAULTS = [
     ),
     Fault(
         "a size in low precision is its neighbour",
-        "Sizes.power",
+        "Sizes._power",
         "        apart = 0.0 if whole else apart\n",
         "",
         "audit/test_losses.py::test_a_size_in_low_precision_is_not_taken_for_its_neighbour",
@@ -121,8 +120,8 @@ FAULTS = [
     Fault(
         "a key that the call declares is news",
         "judge",
-        "if f.kind is FaultKind.RANDOM and not f.declared), None)",
-        "if f.kind is FaultKind.RANDOM), None)",
+        "if f.kind is FaultKind.RANDOM and not f.declared]:",
+        "if f.kind is FaultKind.RANDOM]:",
         "audit/test_at_call.py::test_a_key_that_the_call_declares_is_no_news",
     ),
     Fault(
@@ -142,8 +141,8 @@ FAULTS = [
     Fault(
         "the audit lets randomness pass",
         "judge",
-        "accumulates and not draws, bool",
-        "accumulates, bool",
+        "accumulates and not random, random",
+        "accumulates, random",
         "audit/test_audit.py::test_keys",
     ),
     Fault(
@@ -155,10 +154,10 @@ FAULTS = [
     ),
     Fault(
         "the audit takes n - 1 for n",
-        "Sizes.power",
+        "Sizes._power",
         "return power if close and abs(power) <= 4 else None",
         "return power",
-        "audit/test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers["
-        "Mean by size - 1]",
+        "audit/test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Mean by size - "
+        "1]",
     ),
 ]
