@@ -95,7 +95,8 @@ def measured(place: str, n: int, form: Any, *, layers: int) -> dict[str, Any]:
     compiled = lowered.compile(compiler_options=OPTIONS[kind])
     seconds = time.perf_counter() - start
     text, analysis = compiled.as_text(), compiled.memory_analysis()
-    assert text and analysis, "this compiler tells neither its program nor its memory"
+    assert text is not None, "this compiler does not print its program"
+    assert analysis is not None, "this compiler does not report its memory"
     sent = sums_sent(text)
     return {
         "place": place,

@@ -105,7 +105,9 @@ LOSSES = {
     ),
     "a callback without operands": (lambda w, b: jnp.mean(rows(w, b)) * called(), "UNKNOWN", False),
     "a reshape of rows without entries": (
-        lambda w, b: jnp.mean(rows(w, b)) + jnp.sum(b["x"][:, :0].reshape(len(b["x"]), 2, 0)), "UNKNOWN", False,
+        lambda w, b: jnp.mean(rows(w, b)) + jnp.sum(b["x"][:, :0].reshape(len(b["x"]), 2, 0)),
+        "UNKNOWN",
+        False,
     ),
     "a scan that adds": (lambda w, b: Sum(added(w, b)), "SUM", True),
     "a scan that counts": (lambda w, b: jnp.mean(numbered(w, b)), "POSITION", False),
