@@ -1,5 +1,4 @@
-"""Three models for programs that are compiled: scanned layers, a decoder of a billion parameters,
-BERT."""
+"""Three models for compiled programs: scanned layers, a decoder of a billion parameters, BERT."""
 
 import dataclasses
 import functools

@@ -1,5 +1,4 @@
-"""What `gpu` and `tpu` share: one table, one list of checks, one picture, for either kind of
-device."""
+"""What `gpu` and `tpu` share: a table, a list of checks, and a picture."""
 
 import dataclasses
 from collections.abc import Sequence

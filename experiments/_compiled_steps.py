@@ -1,5 +1,4 @@
-"""One AdamW step of a model, compiled for a mesh: its memory, its collectives, its whole
-gradients, its seconds."""
+"""One AdamW step of a model, compiled for a mesh: its memory, collectives and seconds."""
 
 import re
 import time
