@@ -70,14 +70,12 @@ class Convolutions(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(8, (3, 3))(x)
-        x = (
-            nn.GroupNorm(4)(x) if self.group else nn.BatchNorm(use_running_average=False)(x)
-        )  # <<first_norm
+        norm = nn.GroupNorm(4) if self.group else nn.BatchNorm(use_running_average=False)
+        x = norm(x)  # <<first_norm
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
         y = nn.Conv(8, (3, 3))(x)
-        y = (
-            nn.GroupNorm(4)(y) if self.group else nn.BatchNorm(use_running_average=False)(y)
-        )  # <<second_norm
+        norm = nn.GroupNorm(4) if self.group else nn.BatchNorm(use_running_average=False)
+        y = norm(y)  # <<second_norm
         return nn.Dense(C)(nn.avg_pool(x + y, (2, 2), (2, 2)).reshape(len(x), -1))
 
 
