@@ -211,7 +211,7 @@ def test_the_fix_of_a_place_names_its_divisor_and_the_shared_key():
     halved = jaxaccum.grad(
         stratified, num_microbatches=4, in_axes=(None, 0, None, 0), audit="raise"
     )
-    says = "test_audit_advice.py:", "place) / size\n", "where another value needs the size"
+    says = "test_advice.py:", "place) / size\n", "where another value needs the size"
     refused(lambda: halved(W, X, key, places), *says, error=jaxaccum.InexactError)
     whole = {"place": places, "size": 8}
     mended = functools.partial(stratified, size=8)

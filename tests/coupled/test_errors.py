@@ -55,7 +55,7 @@ def plain(w, x):
     return jnp.mean((x @ w - lax.pmean(jnp.mean(x @ w), AXIS)) ** 2)
 
 
-LINE = "test_coupled_errors.py:"
+LINE = "test_errors.py:"
 ROWS = [
     (looped, {"num_microbatches": 2}, ["psum", "'microbatch'", "while", LINE, "lax.scan"]),
     (branched, {"num_microbatches": 2}, ["psum", "lax.cond", LINE, "before the branches"]),
