@@ -1,5 +1,4 @@
-"""Sums, products, quotients and powers, with the factor that is common to all examples: the
-normalizer."""
+"""Sums, products, quotients and powers, with the factor common to all examples: the normalizer."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ from jaxaccum._audit.walk import Op, Walk
 
 
 def as_weight(x: Value) -> Scale | None:
-    """A total over the batch as a divisor, or what a guard has made of one; None where it is
-    neither."""
+    """A total over the batch as a divisor, or what a guard makes of one; None if it is neither."""
     if x.weight is not None or x.kind is not Kind.TOTAL or len(x.terms) != 1:
         return x.weight
     (term,) = x.terms
@@ -71,8 +69,7 @@ def _noted(walk: Walk, op: Op, scale: Scale) -> Scale:
 
 
 def guarded(x: Value, ins: list[Value]) -> Value:
-    """A statistic that is a weight kept from 0: its maximum with a constant, or its sum with
-    one."""
+    """A weight kept from 0, as a statistic: its maximum with a constant, or its sum with one."""
     weight = as_weight(x)
     kept = None if weight is None else weight.guarded()
     return statistic(x.origin, weight=kept, scalar=all_scalar(ins))
@@ -83,8 +80,7 @@ def guarded(x: Value, ins: list[Value]) -> Value:
 
 @rule("add add_any", uniform=True)
 def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """x + y. The first example of the microbatch plus a row is the example's place in the batch: a
-    datum of its own."""
+    """x + y. The first example of the microbatch plus a row is the example's place in the batch."""
     for x, y in (ins, ins[::-1]):
         if x.index is Index.START and y.index is Index.ROW:
             assert y.layout is not None
@@ -155,8 +151,7 @@ def _known_sum(op: Op, ins: list[Value]) -> complex | None:
 
 
 def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> Terms:
-    """The addends of all operands; `apart` keeps those that are independent of the batch, which
-    enter once."""
+    """The addends of all operands; with `apart`, what is independent of the batch enters once."""
     terms: Terms = frozenset()
     for v in ins:
         own = once(v) if v.fixed and apart else v.terms
@@ -190,8 +185,7 @@ def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _undivided(x: Value, y: Value) -> Value | None:
-    """``(total / y) * y``: the total again, plus y times what stands once; None where y divides no
-    total."""
+    """``(total / y) * y``: the total again, plus y times what enters once; None otherwise."""
     scale = normalizer(y) if x.kind is Kind.TOTAL and y.kind is Kind.TOTAL else None
     if scale is None:
         return None
@@ -334,8 +328,7 @@ def _never(walk: Walk) -> Value:
 
 
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
-    """Only a NaN differs from itself. Nothing is, where the loss rests on that: an empty mean, and
-    `jnp.nanmean`."""
+    """``x != x``, which is true of a NaN alone: an empty mean and `jnp.nanmean` ask it."""
     never = _never(walk)
     if x.summary:
         return Settled([never])

@@ -1,5 +1,4 @@
-"""What the body of a scan does with a carried value: adds to it, writes to it, counts with it, or
-anything else."""
+"""What the body of a scan does with a carried value: adds, writes, counts, or anything else."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ RoleName = Literal["state", "count", "sum", "write"]
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What the body does with a carried value: it only adds to it, only writes to it, only counts
-    with it, or anything else, as with a state."""
+    """What the body does with a carried value: it only adds, writes or counts, or anything else."""
 
     name: RoleName = "state"
     added: jex.Var | jex.Literal | None = None

@@ -1,5 +1,4 @@
-"""Collectives over the loop's axis: they make a statistic that no partition changes out of one that
-each would."""
+"""Collectives over the loop's axis: what differed between microbatches becomes the batch's."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ def axes_of(op: Op) -> set[str | int]:
 
 
 def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
-    """A collective over devices, where the batch is sharded over some; None where it is over the
-    loop."""
+    """A collective over devices that share the batch; None where it is over the loop."""
     axes = axes_of(op)
     if op.params.get("axis_index_groups") is not None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
@@ -97,8 +95,7 @@ def _under_vmap(op: Op) -> bool:
 
 
 def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Fun) -> list[Value]:
-    """A collective over axes of the array and over axes with names: first the one, then the
-    other."""
+    """A collective over axes of the array and over named ones: one after the other."""
     own: list[int] = []
     names: list[str] = []
     for axis in op.params["axes"]:
@@ -139,8 +136,7 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 
 def _over_microbatches(term: Term) -> Scale:
-    """The scale of an addend of a total, summed over microbatches: what enters once enters in
-    each."""
+    """The scale of an addend, summed over microbatches: what enters once enters in each."""
     return term.scale * _EACH if term.fixed else term.scale
 
 
@@ -185,8 +181,7 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 @rule("ppermute pcollectivepermute all_to_all psum_scatter reduce_scatter pshuffle")
 def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """An exchange between microbatches, which changes with their number: of what all have alike,
-    the same."""
+    """An exchange between microbatches: what all have alike stays; else their number counts."""
 
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
@@ -220,8 +215,7 @@ def axis_index(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 
 def whole_batch_moments(walk: Walk, op: Op, body: jex.Jaxpr, ins: list[Value]) -> list[Value]:
-    """The count, mean and squares of our BatchNorm: the whole batch's, the same in every
-    microbatch."""
+    """The count, mean and squares of our BatchNorm: the batch's, the same in every microbatch."""
     jaxpr = opened(body)[0]
     named = set(axes_in(jaxpr))
     followed = walk.axis_name in named and not _is_grouped(jaxpr, named)

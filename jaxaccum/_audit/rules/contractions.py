@@ -56,8 +56,7 @@ def _product(walk: Walk, op: Op, x: Value, side: int) -> Value:
 
 
 def _dot_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """Rows with rows: of the same example where their axes meet, else every example with every
-    other."""
+    """Rows with rows: of the same example where their axes meet, else all with all others."""
     x, y = ins
     (cx, cy), (bx, by) = op.params["dimension_numbers"]
     assert x.layout is not None
@@ -78,8 +77,7 @@ def _laid_out(op: Op, ins: list[Value]) -> Layout | None:
 
 
 def _laid_out_alone(op: Op, x: Value, side: int) -> Layout | None:
-    """Where the rows of one operand lie in the product; None where they are summed, or it has
-    none."""
+    """Where the rows of one operand lie in the product; None where they are summed."""
     contracted = op.params["dimension_numbers"][0][side]
     if not x.rows or x.layout is None or set(contracted) & set(x.layout.axes):
         return None
@@ -87,8 +85,7 @@ def _laid_out_alone(op: Op, x: Value, side: int) -> Layout | None:
 
 
 def _dot_axis(op: Op, axis: int, side: int) -> int:
-    """The axis of the product that an axis of an operand becomes: batched ones, then the left's,
-    then the right's."""
+    """The axis of the product that an operand's becomes: batched, then the left's, the right's."""
     contracted, batched = op.params["dimension_numbers"]
     if axis in batched[side]:
         return list(batched[side]).index(axis)

@@ -85,8 +85,7 @@ def _is_whole_batch_moments(body: jex.Jaxpr) -> bool:
 
 
 def _is_of_example_keys(body: jex.Jaxpr) -> bool:
-    """Whether a call makes a key that holds those of the examples, or reads the key of the stream
-    in one."""
+    """Whether a call makes a key that holds the examples' keys, or reads a stream's key in one."""
     debug = opened(body)[0].debug_info
     ours = debug.func_filename == example_keys.__file__
     return ours and debug.func_name in ("joined", "stream_data")
@@ -94,8 +93,7 @@ def _is_of_example_keys(body: jex.Jaxpr) -> bool:
 
 @rule("call_hi_primitive", complete=True)
 def composed(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """What jax 0.12 defines by simpler primitives: these, in place. One of the user's own derives
-    itself: no rule."""
+    """What jax 0.12 defines by simpler primitives: these, in place. A user's own has no rule."""
     if not all(both(op, _is_jaxs_own)):
         return all_numbered(walk, unfollowed(walk, op, ins))
     return walk.body(op, both(op, _expanded), ins, cached=False)
@@ -113,8 +111,7 @@ def _expanded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
 
 @rule("*")
 def no_rule(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
-    """A primitive that the table does not know: unknown, unless nothing that enters depends on the
-    batch."""
+    """A primitive without a rule: unknown, unless nothing that enters depends on the batch."""
     return unfollowed(walk, op, ins)
 
 

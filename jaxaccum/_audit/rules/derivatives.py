@@ -1,5 +1,4 @@
-"""Functions with a derivative of the user's own: the function, and the backward pass that stands
-for it.
+"""Functions with a derivative of the user's own: the function, and its backward pass.
 
 A backward pass is traced alone, for one equation, and walked like a program. It keeps the examples
 apart if the cotangent of rows is rows, the cotangent of a parameter a sum over the examples, and
@@ -141,8 +140,7 @@ class _Backward:
         return Site(self.op.eqn, self.walk.calls, defined=own)
 
     def faults(self, of: list[Value], *, unit: bool = False) -> Faults:
-        """What is wrong with the results for the cotangents of these values; `unit` says that the
-        values have no scale."""
+        """What is wrong with the results for the cotangents of these values; `unit`: no scales."""
         cotangents = [_dual(self.walk, self.op, x) for x in of]
         walk, op, count = self.walk, self.op, len(self.primals)
         bodies = walk.derivatives.get(id(op.eqn)) or _traced(walk, op, self.floating)
@@ -231,8 +229,7 @@ def _rule(eqn: jex.JaxprEqn) -> Frame | None:
 
 
 def _traced(walk: Walk, op: Op, floating: list[bool]) -> tuple[jex.ClosedJaxpr, jex.ClosedJaxpr]:
-    """The backward pass of one equation, at both sizes; kept, so that its equations keep their
-    identities."""
+    """The backward pass of one equation, at both sizes; kept, since faults are per equation."""
     pair = both(op, lambda eqn: _backward(eqn, floating))
     walk.derivatives[id(op.eqn)] = pair
     return pair

@@ -1,5 +1,4 @@
-"""Functions applied entry by entry: examples stay apart, and what is no linear function undoes a
-sum."""
+"""Functions applied entry by entry: examples stay apart, and a nonlinear function undoes a sum."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ _INCREASING = frozenset(
 
 
 def _extremum_of(op: Op, ins: list[Value]) -> str | None:
-    """Whether it is an extremum over the examples too: an increasing function of one, or the larger
-    of two maxima."""
+    """The extremum that it is too: an increasing function of one, or the larger of two maxima."""
     kinds = {v.extremum for v in ins}
     if len(kinds) != 1 or faults_of(ins):
         return None
@@ -94,8 +92,7 @@ def _function_of(eqn: jex.JaxprEqn) -> dict[str, object]:
 
 
 def _says(parameter: str) -> bool:
-    """Whether a parameter is a part of the function, and neither a placement nor what a jaxpr says
-    as well."""
+    """Whether a parameter says which function it is; placements and shapes do not."""
     return not any(word in parameter for word in ("sharding", "computation", "shape", "sizes"))
 
 

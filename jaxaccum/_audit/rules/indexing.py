@@ -85,8 +85,7 @@ class _Gather:
         return one and reads_place(self.numbers.start_index_map, axis, indices)
 
     def leaves(self, x: Value, indices: Value) -> bool:
-        """Whether an index may fall outside of an axis whose length is the batch's, and reads the
-        filling there."""
+        """Whether an index may leave an axis of the batch's size, and read the filling there."""
         if self.op.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
             return False
         own = example_axes(x)
@@ -192,8 +191,7 @@ def _one_at_a_step(op: Op, layout: Layout, starts: list[Value]) -> bool:
 
 
 def _axis_of_steps(starts: list[Value]) -> int | None:
-    """The axis along which a window begins at the step of a loop, and along which alone at any
-    place."""
+    """The one axis along which a window begins at a place, if that is the step of a loop."""
     places = [i for i, v in enumerate(starts) if v.index is not None]
     if len(places) != 1 or starts[places[0]].index is not Index.STEP:
         return None
@@ -202,8 +200,7 @@ def _axis_of_steps(starts: list[Value]) -> int | None:
 
 @rule("dynamic_update_slice")
 def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """A window written at computed places: at the step of a loop over the examples, each writes its
-    own row."""
+    """A window written at computed places: in a loop over the examples, each writes its row."""
     x, update, *starts = ins
     given = [x, update]
     if not all_fixed(starts):
@@ -222,8 +219,7 @@ def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[V
 
 
 def _written_at_a_step(op: Op, x: Value, update: Value, starts: list[Value]) -> Layout | None:
-    """Where the rows lie that a loop over the examples writes, one at a step; None if it does
-    not."""
+    """Where the rows lie that a loop over the examples writes, one at each step."""
     axis = _axis_of_steps(starts)
     if update.layout != ONE_EXAMPLE or x.summary or axis is None:
         return None
@@ -233,8 +229,7 @@ def _written_at_a_step(op: Op, x: Value, update: Value, starts: list[Value]) -> 
 
 
 def reads_place(dims: Sequence[int], axis: int, indices: Value) -> bool:
-    """Whether indices, of which each column is for one of `dims`, are the example's own place along
-    an axis."""
+    """Whether indices along `dims` are the example's own place along an axis."""
     if axis not in dims or indices.layout is None or not indices.layout.plain:
         return False
     column = list(dims).index(axis)
@@ -242,6 +237,5 @@ def reads_place(dims: Sequence[int], axis: int, indices: Value) -> bool:
 
 
 def only_place(indices: Value, column: int) -> bool:
-    """Whether a column of the indices is the example's place, which no other column reads along
-    another axis."""
+    """Whether this column of the indices, and no other one, is the example's own place."""
     return [i for i, is_place in enumerate(indices.columns) if is_place] == [column]

@@ -1,5 +1,4 @@
-"""Loops: over time they are as their body is; over the examples, what is summed is a total and what
-is kept couples."""
+"""Loops: over time as their body; over the examples, a sum is a total and a state couples."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ class _Loop:
         self.bodies = self.body(self.scan, mine), self.body(self.other, others)
 
     def roles_at_both(self, mine: list[Role], others: list[Role]) -> list[RoleName]:
-        """What the body does with each carried value, the same at both sizes; a count begins at
-        0."""
+        """What the body does with each carried value, at both sizes; a count begins at 0."""
         roles: list[RoleName] = []
         for role, other, initial in zip(mine, others, self.initial, strict=True):
             other_start = role.name == "count" and not initial.zero

@@ -1,5 +1,4 @@
-"""`shard_map` inside a loss: the program of one device, walked at the sizes of one device's share
-of the batch."""
+"""`shard_map` inside a loss: the program of one device, at the sizes of its share."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ def _on_one_device(walk: Walk, sizes: Sizes, names: tuple[str, ...]) -> Iterator
 
 
 def _joined(walk: Walk, op: Op, x: Value, spec: Spec, names: tuple[str, ...]) -> Value:
-    """A result of one device as one of all: rows side by side, or a total that the body has summed
-    over devices."""
+    """A result of one device as one of all: rows side by side, or a total over all devices."""
     if x.rows and x.layout is not None and x.layout.plain and _mesh_axes(spec, x) == names:
         return rows(x.layout, terms=x.terms, faults=x.faults, origin=x.origin)
     if x.kind is Kind.STATISTIC:

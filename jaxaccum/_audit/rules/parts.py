@@ -69,8 +69,7 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _is_the_only_example(walk: Walk, op: Op, layout: Layout) -> bool:
-    """Whether ``x[0]`` reads all that a microbatch of one example has: a loss that is written for
-    one example."""
+    """Whether ``x[0]`` reads the one example of a microbatch, as a loss for one example does."""
     if not walk.one_by_one or not layout.plain:
         return False
     (axis,) = layout.axes
@@ -226,8 +225,7 @@ def stack(walk: Walk, op: Op, ins: list[Value]) -> Value:
 
 @rule("tile", uniform=True)
 def tile(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """An array repeated along its axes: further views of all examples, or of what is the same for
-    each."""
+    """An array repeated: further views of all examples, or of what is the same for each."""
     (x,), reps, (shape, _) = ins, params_at_both(op, "reps"), op.shapes()
     changing = varying(reps)
     uniform = set(lengths_along(shape, changing)) <= {1}

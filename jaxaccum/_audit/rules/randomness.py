@@ -1,5 +1,4 @@
-"""Random numbers: keys of the examples' own give rows, and one key for all of them draws by the
-split."""
+"""Random numbers: rows from one key per example, and draws by the split from one key for all."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _by_example(op: Op, ins: list[Value]) -> Settled | None:
-    """What becomes of a key that holds those of the examples, which draw along the axis that grows
-    with them."""
+    """A draw from a key that holds one per example: rows along the axis that grows with them."""
     if not any(map(is_joined, _dtypes(op.eqn.invars))) or not all_fixed(ins):
         return None
     faults = faults_of(ins)
@@ -89,8 +87,7 @@ def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
 
 
 def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
-    """That one key draws for all examples: one that every microbatch sees as it is, where it has a
-    name."""
+    """That one key draws for all examples; a key that the loss closes over is named."""
     name = next((v.closure for v in ins if v.closure), "")
     if not name:
         return walk.fault(op, FaultKind.RANDOM, _ONE_KEY)

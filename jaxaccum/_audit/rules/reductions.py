@@ -1,5 +1,4 @@
-"""Reductions, windows and scans of values along an axis: where examples are summed, and where they
-meet otherwise."""
+"""Reductions, windows and scans along an axis: where examples are summed or meet otherwise."""
 
 from __future__ import annotations
 
@@ -137,8 +136,7 @@ def window(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 @rule("select_and_scatter_add select_and_gather_add", scales=True)
 def window_derivative(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """The derivative of a maximum over windows: linear in the first operand, which the second one
-    picks from."""
+    """The derivative of a maximum over windows: linear in the first operand; the second picks."""
     given, picks = ins
     layout = layout_of(ins)
     if layout is None or any_summary(ins) or not same_layout(ins) or not picks.scale.trivial:

@@ -136,8 +136,7 @@ def _owned(op: Op, layout: Layout, indices: Value) -> bool:
 
 
 def _inside(op: Op) -> set[int]:
-    """The axes of the operand that lie inside the windows that are written, and along which no
-    index reaches."""
+    """The axes of the operand that lie inside the written windows, where no index reaches."""
     return set(_windows(op)) - set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
 
 

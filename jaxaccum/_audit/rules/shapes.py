@@ -83,8 +83,7 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
 
 
 def _kept_apart(shapes: Shapes, outs: Shapes, axes: list[int]) -> bool:
-    """Whether a reshape leaves these axes alone, each whole and by itself, so that what is uniform
-    there stays so."""
+    """Whether a reshape keeps each of these axes whole and by itself, so still uniform."""
     for axis in axes:
         first, second = _whole(shapes[0], outs[0], axis), _whole(shapes[1], outs[1], axis)
         if first is None or first != second:
@@ -104,8 +103,7 @@ def _entries_around(shape: Shape, axis: int) -> tuple[int, int]:
 
 
 def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
-    """Where an axis that varies merges with one along which the value is not uniform, it has
-    rows."""
+    """A varying axis that merges with one along which the value is not uniform has rows."""
     axes = varying(op.shapes())
     if x.scalar or not axes:
         return reshaped(x)
@@ -135,8 +133,7 @@ def relaid(layout: Layout, shapes: Shapes, outs: Shapes, sizes: Sizes) -> Layout
 
 
 def _relaid(layout: Layout, shape: Shape, out: Shape, size: int) -> Layout | None:
-    """The layout of `size` examples after a reshape, by how many entries lie between two of
-    them."""
+    """The layout after a reshape, by how many entries lie between two of `size` examples."""
     last = layout.axes[-1]
     if len(layout.axes) == 2 and layout.axes != (last - 1, last):
         return None
