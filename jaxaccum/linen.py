@@ -44,7 +44,8 @@ class BatchNorm(nn.BatchNorm):
     All others are those of ``flax.linen.BatchNorm``. ``mask=`` at call is an array of booleans that
     broadcasts to the input; running statistics do not move where nothing is counted.
 
-    Guarantees: Equal to the full batch for any mask and any padding, in value, gradient and running
+    Guarantees:
+        Equal to the full batch for any mask and any padding, in value, gradient and running
         statistics. Statistics in float32 for inputs of lower precision. A mean far from 0 does not
         spoil the variance.
 

@@ -93,10 +93,10 @@ def value_and_grad(
         models) has a gradient of its own structure, and what it holds outside of models is
         differentiated.
 
-    Guarantees: With `example_streams`, value, gradient and state are those of
-        ``num_microbatches=1``, for any partition, and for any division among devices (`mesh_axes`,
-        explicit meshes). The streams advance once, as in the full batch, and the model holds
-        ordinary keys afterwards.
+    Guarantees:
+        With `example_streams`, value, gradient and state are those of ``num_microbatches=1``, for
+        any partition, and for any division among devices (`mesh_axes`, explicit meshes). The
+        streams advance once, as in the full batch, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns

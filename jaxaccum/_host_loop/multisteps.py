@@ -75,10 +75,11 @@ class MultiSteps(optax.MultiSteps):
         accumulator_dtype: of the sums; it widens and never narrows, so float64 and complex
             gradients stay what they are. None is the parameter's own.
 
-    Guarantees: Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have
-        the dtype that `opt` itself returns for these gradients and parameters; the states of `opt`
-        keep theirs, so that it can be scanned. The sums of gradients are sharded as the parameters
-        that `init` sees.
+    Guarantees:
+        Equal to one call of `opt` on the window's mean, in exact arithmetic. Updates have the dtype
+        that `opt` itself returns for these gradients and parameters; the states of `opt` keep
+        theirs, so that it can be scanned. The sums of gradients are sharded as the parameters that
+        `init` sees.
 
     Raises:
         ValueError, TypeError: for a bad `every_k_schedule`, weight, or tree, at trace time or where

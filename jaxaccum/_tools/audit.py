@@ -56,8 +56,9 @@ def audit(
         An `AuditReport`: ``verdict``, ``exact``, ``random``, ``findings``; printable;
         ``raise_if_inexact()``.
 
-    Guarantees: Never exact when unsure: a primitive without a rule, a program that differs between
-        the sizes, and every other doubt end in ``UNKNOWN``. Derivative rules of the user's own are
+    Guarantees:
+        Never exact when unsure: a primitive without a rule, a program that differs between the
+        sizes, and every other doubt end in ``UNKNOWN``. Derivative rules of the user's own are
         traced and walked; JAX's are trusted.
 
     Raises:

@@ -87,9 +87,10 @@ def microbatch(
         A function of the same arguments on the whole batch. It returns `fun`'s own structure with
         each tag resolved.
 
-    Guarantees: Equal to `full_batch` in exact arithmetic, for value and derivatives, at one
-        microbatch's activation memory. Reverse-mode for any output; one forward pass where one
-        scalar is differentiated, else two. Forward-mode where one scalar is differentiated.
+    Guarantees:
+        Equal to `full_batch` in exact arithmetic, for value and derivatives, at one microbatch's
+        activation memory. Reverse-mode for any output; one forward pass where one scalar is
+        differentiated, else two. Forward-mode where one scalar is differentiated.
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also

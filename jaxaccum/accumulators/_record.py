@@ -171,7 +171,8 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
     A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's
     gradient is added when the layer is done.
 
-    Guarantees: ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either
+    Guarantees:
+        ``Σ wᵢ gᵢ / Σ wᵢ``, summed in `dtype`. Differentiable any number of times, in either
     mode.
 
     Args:
