@@ -3,7 +3,7 @@
 ROWS = [
     (
         "entries by name reach keywords alone", "_program/axes_by_name.py",
-        "tuple(in_axes.get(name) for name in _positional_names(parameters, count))", "(None,) * count",
+        "tuple(map(entry, _positional_names(parameters, count)))", "(None,) * count",
         "test_in_axes_by_name.py::test_an_entry_by_name_holds_wherever_the_argument_stands",
     ),
     (
@@ -19,8 +19,8 @@ ROWS = [
     ),
     (
         "keyword arguments are whole", "_program/argument_slots.py",
-        "axes = given.keywords[number] if isinstance(number, str) else",
-        "axes = None if isinstance(number, str) else",
+        "axes = given.of(number)",
+        "axes = None if isinstance(number, str) else given.of(number)",
         "test_in_axes_by_name.py::test_keys_and_a_state_by_name",
     ),
     (
@@ -56,7 +56,7 @@ ROWS = [
     ),
     (
         "every device counts what is whole", "_transforms/microbatch.py",
-        "return finalized(program, arrays, parts)", "return finalized(program, summed, parts)",
+        "return finalized(program, arrays, program.over_mesh(parts))", "return finalized(program, summed, program.over_mesh(parts))",
         "test_whole_outputs.py::test_devices_count_it_once",
     ),
     (

@@ -3,12 +3,12 @@
 ROWS = [
     (
         "a weight of the index is taken for a constant", "_transforms/summed_gradients.py",
-        "variables.isdisjoint(trace.jaxpr.invars)", "variables.isdisjoint(trace.jaxpr.invars[1:])",
+        "read.isdisjoint(trace.jaxpr.invars)", "read.isdisjoint(trace.jaxpr.invars[1:])",
         "test_weights.py::test_a_weight_of_the_index_is_that_of_each_microbatch",
     ),
     (
         "a weight of the device is taken for a constant", "_transforms/summed_gradients.py",
-        "not trace.other_axes and variables", "variables",
+        "not trace.other_axes and read", "read",
         "test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
     ),
     (

@@ -144,13 +144,13 @@ FAULTS = [
     ),
     Fault(
         "gradients stay on their device", "_transforms/summed_gradients.py",
-        "        axes.append(\n            varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)\n            if is_summed\n            else ()\n        )\n",
-        "        axes.append(())\n",
+        "    return varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)\n",
+        "    return ()\n",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
     Fault(
         "a denominator of one device's examples", "_transforms/summed_gradients.py",
-        "totals = _over_mesh(restricted, engine.run(restricted, arrays))",
+        "totals = restricted.over_mesh(engine.run(restricted, arrays))",
         "totals = engine.run(restricted, arrays)",
         "test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),
