@@ -13,6 +13,8 @@ Array = jax.Array
 PyTree = Any
 KeyPath = tuple[Any, ...]
 """Where a leaf is in a pytree, as ``jax.tree_util`` gives it."""
+Tangent = Any
+"""A tangent or a cotangent in a rule of JAX's: an array, or a ``SymbolicZero``."""
 TreeDef = Any
 """The structure of a pytree; JAX exports its class as a variable, which is not a type."""
 Fun = Callable[..., Any]

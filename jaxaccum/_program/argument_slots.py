@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,10 +99,9 @@ class Layout:
         """The slots that have the role."""
         return positions(self.slots, role)
 
-    def of_arguments(self, numbers: Iterable[int]) -> list[int]:
+    def of_arguments(self, numbers: Iterable[int]) -> tuple[int, ...]:
         """The slots of the arguments at these positions, argument by argument."""
-        every = [slot.argnum for slot in self.slots]
-        return [i for number in numbers for i, own in enumerate(every) if own == number]
+        return of_arguments(self.slots, numbers)
 
     def build(self, arrays: list[Array]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """The positional and keyword arguments that hold `arrays`, one per slot."""
@@ -114,6 +114,14 @@ class Layout:
 def positions(slots: Sequence[Slot], role: Role) -> list[int]:
     """The slots that have the role."""
     return [i for i, slot in enumerate(slots) if slot.role is role]
+
+
+def of_arguments(slots: Sequence[Slot], numbers: Iterable[int]) -> tuple[int, ...]:
+    """The slots of the arguments at these positions, argument by argument."""
+    found: dict[int | str | None, list[int]] = {}
+    for i, slot in enumerate(slots):
+        found.setdefault(slot.argnum, []).append(i)
+    return tuple(itertools.chain(*(found.get(number, ()) for number in numbers)))
 
 
 class Argument(NamedTuple):

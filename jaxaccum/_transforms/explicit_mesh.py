@@ -16,7 +16,6 @@ its axes in shardings.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import operator
@@ -38,6 +37,7 @@ from jaxaccum._program import argument_slots, prepare, validate
 from jaxaccum._program.argument_slots import Layout, Role
 from jaxaccum._program.program import NeedsGlobalArraysError, Options
 from jaxaccum._transforms.eager import once
+from jaxaccum._transforms.gathers import divided, gathered, gathering
 
 _NEEDS_GLOBAL_ARRAYS = (
     "Closing over inputs to shard_map",
@@ -246,7 +246,7 @@ class _Spread:
     def _that_gathers(self) -> Fun:
         """The function, which gathers its parameters at every microbatch."""
         sharded, row = self._leaves_of(self.sharded), self._a_row()
-        change = lambda fun: _gathering(fun, sharded, row)
+        change = lambda fun: gathering(fun, sharded, row)
         return self.fun.mapped(change) if isinstance(self.fun, WithStreams) else change(self.fun)
 
     def _pair(
@@ -277,7 +277,7 @@ class _Spread:
             microbatch_size=None if size is None else min(size, whole) // self.shards,
         )
 
-    def _differentiated(self) -> list[int]:
+    def _differentiated(self) -> tuple[int, ...]:
         """The slots of the gradients, in the order in which they are returned."""
         return self.layout.of_arguments(self.argnums)
 
@@ -294,48 +294,9 @@ class _Spread:
     def _scattered(self, i: int, grad: Array) -> Array:
         """This device's share of the gradient of a parameter that was gathered before the loop."""
         if i in self.sharded:
-            for dim, names in _divided(self.sharded[i]):
+            for dim, names in divided(self.sharded[i]):
                 grad = lax.psum_scatter(grad, names, scatter_dimension=dim, tiled=True)
         return grad
-
-
-def gathered(x: Array, spec: P) -> Array:
-    """The whole array, of which this device holds a share; its cotangent is summed over devices and
-    scattered."""
-    for dim, names in _divided(spec):
-        x = lax.all_gather(x, names, axis=dim, tiled=True)
-    return x
-
-
-def _gathering(fun: Fun, sharded: dict[int, P], row: int) -> Fun:
-    """`fun` of shares of its parameters, which it gathers at every microbatch.
-
-    The barrier ties them to the microbatch: else the compiler, which sees that they never change,
-    gathers them before the loop and keeps them.
-    """
-
-    @functools.wraps(fun)
-    def whole(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        tie = leaves[row]
-        for i, spec in sharded.items():
-            leaves[i] = gathered(_tied(leaves[i], tie), spec)
-        args, kwargs = treedef.unflatten(leaves)
-        return fun(*args, **kwargs)
-
-    return whole
-
-
-@jax.custom_vjp
-def _tied(x: Array, row: Array) -> Array:
-    """`x`, which the compiler must take to depend on `row`; its cotangent passes as it is.
-
-    A rule of its own, because in jax 0.12 a barrier's transpose cannot add into references.
-    """
-    return lax.optimization_barrier((x, row))[0]
-
-
-_tied.defvjp(lambda x, row: (_tied(x, row), None), lambda _, cotangent: (cotangent, None))
 
 
 def _batch_axes(layout: Layout, arrays: Sequence[Array]) -> tuple[str, ...]:
@@ -372,12 +333,6 @@ def _only(spec: P, axes: Sequence[str]) -> P:
         names = tuple(name for name in varying.names(spec, dim) if name in axes)
         kept.append(names or None)
     return P(*kept)
-
-
-def _divided(spec: P) -> list[tuple[int, tuple[str, ...]]]:
-    """The divided dimensions, each with its mesh axes."""
-    every = [(dim, varying.names(spec, dim)) for dim in range(len(spec))]
-    return [(dim, names) for dim, names in every if names]
 
 
 def _laid_out_as(grad: Array, x: Array) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.core
@@ -17,7 +16,7 @@ from jaxaccum import _loop
 from jaxaccum._audit import at_call
 from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.trees import cast, is_inexact, safe_map
-from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Tangent, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._program import prepare
 from jaxaccum._program.argument_slots import Role, Slot
@@ -160,8 +159,6 @@ def _of_all_shards(program: Program, slot: Slot, x: Array) -> Array:
     return x if slot.role is Role.ROWS else varying.sum_cotangents(x, program.mesh_axes)
 
 
-Tangent = Any
-"""A tangent or a cotangent in a rule of JAX's: an array, or a `SymbolicZero`."""
 Loop = Callable[[list[Array]], list[Array]]
 """The combined parts over the batch of one device, of the arrays of all slots."""
 
