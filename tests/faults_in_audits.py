@@ -56,7 +56,7 @@ ROWS = [
     ),
     (
         "a BatchNorm over the microbatches is told its axis all the same", "_program/assignments.py",
-        "and layer.axis_name is None for", "for",
+        "and layer.axis_name is None:", ":",
         "test_nnx_arguments.py::test_a_batch_norm_is_told_both_lines_at_once",
     ),
     (

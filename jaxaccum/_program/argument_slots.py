@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._base.entries import with_entries
 from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names, safe_map
 from jaxaccum._base.types import (
     CARRY,
@@ -105,10 +106,10 @@ class Layout:
 
     def build(self, arrays: list[Array]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """The positional and keyword arguments that hold `arrays`, one per slot."""
-        leaves = dict(self.statics)
+        empty: list[object] = [None] * self.treedef.num_leaves
+        statics = with_entries(empty, self.statics.keys(), self.statics.values())
         values = safe_map(Slot.value, self.slots, arrays)
-        leaves.update(zip(self.leaves, values, strict=True))
-        return self.treedef.unflatten([leaves[i] for i in range(self.treedef.num_leaves)])
+        return self.treedef.unflatten(with_entries(statics, self.leaves, values))
 
 
 def positions(slots: Sequence[Slot], role: Role) -> list[int]:
@@ -192,7 +193,7 @@ def counter(slots: tuple[Slot, ...], arrays: list[Array], number: int | None) ->
     `number`."""
     if number is None:
         return None
-    found = [i for i, slot in enumerate(slots) if slot.argnum == number]
+    found = of_arguments(slots, [number])
     if len(found) == 1:
         (i,) = found
         is_integer = arrays[i].shape == () and jnp.issubdtype(arrays[i].dtype, jnp.integer)

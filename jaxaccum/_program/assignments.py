@@ -66,13 +66,16 @@ def call(
 def _statistics(args: tuple[PyTree, ...]) -> str:
     """What else a model with a BatchNorm of its own microbatch needs."""
     nnx = sys.modules["flax.nnx"]
-    layers = [part for model in _parts(args, "Pytree") for _, part in nnx.iter_graph(model)]
-    alone = any(isinstance(layer, nnx.BatchNorm) and layer.axis_name is None for layer in layers)
-    if not alone:
-        return ""
-    return (
-        ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.'
-    )
+    for model in _parts(args, "Pytree"):
+        for _, layer in nnx.iter_graph(model):
+            if isinstance(layer, nnx.BatchNorm) and layer.axis_name is None:
+                return _NAME_THE_AXIS
+    return ""
+
+
+_NAME_THE_AXIS = (
+    ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.'
+)
 
 
 def _assigned(fun: Fun, leaves: list[Any], treedef: TreeDef) -> str | None:

@@ -78,7 +78,7 @@ def prepare(
     if traces[0].coupling is not None:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
         outputs, limit = outputs.updated_once(), None
-    elif mesh_axes and any(slot.role is Role.CARRY for slot in slots):
+    elif mesh_axes and argument_slots.positions(slots, Role.CARRY):
         raise ValueError(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
             "sums over several; drop one of the two."
@@ -299,8 +299,9 @@ def _shapes(
     them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
-        own, index = [], varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))
-        for slot, x in zip(layout.slots, arrays, strict=True):
+        own, index = list(arrays), varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))
+        for i, slot in enumerate(layout.slots):
+            x = own[i]
             if slot.role is Role.ROWS:
                 if size > x.shape[slot.axis]:  # the audit may ask for more than there are
                     x = jax.numpy.concatenate([x, x], axis=slot.axis)
@@ -309,7 +310,7 @@ def _shapes(
                 x = jax.random.fold_in(x, index)
             elif slot.role is Role.EXAMPLE_KEY:
                 x = example_keys(x, index + jax.numpy.arange(size, dtype=jax.numpy.int32))
-            own.append(x)
+            own[i] = x
         return own
 
     return list(jax.make_jaxpr(cut)(arrays).out_avals)
@@ -338,13 +339,12 @@ def whole(
     flat = call.at(size)
 
     def one(_: Array) -> list[Array]:
-        own = []
-        for slot, x in zip(layout.slots, arrays, strict=True):
-            if slot.role is Role.KEY:
-                x = jax.random.fold_in(x, 0)
-            elif slot.role is Role.EXAMPLE_KEY:
-                x = example_keys(x, partition.examples(partition.groups[0], jax.numpy.int32(0)))
-            own.append(x)
+        own = list(arrays)
+        for i in layout.positions(Role.KEY):
+            own[i] = jax.random.fold_in(own[i], 0)
+        for i in layout.positions(Role.EXAMPLE_KEY):
+            examples = partition.examples(partition.groups[0], jax.numpy.int32(0))
+            own[i] = example_keys(own[i], examples)
         return flat(*own)
 
     stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))

@@ -127,7 +127,7 @@ class Program:
 
     def positions(self, role: Role) -> list[int]:
         """The slots that have the role."""
-        return [i for i, slot in enumerate(self.slots) if slot.role is role]
+        return argument_slots.positions(self.slots, role)
 
     @property
     def types(self) -> list[Type]:
@@ -219,7 +219,7 @@ class Program:
     @property
     def num_arguments(self) -> int:
         """How many slots are those of the arguments."""
-        return len(self.slots) - sum(one.num_consts for one in self.traces)
+        return len(self.slots) - sum(_num_consts(self.traces))
 
     def sources(self, g: int) -> list[int]:
         """The slots that trace `g` reads: its constants, then the arguments."""
@@ -248,7 +248,11 @@ class Program:
 
 def sources(slots: Sequence[Slot], traces: Sequence[Trace], g: int) -> list[int]:
     """The slots that trace `g` reads: what it closes over, then the arguments."""
-    counts = [one.num_consts for one in traces]
+    counts = _num_consts(traces)
     num_args = len(slots) - sum(counts)
     first = num_args + sum(counts[:g])
     return [*range(first, first + counts[g]), *range(num_args)]
+
+
+def _num_consts(traces: Sequence[Trace]) -> list[int]:
+    return [one.num_consts for one in traces]

@@ -97,7 +97,7 @@ def _spread(
         return call(fun, options, args, kwargs)
     found = _Spread(call, fun, options, layout, arrays, axes, tuple(argnums), gather)
     found.check()
-    if any(slot.role is Role.CARRY for slot in layout.slots):
+    if layout.positions(Role.CARRY):
         return found.globally()
     try:
         return found.by_device()
@@ -121,7 +121,7 @@ def _of_plain_types(
 ) -> PyTree:
     """The call with sums over devices taken that JAX would leave to be taken; its gradients come
     back as JAX's do."""
-    args, kwargs = layout.build([varying.plain(x) for x in arrays])
+    args, kwargs = layout.build(list(map(varying.plain, arrays)))
     result = _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
     if not argnums:
         return result

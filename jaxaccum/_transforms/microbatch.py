@@ -236,8 +236,8 @@ def _is_mapped(x: Tangent) -> bool:
 def _candidates(program: Program) -> list[int]:
     """The parts that can have a derivative."""
     parts = program.outputs.parts
-    inexact = [i for i, type in enumerate(program.types) if is_inexact(type)]
-    return [i for i in inexact if parts[i].reduction.differentiable]
+    passes = lambda i, type: parts[i].reduction.differentiable and is_inexact(type)
+    return [i for i, type in enumerate(program.types) if passes(i, type)]
 
 
 def _lone_scalar(program: Program, wrt: tuple[int, ...]) -> int | None:
