@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jax.extend.core as jex
+
+from jaxaccum._base.types import Fun
 
 _HERE = os.path.dirname(os.path.dirname(__file__))  # the package, in whatever room its code is
 _INNER = (os.path.dirname(jax.__file__) + os.sep, _HERE + os.sep)
@@ -24,7 +27,7 @@ class Frame(NamedTuple):
         return f"{self.file}:{self.line} in {self.function}"
 
 
-def frame_of(eqn: Any) -> Frame | None:
+def frame_of(eqn: jex.JaxprEqn) -> Frame | None:
     """The innermost line outside of JAX and this package that caused `eqn`; None where JAX kept no
     trace of it."""
     traceback = eqn.source_info.traceback
@@ -34,8 +37,10 @@ def frame_of(eqn: Any) -> Frame | None:
     return None
 
 
-def parameters_of(fun: Any) -> list[inspect.Parameter]:
+def parameters_of(fun: Fun | None) -> list[inspect.Parameter]:
     """The parameters of a function; none where Python knows no signature."""
+    if fun is None:
+        return []
     try:
         return list(inspect.signature(fun).parameters.values())
     except (TypeError, ValueError):

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxaccum._base.types import Array, PyTree
+from jaxaccum._base.types import Array, KeyPath, PyTree
+
+T = TypeVar("T")
 
 
-def is_array(x: Any) -> bool:
+def safe_map(fn: Callable[..., T], *lists: Iterable[Any]) -> list[T]:
+    """``fn`` of the first entry of every list, of the second, …; the lists have one length."""
+    return [fn(*own) for own in zip(*lists, strict=True)]
+
+
+def is_array(x: object) -> bool:
     """Whether `x` is an array for JAX; Python scalars are not, so that they stay what they are for
     `fun`."""
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
-def is_inexact(x: Any) -> bool:
+def is_inexact(x: object) -> bool:
     """Whether `x` is real or complex floating, that is, can be differentiated."""
     return jnp.issubdtype(dtype_of(x), jnp.inexact)
 
 
-def dtype_of(x: Any) -> Any:
+def dtype_of(x: Any) -> np.dtype:
     """The dtype of an array, a tracer, a shape, or a Python scalar."""
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
-def key_impl(x: Any) -> Any:
+def key_impl(x: Any) -> Hashable | None:
     """The implementation of a typed PRNG key, and None of what is no key."""
     return jax.random.key_impl(x) if jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key) else None
 
@@ -44,12 +52,12 @@ def as_key(data: Array, like: Any) -> Array:
     return data if impl is None else jax.random.wrap_key_data(data, impl=impl)
 
 
-def leaf_name(name: str, path: tuple[Any, ...]) -> str:
+def leaf_name(name: str, path: KeyPath) -> str:
     """``argument 1['x'][0]``: how errors call a leaf."""
     return name + jax.tree_util.keystr(path)
 
 
-def widen(dtype: DTypeLike) -> Any:
+def widen(dtype: DTypeLike) -> np.dtype:
     """The dtype in which values of `dtype` are summed: float32 for lower precision, else itself.
 
     Integers and booleans are summed in the widest integers there are, as `jnp.sum` does: 64 bits
@@ -64,7 +72,7 @@ def widen(dtype: DTypeLike) -> Any:
     return dtype
 
 
-def promote(*values: Any) -> Any:
+def promote(*values: Any) -> np.dtype:
     """The dtype that standard promotion gives, also where the user runs JAX with strict promotion.
 
     JAX promotes no integers of 4 bits and no floats of 8: they count as the dtype of their sums.
@@ -73,10 +81,10 @@ def promote(*values: Any) -> Any:
         try:
             return jnp.result_type(*values)
         except jax.dtypes.TypePromotionError:
-            return jnp.result_type(*(widen(dtype_of(x)) for x in values))
+            return jnp.result_type(*map(widen, map(dtype_of, values)))
 
 
-def floating(dtype: DTypeLike) -> Any:
+def floating(dtype: DTypeLike) -> np.dtype:
     """The dtype of a quotient of values of `dtype`."""
     return jnp.dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else promote(dtype, 1.0)
 
@@ -104,9 +112,9 @@ def total_of(scalars: list[Array]) -> Array:
     return result
 
 
-def leaves_with_names(tree: PyTree, name: str, is_leaf: Any = None) -> list[tuple[str, Any]]:
+def leaves_with_names(
+    tree: PyTree, name: str, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
     """The leaves of `tree`, each with the name that errors give it."""
-    return [
-        (leaf_name(name, path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    ]
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(leaf_name(name, path), leaf) for path, leaf in leaves]

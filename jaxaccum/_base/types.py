@@ -11,6 +11,12 @@ import jax
 
 Array = jax.Array
 PyTree = Any
+KeyPath = tuple[Any, ...]
+"""Where a leaf is in a pytree, as ``jax.tree_util`` gives it."""
+Tangent = Any
+"""A tangent or a cotangent in a rule of JAX's: an array, or a ``SymbolicZero``."""
+TreeDef = Any
+"""The structure of a pytree; JAX exports its class as a variable, which is not a type."""
 Fun = Callable[..., Any]
 Axes = Any
 """One entry of ``in_axes``: None, an int, a sentinel, or a pytree prefix of None and ints."""
@@ -89,7 +95,7 @@ class WithStreams:
     """Where each example has streams of its own: the function, given what twice as many examples
     draw."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self.fun(*args, **kwargs)
 
     def compared(self, larger: frozenset[tuple[int, ...]]) -> WithStreams:

@@ -5,14 +5,28 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Mapping
-from typing import Any
+import itertools
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names
-from jaxaccum._base.types import CARRY, EXAMPLE_KEY, KEY, MAX_GRAD, Axes, PyTree, Sentinel
+from jaxaccum._base.entries import with_entries
+from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names, safe_map
+from jaxaccum._base.types import (
+    CARRY,
+    EXAMPLE_KEY,
+    KEY,
+    MAX_GRAD,
+    Array,
+    Axes,
+    Fun,
+    InAxes,
+    PyTree,
+    Sentinel,
+    TreeDef,
+)
 from jaxaccum._program import assignments, closures, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes, by_name
 
@@ -44,17 +58,22 @@ class Slot:
     argnum: int | str | None = None
     """Its argument: a position, or a keyword."""
     axis: int = 0
-    key: Any = None
+    key: Hashable | None = None
     """Of a typed key that is carried, as the integers it is made of: its implementation."""
     overwritten: bool = False
     """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers
     return their state so."""
 
-    def array(self, leaf: Any) -> Any:
+    @property
+    def differentiable(self) -> bool:
+        """Whether a derivative may be asked with respect to it."""
+        return self.role in (Role.WHOLE, Role.ROWS)
+
+    def array(self, leaf: Array) -> Array:
         """What the loop carries of the leaf."""
         return leaf if self.key is None else jax.random.key_data(leaf)
 
-    def value(self, array: Any) -> Any:
+    def value(self, array: Array) -> Array:
         """What `fun` sees of the array."""
         return array if self.key is None else jax.random.wrap_key_data(array, impl=self.key)
 
@@ -64,97 +83,125 @@ class Layout:
     """The structure of the arguments; what is no array (a flag, a function, a string) is held here
     and never traced."""
 
-    treedef: Any
+    treedef: TreeDef
     slots: tuple[Slot, ...]
-    statics: dict[int, Any]
+    statics: dict[int, object]
+    """By their places among the leaves."""
     carry: PyTree
     has_carry: bool
     """Whether an argument is declared CARRY; its state may be empty."""
 
-    def build(self, arrays: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @property
+    def leaves(self) -> list[int]:
+        """The place of each slot among all leaves of the arguments."""
+        return [i for i in range(self.treedef.num_leaves) if i not in self.statics]
+
+    def positions(self, role: Role) -> list[int]:
+        """The slots that have the role."""
+        return positions(self.slots, role)
+
+    def of_arguments(self, numbers: Iterable[int]) -> tuple[int, ...]:
+        """The slots of the arguments at these positions, argument by argument."""
+        return of_arguments(self.slots, numbers)
+
+    def build(self, arrays: list[Array]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """The positional and keyword arguments that hold `arrays`, one per slot."""
-        rest = iter([slot.value(x) for slot, x in zip(self.slots, arrays, strict=True)])
-        count = self.treedef.num_leaves
-        return self.treedef.unflatten(
-            [self.statics[i] if i in self.statics else next(rest) for i in range(count)]
-        )
+        empty: list[object] = [None] * self.treedef.num_leaves
+        statics = with_entries(empty, self.statics.keys(), self.statics.values())
+        values = safe_map(Slot.value, self.slots, arrays)
+        return self.treedef.unflatten(with_entries(statics, self.leaves, values))
 
 
-def every(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, str, Any]]:
-    """All arguments: position or keyword, what errors call it, itself; in the order of leaves."""
-    positional = [(i, f"argument {i}", arg) for i, arg in enumerate(args)]
-    keywords = [(name, f"keyword argument {name}", kwargs[name]) for name in sorted(kwargs)]
+def positions(slots: Sequence[Slot], role: Role) -> list[int]:
+    """The slots that have the role."""
+    return [i for i, slot in enumerate(slots) if slot.role is role]
+
+
+def of_arguments(slots: Sequence[Slot], numbers: Iterable[int]) -> tuple[int, ...]:
+    """The slots of the arguments at these positions, argument by argument."""
+    found: dict[int | str | None, list[int]] = {}
+    for i, slot in enumerate(slots):
+        found.setdefault(slot.argnum, []).append(i)
+    return tuple(itertools.chain(*(found.get(number, ()) for number in numbers)))
+
+
+class Argument(NamedTuple):
+    """One argument: its position or its keyword, what errors call it, and itself."""
+
+    number: int | str
+    name: str
+    value: PyTree
+
+
+def every(args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> list[Argument]:
+    """All arguments, in the order of leaves."""
+    positional = [Argument(i, f"argument {i}", arg) for i, arg in enumerate(args)]
+    names = sorted(kwargs)
+    keywords = [Argument(name, f"keyword argument {name}", kwargs[name]) for name in names]
     return [*positional, *keywords]
 
 
 def read(
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    in_axes: Any,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    in_axes: InAxes | ArgumentAxes,
     *,
     differentiated: Collection[int | str] = (),
     counted: int | None = None,
-) -> tuple[Layout, list[Any]]:
+) -> tuple[Layout, list[Array]]:
     """The layout of the arguments, and their arrays: one per slot, in order.
 
     A Python scalar is traced where a derivative is asked of it, or where it counts examples
     (argument `counted`).
     """
     given = assigned(in_axes, args, kwargs)
-    leaves, slots, arrays, statics, states = 0, [], [], {}, []
+    slots, arrays, statics, states = [], [], {}, []
     for number, called, arg in every(args, kwargs):
-        axes = given.keywords[number] if isinstance(number, str) else given.positional[number]
-        states += [arg] if axes is CARRY else []
-        of_model = number in differentiated and assignments.holds_modules(arg)
+        axes = given.of(number)
+        if axes is CARRY:
+            states.append(arg)
+        moves = number in differentiated
+        of_model = moves and assignments.holds_modules(arg)
         for name, leaf, axis in _with_axes(arg, axes, called):
             validate.numeric(leaf, name)
-            if (
-                axis in (None, MAX_GRAD)
-                and not is_array(leaf)
-                and number not in differentiated
-                and number != counted
-            ):
-                statics[leaves] = leaf
-            else:
-                if number in differentiated:
-                    validate.differentiable(leaf, name, of_model=of_model)
-                slots.append(_slot(name, leaf, axis, number))
-                arrays.append(slots[-1].array(leaf))
-            leaves += 1
+            is_whole = axis in (None, MAX_GRAD)
+            if is_whole and not is_array(leaf) and not moves and number != counted:
+                statics[len(slots) + len(statics)] = leaf
+                continue
+            if moves:
+                validate.differentiable(leaf, name, of_model=of_model)
+            slots.append(_slot(name, leaf, axis, number))
+            arrays.append(slots[-1].array(leaf))
     carry = states[0] if states else None
     layout = Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, bool(states))
-    return layout, [jnp.asarray(x) for x in arrays]
+    return layout, list(map(jnp.asarray, arrays))
 
 
-def batch_size(slots: tuple[Slot, ...], arrays: list[Any], fun: Any = None) -> int:
+def batch_size(slots: Sequence[Slot], arrays: list[Array], fun: Fun | None = None) -> int:
     """The number of examples, on which all leaves with a batch axis agree."""
-    pairs = zip(slots, arrays, strict=True)
-    sizes = [(slot.name, x.shape[slot.axis]) for slot, x in pairs if slot.role is Role.ROWS]
+    rows = positions(slots, Role.ROWS)
+    sizes = [(slots[i].name, arrays[i].shape[slots[i].axis]) for i in rows]
     if not sizes and (missing := closures.as_arguments(fun)):
         raise ValueError(f"no argument has a batch axis. {missing}")
-    by_keyword = [
-        x.argnum
-        for x, array in zip(slots, arrays, strict=True)
-        if isinstance(x.argnum, str) and array.ndim
-    ]
+    arrays_of = [slot.argnum for i, slot in enumerate(slots) if arrays[i].ndim]
+    by_keyword = [number for number in arrays_of if isinstance(number, str)]
     return validate.batch_size(sizes, by_keyword)
 
 
-def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | None:
+def counter(slots: tuple[Slot, ...], arrays: list[Array], number: int | None) -> int | None:
     """The slot that counts the examples that are no padding: one whole integer, argument
     `number`."""
     if number is None:
         return None
-    found = [
-        (i, slot, x)
-        for i, (slot, x) in enumerate(zip(slots, arrays, strict=True))
-        if slot.argnum == number
-    ]
+    found = of_arguments(slots, [number])
     if len(found) == 1:
-        i, slot, x = found[0]
-        if slot.role is Role.WHOLE and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer):
+        (i,) = found
+        is_integer = arrays[i].shape == () and jnp.issubdtype(arrays[i].dtype, jnp.integer)
+        if slots[i].role is Role.WHOLE and is_integer:
             return i
-    shapes = [f"{x.dtype}{list(x.shape)} ({slot.role.value})" for _, slot, x in found]
+    shapes = []
+    for i in found:
+        shapes.append(f"{arrays[i].dtype}{list(arrays[i].shape)} ({slots[i].role.value})")
     raise TypeError(
         f"num_examples_argnum={number!r} names an argument that holds {shapes or 'nothing'}; name "
         "one that holds a single integer, the number of real examples, with None in in_axes."
@@ -162,7 +209,10 @@ def counter(slots: tuple[Slot, ...], arrays: list[Any], number: Any) -> int | No
 
 
 def assigned(
-    in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fun: Any = None
+    in_axes: InAxes | ArgumentAxes,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    fun: Fun | None = None,
 ) -> ArgumentAxes:
     """The entry of `in_axes` for every argument of the call ``fun(*args, **kwargs)``."""
     if isinstance(in_axes, ArgumentAxes):
@@ -180,13 +230,11 @@ def assigned(
     return given
 
 
-def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_keywords(
+    in_axes: Sequence[Axes], args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+) -> None:
     """A tuple with too many entries was perhaps meant for arguments that are passed by keyword."""
-    names = [
-        name
-        for name, x in kwargs.items()
-        if any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(x))
-    ]
+    names = [name for name, x in kwargs.items() if _may_be_cut(x)]
     if names and isinstance(in_axes, tuple | list) and len(in_axes) > len(args):
         raise ValueError(
             f"in_axes={in_axes!r} has {len(in_axes)} entries, and the function was called with "
@@ -196,7 +244,12 @@ def _check_keywords(in_axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-def per_argument(in_axes: Any, count: int, fun: Any = None) -> tuple[Axes, ...]:
+def _may_be_cut(tree: PyTree) -> bool:
+    """Whether it holds an array with an axis."""
+    return any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(tree))
+
+
+def per_argument(in_axes: Sequence[Axes], count: int, fun: Fun | None = None) -> tuple[Axes, ...]:
     """`in_axes`, checked to have one entry for each of the `count` positional arguments of
     `fun`."""
     if not isinstance(in_axes, tuple | list):
@@ -227,7 +280,7 @@ def _as_written(count: int) -> str:
     return ", ".join(["None", *["0"] * (count - 1)]) if count > 1 else "0,"
 
 
-def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
+def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
     if axis is None or axis is MAX_GRAD:
         return Slot(name, Role.WHOLE, argnum, overwritten=axis is MAX_GRAD or _OVERWRITTEN in name)
     if isinstance(axis, Sentinel):
@@ -253,10 +306,18 @@ def _slot(name: str, leaf: Any, axis: Any, argnum: int | str) -> Slot:
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
 
 
-def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]:
-    """The leaves of one argument, each with its name and its own axis, sentinel or None."""
+class _Leaf(NamedTuple):
+    """One leaf of an argument: its name, itself, and its own axis, sentinel or None."""
+
+    name: str
+    value: Any
+    axis: Axes
+
+
+def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[_Leaf]:
+    """The leaves of one argument."""
     if isinstance(axes, Sentinel):
-        return [(leaf, x, axes) for leaf, x in leaves_with_names(arg, name)]
+        return [_Leaf(leaf, x, axes) for leaf, x in leaves_with_names(arg, name)]
     for path, axis in jax.tree_util.tree_leaves_with_path(axes, is_leaf=_is_axis):
         _check_axis(axis, leaf_name(f"in_axes for {name}", path))
     try:
@@ -269,19 +330,18 @@ def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[tuple[str, Any, Any]]
             f"{jax.tree.structure(axes, is_leaf=_is_axis)} for {jax.tree.structure(arg)}; give "
             "None or an int for the argument or for each of its parts."
         ) from None
-    each: list[Any] = []
+    named, found = iter(leaves_with_names(arg, name)), []
     for axis, part in zip(jax.tree.leaves(axes, is_leaf=_is_axis), parts, strict=True):
-        each += [axis] * len(jax.tree.leaves(part))
-    return [
-        (leaf, x, axis) for (leaf, x), axis in zip(leaves_with_names(arg, name), each, strict=True)
-    ]
+        for _ in jax.tree.leaves(part):
+            found.append(_Leaf(*next(named), axis))
+    return found
 
 
-def _is_axis(x: Any) -> bool:
+def _is_axis(x: Axes) -> bool:
     return x is None
 
 
-def _check_axis(axis: Any, name: str) -> None:
+def _check_axis(axis: Axes, name: str) -> None:
     if isinstance(axis, Sentinel) and axis is not MAX_GRAD:
         raise TypeError(
             f"{name} is {axis!r} inside a pytree; a sentinel stands for a whole argument: pass "

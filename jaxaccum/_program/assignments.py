@@ -14,23 +14,28 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
-from jaxaccum._base.trees import is_array, leaf_name
-from jaxaccum._base.types import Fun, PyTree, WithStreams
+from jaxaccum._base.entries import entries, with_entries
+from jaxaccum._base.trees import is_array, leaf_name, safe_map
+from jaxaccum._base.types import Array, Fun, KeyPath, PyTree, TreeDef, WithStreams
 from jaxaccum._jaxpr.compat import opened, scan_arity
+from jaxaccum._jaxpr.variables import Atom, Var
 
 Places = list[int | None]
 """For each output, the place of the argument that it is, or None."""
 
 
-def unchanged(fn: Callable[..., list[Any]], arrays: Sequence[Any]) -> list[bool]:
+def unchanged(fn: Callable[..., list[Array]], arrays: Sequence[Array]) -> list[bool]:
     """Of a function that returns what its arguments became: which of them are what they were."""
     jaxpr = jax.make_jaxpr(fn)(*arrays).jaxpr
     return [place == i for i, place in enumerate(_handed_on(jaxpr))]
 
 
 def call(
-    fun: Fun, args: tuple[Any, ...], kwargs: dict[str, Any], explain: Callable[[Exception], None]
-) -> Any:
+    fun: Fun,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    explain: Callable[[Exception], None],
+) -> PyTree:
     """``fun(*args, **kwargs)``; an error if it assigns to a variable of a model, which would be
     lost.
 
@@ -58,47 +63,47 @@ def call(
     return output
 
 
-def _statistics(args: tuple[Any, ...]) -> str:
+def _statistics(args: tuple[PyTree, ...]) -> str:
     """What else a model with a BatchNorm of its own microbatch needs."""
     nnx = sys.modules["flax.nnx"]
-    layers = [part for model in _parts(args, "Pytree") for _, part in nnx.iter_graph(model)]
-    alone = any(isinstance(layer, nnx.BatchNorm) and layer.axis_name is None for layer in layers)
-    return (
-        ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.'
-        if alone
-        else ""
-    )
+    for model in _parts(args, "Pytree"):
+        for _, layer in nnx.iter_graph(model):
+            if isinstance(layer, nnx.BatchNorm) and layer.axis_name is None:
+                return _NAME_THE_AXIS
+    return ""
 
 
-def _assigned(fun: Fun, leaves: list[Any], treedef: Any) -> str | None:
+_NAME_THE_AXIS = (
+    ' Give each BatchNorm axis_name="microbatch" too: it then has the full batch\'s statistics.'
+)
+
+
+def _assigned(fun: Fun, leaves: list[Any], treedef: TreeDef) -> str | None:
     """The name of a leaf of the arguments of `fun` that is another one after a call."""
     places = [i for i, x in enumerate(leaves) if is_array(x)]
     names: list[str] = []
 
-    def run(*arrays: Any) -> list[Any]:
-        given = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
-            given[i] = x
-        args, kwargs = jax.tree.unflatten(treedef, given)
+    def run(*arrays: Array) -> list[Array]:
+        args, kwargs = jax.tree.unflatten(treedef, with_entries(leaves, places, arrays))
         fun(*args, **kwargs)
         after = _named((args, kwargs))
         names.extend(after)
         return list(after.values())
 
-    kept = unchanged(run, [leaves[i] for i in places])
+    kept = unchanged(run, entries(leaves, places))
     before = _named(jax.tree.unflatten(treedef, leaves))
     appeared = [name for name in names if name not in before]
     changed = [name for name, same in zip(names, kept, strict=True) if not same]
     return next(iter([*appeared, *changed]), None)
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
+def _named(tree: PyTree) -> dict[str, Array]:
     """The arrays of ``(args, kwargs)`` by name: ``0.norm.mean`` of the first argument."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {_name(path): x for path, x in leaves if is_array(x)}
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: KeyPath) -> str:
     return leaf_name("", path[1:2]).strip("[]'") + leaf_name("", path[2:]).removesuffix(".value")
 
 
@@ -128,12 +133,15 @@ def same_objects(old: Sequence[Any], new: Sequence[Any]) -> bool:
 
 def _handed_on(jaxpr: jex.Jaxpr) -> Places:
     """For each output of a jaxpr, the argument that it is."""
-    place_of: dict[Any, int | None] = {v: i for i, v in enumerate(jaxpr.invars)}
+    place_of: dict[Var, int | None] = {v: i for i, v in enumerate(jaxpr.invars)}
+
+    def place(v: Atom) -> int | None:
+        return None if isinstance(v, jex.Literal) else place_of.get(v)
+
     for eqn in jaxpr.eqns:
         for v, i in zip(eqn.outvars, _through(eqn), strict=True):
-            source = None if i is None else eqn.invars[i]
-            place_of[v] = None if isinstance(source, jex.Literal) else place_of.get(source)
-    return [None if isinstance(v, jex.Literal) else place_of.get(v) for v in jaxpr.outvars]
+            place_of[v] = None if i is None else place(eqn.invars[i])
+    return list(map(place, jaxpr.outvars))
 
 
 def _through(eqn: jex.JaxprEqn) -> Places:
@@ -154,8 +162,11 @@ def _call(eqn: jex.JaxprEqn) -> Places:
 def _shard_map(eqn: jex.JaxprEqn) -> Places:
     """Only what comes out divided as it went in is the same array."""
     ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]
-    pairs = zip(_call(eqn), outs, strict=True)
-    return [i if i is not None and ins[i] == spec else None for i, spec in pairs]
+    places = _call(eqn)
+    for k, i in enumerate(places):
+        if i is not None and ins[i] != outs[k]:
+            places[k] = None
+    return places
 
 
 def _scan(eqn: jex.JaxprEqn) -> Places:
@@ -175,10 +186,13 @@ def _while(eqn: jex.JaxprEqn) -> Places:
 
 def _cond(eqn: jex.JaxprEqn) -> Places:
     branches = [_handed_on(opened(branch)[0]) for branch in eqn.params["branches"]]
-    agreed = [
-        places[0] if len(set(places)) == 1 else None for places in zip(*branches, strict=True)
-    ]
-    return [None if i is None else i + 1 for i in agreed]
+
+    def agreed(*places: int | None) -> int | None:
+        """The operand that it is in every branch; the first operand is the index of the branch."""
+        first = places[0]
+        return None if first is None or len(set(places)) > 1 else first + 1
+
+    return safe_map(agreed, *branches)
 
 
 _RULES: dict[str, Callable[[jex.JaxprEqn], Places]] = {

@@ -5,17 +5,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
-from jaxaccum._base.types import Fun, PyTree, WithStreams
+from jaxaccum._base.types import Array, Fun, PyTree, WithStreams
+from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._jaxpr.variables import Type
 from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
 from jaxaccum._program.argument_slots import Layout, Role
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
-from jaxaccum._program.output_parts import Outputs
+from jaxaccum._program.output_parts import Outputs, Part
 from jaxaccum._program.reductions import Reduction
+
+
+class Traced(NamedTuple):
+    """`fun` traced at one size of microbatch."""
+
+    trace: Trace
+    original: Trace
+    """As it was before anything was changed in it."""
+    consts: list[Array]
+    checked: bool
+    """Whether JAX could follow in it which values vary over a mesh."""
+
+
+class Returned(NamedTuple):
+    """What came out at one size of microbatch."""
+
+    outputs: Outputs
+    types: list[Type]
+    """Of the parts, and then of the outputs without a tag."""
+    leaves: tuple[Output, ...]
+    """What the audit judges; empty where nobody asks it."""
 
 
 @dataclasses.dataclass
@@ -31,13 +54,11 @@ class Call:
     batch_size: int
     constant: output_parts.Constant | None = None
     """Stops the gradient of an output that passes none."""
-    outputs: list[Outputs] = dataclasses.field(default_factory=list)
-    returned: list[tuple[Output, ...]] = dataclasses.field(default_factory=list)
-    shapes: list[list[Any]] = dataclasses.field(default_factory=list)
+    returned: list[Returned] = dataclasses.field(default_factory=list)
     num_terms: int = 0
 
-    def at(self, size: int) -> Callable[..., list[Any]]:
-        def flat(*arrays: Any) -> list[Any]:
+    def at(self, size: int) -> Callable[..., list[Array]]:
+        def flat(*arrays: Array) -> list[Array]:
             args, kwargs = self.layout.build(list(arrays))
             output = self._output(args, kwargs, size)
             if self.loss:
@@ -47,16 +68,18 @@ class Call:
                 output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry,
                 padded=self.padded, constant=self.constant,
             )  # fmt: skip
-            self.outputs.append(outputs)
-            self.shapes.append([jax.typeof(x) for x in parts])
-            returned = list(self._returned(output)) if self.audited else []
-            self.returned.append(tuple(one for one, _ in returned))
-            return [*parts, *(x for _, arrays in returned for x in arrays)]
+            leaves, values = [], list(parts)
+            for leaf, arrays_of_leaf in self._leaves(output):
+                leaves.append(leaf)
+                values += arrays_of_leaf
+            types = list(map(jax.typeof, parts))
+            self.returned.append(Returned(outputs, types, tuple(leaves)))
+            return values
 
         return flat
 
-    def traced(self, trace: Callable[[Call, int], Any], size: int) -> Any:
-        """``trace(self, size)``, whose first result is a trace.
+    def traced(self, trace: Callable[[Call, int], Traced], size: int) -> Traced:
+        """``trace(self, size)``.
 
         Of a model whose examples draw for themselves, what twice as many draw tells which axis of
         a draw is theirs.
@@ -66,7 +89,7 @@ class Call:
             return trace(self, size)
         other = self.elsewhere()
         try:
-            twice, *_ = trace(other, 2 * size)
+            twice = trace(other, 2 * size)
         except Exception as error:  # of the user's function
             trace(other, size)  # where this size fails too, its error is said
             raise ValueError(
@@ -74,17 +97,17 @@ class Call:
                 f"for {2 * size}, and fun does not run on {2 * size} ({error}); let it take any "
                 "number of examples."
             ) from error
-        larger = list(example_keys.draws(twice.jaxpr))
+        larger = list(example_keys.draws(twice.trace.jaxpr))
         self.fun = fun.compared(frozenset(draw.shape for draw in larger))
-        one, *rest = trace(self, size)
-        example_keys.check(list(example_keys.draws(one.jaxpr)), larger, size)
-        return one, *rest
+        found = trace(self, size)
+        example_keys.check(list(example_keys.draws(found.trace.jaxpr)), larger, size)
+        return found
 
     def elsewhere(self) -> Call:
         """The same function, for sizes at which it will not run: this one notes nothing of them."""
-        return dataclasses.replace(self, outputs=[], shapes=[], returned=[])
+        return dataclasses.replace(self, returned=[])
 
-    def _output(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> PyTree:
+    def _output(self, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], size: int) -> PyTree:
         slots = () if isinstance(self.fun, WithStreams) else self.layout.slots
         explain = functools.partial(
             closures.explain,
@@ -95,8 +118,10 @@ class Call:
         )
         return assignments.call(self.fun, args, kwargs, explain)
 
-    def _returned(self, output: PyTree) -> Iterator[tuple[Output, list[Any]]]:
+    def _leaves(self, output: PyTree) -> Iterator[tuple[Output, list[Array]]]:
         """The leaves of the output, as the audit names them."""
+        if not self.audited:
+            return
         if self.loss:
             yield from named_outputs.leaves(output[0], "the loss", aux=False)
             yield from named_outputs.leaves(output[1], "aux", aux=True)
@@ -105,9 +130,10 @@ class Call:
 
     def check_sizes(self, partition: Partition) -> None:
         """Outputs at both sizes have one structure, and what is summed has one shape."""
-        if len(self.outputs) < 2:
+        if len(self.returned) < 2:
             return
-        (large, small), (first, second) = partition.groups, self.outputs
+        (first, types, _), (second, other_types, _) = self.returned
+        large, small = partition.groups
         if first.treedef != second.treedef or _names(first) != _names(second):
             raise ValueError(
                 f"fun returns other outputs for a microbatch of {large.size} examples than for one "
@@ -115,17 +141,13 @@ class Call:
                 "every size."
             )
         count = len(first.parts)
-        for one, x, y in zip(first.whole, *(shapes[count:] for shapes in self.shapes), strict=True):
+        for i, one in enumerate(first.whole, start=count):
+            x, y = types[i], other_types[i]
             if (x.shape, x.dtype) != (y.shape, y.dtype):
                 raise TypeError(one.refusal)
-        for part, x, y in zip(
-            first.parts, *(shapes[:count] for shapes in self.shapes), strict=True
-        ):
-            drop = 1 if part.reduction is Reduction.CONCAT else 0
-            if part.reduction is not Reduction.LAST and (x.shape[drop:], x.dtype) != (
-                y.shape[drop:],
-                y.dtype,
-            ):
+        for i, part in enumerate(first.parts):
+            x, y = types[i], other_types[i]
+            if not _combines(part, x, y):
                 raise ValueError(
                     f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} "
                     f"examples and {list(y.shape)} for one of {small.size}, so it has no "
@@ -134,6 +156,17 @@ class Call:
                 )
 
 
+def _combines(part: Part, x: Type, y: Type) -> bool:
+    """Whether arrays of these types, from microbatches of two sizes, combine as the part says."""
+    drop = 1 if part.reduction is Reduction.CONCAT else 0
+    return part.reduction is Reduction.LAST or (x.shape[drop:], x.dtype) == (
+        y.shape[drop:],
+        y.dtype,
+    )
+
+
 def _names(outputs: Outputs) -> list[str]:
-    tagged = [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
-    return [*tagged, *(one.name for one in outputs.whole)]
+    names = [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
+    for one in outputs.whole:
+        names.append(one.name)
+    return names

@@ -7,18 +7,20 @@ import dis
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 import numpy as np
 
 from jaxaccum._base.source_lines import parameters_of
 from jaxaccum._base.trees import is_array, leaves_with_names
+from jaxaccum._base.types import Array, Fun
 
 ROWS_ARGUMENT = "make {name} an argument of the loss with 0 in in_axes, or a part of the batch"
 """What to write where an array of the closure has a row for each example."""
 
 
-def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
+def closed_over(fun: Fun | None) -> Iterator[tuple[str, Any]]:
     """The arrays that `fun` reads from its closure and from globals, by name: ``batch['x']``.
 
     Functions that it closes over are followed, and so are those of its own module that it calls.
@@ -34,13 +36,13 @@ def closed_over(fun: Any) -> Iterator[tuple[str, Any]]:
                     queue.append(leaf)
 
 
-def of_length(fun: Any, size: int) -> list[tuple[str, Any]]:
+def of_length(fun: Fun, size: int) -> list[tuple[str, Any]]:
     """The arrays that `fun` closes over and that have `size` rows, by name."""
     return [(name, x) for name, x in closed_over(fun) if x.shape[:1] == (size,)]
 
 
 def explain(
-    error: Exception, fun: Any, *, size: int, batch_size: int, keys: Sequence[str] = ()
+    error: Exception, fun: Fun, *, size: int, batch_size: int, keys: Sequence[str] = ()
 ) -> None:
     """Note on an error of the user's function at which size it came up, and what may not fit it.
 
@@ -72,14 +74,14 @@ def explain(
     error.add_note(said)
 
 
-def as_arguments(fun: Any) -> str:
+def as_arguments(fun: Fun | None) -> str:
     """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it
     is nothing."""
     arrays = [(name, x) for name, x in closed_over(fun) if x.shape]
     if not arrays:
         return ""
-    roots = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name, _ in arrays))
-    roots = [root for root in roots if root.isidentifier()]
+    first_words = (re.split(r"[.\[]", name)[0] for name, _ in arrays)
+    roots = filter(str.isidentifier, dict.fromkeys(first_words))
     shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
     more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
     name, own = getattr(fun, "__name__", "fun"), [p.name for p in parameters_of(fun)]
@@ -98,7 +100,7 @@ _SHOWN = 4
 """How many arrays an error names."""
 
 
-def name_of(fun: Any, array: Any) -> str | None:
+def name_of(fun: Fun, array: Array) -> str | None:
     """The name of an array that `fun` closes over; None where it is not found."""
     return next((name for name, x in closed_over(fun) if is_array_of(x, array)), None)
 
@@ -106,7 +108,8 @@ def name_of(fun: Any, array: Any) -> str | None:
 def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
     """What a function reads that is neither an argument nor its own."""
     if isinstance(fun, functools.partial):
-        yield from ((f"argument {i} of a partial", x) for i, x in enumerate(fun.args))
+        for i, x in enumerate(fun.args):
+            yield f"argument {i} of a partial", x
         yield from fun.keywords.items()
         yield "the function of a partial", fun.func
         return
@@ -126,18 +129,19 @@ def _variables(fun: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _global_names(code: Any) -> Iterator[str]:
+def _global_names(code: CodeType) -> Iterator[str]:
     """The global names that a function's code reads, and those of the functions defined in it."""
-    reads = (
-        one for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    )
-    yield from dict.fromkeys(one.argval for one in reads)
+    read: dict[str, None] = {}
+    for one in dis.get_instructions(code):
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            read[one.argval] = None
+    yield from read
     for constant in code.co_consts:
-        if hasattr(constant, "co_names"):
+        if isinstance(constant, CodeType):
             yield from _global_names(constant)
 
 
-def is_array_of(x: Any, array: Any) -> bool:
+def is_array_of(x: object, array: Array) -> bool:
     """Whether `array`, as JAX has traced it, is `x`; of numpy's arrays JAX keeps a copy."""
     if x is array or not isinstance(x, np.ndarray | np.generic):
         return x is array

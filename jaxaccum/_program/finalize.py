@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from jaxaccum._base.entries import entries
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program import no_gradient
 from jaxaccum._program.argument_slots import Role
@@ -23,30 +24,31 @@ def finalized(program: Program, arrays: Sequence[Array], parts: Sequence[Array])
     sources = sorted(set().union(*movers.values()))
     refused: dict[int, Refused] = {}
     for i, own in movers.items():
-        places = tuple(k for k, slot in enumerate(sources) if slot in own)
+        places = tuple(map(sources.index, sorted(own)))
         refused[i] = Refused(places, functools.partial(_says, program, i))
-    values = no_gradient.refusing(parts, [arrays[i] for i in sources], refused)
+    values = no_gradient.refusing(parts, entries(arrays, sources), refused)
     return program.outputs.finalize(values, _whole_values(program, arrays))
 
 
 def _whole_values(program: Program, arrays: Sequence[Array]) -> list[Array]:
     if program.whole is None:
         return []
-    own = [arrays[i] for i in program.sources(0)]
+    own = entries(arrays, program.sources(0))
     return program.whole.values(own, program.axes, checked=program.checked)
 
 
 def _movers(program: Program) -> dict[int, set[int]]:
     """The slots with which the parts move that pass no gradient, by part; those that do move."""
-    kinds = [part.reduction for part in program.outputs.parts]
-    constant = [i for i, kind in enumerate(kinds) if not kind.differentiable]
-    found: dict[int, set[int]] = {i: set() for i in constant}
+    parts = program.outputs.parts
+    constant = [i for i, part in enumerate(parts) if not part.reduction.differentiable]
+    found: dict[int, set[int]] = {}
     for g, one in enumerate(program.traces):
         sources = program.sources(g)
         for i, places in zip(constant, one.movers(constant), strict=True):
-            found[i] |= {sources[place] for place in places}
-    can_move = {i for i, slot in enumerate(program.slots) if slot.role in (Role.WHOLE, Role.ROWS)}
-    return {i: slots & can_move for i, slots in found.items() if slots & can_move}
+            moving = [j for j in entries(sources, places) if program.slots[j].differentiable]
+            if moving:
+                found.setdefault(i, set()).update(moving)
+    return found
 
 
 def _says(program: Program, part: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NoReturn
 
 import jax
 import jax.extend.core as jex
@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
-from jaxaccum._base.types import Array
+from jaxaccum._base.entries import entries, with_entries
+from jaxaccum._base.trees import safe_map
+from jaxaccum._base.types import Array, Tangent
+from jaxaccum._jaxpr.variables import Type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +46,22 @@ def refusing(
         del sources
         return constants
 
-    def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
-        pairs = zip(primals[0], refused.values(), strict=True)
-        return same(*primals), [_tangent(x, one, tangents[1]) for x, one in pairs]
+    def rule(
+        primals: tuple[list[Array], list[Array]], moved: tuple[list[Tangent], list[Tangent]]
+    ) -> tuple[list[Array], list[Tangent]]:
+        tangent = lambda x, one: _tangent(x, one, moved[1])
+        return same(*primals), safe_map(tangent, primals[0], refused.values())
 
     same.defjvp(rule, symbolic_zeros=True)
-    results = list(values)
-    if refused:
-        constants = same([values[i] for i in refused], list(sources))
-        for i, x in zip(refused, constants, strict=True):
-            results[i] = x
-    return results
+    if not refused:
+        return list(values)
+    constants = same(entries(values, refused), list(sources))
+    return with_entries(values, refused, constants)
 
 
-def _tangent(x: Array, one: Refused, tangents: Sequence[Any]) -> Any:
+def _tangent(x: Array, one: Refused, tangents: Sequence[Tangent]) -> Tangent:
     """The tangent of a constant: 0, with an error as its transpose where it moves."""
-    aval: Any = jax.typeof(x)
+    aval = jax.typeof(x)
     moving = [tangents[i] for i in one.movers if not isinstance(tangents[i], SymbolicZero)]
     if not moving:
         return SymbolicZero(aval.to_tangent_aval())
@@ -84,12 +87,12 @@ def refusal(name: str, tag: str, *, whole: bool) -> str:
     )
 
 
-def _zeros(tangent: Array, *, aval: Any, says: Any) -> Array:
+def _zeros(tangent: Array, *, aval: Type, says: Callable[[], str]) -> Array:
     del tangent, says
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _refuse(cotangent: Any, tangent: Any, *, aval: Any, says: Callable[[], str]) -> Any:
+def _refuse(cotangent: Tangent, tangent: Array, *, aval: Type, says: Callable[[], str]) -> NoReturn:
     del cotangent, tangent, aval
     raise ValueError(says())
 

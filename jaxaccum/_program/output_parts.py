@@ -105,13 +105,14 @@ class Outputs:
     def updated_once(self) -> Outputs:
         """The same outputs, where the carried state is not threaded: every microbatch computes the
         one new state."""
-        once = [
-            dataclasses.replace(part, reduction=Reduction.LAST, once=True)
-            if part.reduction is Reduction.CARRY
-            else part
-            for part in self.parts
-        ]
-        return dataclasses.replace(self, parts=tuple(once))
+        parts = list(self.parts)
+        for i in self.positions(Reduction.CARRY):
+            parts[i] = dataclasses.replace(parts[i], reduction=Reduction.LAST, once=True)
+        return dataclasses.replace(self, parts=tuple(parts))
+
+    def positions(self, reduction: Reduction) -> list[int]:
+        """The parts that combine so."""
+        return [i for i, part in enumerate(self.parts) if part.reduction is reduction]
 
     def finalize(self, values: list[Any], whole: list[Any]) -> PyTree:
         """The output over the whole batch, `fun`'s structure with every tag resolved.

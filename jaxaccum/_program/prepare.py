@@ -7,20 +7,21 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.extend.core as jex
 
+from jaxaccum._base.entries import entries, places_of
 from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array, Fun, PyTree, WithStreams
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, with_exchanges
 from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.traces import Trace, trace
+from jaxaccum._jaxpr.variables import Type
 from jaxaccum._program import argument_slots, no_gradient, output_parts, validate, whole_outputs
 from jaxaccum._program.argument_slots import Layout, Role, Slot
-from jaxaccum._program.call import Call
+from jaxaccum._program.call import Call, Traced
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.output_parts import Outputs, Part
@@ -30,7 +31,7 @@ from jaxaccum._program.whole_outputs import Whole
 
 
 def read(
-    options: Options, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Collection[int]
+    options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], argnums: Collection[int]
 ) -> tuple[Layout, list[Array], int | None]:
     """The layout of the arguments, the arrays of its slots, and the argument that counts the
     examples."""
@@ -45,8 +46,8 @@ def read(
 def prepare(
     fun: Fun,
     options: Options,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
     *,
     argnums: Collection[int] = (),
     loss: bool = False,
@@ -54,14 +55,13 @@ def prepare(
 ) -> tuple[Program, list[Array]]:
     """The program of one call and the arrays of its slots."""
     layout, arrays, counted = read(options, args, kwargs, argnums)
-    mesh_axes = validate.mesh_axes(
-        options.mesh_axes, options.axis_name, [varying.axis_names(x) for x in arrays]
-    )
+    seen = list(map(varying.axis_names, arrays))
+    mesh_axes = validate.mesh_axes(options.mesh_axes, options.axis_name, seen)
     memory, audited = validate.memory(options.memory), validate.audit(options.audit) is not None
     unroll = validate.unroll(options.unroll)
     limit = argument_slots.counter(layout.slots, arrays, counted)
     partition = _partition(options, argument_slots.batch_size(layout.slots, arrays, fun))
-    given_axes = [varying.varying_axes(x) for x in arrays]
+    given_axes = list(map(varying.varying_axes, arrays))
     axes = _loop_axes(layout.slots, given_axes, mesh_axes)
     arrays = varying.vary(arrays, axes)
     call = Call(fun, layout, loss, has_aux, limit is not None, audited, partition.batch_size)
@@ -73,12 +73,12 @@ def prepare(
         traces.append(one)
         slots += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arrays += consts
-        given_axes += [varying.varying_axes(x) for x in consts]
-    outputs = call.outputs[0]
+        given_axes += map(varying.varying_axes, consts)
+    outputs = call.returned[0].outputs
     if traces[0].coupling is not None:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
         outputs, limit = outputs.updated_once(), None
-    elif mesh_axes and any(slot.role is Role.CARRY for slot in slots):
+    elif mesh_axes and argument_slots.positions(slots, Role.CARRY):
         raise ValueError(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
             "sums over several; drop one of the two."
@@ -98,17 +98,17 @@ def prepare(
     return program, arrays
 
 
-def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Any]) -> tuple[list[Slot], list[Any]]:
+def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Array]) -> tuple[list[Slot], list[Array]]:
     """The same, but typed keys that are folded are the integers that they are made of.
 
     JAX's check for keys that are used twice (``jax_debug_key_reuse``) takes a typed key that a
     loop closes over for one that every iteration uses.
     """
     new, values = list(slots), list(arrays)
-    for i, (slot, x) in enumerate(zip(slots, arrays, strict=True)):
+    for i, slot in enumerate(slots):
         if slot.role in (Role.KEY, Role.EXAMPLE_KEY):
-            new[i] = dataclasses.replace(slot, key=key_impl(x))
-            values[i] = new[i].array(x)
+            new[i] = dataclasses.replace(slot, key=key_impl(arrays[i]))
+            values[i] = new[i].array(arrays[i])
     return new, values
 
 
@@ -120,11 +120,9 @@ def _partition(options: Options, batch_size: int) -> Partition:
         microbatch_size=options.microbatch_size,
         split=options.split,
     )
-    return (
-        dataclasses.replace(partition, blocks=options.blocks)
-        if options.split == "contiguous"
-        else partition
-    )
+    if options.split == "strided":
+        return partition
+    return dataclasses.replace(partition, blocks=options.blocks)
 
 
 def _loop_axes(
@@ -132,11 +130,10 @@ def _loop_axes(
 ) -> frozenset[str]:
     """The mesh axes over which the loop's values vary: those of the sums, and of all that is no
     parameter."""
-    pairs = list(zip(slots, given_axes, strict=True))
-    validate.divided(mesh_axes, [axes for slot, axes in pairs if slot.role is Role.ROWS])
-    return frozenset(mesh_axes).union(
-        *(axes for slot, axes in pairs if slot.role is not Role.WHOLE)
-    )
+    rows = argument_slots.positions(slots, Role.ROWS)
+    validate.divided(mesh_axes, entries(given_axes, rows))
+    others = [i for i, slot in enumerate(slots) if slot.role is not Role.WHOLE]
+    return frozenset(mesh_axes).union(*entries(given_axes, others))
 
 
 def _without_tags(
@@ -147,17 +144,20 @@ def _without_tags(
     device_axes: tuple[str, ...],
 ) -> Whole:
     """The program of the outputs without a tag, which must depend on whole arguments alone."""
+
+    def is_whole(i: int) -> bool:
+        # One device sees a share of a parameter that is divided, gathered at every microbatch as
+        # if it were rows.
+        return slots[i].role is Role.WHOLE and not given_axes[i] & set(device_axes)
+
     reads = [sources(slots, traces, g) for g in range(len(traces))]
-    # One device sees a share of a parameter that is divided, gathered at every microbatch as if it
-    # were rows.
-    same = [not given & set(device_axes) for given in given_axes]
-    may = [slot.role is Role.WHOLE and shared for slot, shared in zip(slots, same, strict=True)]
-    found = whole_outputs.refusal(traces, outputs, [[may[i] for i in own] for own in reads])
+    allowed = [list(map(is_whole, own)) for own in reads]
+    found = whole_outputs.refusal(traces, outputs, allowed)
     if found and device_axes:
         raise NeedsGlobalArraysError
     if found:
         raise TypeError(found)
-    return whole_outputs.separated(traces[0], outputs, [given_axes[i] for i in reads[0]])
+    return whole_outputs.separated(traces[0], outputs, entries(given_axes, reads[0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +178,15 @@ class _Tracing:
         follow its mesh."""
         number = self.partition.num_microbatches
         at = lambda call, size: self._at(call, size, number)
-        one, own, consts, checked = self.call.traced(at, self.partition.groups[g].size)
-        count = len(self.call.shapes[g])
-        one, seen = (
-            one.split(count)[0],
-            Observed(own.split(count)[1], consts, self.call.returned[g]),
-        )
+        one, original, consts, checked = self.call.traced(at, self.partition.groups[g].size)
+        outputs, types, leaves = self.call.returned[g]
+        one, seen = one.split(len(types))[0], original.split(len(types))[1]
+        seen = Observed(seen, consts, leaves)
         if (coupling := one.coupling) is None:
             return one, seen, checked
         self._check_coupled(coupling, checked)
         if isinstance(self.call.fun, WithStreams) and (number > 1 or self.mesh_axes):
-            slots, outputs = self.call.layout.slots, self.call.outputs[g]
+            slots = self.call.layout.slots
             with contextlib.nullcontext() if checked else unchecked():
                 one = _with_own_streams(one, outputs, slots, self.partition, self.mesh_axes)
         return one, seen, checked
@@ -196,10 +194,11 @@ class _Tracing:
     def observe(self, size: int, count: int) -> Observed:
         """`fun` traced for one of `count` microbatches of `size` examples."""
         other = self.call.elsewhere()
-        _, own, consts, _ = self._at(other, size, count)
-        return Observed(own.split(len(other.shapes[0]))[1], consts, other.returned[0])
+        _, original, consts, _ = self._at(other, size, count)
+        _, types, leaves = other.returned[0]
+        return Observed(original.split(len(types))[1], consts, leaves)
 
-    def _at(self, call: Call, size: int, count: int) -> tuple[Trace, Trace, list[Any], bool]:
+    def _at(self, call: Call, size: int, count: int) -> Traced:
         shapes = _shapes(call.layout, list(self.arrays), size, self.mesh_axes)
         return _traced(call.at(size), shapes, (self.options.axis_name, count))
 
@@ -209,43 +208,30 @@ class _Tracing:
             raise NeedsGlobalArraysError
         validate.coupled(coupling, name, self.partition, shadows=validate.is_bound(name))
         if not checked:
-            pairs = zip(self.call.layout.slots, self.given_axes, strict=True)
-            validate.undivided([(slot.name, own) for slot, own in pairs], self.axes)
+            names = [slot.name for slot in self.call.layout.slots]
+            validate.undivided(list(zip(names, self.given_axes, strict=True)), self.axes)
 
 
-def _traced(
-    fun: Fun, shapes: list[Any], axis: tuple[str, int]
-) -> tuple[Trace, Trace, list[Any], bool]:
-    """The trace, as it was before anything was changed in it, and its constants.
-
-    Last, whether JAX could follow in it which values vary over a mesh.
-    """
-    if not any(map(varying.varying_axes, shapes)):
-        one, consts = trace(fun, shapes, axis)
-        return one, one, consts, True
+def _traced(fun: Fun, types: list[Type], axis: tuple[str, int]) -> Traced:
+    """`fun` traced with JAX's checks of what varies over a mesh, or without where they refuse a
+    collective over the loop's axis."""
     try:
-        one, consts = trace(fun, shapes, axis)
-        return one, one, consts, True
-    except (
-        AssertionError,
-        ValueError,
-    ) as error:  # what JAX says of a collective over an axis that is not the mesh's
+        one, consts = trace(fun, types, axis)
+        return Traced(one, one, consts, checked=True)
+    except (AssertionError, ValueError) as error:
+        # JAX says so of a collective over an axis that is not the mesh's.
+        if not any(map(varying.varying_axes, types)):
+            raise
         with unchecked():
-            plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+            plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
             try:
                 one, consts = trace(fun, plain, axis)
-            except (
-                Exception
-            ):  # of the user's function: what JAX said first is about the program as it stands
+            except Exception:  # of the user's function: what JAX said first is about the program
                 raise error from None
         if one.coupling is None:
             raise
-        return (
-            dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0])),
-            one,
-            consts,
-            False,
-        )
+        changed = dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0]))
+        return Traced(changed, one, consts, checked=False)
 
 
 def _with_own_streams(
@@ -261,21 +247,21 @@ def _with_own_streams(
     What follows from the old state alone is made of the keys as they came: the next keys, and
     whatever is not drawn from a key.
     """
-    keys = {one.num_consts + i: slot.key for i, slot in enumerate(slots) if slot.key is not None}
-    own = {
-        one.num_consts + i
-        for i, slot in enumerate(slots)
-        if slot.role not in (Role.WHOLE, Role.CARRY)
-    }
-    states = [i for i, part in enumerate(outputs.parts) if part.reduction is Reduction.CARRY]
-    carried = [slot for slot in slots if slot.role is Role.CARRY]
+    keys, own, carried = {}, set(), []
+    for place, slot in enumerate(slots, start=one.num_consts):
+        if slot.key is not None:
+            keys[place] = slot.key
+        if slot.role is Role.CARRY:
+            carried.append(slot)
+        elif slot.role is not Role.WHOLE:
+            own.add(place)
     pure, kept = one.pure(), set()
-    for i, slot in zip(states, carried, strict=True):
-        needed = {j for j, read in enumerate(pure.needs([i])) if read}
+    for i, slot in zip(outputs.positions(Reduction.CARRY), carried, strict=True):
+        needed = set(places_of(pure.needs([i])))
         if not needed & (own if slot.key is not None else own | keys.keys()):
             kept.add(i)
 
-    def folded(index: Array, arrays: list[Any]) -> list[Any]:
+    def folded(index: Array, arrays: list[Array]) -> list[Array]:
         place = index + untyped_shard_index(mesh_axes) * partition.num_microbatches
         for i, impl in keys.items():
             given = jax.random.wrap_key_data(arrays[i], impl=impl)
@@ -308,24 +294,23 @@ def _check_padding(program: Program) -> None:
 
 def _shapes(
     layout: Layout, arrays: list[Array], size: int, mesh_axes: tuple[str, ...]
-) -> list[Any]:
+) -> list[Type]:
     """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides
     them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
-        own, index = [], varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))
-        for slot, x in zip(layout.slots, arrays, strict=True):
+        own, index = list(arrays), varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))
+        for i, slot in enumerate(layout.slots):
+            x = own[i]
             if slot.role is Role.ROWS:
-                if (
-                    size > x.shape[slot.axis]
-                ):  # for the audit, which may ask for more than there are
+                if size > x.shape[slot.axis]:  # the audit may ask for more than there are
                     x = jax.numpy.concatenate([x, x], axis=slot.axis)
                 x = jax.lax.slice_in_dim(x, 0, size, axis=slot.axis)
             elif slot.role is Role.KEY:
                 x = jax.random.fold_in(x, index)
             elif slot.role is Role.EXAMPLE_KEY:
                 x = example_keys(x, index + jax.numpy.arange(size, dtype=jax.numpy.int32))
-            own.append(x)
+            own[i] = x
         return own
 
     return list(jax.make_jaxpr(cut)(arrays).out_avals)
@@ -337,7 +322,9 @@ def _refusing_itself(part: Part, x: Array) -> Array:
     return no_gradient.refusing([jax.lax.stop_gradient(x)], [x], {0: one})[0]
 
 
-def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyTree:
+def whole(
+    fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+) -> PyTree:
     """`fun` in one pass over the whole batch, its tags resolved: the full-batch oracle.
 
     The axis of the loop is bound with size 1, so that a collective over it sees all examples at
@@ -351,26 +338,24 @@ def whole(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, A
     call = Call(fun, layout, False, False, False, False, size, constant=_refusing_itself)
     flat = call.at(size)
 
-    def one(_: Array) -> list[Any]:
-        own = []
-        for slot, x in zip(layout.slots, arrays, strict=True):
-            if slot.role is Role.KEY:
-                x = jax.random.fold_in(x, 0)
-            elif slot.role is Role.EXAMPLE_KEY:
-                x = example_keys(x, partition.examples(partition.groups[0], jax.numpy.int32(0)))
-            own.append(x)
+    def one(_: Array) -> list[Array]:
+        own = list(arrays)
+        for i in layout.positions(Role.KEY):
+            own[i] = jax.random.fold_in(own[i], 0)
+        for i in layout.positions(Role.EXAMPLE_KEY):
+            examples = partition.examples(partition.groups[0], jax.numpy.int32(0))
+            own[i] = example_keys(own[i], examples)
         return flat(*own)
 
     stacked = jax.vmap(one, axis_name=options.axis_name)(jax.numpy.zeros(1))
-    outputs = call.outputs[0]
+    outputs = call.returned[0].outputs
     if outputs.whole:
-        traced, _, consts, _ = _traced(
-            flat, _shapes(layout, arrays, size, ()), (options.axis_name, 1)
-        )
+        types = _shapes(layout, arrays, size, ())
+        traced, _, consts, _ = _traced(flat, types, (options.axis_name, 1))
         given = [slot.role is Role.WHOLE for slot in layout.slots]
         if found := whole_outputs.refusal([traced], outputs, [[True] * len(consts) + given]):
             raise TypeError(found)
-    combined, whole = stacked[: len(outputs.parts)], stacked[len(outputs.parts) :]
-    pairs = zip(outputs.parts, combined, strict=True)
-    parts = [x if part.reduction is Reduction.STACK else x[0] for part, x in pairs]
-    return outputs.finalize(parts, [x[0] for x in whole])
+    values = list(stacked)
+    for i in set(range(len(values))) - set(outputs.positions(Reduction.STACK)):
+        values[i] = stacked[i][0]
+    return outputs.finalize(values[: len(outputs.parts)], values[len(outputs.parts) :])

@@ -6,21 +6,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import jax
+import jax.extend.core as jex
 
-from jaxaccum._base.types import Array, Audit, InAxes, Memory, Split, Unroll
+from jaxaccum._base.entries import entries, places_of, with_entries
+from jaxaccum._base.trees import safe_map
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import reversible
 from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._program import argument_slots
+from jaxaccum._jaxpr.variables import Type, types_of
+from jaxaccum._program import argument_slots, reductions
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
-from jaxaccum._program.output_parts import Outputs, Term
+from jaxaccum._program.output_parts import Outputs, Part, Term
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._program.whole_outputs import Whole
 
@@ -45,11 +48,11 @@ class Options:
     blocks: int = 1
     """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
 
-    def axes(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgumentAxes:
+    def axes(self, fun: Fun, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> ArgumentAxes:
         """The entry of every argument of the call ``fun(*args, **kwargs)``."""
         return argument_slots.assigned(self.in_axes, args, kwargs, fun)
 
-    def of_call(self, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Options:
+    def of_call(self, fun: Fun, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> Options:
         """The options of one call, whose arguments have no names from then on."""
         return dataclasses.replace(self, in_axes=self.axes(fun, args, kwargs))
 
@@ -65,7 +68,7 @@ class Observed:
     program."""
 
     trace: Trace
-    consts: list[Any]
+    consts: list[Array]
     outputs: tuple[Output, ...]
     """What the program computes, leaf by leaf."""
 
@@ -109,8 +112,12 @@ class Program:
     def under_mapped_axes(self) -> bool:
         """Whether it holds collectives over axes of an outer `vmap`, whose names a custom rule
         would not see."""
-        named = frozenset().union(*(one.other_axes for one in self.traces))
-        return bool(named - set(jax.sharding.get_abstract_mesh().manual_axes))
+        return bool(self.other_axes - set(jax.sharding.get_abstract_mesh().manual_axes))
+
+    @property
+    def other_axes(self) -> frozenset[str]:
+        """The named axes, other than the loop's, that its collectives mention."""
+        return frozenset().union(*(one.other_axes for one in self.traces))
 
     @property
     def coupled(self) -> bool:
@@ -120,17 +127,30 @@ class Program:
 
     def positions(self, role: Role) -> list[int]:
         """The slots that have the role."""
-        return [i for i, slot in enumerate(self.slots) if slot.role is role]
+        return argument_slots.positions(self.slots, role)
+
+    @property
+    def types(self) -> list[Type]:
+        """The type of each part in a microbatch of the first group."""
+        return types_of(self.traces[0].jaxpr.outvars)
+
+    def over_mesh(self, values: Sequence[Array]) -> list[Array]:
+        """The combined parts over all shards of the batch."""
+
+        def over_mesh(part: Part, x: Array) -> Array:
+            return reductions.over_mesh(part.reduction, x, self.mesh_axes)
+
+        return safe_map(over_mesh, self.outputs.parts, values)
 
     def parts(
         self,
         g: int,
-        arrays: Sequence[Any],
+        arrays: Sequence[Array],
         *,
-        rows: Sequence[Any],
-        carry: Sequence[Any],
-        index: Any,
-    ) -> list[Any]:
+        rows: Sequence[Array],
+        carry: Sequence[Array],
+        index: Array,
+    ) -> list[Array]:
         """The parts of microbatch `index` of group `g`; `rows` and `carry` are its own, `arrays`
         the whole call's."""
         return self.traces[g](index, self.inputs(g, arrays, rows=rows, carry=carry, index=index))
@@ -138,76 +158,74 @@ class Program:
     def inputs(
         self,
         g: int,
-        arrays: Sequence[Any],
+        arrays: Sequence[Array],
         *,
-        rows: Sequence[Any],
-        carry: Sequence[Any],
-        index: Any,
-    ) -> list[Any]:
+        rows: Sequence[Array],
+        carry: Sequence[Array],
+        index: Array,
+    ) -> list[Array]:
         """What the trace of group `g` reads at microbatch `index`, of the arguments of `parts`."""
-        own = list(arrays)
-        for positions, values in (
-            (self.positions(Role.ROWS), rows),
-            (self.positions(Role.CARRY), carry),
-        ):
-            for position, value in zip(positions, values, strict=True):
-                own[position] = value
-        for position, slot in enumerate(self.slots):
-            own[position] = self._folded(slot, own[position], g=g, index=index)
-        return [own[i] for i in self.sources(g)]
+        own = with_entries(arrays, self.positions(Role.ROWS), rows)
+        own = with_entries(own, self.positions(Role.CARRY), carry)
+        for i, slot in enumerate(self.slots):
+            own[i] = self._folded(slot, own[i], g=g, index=index)
+        return entries(own, self.sources(g))
 
     def depends(self, parts: Sequence[int], wrt: Collection[int]) -> bool:
         """Whether any of the parts depends on any of the slots `wrt`."""
         for g, one in enumerate(self.traces):
-            used = zip(self.sources(g), one.needs(parts), strict=True)
-            if any(needed and i in wrt for i, needed in used):
+            used = entries(self.sources(g), places_of(one.needs(parts)))
+            if not set(wrt).isdisjoint(used):
                 return True
         return False
 
     def is_reversible(self, wrt: Collection[int]) -> bool:
         """Whether JAX has a reverse derivative with respect to the slots `wrt`."""
-        pairs = [(one, [i in wrt for i in self.sources(g)]) for g, one in enumerate(self.traces)]
-        return all(one.is_reversible(moved) for one, moved in pairs)
+        for g, one in enumerate(self.traces):
+            moved = [i in wrt for i in self.sources(g)]
+            if not one.is_reversible(moved):
+                return False
+        return True
+
+    @property
+    def _jaxprs(self) -> list[jex.Jaxpr]:
+        return [one.jaxpr for one in self.traces]
 
     @property
     def has_backward_rule(self) -> bool:
         """Whether a ``jax.custom_vjp`` in it may treat a cotangent in a way that is not linear."""
-        return any(reversible.has_backward_rule(one.jaxpr) for one in self.traces)
+        return any(map(reversible.has_backward_rule, self._jaxprs))
 
     @property
     def has_checks(self) -> bool:
         """Whether it holds checks of ``checkify``."""
-        return any(reversible.has_checks(one.jaxpr) for one in self.traces)
+        return any(map(reversible.has_checks, self._jaxprs))
 
     def pure(self) -> Program:
         """The program without its prints and callbacks, unless an output depends on one."""
-        return dataclasses.replace(self, traces=tuple(one.pure() for one in self.traces))
+        return dataclasses.replace(self, traces=tuple(map(Trace.pure, self.traces)))
 
     def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
         """The program that computes the given parts alone, and which parts it returns: these and
         what they carry."""
-        carried = [
-            i for i, part in enumerate(self.outputs.parts) if part.reduction is Reduction.CARRY
-        ]
+        carried = self.outputs.positions(Reduction.CARRY)
         kept = sorted(parts)
         if carried and self.depends(kept, self.positions(Role.CARRY)):
             kept = sorted({*kept, *carried})
         traces = tuple(one.only(kept) for one in self.traces)
-        outputs = dataclasses.replace(
-            self.outputs, parts=tuple(self.outputs.parts[i] for i in kept)
-        )
+        outputs = dataclasses.replace(self.outputs, parts=tuple(entries(self.outputs.parts, kept)))
         return dataclasses.replace(self, traces=traces, outputs=outputs), kept
 
     @property
     def num_arguments(self) -> int:
         """How many slots are those of the arguments."""
-        return len(self.slots) - sum(one.num_consts for one in self.traces)
+        return len(self.slots) - sum(_num_consts(self.traces))
 
     def sources(self, g: int) -> list[int]:
         """The slots that trace `g` reads: its constants, then the arguments."""
         return sources(self.slots, self.traces, g)
 
-    def _folded(self, slot: Slot, x: Any, *, g: int, index: Any) -> Any:
+    def _folded(self, slot: Slot, x: Array, *, g: int, index: Array) -> Array:
         """A key of the whole call, made this microbatch's: global over the shards of a mesh."""
         if slot.role is Role.KEY:
             place = index + self._shard() * self.partition.num_microbatches
@@ -229,6 +247,12 @@ class Program:
 
 
 def sources(slots: Sequence[Slot], traces: Sequence[Trace], g: int) -> list[int]:
-    num_args = len(slots) - sum(one.num_consts for one in traces)
-    first = num_args + sum(one.num_consts for one in traces[:g])
-    return [*range(first, first + traces[g].num_consts), *range(num_args)]
+    """The slots that trace `g` reads: what it closes over, then the arguments."""
+    counts = _num_consts(traces)
+    num_args = len(slots) - sum(counts)
+    first = num_args + sum(counts[:g])
+    return [*range(first, first + counts[g]), *range(num_args)]
+
+
+def _num_consts(traces: Sequence[Trace]) -> list[int]:
+    return [one.num_consts for one in traces]

@@ -3,6 +3,7 @@ pass."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -287,14 +288,23 @@ def undivided(arrays: Sequence[tuple[str, frozenset[str]]], axes: frozenset[str]
             )
 
 
-def mesh_axes(value: Any, axis_name: str, seen: Sequence[Sequence[str]] = ()) -> tuple[str, ...]:
+def axis_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The mesh axes that an option names: one, several, or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def mesh_axes(
+    value: str | Sequence[str] | None, axis_name: str, seen: Sequence[Sequence[str]] = ()
+) -> tuple[str, ...]:
     """The mesh axes to sum over, all bound by a surrounding `shard_map`."""
     if not isinstance(axis_name, str):
         raise TypeError(f"axis_name must be a string; got {axis_name!r}.")
-    names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    names = axis_names(value)
     mesh = jax.sharding.get_abstract_mesh()
     bound = mesh.manual_axes
-    if axis_name in mesh.axis_names or any(axis_name in names for names in seen):
+    if axis_name in mesh.axis_names or axis_name in itertools.chain(*seen):
         raise ValueError(
             f"the mesh has an axis named {axis_name!r}, which is the name of the loop's own axis; "
             "rename the mesh axis, or pass another axis_name."

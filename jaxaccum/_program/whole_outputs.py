@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from jaxaccum._base.entries import entries, places_of
+from jaxaccum._base.trees import safe_map
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import typed, unchecked, untyped
@@ -40,8 +42,8 @@ class Whole:
             with unchecked():
                 values = self.trace(first, untyped(list(arrays)))
             values = typed(values, axes)
-        pairs = zip(values, self.given_axes, strict=True)
-        return [varying.of_one_shard(jnp.asarray(x), axes - given) for x, given in pairs]
+        shared = lambda x, given: varying.of_one_shard(jnp.asarray(x), axes - given)
+        return safe_map(shared, values, self.given_axes)
 
 
 def refusal(
@@ -53,13 +55,16 @@ def refusal(
     """
     refused = []
     for i, untagged in enumerate(outputs.whole, start=len(outputs.parts)):
-        pairs = zip(traces, is_whole, strict=True)
-        if not all(one.is_of(i, whole) for one, whole in pairs):
+        of_whole = lambda one, whole, output=i: one.is_of(output, whole)
+        if not all(safe_map(of_whole, traces, is_whole)):
             refused.append(untagged)
     if not refused:
         return None
-    others = ", ".join(one.name for one in refused[1:])
-    return refused[0].refusal + (f" The same holds for {others}." if others else "")
+    first, *others = refused
+    if not others:
+        return first.refusal
+    names = ", ".join(one.name for one in others)
+    return f"{first.refusal} The same holds for {names}."
 
 
 def separated(one: Trace, outputs: Outputs, given_axes: Sequence[frozenset[str]]) -> Whole:
@@ -67,6 +72,6 @@ def separated(one: Trace, outputs: Outputs, given_axes: Sequence[frozenset[str]]
     places = range(len(outputs.parts), len(outputs.parts) + len(outputs.whole))
     axes = []
     for i in places:
-        needed = zip(given_axes, one.needs([i]), strict=True)
-        axes.append(frozenset().union(*(given for given, reads in needed if reads)))
+        needed = entries(given_axes, places_of(one.needs([i])))
+        axes.append(frozenset().union(*needed))
     return Whole(one.pure().only(places), tuple(axes))

@@ -6,21 +6,23 @@ It is the same scan over microbatches, in which each microbatch returns its grad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxaccum import _loop
-from jaxaccum._base.trees import cast, dtype_of, leaves_with_names, ratio, widen
+from jaxaccum._base.trees import cast, dtype_of, leaves_with_names, ratio, safe_map, widen
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._devices import varying
-from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.program import Program
 from jaxaccum._program.tags import Stack
 from jaxaccum._transforms import summed_gradients
-from jaxaccum.accumulators._record import accepted_by, in_place, returned
+from jaxaccum.accumulators._record import AccumulatorLike, accepted_by, in_place, returned
 
 Assemble = Callable[[Sequence[Array]], PyTree]
 """The differentiated arguments' own structure, around one array per slot."""
@@ -32,13 +34,13 @@ class Accumulated(NamedTuple):
 
     parts: list[Array]
     grads: PyTree
-    report: Any
+    report: PyTree
 
 
 def value_and_grad(
     program: Program,
     wrt: tuple[int, ...],
-    accumulator: Any,
+    accumulator: AccumulatorLike,
     assemble: Assemble,
     arrays: Sequence[Array],
 ) -> Accumulated:
@@ -58,16 +60,20 @@ def value_and_grad(
     selective = getattr(accumulator, "accepts", None) is not None
 
     def visit(
-        g: int, sums: Any, rows: Any, carry: Any, index: Array, extra: Any
-    ) -> tuple[list[Array], Any, Any]:
+        g: int,
+        sums: PyTree,
+        rows: list[Array],
+        carry: list[Array],
+        index: Array,
+        extra: list[Array],
+    ) -> tuple[list[Array], PyTree, PyTree]:
         del extra
         parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
         total = parts[total_part]
         weight = cast(parts[weight_part], total.dtype)
         divisor = _divisor(weight_of_batch, weight)
-        shares, _ = pull(
-            [varying.vary(ratio(jnp.ones_like(total), divisor), varying.varying_axes(outs[0]))]
-        )
+        cotangent = ratio(jnp.ones_like(total), divisor)
+        shares, _ = pull([varying.vary(cotangent, varying.varying_axes(outs[0]))])
         grads = assemble([_mean_gradient(share, divisor, weight) for share in shares])
         if selective:
             weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
@@ -79,20 +85,17 @@ def value_and_grad(
         arrays,
         visit,
         sums=state,
-        idle=lambda g: (jnp.array(False), [jnp.zeros_like(x) for x in _entries(state)]),
+        idle=lambda g: (jnp.array(False), list(map(jnp.zeros_like, _entries(state)))),
         keep=(lambda written: written[0]) if selective else None,
     )
-    entries = [
-        jnp.concatenate(groups)
-        for groups in zip(*(entries for _, entries in scanned.written), strict=True)
-    ]
+    by_group = [entries for _, entries in scanned.written]
+    entries = safe_map(lambda *groups: jnp.concatenate(groups), *by_group)
     grads, report = _finalized(accumulator, _with_entries(scanned.sums, entries), params)
     parts, grads = _over_shards(program, wrt, weight_part, scanned.parts, grads)
-    if (
-        program.mesh_axes
-    ):  # each device has a report of its own, and along a leading axis there is room for all
+    if program.mesh_axes:
+        # Each device has its own report, and along a leading axis there is room for all.
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
-    grads = [returned(accumulator, grad, x) for grad, x in zip(grads, step.parameters, strict=True)]
+    grads = safe_map(functools.partial(returned, accumulator), grads, step.parameters)
     return Accumulated(parts, assemble(grads), report)
 
 
@@ -123,32 +126,10 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
             "collective over the axis of the loop has none; use in_place() or tree(), or a loss "
             "without the collective."
         )
-    if overwritten := [program.slots[i].name for i in wrt if program.slots[i].overwritten]:
-        raise ValueError(
-            f"{overwritten[0]} is overwritten with its gradient, as Flax's float8 layers do, and a "
-            "custom accumulator would average it; use in_place() or tree()."
-        )
-    rows = [program.slots[i].name for i in wrt if program.slots[i].role is Role.ROWS]
-    if rows:
-        raise ValueError(
-            f"{rows[0]} is part of the batch, and a custom accumulator combines gradients of what "
-            "all microbatches share; leave it out of argnums, or use in_place() or tree()."
-        )
-    exchanged = frozenset().union(*(one.other_axes for one in program.traces))
     for i in wrt:
-        if shared := program.given_axes[i] & exchanged & set(program.mesh_axes):
-            raise ValueError(
-                f"{program.slots[i].name} is divided over {', '.join(map(repr, sorted(shared)))}, "
-                "as the batch is, and gathered at every microbatch: its gradients come of all "
-                "devices, and a custom accumulator would weigh them by one device's; on an "
-                'explicit mesh pass gather="once", or use in_place() or tree().'
-            )
-        if others := program.given_axes[i] - program.axes:
-            raise ValueError(
-                f"{program.slots[i].name} differs between the devices along "
-                f"{', '.join(map(repr, sorted(others)))}, and a custom accumulator would decide by "
-                "one device's part of its gradient; use in_place() or tree()."
-            )
+        _check_shared_by_examples(program.slots[i])
+    for i in wrt:
+        _check_shared_by_devices(program, program.slots[i].name, program.given_axes[i])
     terms = program.terms
     weight = terms[0].weight
     if len(terms) != 1 or weight is None:
@@ -167,61 +148,83 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
     return terms[0].total, weight
 
 
+def _check_shared_by_examples(slot: Slot) -> None:
+    if slot.overwritten:
+        raise ValueError(
+            f"{slot.name} is overwritten with its gradient, as Flax's float8 layers do, and a "
+            "custom accumulator would average it; use in_place() or tree()."
+        )
+    if slot.role is Role.ROWS:
+        raise ValueError(
+            f"{slot.name} is part of the batch, and a custom accumulator combines gradients of "
+            "what all microbatches share; leave it out of argnums, or use in_place() or tree()."
+        )
+
+
+def _check_shared_by_devices(program: Program, name: str, given_axes: frozenset[str]) -> None:
+    if shared := given_axes & program.other_axes & set(program.mesh_axes):
+        raise ValueError(
+            f"{name} is divided over {', '.join(map(repr, sorted(shared)))}, "
+            "as the batch is, and gathered at every microbatch: its gradients come of all "
+            "devices, and a custom accumulator would weigh them by one device's; on an "
+            'explicit mesh pass gather="once", or use in_place() or tree().'
+        )
+    if others := given_axes - program.axes:
+        raise ValueError(
+            f"{name} differs between the devices along "
+            f"{', '.join(map(repr, sorted(others)))}, and a custom accumulator would decide by "
+            "one device's part of its gradient; use in_place() or tree()."
+        )
+
+
 def _over_shards(
     program: Program, wrt: tuple[int, ...], weight: int, parts: list[Array], grads: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     """Parts and gradients over the mesh, in one collective; of shards of one batch, the mean by
     their weights."""
     if not program.mesh_axes:
-        return summed_gradients.over_shards(
-            program, wrt, summed_gradients.ValueAndGrad(parts, grads), {}
-        )
+        whole = summed_gradients.ValueAndGrad(parts, grads)
+        return summed_gradients.over_shards(program, wrt, whole, {})
     share = parts[weight]
     weighted = [jnp.where(share == 0, jnp.zeros_like(g), g * cast(share, g.dtype)) for g in grads]
-    parts, sums = summed_gradients.over_shards(
-        program, wrt, summed_gradients.ValueAndGrad(parts, weighted), {}
-    )
+    shares = summed_gradients.ValueAndGrad(parts, weighted)
+    parts, sums = summed_gradients.over_shards(program, wrt, shares, {})
     return parts, [ratio(x, parts[weight]) for x in sums]
 
 
 # -- the state -------------------------------------------------------------------------------------
 
 
-def _is_stack(x: Any) -> bool:
+def _is_stack(x: object) -> bool:
     return isinstance(x, Stack)
 
 
-def _strong(x: Any) -> Array:
+def _strong(x: ArrayLike) -> Array:
     """An array that is not weakly typed, so that it keeps its dtype from microbatch to
     microbatch."""
     return cast(x, dtype_of(x))
 
 
-def _entries(state: Any) -> list[Array]:
+def _entries(state: PyTree) -> list[Array]:
     """What the state holds under the tag Stack, to be written down at each microbatch."""
-    return [
-        x
-        for tag in jax.tree.leaves(state, is_leaf=_is_stack)
-        if _is_stack(tag)
-        for x in jax.tree.leaves(tag)
-    ]
+    tags = filter(_is_stack, jax.tree.leaves(state, is_leaf=_is_stack))
+    return jax.tree.leaves(list(tags))
 
 
-def _with_entries(state: Any, entries: list[Array]) -> Any:
+def _with_entries(state: PyTree, entries: list[Array]) -> PyTree:
     rest = iter(entries)
     fill = lambda x: jax.tree.map(lambda _: next(rest), x) if _is_stack(x) else x
     return jax.tree.map(fill, state, is_leaf=_is_stack)
 
 
-def _checked(new: Any, old: Any) -> Any:
+def _checked(new: PyTree, old: PyTree) -> PyTree:
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             f"the accumulator's update returns a state of structure {jax.tree.structure(new)}, and "
             f"init one of {jax.tree.structure(old)}; return the structure that came in."
         )
-    for (name, x), before in zip(
-        leaves_with_names(new, "the accumulator's state"), jax.tree.leaves(old), strict=True
-    ):
+    named = leaves_with_names(new, "the accumulator's state")
+    for (name, x), before in zip(named, jax.tree.leaves(old), strict=True):
         if jnp.shape(x) != before.shape or dtype_of(x) != before.dtype:
             raise TypeError(
                 f"{name} changes from {before.dtype}{list(before.shape)} to "
@@ -232,7 +235,9 @@ def _checked(new: Any, old: Any) -> Any:
     return jax.tree.map(_strong, new)
 
 
-def _finalized(accumulator: Any, state: Any, params: PyTree) -> tuple[list[Array], Any]:
+def _finalized(
+    accumulator: AccumulatorLike, state: PyTree, params: PyTree
+) -> tuple[list[Array], PyTree]:
     result = accumulator.finalize(state)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(

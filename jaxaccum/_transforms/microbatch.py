@@ -4,21 +4,22 @@ by JAX."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxaccum import _loop
 from jaxaccum._audit import at_call
-from jaxaccum._base.trees import cast, is_inexact
-from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, Split, Unroll
+from jaxaccum._base.entries import entries, with_entries
+from jaxaccum._base.trees import cast, is_inexact, safe_map
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Tangent, Unroll
 from jaxaccum._devices import varying
-from jaxaccum._program import prepare, reductions
-from jaxaccum._program.argument_slots import Role
+from jaxaccum._program import prepare
+from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.finalize import finalized
 from jaxaccum._program.program import Options, Program
 from jaxaccum._program.reductions import Reduction
@@ -112,20 +113,17 @@ def microbatch(
     )  # fmt: skip
 
     @functools.wraps(fun)
-    def microbatched(*args: Any, **kwargs: Any) -> Any:
+    def microbatched(*args: PyTree, **kwargs: PyTree) -> PyTree:
         return explicit_mesh.spread(plain, fun, options.of_call(fun, args, kwargs), args, kwargs)
 
-    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(
+        fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+    ) -> PyTree:
         program, arrays = prepare.prepare(fun, options, args, kwargs)
-        summed = [
-            x if slot.role is Role.ROWS else varying.sum_cotangents(x, program.mesh_axes)
-            for slot, x in zip(program.slots, arrays, strict=True)
-        ]
+        summed = safe_map(functools.partial(_of_all_shards, program), program.slots, arrays)
         parts = _differentiable(program)(summed)
         at_call.check(fun, options, program, arrays)
-        pairs = zip(program.outputs.parts, parts, strict=True)
-        parts = [reductions.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
-        return finalized(program, arrays, parts)
+        return finalized(program, arrays, program.over_mesh(parts))
 
     return microbatched
 
@@ -151,13 +149,22 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
     options = Options(in_axes=in_axes, axis_name=axis_name)
 
     @functools.wraps(fun)
-    def oracle(*args: Any, **kwargs: Any) -> Any:
+    def oracle(*args: PyTree, **kwargs: PyTree) -> PyTree:
         return prepare.whole(fun, options, args, kwargs)
 
     return oracle
 
 
-def _differentiable(program: Program) -> Any:
+def _of_all_shards(program: Program, slot: Slot, x: Array) -> Array:
+    """An array whose gradient is that of all shards; rows have their own on each."""
+    return x if slot.role is Role.ROWS else varying.sum_cotangents(x, program.mesh_axes)
+
+
+Loop = Callable[[list[Array]], list[Array]]
+"""The combined parts over the batch of one device, of the arrays of all slots."""
+
+
+def _differentiable(program: Program) -> Loop:
     """The loop with the derivative that its use asks for. One rule does not fit all:
 
     * One scalar depends on what is differentiated: its gradient is computed beside the value, and
@@ -172,18 +179,15 @@ def _differentiable(program: Program) -> Any:
     def forward(arrays: list[Array]) -> list[Array]:
         return engine.run(program, arrays)
 
-    def rule(primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
-        (arrays,), (tangents,) = primals, tangents
-        wrt = tuple(i for i, t in enumerate(tangents) if _moves(program, i, t))
+    def rule(
+        primals: tuple[list[Array]], moved: tuple[list[Tangent]]
+    ) -> tuple[list[Array], list[Tangent]]:
+        arrays, tangents = primals[0], moved[0]
+        wrt = tuple(i for i, t in enumerate(tangents) if _moves(program.slots[i], t))
         if not program.is_reversible(wrt):
             return _jvp(lambda arrays: engine.run(program, arrays), arrays, tangents, wrt)
-        reached = [i for i in _candidates(program) if program.depends([i], wrt)]
-        if (
-            len(reached) == 1
-            and _is_scalar_sum(program, reached[0])
-            and not program.has_backward_rule
-        ):
-            return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=reached[0])
+        if (part := _lone_scalar(program, wrt)) is not None:
+            return _gradient_beside_value(program, arrays, tangents, wrt=wrt, part=part)
         if program.under_mapped_axes or any(map(_is_mapped, [*arrays, *tangents])):
             # The backward pass runs when an outer axis is bound no more, and JAX cannot map a rule
             # that it does not run here. So it derives both passes from the forward one, now.
@@ -199,86 +203,79 @@ def _differentiable(program: Program) -> Any:
 
 
 def _jvp(
-    fun: Any, arrays: list[Array], tangents: list[Any], wrt: tuple[int, ...]
-) -> tuple[Any, Any]:
+    fun: Loop, arrays: list[Array], tangents: list[Tangent], wrt: tuple[int, ...]
+) -> tuple[list[Array], list[Tangent]]:
     """JAX's own derivative with respect to the slots `wrt`; to JAX the others are constants."""
 
     def of_moving(*moving: Array) -> list[Array]:
-        own = list(arrays)
-        for i, x in zip(wrt, moving, strict=True):
-            own[i] = x
-        return fun(own)
+        return fun(with_entries(arrays, wrt, moving))
 
-    return jax.jvp(of_moving, [arrays[i] for i in wrt], [tangents[i] for i in wrt])
+    return jax.jvp(of_moving, entries(arrays, wrt), entries(tangents, wrt))
 
 
 def _floating(program: Program) -> list[int]:
     """The slots that can be differentiated."""
-    floating: list[int] = []
+    floating: dict[int, None] = {}
     for g, one in enumerate(program.traces):
-        pairs = zip(program.sources(g), one.arguments, strict=True)
-        floating += [
-            i
-            for i, v in pairs
-            if is_inexact(v.aval) and program.slots[i].role in (Role.WHOLE, Role.ROWS)
-        ]
-    return list(dict.fromkeys(floating))
+        for i, v in zip(program.sources(g), one.arguments, strict=True):
+            if is_inexact(v.aval) and program.slots[i].differentiable:
+                floating[i] = None
+    return list(floating)
 
 
-def _moves(program: Program, i: int, tangent: Any) -> bool:
-    role = program.slots[i].role
-    return (
-        not isinstance(tangent, SymbolicZero)
-        and tangent.dtype != jax.dtypes.float0
-        and role in (Role.WHOLE, Role.ROWS)
-    )
+def _moves(slot: Slot, tangent: Tangent) -> bool:
+    if isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0:
+        return False
+    return slot.differentiable
 
 
-def _is_mapped(x: Any) -> bool:
+def _is_mapped(x: Tangent) -> bool:
     """Whether `x` belongs to a `vmap` that stands around this rule, as in ``grad(vmap(f))``."""
     return hasattr(x, "batch_dim")  # JAX exports no type of what `vmap` traces
 
 
 def _candidates(program: Program) -> list[int]:
     """The parts that can have a derivative."""
-    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
-    return [
-        i
-        for i, (part, v) in enumerate(pairs)
-        if part.reduction.differentiable and is_inexact(v.aval)
-    ]
+    parts = program.outputs.parts
+    passes = lambda i, type: parts[i].reduction.differentiable and is_inexact(type)
+    return [i for i, type in enumerate(program.types) if passes(i, type)]
 
 
-def _is_scalar_sum(program: Program, part: int) -> bool:
-    aval: Any = program.traces[0].jaxpr.outvars[part].aval
-    return (
-        program.outputs.parts[part].reduction is Reduction.SUM
-        and aval.shape == ()
-        and jnp.issubdtype(aval.dtype, jnp.floating)
-    )
+def _lone_scalar(program: Program, wrt: tuple[int, ...]) -> int | None:
+    """The one summed scalar that depends on the slots `wrt`, where no other part does; or None."""
+    reached = [i for i in _candidates(program) if program.depends([i], wrt)]
+    if len(reached) != 1 or program.has_backward_rule:
+        return None
+    (part,) = reached
+    type = program.types[part]
+    is_scalar = type.shape == () and jnp.issubdtype(type.dtype, jnp.floating)
+    is_sum = program.outputs.parts[part].reduction is Reduction.SUM
+    return part if is_scalar and is_sum else None
 
 
 def _gradient_beside_value(
-    program: Program, arrays: list[Array], tangents: list[Any], *, wrt: tuple[int, ...], part: int
-) -> tuple[list[Array], list[Any]]:
-    aval: Any = program.traces[0].jaxpr.outvars[part].aval
+    program: Program,
+    arrays: list[Array],
+    tangents: list[Tangent],
+    *,
+    wrt: tuple[int, ...],
+    part: int,
+) -> tuple[list[Array], list[Tangent]]:
+    dtype = program.types[part].dtype
     gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
-    parts, grads = engine.run_with_gradient(
-        program, arrays, gradient, [jnp.ones(aval.shape, aval.dtype)]
-    )
+    parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones((), dtype)])
     grads = _loop.next_values(program.slots, arrays, wrt, grads)
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
         # A real loss of a complex parameter moves by the real part, in JAX's convention without a
         # conjugate.
-        share = cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), aval.dtype)
+        share = cast(jnp.real(jnp.sum(grad * cast(tangents[i], grad.dtype))), dtype)
         tangent = tangent + varying.sum_over_others(share, varying.varying_axes(tangent))
-    return parts, [
-        tangent if i == part else SymbolicZero(_tangent_type(x)) for i, x in enumerate(parts)
-    ]
+    still = [SymbolicZero(_tangent_type(x)) for x in parts]
+    return parts, with_entries(still, [part], [tangent])
 
 
-def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
+def _recomputing(program: Program, wrt: tuple[int, ...]) -> Loop:
     """The loop whose backward pass runs it again, with the cotangents that have arrived by then."""
     wanted = _candidates(program)
 
@@ -286,7 +283,7 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
     def forward(arrays: list[Array]) -> list[Array]:
         return engine.run(program, arrays)
 
-    def save(arrays: list[Any]) -> tuple[list[Array], list[Array]]:
+    def save(arrays: list[CustomVJPPrimal]) -> tuple[list[Array], list[Array]]:
         values = [x.value for x in arrays]
         if not program.has_backward_rule:
             return engine.run(program, values), values
@@ -294,21 +291,19 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
         # derivative needs that form, not the plain function, which may close over what is
         # differentiated. Nobody reads these gradients.
         gradient = _loop.Gradient(wrt, tuple(wanted), Sums(in_place=True))
-        return engine.run_with_gradient(
-            program, values, gradient, _ones(program, wanted)
-        ).parts, values
+        result = engine.run_with_gradient(program, values, gradient, _ones(program, wanted))
+        return result.parts, values
 
-    def pull(values: list[Array], cotangents: list[Any]) -> tuple[list[Any]]:
+    def pull(values: list[Array], cotangents: list[Tangent]) -> tuple[list[Array | None]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
         gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
-        _, summed = engine.run_with_gradient(
-            program, values, gradient, [cotangents[i] for i in given]
-        )
+        seeds = entries(cotangents, given)
+        _, summed = engine.run_with_gradient(program, values, gradient, seeds)
+        found: list[Array | None] = [None] * len(values)
         grads = _loop.next_values(program.slots, values, wrt, summed)
-        by_slot = dict(zip(wrt, grads, strict=True))
-        return (
-            [cast(by_slot[i], x.dtype) if i in by_slot else None for i, x in enumerate(values)],
-        )
+        for i, grad in zip(wrt, grads, strict=True):
+            found[i] = cast(grad, values[i].dtype)
+        return (found,)
 
     forward.defvjp(save, pull, symbolic_zeros=True)
     return forward
@@ -316,17 +311,19 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Any:
 
 def _ones(program: Program, parts: list[int]) -> list[Array]:
     """Cotangents of the given parts over the whole batch, all of them 1."""
-    pairs = zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
-    shapes = [_loop.whole_shape(program, part.reduction, v.aval) for part, v in pairs]
-    return [varying.full(shapes[i], 1) for i in parts]
+
+    def one(part: int) -> Array:
+        kind = program.outputs.parts[part].reduction
+        return varying.full(_loop.whole_shape(program, kind, program.types[part]), 1)
+
+    return list(map(one, parts))
 
 
-def _tangent_type(x: Array) -> Any:
-    aval: Any = jax.typeof(x)
-    return aval.to_tangent_aval()
+def _tangent_type(x: Array) -> jax.core.AbstractValue:
+    return jax.typeof(x).to_tangent_aval()
 
 
-def _zero_tangent(x: Array) -> Any:
+def _zero_tangent(x: Array) -> Tangent:
     """The tangent of a value that does not move."""
     if not is_inexact(x):
         return np.zeros(x.shape, jax.dtypes.float0)

@@ -10,23 +10,25 @@ and costs one forward pass.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.core
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
 from jaxaccum import _loop
+from jaxaccum._base.entries import entries
 from jaxaccum._base.source_lines import frame_of
-from jaxaccum._base.trees import cast, is_inexact, ratio
+from jaxaccum._base.trees import cast, is_inexact, ratio, safe_map
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.equations import with_invars
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._jaxpr.variables import operands_of, variables
 from jaxaccum._program import reductions
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.output_parts import Term
@@ -73,15 +75,16 @@ def known_first(
     wanted: set[int] = set()
     for term in program.terms:
         if term.weight is not None:
-            wanted |= (
-                {term.weight, term.total} if _moving_weights(program, term, wrt) else {term.weight}
-            )
+            wanted.add(term.weight)
+        if _moving_weights(program, term, wrt):
+            wanted.add(term.total)
     restricted, kept = program.pure().only(sorted(wanted))
     for one in restricted.traces:
         _check_computed_twice(one)
     if _is_static(restricted):
-        return dict(zip(kept, _static(restricted), strict=True))
-    totals = _over_mesh(restricted, engine.run(restricted, arrays))
+        totals = _static(restricted)
+    else:
+        totals = restricted.over_mesh(engine.run(restricted, arrays))
     return dict(zip(kept, totals, strict=True))
 
 
@@ -109,30 +112,25 @@ def _is_static(program: Program) -> bool:
     """Whether every microbatch of one size adds the same on every device, and none is skipped."""
     if program.coupled or program.limit is not None:
         return False
-    return all(_is_constant(trace) for trace in program.traces)
+    return all(map(_is_constant, program.traces))
 
 
 def _is_constant(trace: Trace) -> bool:
     """Whether a trace without dead code reads no argument, no index and no other axis."""
-    read = [*trace.jaxpr.outvars, *(v for eqn in trace.jaxpr.eqns for v in eqn.invars)]
-    variables = {v for v in read if not isinstance(v, jex.Literal)}
-    return not trace.other_axes and variables.isdisjoint(trace.jaxpr.invars)
+    read = {*variables(trace.jaxpr.outvars), *operands_of(trace.jaxpr.eqns)}
+    return not trace.other_axes and read.isdisjoint(trace.jaxpr.invars)
 
 
 def _static(program: Program) -> list[Array]:
     """The sums of parts that depend on nothing: each microbatch of one size, on every shard, adds
     the same."""
     shards = math.prod(lax.axis_size(name) for name in program.mesh_axes)
-    totals = [
-        reductions.initial(part.reduction, v.aval)
-        for part, v in zip(program.outputs.parts, program.traces[0].jaxpr.outvars, strict=True)
-    ]
+    before = lambda part, type: reductions.initial(part.reduction, type)
+    totals = safe_map(before, program.outputs.parts, program.types)
     for trace, group in zip(program.traces, program.partition.groups, strict=True):
+        count = group.count * shards
         values = jax.core.eval_jaxpr(with_invars(trace.jaxpr, []), [])
-        totals = [
-            total + value * (group.count * shards)
-            for total, value in zip(totals, values, strict=True)
-        ]
+        totals = safe_map(lambda total, value, n=count: total + value * n, totals, values)
     return totals
 
 
@@ -144,8 +142,8 @@ def _moving_weights(program: Program, term: Term, wrt: tuple[int, ...]) -> list[
 
 
 def _zero(program: Program, part: int) -> Array:
-    aval: Any = program.traces[0].jaxpr.outvars[part].aval
-    return jnp.zeros(aval.shape, aval.dtype)
+    kind = program.types[part]
+    return jnp.zeros(kind.shape, kind.dtype)
 
 
 def total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
@@ -159,11 +157,6 @@ def _weight_seed(total: Array, weight: Array) -> Array:
     return cast(-ratio(ratio(total, weight), weight), weight.dtype)
 
 
-def _over_mesh(program: Program, parts: list[Array]) -> list[Array]:
-    pairs = zip(program.outputs.parts, parts, strict=True)
-    return [reductions.over_mesh(part.reduction, x, program.mesh_axes) for part, x in pairs]
-
-
 def over_shards(
     program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]
 ) -> ValueAndGrad:
@@ -172,24 +165,23 @@ def over_shards(
 
     Rows stay with the device that holds them.
     """
-    sums = [
-        i
-        for i, part in enumerate(program.outputs.parts)
-        if part.reduction is Reduction.SUM and i not in known
-    ]
+    sums = [i for i in program.outputs.positions(Reduction.SUM) if i not in known]
     axes = [program.mesh_axes] * len(sums)
-    for i, grad in zip(wrt, shares.grads, strict=True):
-        is_summed = program.slots[i].role is Role.WHOLE and not program.slots[i].overwritten
-        axes.append(
-            varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)
-            if is_summed
-            else ()
-        )
-    summed = varying.sum_at_once([*(shares.parts[i] for i in sums), *shares.grads], axes)
-    known = known | dict(zip(sums, summed[: len(sums)], strict=True))
-    pairs = enumerate(zip(program.outputs.parts, shares.parts, strict=True))
-    parts = [
-        known[i] if i in known else reductions.over_mesh(part.reduction, x, program.mesh_axes)
-        for i, (part, x) in pairs
-    ]
-    return ValueAndGrad(parts, summed[len(sums) :])
+    axes += safe_map(functools.partial(_axes_of_sum, program), wrt, shares.grads)
+    summed = varying.sum_at_once([*entries(shares.parts, sums), *shares.grads], axes)
+    totals, grads = summed[: len(sums)], summed[len(sums) :]
+    known = known | dict(zip(sums, totals, strict=True))
+    parts = list(shares.parts)
+    for i, part in enumerate(program.outputs.parts):
+        if i in known:
+            parts[i] = known[i]
+        else:
+            parts[i] = reductions.over_mesh(part.reduction, parts[i], program.mesh_axes)
+    return ValueAndGrad(parts, grads)
+
+
+def _axes_of_sum(program: Program, slot: int, grad: Array) -> tuple[str, ...]:
+    """The mesh axes over which the gradient of a slot is summed."""
+    if program.slots[slot].role is not Role.WHOLE or program.slots[slot].overwritten:
+        return ()
+    return varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 
 from jaxaccum._audit import at_call
+from jaxaccum._base.entries import entries
+from jaxaccum._base.trees import safe_map
 from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, Memory, PyTree, Split, Unroll
-from jaxaccum._program import output_parts, prepare, validate
+from jaxaccum._program import argument_slots, output_parts, prepare, validate
 from jaxaccum._program.finalize import finalized
 from jaxaccum._program.program import Options
 from jaxaccum._transforms import custom_accumulator, explicit_mesh, summed_gradients
@@ -127,7 +129,7 @@ def value_and_grad(
     sums = in_place() if accumulator is None else accumulator
 
     @functools.wraps(fun)
-    def accumulated(*args: Any, **kwargs: Any) -> Any:
+    def accumulated(*args: PyTree, **kwargs: PyTree) -> PyTree:
         _check_record(sums)
         own = options.of_call(fun, args, kwargs)
         numbers = validate.argnums(argnums, own.axes(fun, args, kwargs).positional)
@@ -136,28 +138,24 @@ def value_and_grad(
         )
         return head, trees if isinstance(argnums, tuple | list) else trees[0]
 
-    def plain(fun: Fun, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def plain(
+        fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+    ) -> PyTree:
         numbers = validate.argnums(argnums, options.axes(fun, args, kwargs).positional)
         program, arrays = prepare.prepare(
             fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux
         )
-        slots = tuple(
-            i for number in numbers for i, slot in enumerate(program.slots) if slot.argnum == number
-        )
+        slots = argument_slots.of_arguments(program.slots, numbers)
 
         def assemble(arrays: Sequence[Array]) -> PyTree:
-            by_slot = dict(zip(slots, arrays, strict=True))
-            trees = tuple(
-                _like(
-                    args[number], [by_slot[i] for i in slots if program.slots[i].argnum == number]
-                )
-                for number in numbers
-            )
+            rest = iter(arrays)
+            trees = tuple(jax.tree.map(lambda _: next(rest), args[i]) for i in numbers)
             return trees if isinstance(argnums, tuple | list) else trees[0]
 
         if isinstance(sums, Sums):
             parts, grads = summed_gradients.value_and_grad(program, arrays, slots, sums)
-            grads = [returned(sums, grad, arrays[i]) for i, grad in zip(slots, grads, strict=True)]
+            own = entries(arrays, slots)
+            grads = safe_map(functools.partial(returned, sums), grads, own)
             grads, report = assemble(grads), None
         else:
             run = functools.partial(
@@ -219,26 +217,19 @@ def grad(
     both = value_and_grad(fun, argnums, has_aux, **options)
 
     @functools.wraps(fun)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         value, grads = both(*args, **kwargs)
         return (grads, *value[1:]) if isinstance(value, tuple) else grads
 
     return gradient
 
 
-def _check_record(accumulator: Any) -> None:
-    missing = [
-        name
-        for name in ("init", "update", "finalize")
-        if not callable(getattr(accumulator, name, None))
-    ]
+def _check_record(accumulator: object) -> None:
+    functions = ("init", "update", "finalize")
+    missing = [name for name in functions if not callable(getattr(accumulator, name, None))]
     if missing:
         raise TypeError(
             "accumulator must be one of jaxaccum.accumulators, as in_place() or tree(), or a "
             f"record of functions init, update and finalize; got {accumulator!r}, without "
             f"{missing}."
         )
-
-
-def _like(arg: PyTree, leaves: list[Array]) -> PyTree:
-    return jax.tree.unflatten(jax.tree.structure(arg), leaves)

@@ -9,12 +9,13 @@ as the first does.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._base.trees import cast, ratio, widen
 from jaxaccum._base.types import Array, PyTree
@@ -26,6 +27,10 @@ class Pair(NamedTuple):
 
     high: Array
     low: Array
+
+
+State = tuple[PyTree, Pair]
+"""The sum of each parameter's weighted gradients, a pair for each, and the sum of the weights."""
 
 
 def compensated(dtype: DTypeLike | None = None) -> Accumulator:
@@ -60,22 +65,20 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
         1.000122
     """
 
-    def kept_in(parameter: Any) -> Any:
+    def kept_in(parameter: ArrayLike) -> np.dtype:
         own = jnp.asarray(parameter).dtype
         if jnp.issubdtype(own, jnp.complexfloating):
             return own
-        return (
-            jnp.dtype(jnp.float32 if own == jnp.float16 else own)
-            if dtype is None
-            else jnp.dtype(dtype)
-        )
+        if dtype is not None:
+            return jnp.dtype(dtype)
+        return jnp.dtype(jnp.float32 if own == jnp.float16 else own)
 
-    def init(params: PyTree) -> Any:
+    def init(params: PyTree) -> State:
         zero = weightless(params)
         pairs = jax.tree.map(lambda p: Pair(*[jnp.zeros(jnp.shape(p), kept_in(p))] * 2), params)
         return pairs, Pair(zero, zero)
 
-    def update(state: Any, mean_grads: PyTree, weight: Any, index: Any) -> Any:
+    def update(state: State, mean_grads: PyTree, weight: Array, index: Array) -> State:
         del index
         pairs, total = state
 
@@ -84,7 +87,7 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
 
         return jax.tree.map(added, mean_grads, pairs), add(total, cast(weight, total.high.dtype))
 
-    def finalize(state: Any) -> tuple[PyTree, None]:
+    def finalize(state: State) -> tuple[PyTree, None]:
         pairs, total = state
         is_pair = lambda x: isinstance(x, Pair)
         mean = lambda pair: ratio(value(pair), value(total))
@@ -102,9 +105,8 @@ def value(pair: Pair) -> Array:
 def add(pair: Pair, x: Array) -> Pair:
     """The pair with one more term."""
     dtype = pair.high.dtype
-    if (
-        widen(dtype) != dtype
-    ):  # float32 holds the sum of such a pair and its term, so the two halves are cut from it
+    if widen(dtype) != dtype:
+        # float32 holds the sum of such a pair and its term, so the two halves are cut from it.
         total = value(pair) + cast(x, widen(dtype))
         # A plain cast there and back is taken out by XLA, which may keep more precision than it is
         # asked for.

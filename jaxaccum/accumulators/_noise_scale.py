@@ -7,15 +7,23 @@ here for microbatches of any weights.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program.tags import Stack
-from jaxaccum.accumulators._record import Accumulator, accepted_by, in_place, unless, weightless
+from jaxaccum.accumulators._record import (
+    Accumulator,
+    AccumulatorLike,
+    accepted_by,
+    in_place,
+    unless,
+    weightless,
+)
 
 
 class NoiseScale(NamedTuple):
@@ -31,19 +39,19 @@ class NoiseScale(NamedTuple):
     """S / |G|², in examples (in units of weight)."""
     norms: Array
     """The norm of each microbatch's mean gradient, one entry per microbatch."""
-    inner: Any = None
+    inner: PyTree = None
     """The report of the inner accumulator."""
 
 
 class _State(NamedTuple):
-    inner: Any
+    inner: PyTree
     squares: Array
     weight: Array
     num_microbatches: Array
     norms: Stack
 
 
-def noise_scale(inner: Any = None) -> Accumulator:
+def noise_scale(inner: AccumulatorLike | None = None) -> Accumulator:
     """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one
     norm per microbatch.
 
@@ -110,7 +118,7 @@ def noise_scale(inner: Any = None) -> Accumulator:
     )
 
 
-def squared(tree: PyTree, dtype: Any) -> Array:
+def squared(tree: PyTree, dtype: DTypeLike) -> Array:
     """The squared norm over all leaves."""
     return sum(
         (cast(jnp.sum(jnp.square(jnp.abs(x))), dtype) for x in jax.tree.leaves(tree)),

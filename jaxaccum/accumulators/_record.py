@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxaccum._base.trees import cast, ratio, widen
@@ -60,28 +61,28 @@ class Accumulator(NamedTuple):
         2.0
     """
 
-    init: Callable[[PyTree], Any]
-    update: Callable[[Any, PyTree, Array, Array], Any]
-    finalize: Callable[[Any], tuple[PyTree, Any]]
+    init: Callable[[PyTree], PyTree]
+    update: Callable[[PyTree, PyTree, Array, Array], PyTree]
+    finalize: Callable[[PyTree], tuple[PyTree, PyTree]]
     accepts: Callable[[PyTree, Array], Array] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
 
 class Record(Protocol):
     """Any object with the three functions of an `Accumulator`, as methods."""
 
     @property
-    def init(self) -> Callable[[PyTree], Any]:
+    def init(self) -> Callable[[PyTree], PyTree]:
         """``init(params) -> state``."""
         ...
 
     @property
-    def update(self) -> Callable[[Any, PyTree, Array, Array], Any]:
+    def update(self) -> Callable[[PyTree, PyTree, Array, Array], PyTree]:
         """``update(state, mean_grads, weight, index) -> state``."""
         ...
 
     @property
-    def finalize(self) -> Callable[[Any], tuple[PyTree, Any]]:
+    def finalize(self) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
         """``finalize(state) -> (grads, report)``."""
         ...
 
@@ -99,9 +100,9 @@ class Sums:
     """
 
     in_place: bool
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
-    def dtype_for(self, parameter: Array) -> Any:
+    def dtype_for(self, parameter: Array) -> np.dtype:
         """The dtype in which the gradient of `parameter` is summed."""
         if self.dtype is None or jnp.issubdtype(parameter.dtype, jnp.complexfloating):
             return widen(parameter.dtype)
@@ -117,11 +118,13 @@ class Sums:
     # As a record, inside another accumulator, which sees every gradient as a value: both kinds are
     # a plain sum.
 
-    def init(self, params: PyTree) -> Any:
+    def init(self, params: PyTree) -> tuple[PyTree, Array]:
         """No gradient yet, and no weight."""
         return jax.tree.map(lambda p: self.zeros(jnp.asarray(p)), params), weightless(params)
 
-    def update(self, state: Any, mean_grads: PyTree, weight: Any, index: Any) -> Any:
+    def update(
+        self, state: tuple[PyTree, Array], mean_grads: PyTree, weight: Array, index: Array
+    ) -> tuple[PyTree, Array]:
         """Add ``w g`` and ``w``."""
         del index
         sums, total = state
@@ -130,13 +133,13 @@ class Sums:
         )
         return added, total + cast(weight, total.dtype)
 
-    def finalize(self, state: Any) -> tuple[PyTree, None]:
+    def finalize(self, state: tuple[PyTree, Array]) -> tuple[PyTree, None]:
         """``Σ w g / Σ w``."""
         sums, total = state
         return jax.tree.map(lambda x: ratio(x, total), sums), None
 
 
-def returned(accumulator: Any, grad: Array, parameter: Array) -> Array:
+def returned(accumulator: AccumulatorLike, grad: Array, parameter: Array) -> Array:
     """A gradient in the dtype that the caller receives: an explicit one of the accumulator's, or
     the parameter's."""
     explicit = getattr(accumulator, "dtype", None) is not None
@@ -149,17 +152,17 @@ def weightless(params: PyTree) -> Array:
     return jnp.zeros((), jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
 
 
-def unless(accepted: Array, new: Any, old: Any) -> Any:
+def unless(accepted: Array, new: PyTree, old: PyTree) -> PyTree:
     """The new state where the microbatch is accepted, else the old one; what is written down is
     written in any case."""
 
-    def choose(new: Any, old: Any) -> Any:
+    def choose(new: PyTree, old: PyTree) -> PyTree:
         return new if isinstance(new, Stack) else jnp.where(accepted, new, old)
 
     return jax.tree.map(choose, new, old, is_leaf=lambda x: isinstance(x, Stack))
 
 
-def accepted_by(accumulator: Any, mean_grads: PyTree, weight: Array) -> Array:
+def accepted_by(accumulator: AccumulatorLike, mean_grads: PyTree, weight: Array) -> Array:
     """Whether the accumulator takes in this microbatch."""
     accepts = getattr(accumulator, "accepts", None)
     return jnp.array(True) if accepts is None else accepts(mean_grads, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,13 @@ import numpy as np
 from jaxaccum._base.trees import leaves_with_names
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program.tags import Stack
-from jaxaccum.accumulators._record import Accumulator, accepted_by, in_place, unless
+from jaxaccum.accumulators._record import (
+    Accumulator,
+    AccumulatorLike,
+    accepted_by,
+    in_place,
+    unless,
+)
 
 
 class Skipped(NamedTuple):
@@ -27,29 +33,29 @@ class Skipped(NamedTuple):
     finite."""
     loss: Array
     """bool, one entry per microbatch: whether the loss was not finite."""
-    inner: Any = None
+    inner: PyTree = None
     """The report of the inner accumulator."""
 
     def describe(self) -> list[str]:
         """One line for each microbatch left out, with its index and its leaves; of concrete reports
         only."""
         named = [*leaves_with_names(self.leaves, "gradient"), ("loss", self.loss)]
-        return [
-            f"microbatch {i}: "
-            f"{', '.join(name for name, bad in named if np.asarray(bad)[i]) or 'refused'}"
-            for i in np.flatnonzero(self.microbatches)
-        ]
+        lines = []
+        for i in np.flatnonzero(self.microbatches):
+            names = [name for name, bad in named if np.asarray(bad)[i]]
+            lines.append(f"microbatch {i}: {', '.join(names) or 'refused'}")
+        return lines
 
 
 class _State(NamedTuple):
-    inner: Any
+    inner: PyTree
     num_skipped: Array
     microbatches: Stack
     leaves: PyTree
     loss: Stack
 
 
-def skip_nonfinite(inner: Any = None) -> Accumulator:
+def skip_nonfinite(inner: AccumulatorLike | None = None) -> Accumulator:
     """Leave out every microbatch whose gradient or loss is not finite, and report its index and
     leaf.
 
