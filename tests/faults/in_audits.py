@@ -27,8 +27,8 @@ FAULTS = [
     Fault(
         "a BatchNorm over the microbatches is told its axis all the same",
         "_statistics",
-        "and layer.axis_name is None for",
-        "for",
+        "and layer.axis_name is None:",
+        ":",
         "flax/test_nnx_arguments.py::test_a_batch_norm_is_told_both_lines_at_once",
     ),
     Fault(

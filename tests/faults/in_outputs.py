@@ -6,15 +6,15 @@ FAULTS = [
     Fault(
         "a weight of the index is taken for a constant",
         "_is_constant",
-        "variables.isdisjoint(trace.jaxpr.invars)",
-        "variables.isdisjoint(trace.jaxpr.invars[1:])",
+        "read.isdisjoint(trace.jaxpr.invars)",
+        "read.isdisjoint(trace.jaxpr.invars[1:])",
         "plain/test_weights.py::test_a_weight_of_the_index_is_that_of_each_microbatch",
     ),
     Fault(
         "a weight of the device is taken for a constant",
         "_is_constant",
-        "not trace.other_axes and variables",
-        "variables",
+        "not trace.other_axes and read",
+        "read",
         "plain/test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
     ),
     Fault(
