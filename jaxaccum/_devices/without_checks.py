@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
-import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
@@ -114,8 +113,6 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
     manual = set(jax.sharding.get_abstract_mesh().manual_axes) - {loop_axis}
 
     def change(eqn: jex.JaxprEqn) -> jex.JaxprEqn:
-        if eqn.primitive.name == _index.name and manual.issuperset(axes_of(eqn)):
-            return eqn.replace(primitive=_index)
         linear = eqn.primitive.name in _LINEAR and len(eqn.invars) == 1
         if not linear or not manual.issuperset(axes_of(eqn)):
             return eqn
@@ -123,13 +120,6 @@ def with_exchanges(jaxpr: jex.Jaxpr, loop_axis: str) -> jex.Jaxpr:
         return eqn.replace(primitive=_exchanged, params=params, effects=jex.no_effects)
 
     return changed(jaxpr, change)
-
-
-_index = jex.Primitive("axis_index")
-"""The index of a device, with a type that says nothing about devices: JAX always gives it one."""
-_index.def_impl(lambda **params: untyped(lax.axis_index(**params)))
-_index.def_abstract_eval(lambda **params: jax.core.ShapedArray((), jnp.int32))
-mlir.register_lowering(_index, mlir.lower_fun(lax.axis_index, multiple_results=False))
 
 
 _LINEAR = {"all_gather", "reduce_scatter", "ppermute", "all_to_all"}

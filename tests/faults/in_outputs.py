@@ -32,13 +32,6 @@ FAULTS = [
         "plain/test_weights.py::test_a_weight_that_counts_padding_is_refused",
     ),
     Fault(
-        "the place of a device keeps its type",
-        "with_exchanges.change",
-        "return eqn.replace(primitive=_index)",
-        "return eqn",
-        "plain/test_weights.py::test_a_weight_of_the_device_is_that_of_each_device",
-    ),
-    Fault(
         "narrow integers are summed as they are",
         "widen",
         "return jax.dtypes.canonicalize_dtype(widest)",
