@@ -12,6 +12,9 @@ from jaxaccum._flax import batch_norm
 
 __all__ = ["BatchNorm"]
 
+AxisNames = str | Sequence[str] | None
+"""One axis, several, or none."""
+
 
 class BatchNorm(nn.BatchNorm):
     """``flax.linen.BatchNorm`` whose statistics are those of the whole batch, under any mask.
@@ -66,7 +69,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     # Flax takes several axes, and its types do not say so.
-    axis_name: str | Sequence[str] | None = "microbatch"  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: AxisNames = "microbatch"  # pyright: ignore[reportIncompatibleVariableOverride]
     statistics: str = "flax"
 
     @nn.compact

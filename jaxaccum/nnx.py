@@ -272,7 +272,12 @@ class BatchNorm(nnx.BatchNorm):
         **options: Any,
     ):
         # Flax takes several axes, and its types do not say so.
-        super().__init__(num_features, axis_name=axis_name, rngs=rngs, **options)  # pyright: ignore[reportArgumentType]
+        super().__init__(
+            num_features,
+            axis_name=axis_name,  # pyright: ignore[reportArgumentType]
+            rngs=rngs,
+            **options,
+        )
         self.statistics: batch_norm.Statistics = batch_norm.rule(statistics)
         dtype = batch_norm.at_least_float32(self.param_dtype)
         self.mean: nnx.BatchStat[Array] = nnx.BatchStat(jnp.zeros((num_features,), dtype))

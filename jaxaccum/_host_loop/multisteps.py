@@ -119,7 +119,9 @@ class MultiSteps(optax.MultiSteps):
 
     # The state has two fields more than optax's, and `weight` is ours: optax's types allow for
     # neither.
-    def init(self, params: PyTree) -> MultiStepsState:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def init(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, params: PyTree
+    ) -> MultiStepsState:
         """The state before the first microbatch."""
         state = super().init(params)
         acc_grads = jax.tree.map(self._zeros, params)
