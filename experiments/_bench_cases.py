@@ -191,7 +191,7 @@ def deep(layers: int, width: int, batch_size: int) -> tuple[Params, Batch]:
 
 
 def cnn(*, channels: tuple[int, ...] = (32, 64, 128), batch_size: int = 64, size: int = 32) -> Case:
-    """Three convolutions, of which the last two halve the image; 32 x 32 x 3 pixels, ten
+    """Three convolutions, the last two of them with stride 2; 32 x 32 x 3 pixels, ten
     classes."""
     rng = np.random.default_rng(0)
 
@@ -225,7 +225,7 @@ def images(batch_size: int, size: int) -> Batch:
 def embedding(
     *, rows: int = 50_000, width: int = 128, length: int = 32, batch_size: int = 64
 ) -> Case:
-    """A large table of which a batch reads a few rows, and a small classifier of their mean."""
+    """A large table, a few rows read per batch, and a small classifier of their mean."""
     rng = np.random.default_rng(0)
 
     def entries(params: Params, batch: Batch) -> jax.Array:

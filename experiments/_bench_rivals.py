@@ -282,7 +282,7 @@ def compiled(step: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:
 
 
 def temporary(program: Any) -> int:
-    """What a compiled program needs beside its arguments and results, which share their bytes."""
+    """What a compiled program needs beyond its arguments and results, which share their bytes."""
     analysis = program.memory_analysis()
     assert analysis is not None, "this backend does not report its memory"
     return analysis.temp_size_in_bytes

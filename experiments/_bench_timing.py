@@ -34,7 +34,7 @@ class Seconds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What our runs took, and the rival's beside them."""
+    """What our runs took, and the rival's next to them."""
 
     ours: Sequence[Seconds]
     rival: Sequence[Seconds]
@@ -122,7 +122,7 @@ class Peak:
 
 
 def peak(*, size: int = 1024, length: int = 2**23, repeats: int = 30) -> Peak:
-    """Measured: the fastest of many runs of each, of which one meets a free machine."""
+    """Measured: the fastest of many runs of each: one of them meets a free machine."""
     x, held = jnp.ones((size, size), jnp.float32), [jnp.ones(length, jnp.float32)]
     product, add = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1, donate_argnums=0)
 
@@ -135,7 +135,7 @@ def peak(*, size: int = 1024, length: int = 2**23, repeats: int = 30) -> Peak:
 
 
 def fastest(run: Callable[[], Any], repeats: int) -> float:
-    """The shortest of so many runs, the first of which does not count."""
+    """The shortest of so many runs, without the first."""
     run()
     return min(clocked(run).wall for _ in range(repeats))
 

@@ -2,7 +2,7 @@
 
 A sum that is added to in place is an array that passes through a loop: a parameter of its body, an
 entry of its state, the operand and the result of a `dynamic-update-slice` or `scatter` into a part.
-Any other operation whose result has the shape of the whole sum makes a second array beside it:
+Any other operation whose result has the shape of the whole sum makes a second array:
 zeros to begin with, a gradient of every layer, the addition of two, a copy.
 
     %add.7 = f32[12,1024,1024]{2,1,0} add(%sum, %gradient)                      counts

@@ -1,7 +1,7 @@
 """What travels while a compiled program computes: the collectives of its schedule, start and end.
 
 XLA prints the operations of a compiled program in the order in which they run. On GPU an
-``all-reduce-start`` and an ``all-reduce-done`` stand apart, and what stands between them runs at
+``all-reduce-start`` and an ``all-reduce-done`` are two operations, and what is between them runs at
 the same time. On TPU the start is a fusion called ``async-collective-start``, the matrix products
 that send while they compute are fusions, and the end is ``async-collective-done``. A plain
 ``all-reduce`` makes everything wait.

@@ -131,7 +131,7 @@ class Bench:
         return [name for name in here if name in FEW]
 
     def rows(self, names: Sequence[str], *, rounds: int, seconds: float) -> list[dict[str, Any]]:
-        """A row for each way: compiled, run once for its gradient, and then timed beside ours."""
+        """A row for each way: compiled, run once for its gradient, and then timed against ours."""
         wanted, limit = oracle(self.case), self.limit()
         ways = {name: self.made(name) for name in names}
         errors = {}
@@ -140,7 +140,7 @@ class Bench:
             errors[name] = normwise(way.gradient(), wanted)
         runs = {
             name: way.run for name, way in ways.items()
-        }  # ours too: beside itself, it shows what chance does
+        }  # ours too: against itself, it shows what chance does
         pairs = timing.in_pairs(ways[rivals.OURS].run, runs, rounds=rounds, seconds=seconds)
         rows = [
             self.row(name, ways[name], errors[name], pairs=pairs[name], limit=limit)
@@ -218,8 +218,8 @@ def verdict(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> str:
     """Whether a way beats ours: our default, the first of `ours`, and `unroll=True`.
 
     It is faster where three of four pairs say so by more than 3 %, by more than chance makes our
-    default beside itself, and where the processor's seconds say so too. Against `unroll=True` it is
-    compared where that needs no more memory.
+    default against itself, and where the processor's seconds say so too. Against `unroll=True` it
+    is compared where that needs no more memory.
     """
     if row["error"] > ROUNDING:
         return WRONG

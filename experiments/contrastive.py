@@ -259,7 +259,7 @@ def apart(actual: Params, expected: Params) -> float:
 
 
 def temporary_bytes(gradient: Gradient, params: Params, batch_size: int) -> int:
-    """What the compiled gradient needs beside its arguments and results."""
+    """What the compiled gradient needs beyond its arguments and results."""
     half = jax.ShapeDtypeStruct((batch_size, 32), jnp.float32)
     analysis = jax.jit(gradient).lower(params, (half, half)).compile().memory_analysis()
     assert analysis is not None, "this backend does not report its memory"

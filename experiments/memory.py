@@ -138,7 +138,7 @@ WAYS: dict[str, Callable[[int], Gradient]] = {
 
 
 def temporary_bytes(gradient: Gradient, params: Params, batch: jax.ShapeDtypeStruct) -> int:
-    """What the compiled AdamW step needs beside its arguments and results."""
+    """What the compiled AdamW step needs beyond its arguments and results."""
 
     def step(
         params: Params, state: optax.OptState, batch: jax.Array

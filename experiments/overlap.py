@@ -3,7 +3,7 @@
 Data parallelism over eight devices: the sums of a step are complete after the last microbatch, and
 are then sent, once. In a loop no layer's sum is complete before the loop ends, so that sending
 begins when nothing is left to compute but the optimizer. With `unroll="last"` the last microbatch
-stands behind the loop: the sum of the last layer is complete when its backward pass is done, and
+comes after the loop: the sum of the last layer is complete when its backward pass is done, and
 can travel while the layers below are differentiated. torch's `no_sync` and Megatron's
 `overlap_grad_reduce` do the same.
 

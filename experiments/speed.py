@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Attention and a two-layer network, each beside an identity."""
+        """Attention and a two-layer network, each added to its input."""
         x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
         return x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
 

@@ -1,4 +1,4 @@
-"""Equinox: BatchNorm, whose running statistics are a state beside the model.
+"""Equinox: BatchNorm, whose running statistics are a state next to the model.
 
 Command   python -m experiments.recipes.equinox_batchnorm
 """

@@ -130,7 +130,7 @@ Body = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def _last_apart(program: Program, g: int, sums: PyTree) -> bool:
-    """Whether the last microbatch is written out behind the loop: only where sums can travel."""
+    """Whether the last microbatch is written out after the loop: only where sums can travel."""
     is_last = g == len(program.partition.groups) - 1
     return program.unroll == "last" and is_last and bool(jax.tree.leaves(sums))
 
@@ -141,7 +141,7 @@ def _over_all(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]
 
 
 def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
-    """The same, with the last microbatch behind the loop.
+    """The same, with the last microbatch after the loop.
 
     There XLA sees which sums are complete while it differentiates the rest, and can begin to send
     them. Inside of a loop no sum is complete before the loop ends. The loop reads the rows where

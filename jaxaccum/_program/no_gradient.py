@@ -35,7 +35,7 @@ class Refused:
 def refusing(
     values: Sequence[Array], sources: Sequence[Array], refused: Mapping[int, Refused]
 ) -> list[Array]:
-    """The values, of which those at the positions `refused` are constants that move with sources.
+    """The values. Those at the positions `refused` are constants that move with sources.
 
     In reverse mode, a cotangent that reaches one of them is an error. In forward mode, its tangent
     is 0.

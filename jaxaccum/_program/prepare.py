@@ -162,7 +162,7 @@ def _without_tags(
 
 @dataclasses.dataclass(frozen=True)
 class _Tracing:
-    """How `fun` is traced for one call: of which arguments, under which axes."""
+    """How `fun` is traced for one call: with which arguments, under which axes."""
 
     call: Call
     options: Options

@@ -45,7 +45,7 @@ def size(value: Any, name: str) -> int:
 def partition(
     batch_size: int, *, num_microbatches: Any, microbatch_size: Any, split: Any
 ) -> microbatches.Partition:
-    """The partition of `batch_size` examples that the two sizes, one of which is given, ask for."""
+    """The partition of `batch_size` examples that the given one of the two sizes asks for."""
     if (num_microbatches is None) == (microbatch_size is None):
         given = (
             "neither"

@@ -2,7 +2,7 @@
 it.
 
 Such an output is the same for every microbatch, as it is for the whole batch. So it needs no tag,
-and JAX differentiates it as it stands.
+and JAX differentiates it unchanged.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def divided(spec: P) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def gathered(x: Array, spec: P) -> Array:
-    """The whole array, of which this device holds a share; its cotangent is summed over devices and
-    scattered."""
+    """The whole array; this device holds a share of it, and its cotangent is summed over devices
+    and scattered."""
     for dim, names in divided(spec):
         x = lax.all_gather(x, names, axis=dim, tiled=True)
     return x

@@ -79,7 +79,7 @@ def microbatch(
             differ by a rounding from its copy in a collective's result: a rank or a comparison of
             the two takes both from the result, or ``"store"``.
         unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all,
-            and ``"last"`` the last one alone, behind the loop (see `value_and_grad`).
+            and ``"last"`` the last one alone, after the loop (see `value_and_grad`).
         audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``
             by an `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`,
             or None, not to look. It traces `fun` once more, for the whole batch.
@@ -167,7 +167,7 @@ Loop = Callable[[list[Array]], list[Array]]
 def _differentiable(program: Program) -> Loop:
     """The loop with the derivative that its use asks for. One rule does not fit all:
 
-    * One scalar depends on what is differentiated: its gradient is computed beside the value, and
+    * One scalar depends on what is differentiated: its gradient is computed with the value, and
       the tangent is ``Σ g · t``. One forward pass, and forward-mode works.
     * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is
       not linear: the cotangents are not known yet, so the backward pass runs the loop again.
@@ -230,7 +230,7 @@ def _moves(slot: Slot, tangent: Tangent) -> bool:
 
 
 def _is_mapped(x: Tangent) -> bool:
-    """Whether `x` belongs to a `vmap` that stands around this rule, as in ``grad(vmap(f))``."""
+    """Whether `x` belongs to a `vmap` around this rule, as in ``grad(vmap(f))``."""
     return hasattr(x, "batch_dim")  # JAX exports no type of what `vmap` traces
 
 

@@ -85,7 +85,7 @@ def value_and_grad(
         unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all.
             It changes the program and no value: unrolled, a step of small microbatches is often
             faster, compiles longer, and may need more memory or less. ``"last"`` writes out the
-            last microbatch behind the loop: inside ``shard_map`` each layer's gradient can then be
+            last microbatch after the loop: inside ``shard_map`` each layer's gradient can then be
             sent while the layers below are differentiated.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
             your own, which needs a loss with one denominator; None is ``in_place()``.

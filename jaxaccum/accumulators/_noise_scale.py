@@ -52,7 +52,7 @@ class _State(NamedTuple):
 
 
 def noise_scale(inner: AccumulatorLike | None = None) -> Accumulator:
-    """Measure the gradient noise scale beside the gradient: two numbers more in the loop, and one
+    """Measure the gradient noise scale with the gradient: two numbers more in the loop, and one
     norm per microbatch.
 
     With the mean gradients gᵢ of n microbatches of weights wᵢ, W = Σ wᵢ and ḡ = Σ wᵢ gᵢ / W::

@@ -1,5 +1,5 @@
 """`unroll` changes the program and no value: more microbatches per iteration, or the last one
-behind the loop."""
+after the loop."""
 
 import functools
 

@@ -58,7 +58,7 @@ class _Gather:
         return relocated(layout, places.__getitem__)
 
     def batched(self, axis: int) -> int | None:
-        """The axis of the indices that runs beside an axis of the operand."""
+        """The axis of the indices that is paired with an axis of the operand."""
         dims = list(self.numbers.operand_batching_dims)
         return self.numbers.start_indices_batching_dims[dims.index(axis)] if axis in dims else None
 

@@ -175,7 +175,7 @@ def _lengths_of_pieces(op: Op, axis: int) -> list[int]:
 
 
 def _indices(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """A table of indices, one column of which is the example's own place."""
+    """A table of indices with a column that is the example's own place."""
     layouts = layouts_of(ins) | {v.layout for v in compress(ins, _places(ins))}
     if len(layouts) != 1 or any_summary(ins):
         return combine(walk, op, ins)

@@ -169,7 +169,7 @@ def _of_updates(op: Op, axis: int, indices: Value) -> int | None:
 
 
 def _of_indices(op: Op, axis: int, indices: Value) -> int | None:
-    """The axis of the operand that an axis of the indices runs beside."""
+    """The axis of the operand that is paired with an axis of the indices."""
     numbers = op.params["dimension_numbers"]
     beside = list(numbers.scatter_indices_batching_dims)
     if axis in beside:
