@@ -1,5 +1,10 @@
-"""The table of rules: for each primitive, a function from what its operands are to what its results
-are."""
+"""The table of rules: for each primitive, from what its operands are to what its results are.
+
+A rule returns one `Value`, which then holds for all results, or a list with one for each. The walk
+adds the faults of the operands to them, unless the rule returns `Settled`. A primitive without a
+rule takes that of ``"*"``. A parameter that holds a size, or an axis's size, must be listed in
+`twins`: else the programs of the two batch sizes differ before any rule is asked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from typing import Any, TypeVar
 from jaxaccum._audit.lattice import Value
 
 Apply = Callable[..., Any]
-"""``(walk, op, operands) -> Value | list[Value]``; one value is that of all results."""
+"""``(walk, op, operands) -> Value | list[Value]``."""
 _Function = TypeVar("_Function", bound=Apply)
 
 
@@ -36,6 +41,7 @@ def rule(names: str, **flags: bool) -> Callable[[_Function], _Function]:
 
     def register(apply: _Function) -> _Function:
         for name in names.split():
+            assert name not in RULES, f"{name} has two rules"
             RULES[name] = Rule(apply, **flags)
         return apply
 

@@ -4,10 +4,10 @@ The problem. ``jax.grad`` of a sum over microbatches keeps the activations of al
 that adds gradients keeps those of one, but then has two trees of gradients at once: the sum, and
 what is to be added to it.
 
-The idea. The loop runs every microbatch forward and backward before the next, and the backward pass
-itself maps the sum so far to the sum with this microbatch: of a program that reads a parameter w,
-`running_sums` makes one that passes the sum on from reader to reader, and each reader adds its
-share.
+The idea. The loop runs every microbatch forward and backward before the next. The backward pass
+takes the sum so far and returns it with this microbatch's gradient added. `running_sums` rewrites
+the program for this: the sum passes through every equation that reads a parameter w, and each adds
+its share.
 
     sums = 0
     for rows in microbatches:

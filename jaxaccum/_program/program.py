@@ -75,8 +75,10 @@ class Observed:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one microbatch computes: the parts of the output, of the arrays of all slots, its rows
-    and its index.
+    """What one microbatch computes.
+
+    It takes the arrays of the call, one per slot, this microbatch's rows and its index, and returns
+    the parts of the output.
 
     The slots are those of the arguments and then, for each size of microbatch, what its trace
     closed over.
@@ -88,11 +90,13 @@ class Program:
     terms: tuple[Term, ...]
     traces: tuple[Trace, ...]
     axes: frozenset[str]
+    """The mesh axes over which anything in the loop varies."""
     mesh_axes: tuple[str, ...]
+    """Those over which the caller asks to sum."""
     given_axes: tuple[frozenset[str], ...]
     """The mesh axes over which each slot varied as the caller gave it, before the loop's cast."""
     limit: int | None = None
-    """The slot that counts the examples that are no padding, if the call has one."""
+    """The slot that counts the real examples, if the call has one; the rest is padding."""
     memory: Memory = None
     """The budget of a coupled program."""
     unroll: Unroll = 1

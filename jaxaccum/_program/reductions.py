@@ -38,11 +38,15 @@ class Reduction(enum.Enum):
 
 def initial(reduction: Reduction, aval: Any) -> Array:
     """The state before the first microbatch: the neutral element, over a mesh as its type says."""
-    neutral: Any = 0
-    if reduction is Reduction.MAX:
-        neutral = _lowest(aval.dtype)
-    elif reduction is Reduction.MIN:
-        neutral = _highest(aval.dtype)
+    match reduction:
+        case Reduction.MAX:
+            neutral = _lowest(aval.dtype)
+        case Reduction.MIN:
+            neutral = _highest(aval.dtype)
+        case Reduction.SUM | Reduction.LAST | Reduction.CARRY:
+            neutral = 0
+        case Reduction.CONCAT | Reduction.STACK:
+            raise AssertionError(f"{reduction} keeps no state")
     return varying.full(aval, neutral)
 
 
@@ -55,8 +59,10 @@ def update(reduction: Reduction, state: Array, x: Array) -> Array:
             return jnp.maximum(state, x)
         case Reduction.MIN:
             return jnp.minimum(state, x)
-        case _:
+        case Reduction.LAST | Reduction.CARRY:
             return x
+        case Reduction.CONCAT | Reduction.STACK:
+            raise AssertionError(f"{reduction} keeps no state")
 
 
 def over_mesh(reduction: Reduction, x: Array, mesh_axes: tuple[str, ...]) -> Array:
@@ -72,7 +78,7 @@ def over_mesh(reduction: Reduction, x: Array, mesh_axes: tuple[str, ...]) -> Arr
             return lax.pmin(x, mesh_axes)
         case Reduction.LAST:
             return varying.last_shard(x, mesh_axes)
-        case _:
+        case Reduction.CARRY | Reduction.CONCAT | Reduction.STACK:
             return x
 
 

@@ -7,10 +7,10 @@ summed inside it. Every shard is cut in place: a contiguous microbatch takes con
 each shard, so that groups of adjacent examples stay together; a strided one takes the examples i, i
 + n, … of the batch.
 
-A call that cannot run so runs on the global arrays, cut into the same microbatches, and JAX sums at
-every microbatch: a carried state, which sees whole microbatches; a coupled loss, unless its
-collectives name the batch's mesh axes too; and a `fun` that closes over arrays of the mesh or names
-its axes in shardings.
+Three kinds of call cannot run device by device: those with a carried state, which sees whole
+microbatches; coupled losses, unless their collectives name the batch's mesh axes too; and a `fun`
+that closes over arrays of the mesh or names its axes in shardings. They run on the global arrays,
+cut into the same microbatches, and JAX sums gradients at every microbatch.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def _of_plain_types(
     argnums: Sequence[int],
     gather: str,
 ) -> PyTree:
-    """The call with sums over devices taken that JAX would leave to be taken; its gradients come
-    back as JAX's do."""
+    """Run the call after the sums over devices that JAX has left pending. Gradients come back with
+    the types that JAX would give them."""
     args, kwargs = layout.build(list(map(varying.plain, arrays)))
     result = _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
     if not argnums:

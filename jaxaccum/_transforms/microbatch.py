@@ -72,12 +72,13 @@ def microbatch(
         axis_name: the name that ``lax.axis_index`` and collectives use for the loop.
         mesh_axes: inside ``shard_map``, the mesh axes over which totals, weights and gradients are
             also summed.
-        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the
-            full batch at the cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None,
-            what is cheap. The rest is computed again; above 3 times the operations of the full
-            batch, a warning says so. Else it changes nothing, but that a value computed again may
-            differ by a rounding from its copy in a collective's result: a rank or a comparison of
-            the two takes both from the result, or ``"store"``.
+        memory: only for losses with collectives over the loop's axis. Such a loss runs in stages,
+            cut at the collectives. This says what to store for the full batch between stages:
+            ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest
+            is computed again; above 3 times the operations of the full batch, a warning says so.
+            The result is the same up to rounding: a recomputed value can differ in its last digit
+            from the one that a collective returned. If you compare or rank the two, take both from
+            the collective's result, or pass ``"store"``.
         unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all,
             and ``"last"`` the last one alone, after the loop (see `value_and_grad`).
         audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``

@@ -1,11 +1,13 @@
 """Value and gradient of a loss in one pass: denominators first, then each microbatch
 back-propagates its share.
 
-The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i, so
-the cotangent of every total is ``1 / Wₜ`` and that of every weight ``-Tₜ / Wₜ²``: known beforehand,
-they leave one gradient for any number of terms. Weights that no parameter reaches are computed by a
-scan that does nothing else; where one does depend on parameters, that scan computes the totals too,
-and costs one forward pass.
+The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i. The
+cotangent of each total is ``1 / Wₜ``, that of each weight ``-Tₜ / Wₜ²``. Both are known before the
+loop, so one backward pass per microbatch serves any number of terms.
+
+A constant weight, such as the number of examples of a plain mean, is multiplied by the number of
+microbatches. Weights that depend on the batch alone are summed by a scan that does nothing else.
+Where a weight depends on parameters, that scan computes the totals too, and costs one forward pass.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""`value_and_grad` and `grad`: JAX's own, of the same function on the whole batch, at one
-microbatch's memory."""
+"""`value_and_grad` and `grad`: JAX's own results on the whole batch, at one microbatch's memory."""
 
 from __future__ import annotations
 
@@ -62,11 +61,11 @@ def value_and_grad(
             `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both,
-            or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument; ``MAX_GRAD``, also in a
-            prefix, for what is whole and has a maximum for its gradient. A tuple has one entry per
-            positional argument, and passes keyword arguments whole. A dict has entries by name:
-            ``{"batch": 0}`` cuts the argument `batch`, by position or by keyword, and passes all
-            others whole.
+            or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. ``MAX_GRAD``, also in a
+            prefix, passes arrays whole and combines their gradients by maximum, not by sum. A tuple
+            has one entry per positional argument, and passes keyword arguments whole. A dict has
+            entries by name: ``{"batch": 0}`` cuts the argument `batch`, by position or by keyword,
+            and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it
             must divide).
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is
@@ -74,14 +73,15 @@ def value_and_grad(
         axis_name: the name of the loop's axis.
         mesh_axes: inside ``shard_map``, the mesh axes over which everything is also summed, once,
             after the loop. Parameters may be divided over further axes (tensor parallelism), or
-            over these and gathered in `fun`, with ``check_vma=True``: without it nothing tells
-            their gradients from those of parameters that devices share.
-        memory: of a loss with collectives over the axis, which is cut at them: what to keep of the
-            full batch at the cuts: ``"min"`` nothing, ``"store"`` all, a number of bytes, or None,
-            what is cheap. The rest is computed again; above 3 times the operations of the full
-            batch, a warning says so. Else it changes nothing, but that a value computed again may
-            differ by a rounding from its copy in a collective's result: a rank or a comparison of
-            the two takes both from the result, or ``"store"``.
+            over these and gathered in `fun`. That needs ``check_vma=True``: without it jaxaccum
+            cannot tell whether a parameter is divided or the same on all devices.
+        memory: only for losses with collectives over the loop's axis. Such a loss runs in stages,
+            cut at the collectives. This says what to store for the full batch between stages:
+            ``"min"`` nothing, ``"store"`` all, a number of bytes, or None, what is cheap. The rest
+            is computed again; above 3 times the operations of the full batch, a warning says so.
+            The result is the same up to rounding: a recomputed value can differ in its last digit
+            from the one that a collective returned. If you compare or rank the two, take both from
+            the collective's result, or pass ``"store"``.
         unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all.
             It changes the program and no value: unrolled, a step of small microbatches is often
             faster, compiles longer, and may need more memory or less. ``"last"`` writes out the

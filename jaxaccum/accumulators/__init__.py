@@ -1,4 +1,9 @@
-"""How gradients combine over microbatches: what ``value_and_grad(accumulator=…)`` takes."""
+"""How gradients combine over microbatches: what ``value_and_grad(accumulator=…)`` takes.
+
+`in_place` and `tree` are plain sums, and the backward pass itself adds. Every other accumulator is
+a record of functions that is handed each microbatch's mean gradient as a tree. `_compensated` is
+the example of one, `_skip_nonfinite` of one that wraps another.
+"""
 
 from jaxaccum.accumulators._compensated import compensated as compensated
 from jaxaccum.accumulators._noise_scale import NoiseScale as NoiseScale

@@ -39,9 +39,9 @@ class Accumulator(NamedTuple):
         finalize: ``finalize(state) -> (grads, report)``: gradients like the parameters, and None or
             a pytree that `value_and_grad` returns last.
         accepts: ``accepts(mean_grads, weight) -> bool``, or None. A microbatch that is not accepted
-            leaves the value, `Mean`, `Sum`, extrema and the carried state as they were; a loss that
-            is not finite shows as a weight of NaN. `update` sees every microbatch, and leaves out
-            the same.
+            does not count in the value, in `Mean`, `Sum`, `Max`, `Min`, `Last` or in the carried
+            state. `update` is still called for it, and must ignore it itself. If the loss is not
+            finite, `weight` is NaN.
         dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad``
             does. Any other value says that `finalize` returns gradients in the dtype that the
             caller receives.
