@@ -1,29 +1,44 @@
-"""What travels while a compiled program computes: the collectives of its schedule, start and end.
+"""What may travel while a compiled program differentiates: the sums over devices of its schedule.
 
-XLA prints the operations of a compiled program in the order in which they run. On GPU an
-``all-reduce-start`` and an ``all-reduce-done`` are two operations, and what is between them runs at
-the same time. On TPU the start is a fusion called ``async-collective-start``, the matrix products
-that send while they compute are fusions, and the end is ``async-collective-done``. A plain
-``all-reduce`` makes everything wait.
+XLA prints the operations of a compiled program in the order in which they start. On GPU an
+``all-reduce-start`` and an ``all-reduce-done`` are two operations, and what is between them may run
+at the same time. On TPU the start is a fusion called ``async-collective-start``, and the end one
+called ``async-collective-done``. A plain ``all-reduce`` makes everything wait, and so does a start
+that is marked ``"is_sync":true``.
 
     %while.1 = …                                    the loop over microbatches
     %all-reduce-start.2 = f32[1024,1024] …          the last layer's sum is complete: 4 MiB leave
-    %loop_fusion.7 = …                              the layer below is differentiated meanwhile
-    %all-reduce-done.2 = f32[1024,1024] …           4 of 4 MiB travelled while it computed
+    %gemm_fusion.7 = …                              the layer below is differentiated meanwhile
+    %all-reduce-done.2 = f32[1024,1024] …           4 of 4 MiB may travel behind a product
+
+Between a start and its end there may be a matrix product, which differentiates, or other fusions
+alone, which are the optimizer's, or nothing that computes.
 
 Known weakness: it says what may run at the same time, and not how long either takes.
 """
 
 import dataclasses
+import enum
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 
 SMALL = 1024
 """Bytes. Below this a collective is a loss or a weight, and no gradient."""
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b[a-z]+(\d+)\[([\d,]*)\]")
-_COMPUTES = ("fusion", "custom-call", "convolution", "dot", "while", "call")
+_CALLS = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.\-]+)")
+_PRODUCTS = ("dot", "convolution")
+_LIBRARY = re.compile(r'custom_call_target="__(?:cublas|cudnn)')
+
+
+class Behind(enum.Enum):
+    """What is computed between the start of a sum and its end."""
+
+    PRODUCT = "a product"
+    OTHER = "other operations"
+    NOTHING = "nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,54 +48,80 @@ class Operation:
     name: str
     type: str
     opcode: str
-    operands: str
+    rest: str
+    """Its operands and attributes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """One sum over devices: its bytes, and whether something is computed while it travels."""
+    """One sum over devices: its bytes, and what it may travel behind."""
 
     bytes: int
-    hidden: bool
+    behind: Behind
+
+
+Program = Mapping[str, Sequence[Operation]]
 
 
 def sums_sent(text: str) -> list[Sent]:
     """The sums over devices in the entry computation of a compiled program, in order."""
-    operations = list(_entry(text))
-    sent = [one for at in range(len(operations)) if (one := _sent(operations, at))]
-    return [one for one in sent if one.bytes >= SMALL]
+    program, entry = _read(text)
+    schedule = program[entry]
+    found = [_sent(program, schedule, at) for at in range(len(schedule))]
+    return [one for one in found if one is not None and one.bytes >= SMALL]
 
 
-def _entry(text: str) -> Iterator[Operation]:
-    """The operations of the entry computation."""
-    for line in text[text.index("\nENTRY ") :].splitlines()[2:]:
-        if line.startswith("}"):
-            return
-        if found := _LINE.match(line):
-            yield Operation(*found.groups())
+def _read(text: str) -> tuple[dict[str, list[Operation]], str]:
+    """The operations of each computation, and the name of the first to run."""
+    program: dict[str, list[Operation]] = {}
+    entry, operations = "", []
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            operations = program.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := _LINE.match(line):
+            operations.append(Operation(*found.groups()))
+    return program, entry
 
 
-def _sent(operations: list[Operation], at: int) -> Sent | None:
+def _sent(program: Program, schedule: Sequence[Operation], at: int) -> Sent | None:
     """The sum that ends with this operation, if one does."""
-    end = operations[at]
+    end = schedule[at]
     if end.opcode == "all-reduce":
-        return Sent(_bytes(end.type), hidden=False)
-    if end.opcode == "all-reduce-done" or end.name.startswith("async-collective-done"):
-        return Sent(_bytes(end.type), hidden=_computes_before(operations, at))
-    return None
+        return Sent(_bytes(end.type), Behind.NOTHING)
+    if end.opcode != "all-reduce-done" and not end.name.startswith("async-collective-done"):
+        return None
+    start = _start(schedule, at)
+    if '"is_sync":true' in schedule[start].rest:
+        return Sent(_bytes(end.type), Behind.NOTHING)
+    return Sent(_bytes(end.type), _between(program, schedule[start + 1 : at]))
 
 
-def _computes_before(operations: list[Operation], at: int) -> bool:
-    """Whether an operation computes between this end and its start."""
-    start = operations[at].name.replace("-done", "-start")
-    for one in reversed(operations[:at]):
-        if one.name == start or one.name in re.findall(
-            r"[\w.\-]*-start[\w.\-]*", operations[at].operands
-        ):
-            return False
-        if one.opcode in _COMPUTES and not one.name.startswith("async-collective"):
-            return True
-    raise ValueError(f"the schedule holds no start of {operations[at].name}")
+def _start(schedule: Sequence[Operation], at: int) -> int:
+    """Where the sum that ends here starts: at its operand, or else at the start of its name."""
+    end = schedule[at]
+    operand = re.findall(r"[\w.\-]*-start[\w.\-]*", end.rest.partition(")")[0])
+    name = operand[0] if operand else end.name.replace("-done", "-start")
+    for i in range(at - 1, -1, -1):
+        if schedule[i].name == name:
+            return i
+    raise ValueError(f"the schedule holds no start of {end.name}")
+
+
+def _between(program: Program, operations: Sequence[Operation]) -> Behind:
+    """What these operations compute."""
+    if any(_multiplies(program, one) for one in operations):
+        return Behind.PRODUCT
+    arrays = [one for one in operations if one.opcode == "fusion" and _bytes(one.type) >= SMALL]
+    return Behind.OTHER if arrays else Behind.NOTHING
+
+
+def _multiplies(program: Program, one: Operation) -> bool:
+    """Whether an operation is a product of matrices, or holds one."""
+    if one.opcode in _PRODUCTS or _LIBRARY.search(one.rest):
+        return True
+    inner = [program.get(name, ()) for name in _CALLS.findall(one.rest)]
+    return any(_multiplies(program, each) for body in inner for each in body)
 
 
 def _bytes(type_text: str) -> int:

@@ -218,32 +218,35 @@ def verdict(row: dict[str, Any], ours: Sequence[dict[str, Any]]) -> str:
     """Whether a way beats ours: our default, the first of `ours`, and `unroll=True`.
 
     It is faster where three of four pairs say so by more than 3 %, by more than chance makes our
-    default against itself, and where the processor's seconds say so too. Against `unroll=True` it
-    is compared where that needs no more memory.
+    default against itself, and where the processor's seconds say so too: faster than each of ours
+    that needs its memory at most, or, where none does, than our default. It is smaller where it
+    needs less than each of ours that is as fast.
     """
     if row["error"] > ROUNDING:
         return WRONG
     if row["way"] in (*rivals.ALL_OURS, rivals.FULL):
         return REFERENCE
-    known = row["bytes"] is not None and row["way"] not in _bench_torch.LOOPS
+    default = {**ours[0], "ours / its": 1.0, "ours / its, processor": 1.0}
+    every = [default, *ours[1:]]
     chance = max(TIME, ours[0]["quartiles"][1])
-    best = fastest_within(ours, row["bytes"] if known else None)
-    sure = row["quartiles"][0] > chance * best["ours / its"]
-    fast = sure and row["ours / its, processor"] > TIME * best["ours / its, processor"]
-    least = min(one["bytes"] for one in ours)
-    if known and fast and row["bytes"] <= EQUAL * best["bytes"]:
+    size = None if row["way"] in _bench_torch.LOOPS else row["bytes"]
+    if size is None:
+        return FASTER if is_faster(row, default, chance) else EVEN
+    within = [one for one in every if one["bytes"] <= EQUAL * size]
+    fast = all(is_faster(row, one, chance) for one in within or [default])
+    if fast and size <= EQUAL * ours[0]["bytes"]:
         return BOTH
-    if known and least - row["bytes"] > max(MIB, (EQUAL - 1) * least):
+    as_fast = [one for one in every if TIME * one["ours / its"] >= row["ours / its"]]
+    least = min((one["bytes"] for one in as_fast), default=0)
+    if least - size > max(MIB, (EQUAL - 1) * least):
         return SMALLER
     return FASTER if fast else EVEN
 
 
-def fastest_within(ours: Sequence[dict[str, Any]], size: int | None) -> dict[str, Any]:
-    """The fastest of ours that needs about `size` bytes at most; our default, taken as 1, if none
-    does."""
-    default = {**ours[0], "ours / its": 1.0, "ours / its, processor": 1.0}
-    fitting = [one for one in ours[1:] if size is not None and one["bytes"] <= EQUAL * size]
-    return max([default, *fitting], key=lambda one: one["ours / its"])
+def is_faster(row: dict[str, Any], one: dict[str, Any], chance: float) -> bool:
+    """Whether a way is faster than one of ours, both measured against our default."""
+    sure = row["quartiles"][0] > chance * one["ours / its"]
+    return sure and row["ours / its, processor"] > TIME * one["ours / its, processor"]
 
 
 def won(row: dict[str, Any]) -> str:

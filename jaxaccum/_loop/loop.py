@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxaccum._base.entries import entries
-from jaxaccum._base.trees import cast, promote
+from jaxaccum._base.trees import as_key, cast, key_data, promote
 from jaxaccum._base.types import Array, PyTree, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.convolutions import fast_on_cpu, has_convolutions
@@ -130,9 +130,14 @@ Body = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def _last_apart(program: Program, g: int, sums: PyTree) -> bool:
-    """Whether the last microbatch is written out after the loop: only where sums can travel."""
-    is_last = g == len(program.partition.groups) - 1
-    return program.unroll == "last" and is_last and bool(jax.tree.leaves(sums))
+    """Whether the last microbatch is written out after the loop: only where sums can travel.
+
+    Beside padding every microbatch is in a ``cond``, which completes all sums at once.
+    """
+    groups = program.partition.groups
+    is_last = g == len(groups) - 1 and groups[g].count > 1
+    travels = program.limit is None and bool(jax.tree.leaves(sums))
+    return program.unroll == "last" and is_last and travels
 
 
 def _over_all(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
@@ -145,11 +150,15 @@ def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tu
 
     There XLA sees which sums are complete while it differentiates the rest, and can begin to send
     them. Inside of a loop no sum is complete before the loop ends. The loop reads the rows where
-    they lie: a scan over all but the last would copy them.
+    they lie: a scan over all but the last would copy them. What is written row by row is copied
+    once, when the last entry joins the others. Typed keys are read as the integers that they are
+    made of: JAX takes a key that a loop closes over for one that every iteration uses.
     """
     del unroll
     count = len(jax.tree.leaves(xs)[0])
-    read = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), xs)
+    plain = jax.tree.map(key_data, xs)
+    entry_of = lambda i, x, like: as_key(lax.dynamic_index_in_dim(x, i, keepdims=False), like)
+    read = lambda i: jax.tree.map(functools.partial(entry_of, i), plain, xs)
     others = jnp.arange(count - 1, dtype=jnp.int32)
     carried, written = lax.scan(lambda carried, i: body(carried, read(i)), init, others)
     carried, entry = body(carried, read(count - 1))

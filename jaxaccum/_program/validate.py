@@ -222,10 +222,10 @@ def unroll(value: Any) -> Unroll:
     """How much of the loop is written out."""
     if isinstance(value, bool) or (isinstance(value, str) and value == "last"):
         return value
-    if isinstance(value, str) or not hasattr(value, "__index__"):
+    if isinstance(value, str | jax.core.Tracer) or not hasattr(value, "__index__"):
         raise TypeError(
             "unroll must be a number of microbatches to write out per iteration, True for all of "
-            f'them, or "last" for the last one alone; got {value!r}.'
+            f'them, False for one, or "last" for the last one alone; got {value!r}.'
         )
     if operator.index(value) < 1:
         raise ValueError(f"unroll must be at least 1 microbatch per iteration; got {value!r}.")

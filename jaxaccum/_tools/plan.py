@@ -78,7 +78,8 @@ def plan(
         mesh_axes: plan the call inside ``shard_map`` over the mesh of `args`, manual over these
             axes; the sizes are then those of one device's shard.
         memory: restricts the schedules of a coupled loss to this one.
-        unroll: how many microbatches are written out per iteration, or ``"last"``.
+        unroll: how many microbatches are written out per iteration, or ``"last"``. True, all,
+            needs `num_microbatches` or `microbatch_size`.
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         progress: a function that is told of each program before it is compiled, such as ``print``.
@@ -104,6 +105,12 @@ def plan(
     check_keywords(kwargs, in_axes, "plan", fun)
     axes = argument_slots.assigned(in_axes, args, kwargs, fun)
     numbers = validate.argnums(argnums, axes.positional)
+    if validate.unroll(unroll) is True and num_microbatches is None and microbatch_size is None:
+        raise ValueError(
+            "plan(unroll=True) would compile every microbatch of every size that it tries, and "
+            "without a loop memory need not fall with the size; pass num_microbatches or "
+            "microbatch_size, or plan with unroll=1."
+        )
     counted = num_examples_argnum
     if counted is not None:
         counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")

@@ -83,10 +83,11 @@ def value_and_grad(
             from the one that a collective returned. If you compare or rank the two, take both from
             the collective's result, or pass ``"store"``.
         unroll: how many microbatches are written out per iteration, as ``lax.scan``'s; True is all.
-            It changes the program and no value: unrolled, a step of small microbatches is often
-            faster, compiles longer, and may need more memory or less. ``"last"`` writes out the
-            last microbatch after the loop: inside ``shard_map`` each layer's gradient can then be
-            sent while the layers below are differentiated.
+            It changes the program, and the value by rounding at most. Without a loop some steps are
+            faster (untied layers, few tokens per microbatch), most are not; it compiles longer, and
+            may need the memory of the whole batch. ``"last"`` writes out the last microbatch after
+            the loop: inside ``shard_map`` each layer's gradient can then be sent while the layers
+            below are differentiated. Beside `num_examples_argnum` it changes nothing.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
             your own, which needs a loss with one denominator; None is ``in_place()``.
         gather: on an explicit mesh, when parameters divided over the batch's axes are gathered.

@@ -18,6 +18,9 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+?\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _WHILE = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_LATER_PART = re.compile(r"%?async-collective-done[\w.\-]* = |\bcalls=%?async_collective_fusion")
+"""On TPU an asynchronous collective is written three times: where it starts, where it goes on while
+a product is computed, and where it ends."""
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
@@ -78,7 +81,7 @@ def _walk(
         elif loop := _WHILE.search(line):
             trips = _trips(line, bodies.get(loop[1], []))
             yield from _walk(bodies, loop[2], times=times * trips, loops=loops + 1)
-        else:
+        elif not _LATER_PART.search(line):
             for called in _called(line):
                 yield from _walk(bodies, called, times=times, loops=loops)
 

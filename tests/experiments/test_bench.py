@@ -173,6 +173,7 @@ OURS = {
 )
 def test_who_wins(low, size, error, says):
     row = {"way": "lax.scan", "bytes": size * bench.MIB, "error": error, "quartiles": [low, 2.0]}
+    row |= {"ours / its": low}
     assert bench.verdict(row | {"ours / its, processor": 1.5}, [OURS]) == says
     unsure = bench.verdict(row | {"ours / its, processor": 1.0}, [OURS])
     assert unsure not in (
@@ -181,14 +182,26 @@ def test_who_wins(low, size, error, says):
     )  # the clock alone tells of the machine's other programs
 
 
-@pytest.mark.parametrize(("size", "says"), [(70, bench.EVEN), (100, bench.BOTH)])
-def test_a_rival_is_also_compared_with_our_unrolled_loop_where_that_is_no_larger(size, says):
-    """A rival of 70 MiB that is 1.4 times as fast as our loop: so is our loop written out, of 70 or
-    of 100 MiB."""
-    written_out = {"bytes": size * bench.MIB, "ours / its": 1.4, "ours / its, processor": 1.4}
-    rival = {"way": "unrolled", "bytes": 70 * bench.MIB, "error": 0.0, "quartiles": [1.3, 1.5]}
-    rival |= {"ours / its": 1.4, "ours / its, processor": 1.4}
-    assert bench.verdict(rival, [OURS, OURS | written_out]) == says
+@pytest.mark.parametrize(
+    ("unrolled", "rival", "says"),
+    [
+        ((70, 1.4), (70, 1.4), bench.EVEN),  # our loop written out is as fast, and no larger
+        ((100, 1.4), (70, 1.4), bench.BOTH),  # it is larger, and does not count
+        ((70, 1.4), (100, 1.7), bench.BOTH),  # it is smaller, and slower
+        ((70, 0.5), (70, 1.0), bench.SMALLER),  # it is as small, and much slower
+        ((300, 1.4), (150, 1.4), bench.FASTER),
+    ],
+)
+def test_a_rival_is_also_compared_with_our_loop_written_out(unrolled, rival, says):
+    """MiB, and how many times as fast as our loop, which needs 100."""
+    timed = lambda size, speed: {
+        "bytes": size * bench.MIB,
+        "ours / its": speed,
+        "ours / its, processor": speed,
+    }
+    low = rival[1] - 0.05
+    row = timed(*rival) | {"way": "unrolled", "error": 0.0, "quartiles": [low, rival[1] + 0.05]}
+    assert bench.verdict(row, [OURS, OURS | timed(*unrolled)]) == says
 
 
 def test_a_win_fails_the_check():

@@ -277,4 +277,46 @@ FAULTS = [
         "coupled/test_on_meshes.py::"
         "test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside",
     ),
+    Fault(
+        "the last microbatch is the first once more",
+        "_over_all_but_the_last",
+        "read(count - 1)",
+        "read(0)",
+        "plain/test_unroll.py::test_every_form_equals_the_full_batch",
+    ),
+    Fault(
+        "the last microbatch's rows come first",
+        "_over_all_but_the_last",
+        "[ys, y[None]]",
+        "[y[None], ys]",
+        "plain/test_unroll.py::test_outputs_and_states_stay_in_order",
+    ),
+    Fault(
+        "keys are closed over by the loop before the last microbatch",
+        "_over_all_but_the_last",
+        "plain = jax.tree.map(key_data, xs)",
+        "plain = xs",
+        "plain/test_unroll.py::test_typed_keys_among_the_rows_are_used_once",
+    ),
+    Fault(
+        "a lone microbatch is written out beside an empty loop",
+        "_last_apart",
+        " and groups[g].count > 1",
+        "",
+        "plain/test_unroll.py::test_a_lone_microbatch_is_traced_into_the_program_once",
+    ),
+    Fault(
+        "unroll is forgotten",
+        "_over_all",
+        'unroll=1 if unroll == "last" else unroll',
+        "unroll=1",
+        "plain/test_unroll.py::test_the_loop_is_gone_where_all_is_written_out",
+    ),
+    Fault(
+        "an asynchronous collective counts three times",
+        "_walk",
+        "elif not _LATER_PART.search(line):",
+        "else:",
+        "testing/test_collectives.py::test_a_sum_in_a_loop_is_counted_with_its_trips_and_an_asynchronous_one_once",
+    ),
 ]

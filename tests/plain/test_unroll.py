@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from jaxaccum.testing import collectives
 from tests.support.helpers import EXACT, data, normwise, refused
 
 W = {"a": data(5, 7), "b": data(7, 3)}
@@ -85,18 +87,53 @@ def test_outputs_and_states_stay_in_order(unroll):
 
 @pytest.mark.parametrize("unroll", [2, True, "last"])
 def test_microbatches_of_padding_are_skipped(unroll):
+    """Their rows are NaN, which no mask removes from a gradient."""
+
     def loss(w, batch, count):
         del count
         x, real = batch
         values = jnp.sum(jnp.tanh(x @ w["a"]), axis=1)
-        return ja.Mean(jnp.sum(jnp.where(real, values, 0.0)), jnp.sum(real.astype(x.dtype)))
+        return ja.Mean(jnp.sum(values * real), jnp.sum(real))
 
     of = ja.value_and_grad(
         loss, in_axes=(None, 0, None), num_examples_argnum=2, num_microbatches=5, unroll=unroll
     )
     whole = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x @ w["a"]), axis=1))
-    padded = (X.at[5:].set(7.0), jnp.arange(10) < 5)
-    assert normwise(of(W, padded, 5), jax.value_and_grad(whole)(W, X[:5])) < EXACT
+    padded = (X.at[6:].set(jnp.nan), (jnp.arange(10) < 6).astype(X.dtype))
+    assert normwise(of(W, padded, 6), jax.value_and_grad(whole)(W, X[:6])) < EXACT
+
+
+@pytest.mark.parametrize("unroll", FORMS)
+def test_a_lone_microbatch_is_traced_into_the_program_once(unroll):
+    """Two products forward and three backward, whatever the form."""
+    of = ja.value_and_grad(plain, num_microbatches=1, unroll=unroll, audit=None)
+    assert str(jax.make_jaxpr(of)(W, X)).count("dot_general") == 5
+
+
+@pytest.mark.parametrize("unroll", [1, 2, True, "last"])
+def test_typed_keys_among_the_rows_are_used_once(unroll):
+    def noisy(w, batch):
+        x, keys = batch
+        return jnp.mean(jnp.tanh(x @ w["a"]) * jax.vmap(lambda k: jax.random.normal(k, (7,)))(keys))
+
+    of = ja.value_and_grad(noisy, num_microbatches=5, unroll=unroll, audit=None)
+    keys = jax.random.split(jax.random.key(0), 10)
+    expected = jax.value_and_grad(noisy)(W, (X, keys))
+    with jax.debug_key_reuse(True):
+        assert normwise(of(W, (X, jax.random.split(jax.random.key(0), 10))), expected) < EXACT
+
+
+@pytest.mark.parametrize("transform", ["vmap", "hessian", "jvp"])
+def test_transformations_of_the_peeled_loop(transform):
+    of = lambda f: {
+        "vmap": lambda w: jax.vmap(lambda scale: f({**w, "b": w["b"] * scale}, X))(jnp.arange(3.0)),
+        "hessian": lambda w: jax.hessian(lambda b: f({**w, "b": b}, X)[0])(w["b"]),
+        "jvp": lambda w: jax.jvp(lambda w: f(w, X)[1], (w,), (w,)),
+    }[transform](W)
+    peeled = ja.value_and_grad(
+        plain, num_microbatches=5, unroll="last", accumulator=ja.accumulators.tree()
+    )
+    assert normwise(of(peeled), of(jax.value_and_grad(plain))) < EXACT
 
 
 @pytest.mark.parametrize("accumulator", ["tree", "compensated", "skip_nonfinite"])
@@ -123,25 +160,41 @@ def test_under_last_the_last_microbatch_is_behind_the_loop():
     assert products(1) == products(True)  # `lax.scan` unrolls when it is compiled
 
 
-@pytest.mark.parametrize("unroll", [1, "last"])
+@pytest.mark.parametrize("unroll", [1, 2, True, "last"])
 def test_on_a_mesh_the_gradient_is_sent_once(unroll):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     of = ja.value_and_grad(plain, num_microbatches=5, mesh_axes="data", unroll=unroll)
     step = jax.jit(jax.shard_map(of, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
     assert normwise(step(W, X), jax.value_and_grad(plain)(W, X)) < EXACT
+    sent = collectives(step.lower(W, X).compile())
+    assert not any(c.loops for c in sent)
+    size = sum(leaf.nbytes for leaf in W.values())
+    assert size <= sum(c.bytes * c.times for c in sent) <= size + 64  # and the loss and its weight
 
 
-def test_the_last_microbatch_alone_is_another_value():
-    """The classic mistake of a peeled loop: the sums of the loop are dropped, or the last is added
-    twice."""
-    full = jax.grad(plain)(W, X)
-    last = jax.tree.map(lambda g: g / 5, jax.grad(plain)(W, X[8:]))
-    assert normwise(last, full) > EXACT
-    assert normwise(jax.tree.map(jnp.add, full, last), full) > EXACT
+@pytest.mark.parametrize("split", ["contiguous", "strided"])
+def test_on_an_explicit_mesh(split):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        w, x = jax.device_put(W, P()), jax.device_put(data(20, 5), P("data"))
+        of = jax.jit(ja.value_and_grad(plain, num_microbatches=5, split=split, unroll="last"))
+        assert normwise(of(w, x), jax.value_and_grad(plain)(W, data(20, 5))) < EXACT
+
+
+def test_a_plan_of_all_sizes_is_not_written_out():
+    call = lambda: ja.plan(plain, W, X, memory_bytes=10**9, unroll=True)
+    refused(call, "plan(unroll=True)", "num_microbatches", error=ValueError)
 
 
 @pytest.mark.parametrize(
-    ("unroll", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("first", TypeError)]
+    ("unroll", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (1.5, TypeError),
+        ("first", TypeError),
+        (None, TypeError),
+    ],
 )
 def test_what_it_does_not_take_is_refused(unroll, error):
     call = lambda: ja.grad(plain, num_microbatches=2, unroll=unroll)(W, X)
