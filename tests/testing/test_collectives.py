@@ -1,4 +1,4 @@
-"""Collectives read from a compiled program: loops count their trips, asynchronous ones count once."""
+"""Collectives of a compiled program: a loop counts its trips, an asynchronous one counts once."""
 
 from jaxaccum.testing import collectives
 
