@@ -71,9 +71,16 @@ def compiling_fast():
     these twice, with two roundings, so that none equals the maximum, and JAX's rule divides by how
     many do. No jaxaccum is needed for that.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def compiled_alike(request):
+    """A program that was compiled with the other setting is not used again: JAX would, and a bit
+    that differs between two compilations would be taken for a fault."""
+    fast = "compiling_fast" in request.fixturenames
+    if fast != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", fast)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

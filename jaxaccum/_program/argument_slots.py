@@ -183,8 +183,10 @@ def batch_size(slots: Sequence[Slot], arrays: list[Array], fun: Fun | None = Non
     sizes = [(slots[i].name, arrays[i].shape[slots[i].axis]) for i in rows]
     if not sizes and (missing := closures.as_arguments(fun)):
         raise ValueError(f"no argument has a batch axis. {missing}")
-    arrays_of = [slot.argnum for i, slot in enumerate(slots) if arrays[i].ndim]
-    by_keyword = [number for number in arrays_of if isinstance(number, str)]
+    by_keyword = []
+    for slot, x in zip(slots, arrays, strict=True):
+        if isinstance(slot.argnum, str) and jnp.ndim(x):
+            by_keyword.append(slot.argnum)
     return validate.batch_size(sizes, by_keyword)
 
 

@@ -93,7 +93,7 @@ def test_batch_norm_is_warned_of_until_it_spans_the_microbatches(name):
     with pytest.warns(InexactWarning) as caught:
         step("warn")
     said = [str(one.message) for one in caught if issubclass(one.category, InexactWarning)]
-    assert f":{line(mark)} in " in said[0]
+    assert f":{line(mark, __file__)} in " in said[0]
     assert write in said[0]
     mended("raise")
 
