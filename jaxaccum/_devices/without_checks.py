@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.core
@@ -135,7 +135,10 @@ def _sealed(collective: Callable[[Array], Array], aval: Type) -> dict[str, Any]:
     with unchecked():
         (out,) = jax.make_jaxpr(collective)(aval).out_avals
         with _no_mesh():
-            return {"jaxpr": jax.make_jaxpr(collective)(_bare(aval)), "out": _everywhere(out)}
+            return {
+                "jaxpr": jax.make_jaxpr(collective)(_bare(aval)),
+                "out": _everywhere(cast(Type, out)),
+            }
 
 
 def _no_mesh() -> AbstractContextManager[object]:

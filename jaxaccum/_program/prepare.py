@@ -18,7 +18,7 @@ from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, with_exchanges
 from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.traces import Trace, trace
-from jaxaccum._jaxpr.variables import Type
+from jaxaccum._jaxpr.variables import Type, types_of
 from jaxaccum._program import argument_slots, no_gradient, output_parts, validate, whole_outputs
 from jaxaccum._program.argument_slots import Layout, Role, Slot
 from jaxaccum._program.call import Call, Traced
@@ -313,7 +313,7 @@ def _shapes(
             own[i] = x
         return own
 
-    return list(jax.make_jaxpr(cut)(arrays).out_avals)
+    return types_of(jax.make_jaxpr(cut)(arrays).jaxpr.outvars)
 
 
 def _refusing_itself(part: Part, x: Array) -> Array:

@@ -131,9 +131,8 @@ def test_the_other_states_start_at_zero(reduction):
 
 def test_each_state_is_updated_by_its_rule():
     state, x = jnp.asarray([3.0, -2]), jnp.asarray([1.0, 5])
-    updated = {
-        reduction: reductions.update(reduction, state, x).tolist() for reduction in Reduction
-    }
+    kept = [reduction for reduction in Reduction if not reduction.stacked]
+    updated = {reduction: reductions.update(reduction, state, x).tolist() for reduction in kept}
     assert updated.pop(Reduction.SUM) == [4, 3]
     assert updated.pop(Reduction.MAX) == [3, 5]
     assert updated.pop(Reduction.MIN) == [1, -2]

@@ -39,7 +39,7 @@ from jaxaccum._audit.rules.operands import (
 )
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._base.types import Array, Fun
-from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._jaxpr.equations import axes_in, mentions
 
 _EACH = Scale(Fraction(-1))
@@ -104,7 +104,7 @@ def _in_two_steps(walk: Walk, op: Op, ins: list[Value], reduce: Fun) -> list[Val
         else:
             names.append(axis)
 
-    def program(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+    def program(eqn: jex.JaxprEqn) -> ClosedJaxpr:
         def reduced(*operands: Array) -> list[Array]:
             parts = [reduce(x, axis=tuple(own)) for x in operands]
             if not names:

@@ -103,7 +103,7 @@ def _is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     return type(eqn.params["_prim"]).__module__.startswith("jax.")
 
 
-def _expanded(eqn: jex.JaxprEqn) -> jex.ClosedJaxpr:
+def _expanded(eqn: jex.JaxprEqn) -> ClosedJaxpr:
     """The simpler primitives that define one."""
     prim = eqn.params["_prim"]
     return jax.make_jaxpr(prim.expand)(*prim.in_avals)

@@ -59,6 +59,7 @@ from jaxaccum._audit.sources import Site, is_jax
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.types import Array
+from jaxaccum._jaxpr.compat import ClosedJaxpr
 
 
 @rule("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", complete=True)
@@ -228,14 +229,14 @@ def _rule(eqn: jex.JaxprEqn) -> Frame | None:
     return Frame(file, line, debug.func_name) if debug is not None and file and line else None
 
 
-def _traced(walk: Walk, op: Op, floating: list[bool]) -> tuple[jex.ClosedJaxpr, jex.ClosedJaxpr]:
+def _traced(walk: Walk, op: Op, floating: list[bool]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """The backward pass of one equation, at both sizes; kept, since faults are per equation."""
     pair = both(op, lambda eqn: _backward(eqn, floating))
     walk.derivatives[id(op.eqn)] = pair
     return pair
 
 
-def _backward(eqn: jex.JaxprEqn, floating: list[bool]) -> jex.ClosedJaxpr:
+def _backward(eqn: jex.JaxprEqn, floating: list[bool]) -> ClosedJaxpr:
     """A program of the operands and of the cotangents: the operands' cotangents, and the results.
 
     An operand that has no cotangent is returned as it came.
