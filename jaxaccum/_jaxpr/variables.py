@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeGuard, TypeVar, cast
 
 import jax
 import jax.core
@@ -21,9 +21,14 @@ Type = jax.core.ShapedArray
 """The shape, the dtype and the layout of a variable's value: its abstract value."""
 
 
+def is_variable(v: Atom) -> TypeGuard[Var]:
+    """Whether an operand or a result is a variable; the others are literals."""
+    return not isinstance(v, jex.Literal)
+
+
 def variables(atoms: Iterable[Atom]) -> list[Var]:
-    """The variables among operands or results; the others are literals."""
-    return [v for v in atoms if not isinstance(v, jex.Literal)]
+    """The variables among operands or results."""
+    return list(filter(is_variable, atoms))
 
 
 def operands_of(eqns: Iterable[jex.JaxprEqn]) -> list[Var]:

@@ -16,6 +16,7 @@ from jaxaccum._audit.lattice import (
     Value,
     Weight,
     fixed,
+    origin_of,
     rows,
     statistic,
 )  # fmt: skip
@@ -35,7 +36,6 @@ from jaxaccum._audit.rules.operands import (
     nonzero,
     note_terms,
     once,
-    origin_of,
     products,
     same_layout,
     summaries_among,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._base.types import PyTree
 from jaxaccum._jaxpr.compat import opened, scan_arity
+from jaxaccum._jaxpr.variables import is_variable
 
 Users = dict[jex.Var, list[jex.JaxprEqn]]
 """The equations that read each variable."""
@@ -57,19 +58,15 @@ def roles_of(scan: Scan) -> list[Role]:
     """The role of each carried value."""
     consts, carried = scan.counts
     body = scan.body
-    users, results = _users(body), list(filter(_is_variable, body.outvars))
+    users, results = _users(body), list(filter(is_variable, body.outvars))
     role = lambda v, out: _role(users, results, v, out)
     return list(map(role, body.invars[consts : consts + carried], body.outvars))
-
-
-def _is_variable(v: object) -> TypeGuard[jex.Var]:
-    return not isinstance(v, jex.Literal)
 
 
 def _users(body: jex.Jaxpr) -> Users:
     users: Users = {}
     for eqn in body.eqns:
-        for v in filter(_is_variable, eqn.invars):
+        for v in filter(is_variable, eqn.invars):
             users.setdefault(v, []).append(eqn)
     return users
 

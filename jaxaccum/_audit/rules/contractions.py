@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxaccum._audit.lattice import FaultKind, Kind, Layout, Value, fixed, rows
+from jaxaccum._audit.lattice import FaultKind, Kind, Layout, Value, fixed, origin_of, rows
 from jaxaccum._audit.registry import RULES, rule
 from jaxaccum._audit.rules.elementwise import combine
 from jaxaccum._audit.rules.operands import (
@@ -10,7 +10,6 @@ from jaxaccum._audit.rules.operands import (
     any_summary,
     axes_except,
     layout_of,
-    origin_of,
     products,
     relocated,
     same_layout,

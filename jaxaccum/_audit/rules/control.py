@@ -15,6 +15,7 @@ from jaxaccum._audit.lattice import (
     Layout,
     Value,
     fixed,
+    origin_of,
     statistic,
 )
 from jaxaccum._audit.registry import rule
@@ -35,7 +36,6 @@ from jaxaccum._audit.rules.operands import (
     layouts_of,
     nonzero,
     once,
-    origin_of,
     params_at_both,
     terms_of,
     with_faults,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import compress
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.core
@@ -60,6 +60,7 @@ from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr
+from jaxaccum._jaxpr.variables import is_variable
 
 
 @rule("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", complete=True)
@@ -97,7 +98,7 @@ def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> Faults:
     """What is wrong with the backward pass."""
     primals: dict[jex.Var, Value] = {}
     for v, x in zip(op.eqn.invars, ins, strict=True):
-        if _is_variable(v):
+        if is_variable(v):
             primals[v] = x.like(faults=frozenset())
     floating = list(map(_is_inexact, op.eqn.outvars))
     values = list(compress(outs, floating))
@@ -195,10 +196,6 @@ def _is_inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
-def _is_variable(v: object) -> TypeGuard[jex.Var]:
-    return not isinstance(v, jex.Literal)
-
-
 def _dependence(x: Value) -> tuple[Kind, Layout | None, Terms]:
     """How a value depends on the batch."""
     return x.kind, x.layout, x.terms
@@ -241,7 +238,7 @@ def _backward(eqn: jex.JaxprEqn, floating: list[bool]) -> ClosedJaxpr:
 
     An operand that has no cotangent is returned as it came.
     """
-    given = list(dict.fromkeys(filter(_is_variable, eqn.invars)))
+    given = list(dict.fromkeys(filter(is_variable, eqn.invars)))
     moved = list(filter(_is_inexact, given))
     outvars = list(compress(eqn.outvars, floating))
     alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _debug_info())

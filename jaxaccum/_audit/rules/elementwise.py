@@ -7,7 +7,16 @@ import dataclasses
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._audit.lattice import IRREGULAR, UNIT, FaultKind, Value, fixed, rows, statistic
+from jaxaccum._audit.lattice import (
+    IRREGULAR,
+    UNIT,
+    FaultKind,
+    Value,
+    fixed,
+    origin_of,
+    rows,
+    statistic,
+)
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.operands import (
     Faults,
@@ -18,7 +27,6 @@ from jaxaccum._audit.rules.operands import (
     faulty,
     is_weighted,
     layout_of,
-    origin_of,
     rows_among,
     same_layout,
     summaries_among,

@@ -8,7 +8,17 @@ from typing import Any
 
 import jax
 
-from jaxaccum._audit.lattice import ONE_EXAMPLE, FaultKind, Index, Kind, Layout, Value, fixed, rows
+from jaxaccum._audit.lattice import (
+    ONE_EXAMPLE,
+    FaultKind,
+    Index,
+    Kind,
+    Layout,
+    Value,
+    fixed,
+    origin_of,
+    rows,
+)
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine
@@ -22,7 +32,6 @@ from jaxaccum._audit.rules.operands import (
     faults_of,
     layout_of,
     lengths,
-    origin_of,
     params_at_both,
     relocated,
     same_layout,

@@ -140,11 +140,6 @@ def axes_except(axes: Iterable[int], gone: Collection[int]) -> list[int]:
 # -- what they add up to ---------------------------------------------------------------------------
 
 
-def origin_of(values: Iterable[Value]) -> Site | None:
-    """The first reduction or split that the values come from."""
-    return next((v.origin for v in values if v.origin is not None), None)
-
-
 def is_weighted(x: Value) -> bool:
     """Whether a total over the batch scales the value."""
     return any(term.scale.weights for term in x.terms)

@@ -15,6 +15,7 @@ from jaxaccum._audit.lattice import (
     Sizes,
     Value,
     fixed,
+    origin_of,
     rows,
 )
 from jaxaccum._audit.registry import Settled, rule
@@ -32,7 +33,6 @@ from jaxaccum._audit.rules.operands import (
     layouts_of,
     lengths,
     lengths_along,
-    origin_of,
     params_at_both,
     rows_among,
     same_layout,

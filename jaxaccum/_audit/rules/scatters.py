@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxaccum._audit.lattice import ONE_EXAMPLE, Index, Layout, Value, rows, total
+from jaxaccum._audit.lattice import ONE_EXAMPLE, Index, Layout, Value, origin_of, rows, total
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine
@@ -18,7 +18,6 @@ from jaxaccum._audit.rules.operands import (
     faults_of,
     layout_of,
     once,
-    origin_of,
     same_layout,
     terms_of,
 )
