@@ -19,16 +19,14 @@ Known weakness: it says what may run at the same time, and not how long either t
 
 import dataclasses
 import enum
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+from jaxaccum.testing import hlo
+from jaxaccum.testing.hlo import Instruction, Program
 
 SMALL = 1024
 """Bytes. Below this a collective is a loss or a weight, and no gradient."""
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-_ARRAY = re.compile(r"\b[a-z]+(\d+)\[([\d,]*)\]")
-_CALLS = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.\-]+)")
 _PRODUCTS = ("dot", "convolution")
 _LIBRARY = re.compile(r'custom_call_target="__(?:cublas|cudnn)')
 
@@ -42,17 +40,6 @@ class Behind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Operation:
-    """A line of the schedule."""
-
-    name: str
-    type: str
-    opcode: str
-    rest: str
-    """Its operands and attributes."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Sent:
     """One sum over devices: its bytes, and what it may travel behind."""
 
@@ -60,44 +47,28 @@ class Sent:
     behind: Behind
 
 
-Program = Mapping[str, Sequence[Operation]]
-
-
 def sums_sent(text: str) -> list[Sent]:
     """The sums over devices in the entry computation of a compiled program, in order."""
-    program, entry = _read(text)
-    schedule = program[entry]
+    program = hlo.read(text)
+    schedule = program.computations[program.entry]
     found = [_sent(program, schedule, at) for at in range(len(schedule))]
     return [one for one in found if one is not None and one.bytes >= SMALL]
 
 
-def _read(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """The operations of each computation, and the name of the first to run."""
-    program: dict[str, list[Operation]] = {}
-    entry, operations = "", []
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            operations = program.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif found := _LINE.match(line):
-            operations.append(Operation(*found.groups()))
-    return program, entry
-
-
-def _sent(program: Program, schedule: Sequence[Operation], at: int) -> Sent | None:
+def _sent(program: Program, schedule: Sequence[Instruction], at: int) -> Sent | None:
     """The sum that ends with this operation, if one does."""
     end = schedule[at]
     if end.opcode == "all-reduce":
-        return Sent(_bytes(end.type), Behind.NOTHING)
+        return Sent(int(sum(end.sizes)), Behind.NOTHING)
     if end.opcode != "all-reduce-done" and not end.name.startswith("async-collective-done"):
         return None
     start = _start(schedule, at)
     if '"is_sync":true' in schedule[start].rest:
-        return Sent(_bytes(end.type), Behind.NOTHING)
-    return Sent(_bytes(end.type), _between(program, schedule[start + 1 : at]))
+        return Sent(int(sum(end.sizes)), Behind.NOTHING)
+    return Sent(int(sum(end.sizes)), _between(program, schedule[start + 1 : at]))
 
 
-def _start(schedule: Sequence[Operation], at: int) -> int:
+def _start(schedule: Sequence[Instruction], at: int) -> int:
     """Where the sum that ends here starts: at its operand, or else at the start of its name."""
     end = schedule[at]
     operand = re.findall(r"[\w.\-]*-start[\w.\-]*", end.rest.partition(")")[0])
@@ -108,25 +79,18 @@ def _start(schedule: Sequence[Operation], at: int) -> int:
     raise ValueError(f"the schedule holds no start of {end.name}")
 
 
-def _between(program: Program, operations: Sequence[Operation]) -> Behind:
+def _between(program: Program, operations: Sequence[Instruction]) -> Behind:
     """What these operations compute."""
     if any(_multiplies(program, one) for one in operations):
         return Behind.PRODUCT
-    arrays = [one for one in operations if one.opcode == "fusion" and _bytes(one.type) >= SMALL]
+    arrays = [one for one in operations if one.opcode == "fusion" and sum(one.sizes) >= SMALL]
     return Behind.OTHER if arrays else Behind.NOTHING
 
 
-def _multiplies(program: Program, one: Operation) -> bool:
+def _multiplies(program: Program, one: Instruction) -> bool:
     """Whether an operation is a product of matrices, or holds one."""
     if one.opcode in _PRODUCTS or _LIBRARY.search(one.rest):
         return True
-    inner = [program.get(name, ()) for name in _CALLS.findall(one.rest)]
+    called = [*one.called, *([one.body] if one.body else [])]
+    inner = [program.computations.get(name, ()) for name in called]
     return any(_multiplies(program, each) for body in inner for each in body)
-
-
-def _bytes(type_text: str) -> int:
-    """The bytes of the arrays of a type."""
-    total = 0
-    for bits, dims in _ARRAY.findall(type_text):
-        total += math.prod(int(dim) for dim in dims.split(",") if dim) * int(bits) // 8
-    return total

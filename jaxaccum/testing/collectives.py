@@ -11,18 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jaxaccum.testing import hlo
+from jaxaccum.testing.hlo import Instruction, Program
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf" = (.*?) (ragged-)?({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+?\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
-_WHILE = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_LATER_PART = re.compile(r"%?async-collective-done[\w.\-]* = |\bcalls=%?async_collective_fusion")
-"""On TPU an asynchronous collective is written three times: where it starts, where it goes on while
-a product is computed, and where it ends."""
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONSTANT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_COLLECTIVE = re.compile(rf"(?:ragged-)?({'|'.join(KINDS)})(-start)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,64 +48,31 @@ def collectives(compiled: Any) -> list[Collective]:
         []
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    bodies, entry = _computations(text)
-    return list(_walk(bodies, entry, times=1, loops=0))
+    program = hlo.read(text)
+    return list(_walk(program, program.entry, times=1, loops=0))
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the first to run."""
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            lines = bodies.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        else:
-            lines.append(line)
-    return bodies, entry
+def _walk(program: Program, name: str, *, times: int, loops: int) -> Iterator[Collective]:
+    for one in program.computations.get(name, ()):
+        if found := _COLLECTIVE.fullmatch(one.opcode):
+            yield Collective(found[1], _bytes(one, started=found[2] is not None), times, loops)
+        elif one.body is not None:
+            trips = times * program.trips(one)
+            yield from _walk(program, one.body, times=trips, loops=loops + 1)
+        elif not _is_later_part(one):
+            for called in one.called:
+                yield from _walk(program, called, times=times, loops=loops)
 
 
-def _walk(
-    bodies: dict[str, list[str]], name: str, *, times: int, loops: int
-) -> Iterator[Collective]:
-    for line in bodies.get(name, []):
-        if found := _COLLECTIVE.search(line):
-            yield Collective(found[3], _bytes(found[1], started=found[4] is not None), times, loops)
-        elif loop := _WHILE.search(line):
-            trips = _trips(line, bodies.get(loop[1], []))
-            yield from _walk(bodies, loop[2], times=times * trips, loops=loops + 1)
-        elif not _LATER_PART.search(line):
-            for called in _called(line):
-                yield from _walk(bodies, called, times=times, loops=loops)
+def _is_later_part(one: Instruction) -> bool:
+    """On TPU an asynchronous collective is written three times: where it starts, where it goes on
+    while a product is computed, and where it ends. Whether this is one of the last two."""
+    ends = one.name.startswith("async-collective-done")
+    return ends or any(name.startswith("async_collective_fusion") for name in one.called)
 
 
-def _called(line: str) -> list[str]:
-    branches = ",".join(_BRANCHES.findall(line)).split(",")
-    names = [name.strip().lstrip("%") for name in branches if name]
-    return [*_CALLED.findall(line), *names]
-
-
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: by the compiler's note, or the number in its condition, or once."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    constants = {int(n) for n in _CONSTANT.findall("\n".join(condition))}
-    return constants.pop() if len(constants) == 1 else 1
-
-
-def _bytes(type_text: str, *, started: bool) -> int:
+def _bytes(one: Instruction, *, started: bool) -> int:
     """The bytes of a result; an asynchronous start holds operands too: the larger of the two."""
-    sizes = [_array_bytes(*array) for array in _ARRAY.findall(type_text)]
-    if started and type_text.startswith("(") and len(sizes) in (2, 4):
-        return math.ceil(max(sizes))
-    return math.ceil(sum(sizes))
-
-
-def _array_bytes(kind: str, dims: str) -> float:
-    sizes = filter(None, dims.split(","))
-    return _width(kind) * math.prod(map(int, sizes))
-
-
-def _width(kind: str) -> float:
-    """The bytes of one element: pred, s32, bf16, f8e4m3fn, …"""
-    return 1 if kind == "pred" else int(re.findall(r"\d+", kind)[0]) / 8
+    if started and one.type.startswith("(") and len(one.sizes) in (2, 4):
+        return math.ceil(max(one.sizes))
+    return math.ceil(sum(one.sizes))

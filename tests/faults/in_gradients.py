@@ -315,7 +315,7 @@ FAULTS = [
     Fault(
         "an asynchronous collective counts three times",
         "_walk",
-        "elif not _LATER_PART.search(line):",
+        "elif not _is_later_part(one):",
         "else:",
         "testing/test_collectives.py::test_a_sum_in_a_loop_is_counted_with_its_trips_and_an_asynchronous_one_once",
     ),
