@@ -318,6 +318,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 STYLES: dict[str, dict[str, Any]] = {
     rivals.OURS: {"color": _report.BLUE, "marker": "o", "markersize": 7, "linewidth": 2},
+    rivals.UNROLLED: {"color": _report.BLUE, "marker": "^", "markersize": 7},
     rivals.FULL: {"color": _report.BLACK, "linestyle": "--", "linewidth": 1.2},
     rivals.SCAN: {"color": _report.RED, "marker": "s", "markersize": 9},
     rivals.REFS: {"color": _report.PINK, "marker": "D", "markersize": 5},

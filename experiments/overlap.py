@@ -186,6 +186,8 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
                 x, y = [row["N"] for row in own], [row[key] for row in own]
                 panel.plot(x, y, style, marker="o", color=colours[place], label=label)
         panel.set_xscale("log", base=2)
+        counts = sorted({row["N"] for row in rows})
+        panel.set_xticks(counts, [str(n) for n in counts])
         panel.set_xlabel("microbatches N")
         panel.set_title(title)
         panel.set_ylim(bottom=0)

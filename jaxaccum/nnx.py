@@ -18,6 +18,7 @@ from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
 from jaxaccum._transforms.value_and_grad import value_and_grad as _value_and_grad
+from jaxaccum._transforms.value_and_grad import without_value
 
 __all__ = ["BatchNorm", "grad", "value_and_grad"]
 
@@ -192,14 +193,8 @@ def grad(
         1.0
     """
     check_known(options, "nnx.grad")
-    both = value_and_grad(fun, argnums, has_aux, example_streams=example_streams, **options)
-
-    @functools.wraps(fun)
-    def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        value, grads = both(*args, **kwargs)
-        return (grads, *value[1:]) if isinstance(value, tuple) else grads
-
-    return gradient
+    own = value_and_grad(fun, argnums, has_aux, example_streams=example_streams, **options)
+    return without_value(own)
 
 
 def _diff_state(argnum: Any) -> nnx.DiffState:

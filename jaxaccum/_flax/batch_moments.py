@@ -31,6 +31,7 @@ from jax.typing import ArrayLike
 
 from jaxaccum._base.trees import cast, ratio
 from jaxaccum._base.types import Array
+from jaxaccum._program.validate import axis_names, is_bound
 
 Groups = Sequence[Sequence[int]]
 """``axis_index_groups`` of JAX: the parts of an axis that belong together."""
@@ -86,8 +87,7 @@ def over_axes(own: Moments, axis_names: Sequence[str], groups: Groups | None = N
 
 def bound(axis_name: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names that are bound to an axis here: none where a model is initialized or evaluated."""
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    return tuple(filter(_is_bound, names))
+    return tuple(filter(is_bound, axis_names(axis_name)))
 
 
 def _joined(parts: Moments) -> Moments:
@@ -124,11 +124,3 @@ def _square(x: Array) -> Array:
 
 def _mesh_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _is_bound(name: str) -> bool:
-    try:
-        lax.axis_size(name)
-    except NameError:
-        return False
-    return True

@@ -21,7 +21,7 @@ from jaxaccum._base.types import Array
 # -- programs --------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    ClosedJaxpr = jex.ClosedJaxpr  # pyright: ignore
+    ClosedJaxpr = jex.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 else:
     ClosedJaxpr = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 """A jaxpr with its constants; since jax 0.12 another name of `Jaxpr`."""

@@ -39,7 +39,7 @@ from jax import lax
 
 from jaxaccum._base.entries import entries
 from jaxaccum._base.trees import as_key, cast, key_data, promote
-from jaxaccum._base.types import Array, PyTree, Unroll
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.convolutions import fast_on_cpu, has_convolutions
 from jaxaccum._jaxpr.variables import Type, type_of
@@ -111,8 +111,11 @@ def scan(
         body = fast_on_cpu(body) if has_convolutions(program.traces[g].jaxpr) else body
         body = jax.checkpoint(body) if checkpoint else body
         xs = (indices, rows, extra[g] if extra else None)
-        loop = _over_all_but_the_last if _last_apart(program, g, sums) else _over_all
-        (state, sums), (own, out) = loop(body, init, xs, program.unroll)
+        if _last_apart(program, g, sums):
+            (state, sums), (own, out) = _over_all_but_the_last(body, init, xs)
+        else:
+            unroll = 1 if program.unroll == "last" else program.unroll
+            (state, sums), (own, out) = lax.scan(body, init, xs, unroll=unroll)
         written.append(out)
         stacked.append(own)
     return Scanned(_combined(program, state, stacked), sums, written)
@@ -140,13 +143,8 @@ def _last_apart(program: Program, g: int, sums: PyTree) -> bool:
     return program.unroll == "last" and is_last and travels
 
 
-def _over_all(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
-    """``lax.scan``, with so many microbatches written out per iteration."""
-    return lax.scan(body, init, xs, unroll=1 if unroll == "last" else unroll)
-
-
-def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tuple[Any, Any]:
-    """The same, with the last microbatch after the loop.
+def _over_all_but_the_last(body: Body, init: Any, xs: Any) -> tuple[Any, Any]:
+    """``lax.scan``, with the last microbatch after the loop.
 
     There XLA sees which sums are complete while it differentiates the rest, and can begin to send
     them. Inside of a loop no sum is complete before the loop ends. The loop reads the rows where
@@ -154,7 +152,6 @@ def _over_all_but_the_last(body: Body, init: Any, xs: Any, unroll: Unroll) -> tu
     once, when the last entry joins the others. Typed keys are read as the integers that they are
     made of: JAX takes a key that a loop closes over for one that every iteration uses.
     """
-    del unroll
     count = len(jax.tree.leaves(xs)[0])
     plain = jax.tree.map(key_data, xs)
     entry_of = lambda i, x, like: as_key(lax.dynamic_index_in_dim(x, i, keepdims=False), like)

@@ -327,6 +327,17 @@ def value(loss: PyTree) -> Any:
     return total_of(jax.tree.leaves(loss))
 
 
+def _content(term: Any) -> Any:
+    """What a term of a loss adds up."""
+    match term:
+        case Mean():
+            return term.total
+        case Sum():
+            return term.x
+        case _:
+            return term
+
+
 def _check_term(name: str, term: Any) -> None:
     if is_tag(term) and not isinstance(term, Mean | Sum):
         raise TypeError(
@@ -338,9 +349,7 @@ def _check_term(name: str, term: Any) -> None:
             f"{name} is {described(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of "
             "them. Auxiliary values go into aux, with has_aux=True."
         )
-    content: Any = (
-        term.total if isinstance(term, Mean) else term.x if isinstance(term, Sum) else term
-    )
+    content = _content(term)
     if not is_array(content) and not isinstance(content, bool | int | float | complex):
         raise TypeError(f"{name} holds {described(content)}; a term of a loss is one scalar.")
     if jnp.shape(content) != ():

@@ -215,9 +215,14 @@ def grad(
         2.0
     """
     check_known(options, "grad")
-    both = value_and_grad(fun, argnums, has_aux, **options)
+    return without_value(value_and_grad(fun, argnums, has_aux, **options))
 
-    @functools.wraps(fun)
+
+def without_value(both: Fun) -> Fun:
+    """Of a function that returns value and gradients, the gradients, and what comes with the
+    value."""
+
+    @functools.wraps(both)
     def gradient(*args: PyTree, **kwargs: PyTree) -> PyTree:
         value, grads = both(*args, **kwargs)
         return (grads, *value[1:]) if isinstance(value, tuple) else grads

@@ -307,9 +307,9 @@ FAULTS = [
     ),
     Fault(
         "unroll is forgotten",
-        "_over_all",
-        'unroll=1 if unroll == "last" else unroll',
-        "unroll=1",
+        "scan",
+        'unroll = 1 if program.unroll == "last" else program.unroll',
+        "unroll = 1",
         "plain/test_unroll.py::test_the_loop_is_gone_where_all_is_written_out",
     ),
     Fault(

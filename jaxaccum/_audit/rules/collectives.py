@@ -20,12 +20,12 @@ from jaxaccum._audit.lattice import (
     Scale,
     Term,
     Value,
+    any_params,
     fixed,
 )
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
     all_numbered,
-    any_params,
     any_summary,
     avals_of,
     both,

@@ -17,6 +17,7 @@ from jaxaccum._audit.rules.operands import (
     rows_among,
 )
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._program.validate import axis_names
 
 Spec = tuple[tuple[str, ...], ...]
 """The mesh axes over which each dimension of an array is sharded."""
@@ -80,13 +81,7 @@ def _joined(walk: Walk, op: Op, x: Value, spec: Spec, names: tuple[str, ...]) ->
 
 def _dims(spec: Iterable[str | tuple[str, ...] | None]) -> Spec:
     """The mesh axes of each dimension of a partition spec."""
-    return tuple(map(_names, spec))
-
-
-def _names(dim: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if dim is None:
-        return ()
-    return (dim,) if isinstance(dim, str) else tuple(dim)
+    return tuple(map(axis_names, spec))
 
 
 def _mesh_axes(spec: Spec, x: Value) -> tuple[str, ...]:

@@ -67,11 +67,6 @@ def any_summary(values: Iterable[Value]) -> bool:
     return bool(summaries_among(values))
 
 
-def any_params(values: Iterable[Value]) -> bool:
-    """Whether one depends on the parameters."""
-    return any(v.params for v in values)
-
-
 def any_place(values: Iterable[Value]) -> bool:
     """Whether one is the place of an example or of a microbatch."""
     return any(v.index is not None for v in values)
