@@ -15,7 +15,7 @@ product between their start and their end in the schedule: the backward pass. Ot
 there are the optimizer's, and are counted apart. The last sum can only travel behind the optimizer.
 
 Command   python -m experiments overlap      (pip install 'jaxaccum[experiments,tpu,gpu]')
-Cost      ten minutes
+Cost      a minute on two free cores
 Expected  still one gradient is sent, outside of loops. In a loop none of it may travel behind a
           product; with `unroll="last"` at least half, whatever N. The price: one microbatch's
           program more to compile, and memory for at most half a gradient more
