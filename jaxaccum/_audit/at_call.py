@@ -30,24 +30,20 @@ from jaxaccum._base.types import Array, Fun, WithStreams
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._program.argument_slots import Role, Slot
-from jaxaccum._program.program import Observed, Options, Program
+from jaxaccum._program.call import Call
+from jaxaccum._program.program import Observed, Program
 
 
-def check(
-    fun: Fun,
-    options: Options,
-    program: Program,
-    arrays: Sequence[Array],
-    argnums: Sequence[int] | None = None,
-) -> None:
+def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
     """Warn or raise, as the options say, if the function does not accumulate exactly.
 
-    `argnums` are the arguments that are differentiated; None says that any may be.
+    `program` and `arrays` are those that the call was prepared to.
     """
+    fun, options = call.fun, call.options
     if options.audit is None or _is_whole(program):
         return
     fun = fun.fun if isinstance(fun, WithStreams) else fun
-    report = _report(_Call(fun, program, arrays, argnums), options.axis_name)
+    report = _report(_Call(fun, program, arrays, call.argnums), options.axis_name)
     if not report.causes:
         return
     said = message(fun, report, program.slots)
@@ -92,7 +88,8 @@ class _Call:
     fun: Fun
     program: Program
     arrays: Sequence[Array]
-    argnums: Sequence[int] | None
+    argnums: Sequence[int]
+    """Those that are differentiated; where there are none, any may be."""
 
     @property
     def given(self) -> Sequence[Array]:
@@ -103,7 +100,7 @@ class _Call:
         return self.program.slots[: self.program.num_arguments]
 
     def differentiates(self, argnum: int | str | None) -> bool:
-        return self.argnums is None or argnum in self.argnums
+        return not self.argnums or argnum in self.argnums
 
     def keeps_groups(self, size: int) -> bool:
         return self.program.partition.keeps_groups(size)

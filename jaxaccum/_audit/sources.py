@@ -22,7 +22,7 @@ _LIBRARIES = tuple(
 _HERE = os.path.dirname(__file__) + os.sep
 _TRACED_FROM = (
     _HERE,
-    os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "call.py"),
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), "_program", "flat_function.py"),
 )
 """The files that trace a loss: the frames that they call are the loss."""
 

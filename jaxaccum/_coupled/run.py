@@ -91,7 +91,7 @@ def _cuts(program: Program) -> Cuts:
 
 def _reversed(sweep: Sweep, gradient: Gradient, seeds: Sequence[Array]) -> Result:
     """Back over the stages of a finished sweep; gradients in the order of `wrt`."""
-    call, sums = sweep.call, gradient.sums
+    call, sums = sweep.call, gradient.accumulator
     program, arrays = call.program, call.arrays
     slots = differentiated(program, gradient.wrt)
     variable = {i: v for v, i in _slots(program, call.cuts.jaxpr).items()}

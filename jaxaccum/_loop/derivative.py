@@ -44,7 +44,7 @@ from jaxaccum._loop.loop import Scanned, rows_of, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
-from jaxaccum.accumulators._record import Sums
+from jaxaccum.accumulators._record import GradientSum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Gradient:
 
     wrt: tuple[int, ...]
     parts: tuple[int, ...]
-    sums: Sums
+    accumulator: GradientSum
 
 
 class Result(NamedTuple):
@@ -110,14 +110,14 @@ class Derivative:
         adds it.
         """
         lone = self.program.partition.num_microbatches == 1
-        widened = any(self.gradient.sums.dtype_for(x) != x.dtype for x in self.parameters)
-        return self.gradient.sums.in_place and (widened or not lone)
+        widened = any(self.gradient.accumulator.dtype_for(x) != x.dtype for x in self.parameters)
+        return self.gradient.accumulator.in_place and (widened or not lone)
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""
-        sums, summed = self.gradient.sums, entries(self.arrays, self.slots.summed)
-        lowest = [maxima.lowest(x, sums.dtype_for(x)) for x in self._overwritten]
-        return [*map(sums.zeros, summed), *lowest]
+        rule, summed = self.gradient.accumulator, entries(self.arrays, self.slots.summed)
+        lowest = [maxima.lowest(x, rule.dtype_for(x)) for x in self._overwritten]
+        return [*map(rule.zeros, summed), *lowest]
 
     # -- one microbatch
 

@@ -1,172 +1,94 @@
-"""`fun` as a function of flat arrays, which notes what came out at each size of microbatch."""
+"""One call of a transformation: its function, its options, and its arguments as slots and
+arrays."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Sequence
 
-import jax
-
-from jaxaccum._base.types import Array, Fun, PyTree, WithStreams
-from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._jaxpr.variables import Type
-from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
-from jaxaccum._program.argument_slots import Layout, Role
-from jaxaccum._program.microbatches import Partition
-from jaxaccum._program.named_outputs import Output
-from jaxaccum._program.output_parts import Outputs, Part
-from jaxaccum._program.reductions import Reduction
+from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
+from jaxaccum._program import argument_slots, validate
+from jaxaccum._program.argument_slots import Layout
 
 
-class Traced(NamedTuple):
-    """`fun` traced at one size of microbatch."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that every transformation shares, as the user gave them."""
 
-    trace: Trace
-    original: Trace
-    """As it was before anything was changed in it."""
-    consts: list[Array]
-    checked: bool
-    """Whether JAX could follow in it which values vary over a mesh."""
+    in_axes: InAxes = (None, 0)
+    num_microbatches: int | None = None
+    microbatch_size: int | None = None
+    split: Split = "contiguous"
+    num_examples_argnum: int | None = None
+    axis_name: str = "microbatch"
+    mesh_axes: str | Sequence[str] | None = None
+    memory: Memory = None
+    unroll: Unroll = 1
+    audit: Audit = "warn"
+    device_axes: tuple[str, ...] = ()
+    """The axes of an explicit mesh over which the call runs device by device."""
+    blocks: int = 1
+    """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
 
 
-class Returned(NamedTuple):
-    """What came out at one size of microbatch."""
-
-    outputs: Outputs
-    types: list[Type]
-    """Of the parts, and then of the outputs without a tag."""
-    leaves: tuple[Output, ...]
-    """What the audit judges; empty where nobody asks it."""
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Call:
-    """`fun` as a function of flat arrays; notes what came out at each size."""
+    """A call whose arguments have been read."""
 
     fun: Fun
+    options: Options
     layout: Layout
-    loss: bool
-    has_aux: bool
-    padded: bool
-    audited: bool
-    batch_size: int
-    constant: output_parts.Constant | None = None
-    """Stops the gradient of an output that passes none."""
-    returned: list[Returned] = dataclasses.field(default_factory=list)
-    num_terms: int = 0
+    arrays: list[Array]
+    """One per slot of the layout."""
+    argnums: tuple[int, ...] = ()
+    """The positional arguments that are differentiated, none of them negative."""
+    one_argnum: bool = False
+    """Whether `argnums` was given as one int, so that gradients come without a tuple."""
+    counted: int | None = None
+    """The positional argument that counts the real examples."""
 
-    def at(self, size: int) -> Callable[..., list[Array]]:
-        def flat(*arrays: Array) -> list[Array]:
-            args, kwargs = self.layout.build(list(arrays))
-            output = self._output(args, kwargs, size)
-            if self.loss:
-                output = output_parts.split_loss(output, self.has_aux)
-                self.num_terms = len(jax.tree.leaves(output[0], is_leaf=output_parts.is_tag))
-            outputs, parts = output_parts.read(
-                output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry,
-                padded=self.padded, constant=self.constant,
-            )  # fmt: skip
-            leaves, values = [], list(parts)
-            for leaf, arrays_of_leaf in self._leaves(output):
-                leaves.append(leaf)
-                values += arrays_of_leaf
-            types = list(map(jax.typeof, parts))
-            self.returned.append(Returned(outputs, types, tuple(leaves)))
-            return values
+    @property
+    def batch_size(self) -> int:
+        """The number of examples."""
+        return argument_slots.batch_size(self.layout.slots, self.arrays, self.fun)
 
-        return flat
+    @property
+    def differentiated(self) -> tuple[int, ...]:
+        """The slots that are differentiated, argument by argument."""
+        return self.layout.of_arguments(self.argnums)
 
-    def traced(self, trace: Callable[[Call, int], Traced], size: int) -> Traced:
-        """``trace(self, size)``.
+    def of_arrays(self, arrays: Iterable[Array]) -> Call:
+        """The same call of other arrays, one per slot."""
+        return dataclasses.replace(self, arrays=list(arrays))
 
-        Of a model whose examples draw for themselves, what twice as many draw tells which axis of
-        a draw is theirs.
-        """
-        fun = self.fun
-        if not isinstance(fun, WithStreams) or fun.drawing is None:
-            return trace(self, size)
-        other = self.elsewhere()
-        try:
-            twice = trace(other, 2 * size)
-        except Exception as error:  # of the user's function
-            trace(other, size)  # where this size fails too, its error is said
-            raise ValueError(
-                f"example_streams compares what fun draws for {size} examples with what it draws "
-                f"for {2 * size}, and fun does not run on {2 * size} ({error}); let it take any "
-                "number of examples."
-            ) from error
-        larger = list(example_keys.draws(twice.trace.jaxpr))
-        self.fun = fun.compared(frozenset(draw.shape for draw in larger))
-        found = trace(self, size)
-        example_keys.check(list(example_keys.draws(found.trace.jaxpr)), larger, size)
-        return found
-
-    def elsewhere(self) -> Call:
-        """The same function, for sizes at which it will not run: this one notes nothing of them."""
-        return dataclasses.replace(self, returned=[])
-
-    def _output(self, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], size: int) -> PyTree:
-        slots = () if isinstance(self.fun, WithStreams) else self.layout.slots
-        explain = functools.partial(
-            closures.explain,
-            fun=self.fun,
-            size=size,
-            batch_size=self.batch_size,
-            keys=[slot.name for slot in slots if slot.role is Role.EXAMPLE_KEY],
-        )
-        return assignments.call(self.fun, args, kwargs, explain)
-
-    def _leaves(self, output: PyTree) -> Iterator[tuple[Output, list[Array]]]:
-        """The leaves of the output, as the audit names them."""
-        if not self.audited:
-            return
-        if self.loss:
-            yield from named_outputs.leaves(output[0], "the loss", aux=False)
-            yield from named_outputs.leaves(output[1], "aux", aux=True)
-        else:
-            yield from named_outputs.leaves(output, "output", aux=False)
-
-    def check_sizes(self, partition: Partition) -> None:
-        """Outputs at both sizes have one structure, and what is summed has one shape."""
-        if len(self.returned) < 2:
-            return
-        (first, types, _), (second, other_types, _) = self.returned
-        large, small = partition.groups
-        if first.treedef != second.treedef or _names(first) != _names(second):
-            raise ValueError(
-                f"fun returns other outputs for a microbatch of {large.size} examples than for one "
-                f"of {small.size}: {_names(first)} and {_names(second)}; return one structure for "
-                "every size."
-            )
-        count = len(first.parts)
-        for i, one in enumerate(first.whole, start=count):
-            x, y = types[i], other_types[i]
-            if (x.shape, x.dtype) != (y.shape, y.dtype):
-                raise TypeError(one.refusal)
-        for i, part in enumerate(first.parts):
-            x, y = types[i], other_types[i]
-            if not _combines(part, x, y):
-                raise ValueError(
-                    f"{part.name} has shape {list(x.shape)} for a microbatch of {large.size} "
-                    f"examples and {list(y.shape)} for one of {small.size}, so it has no "
-                    f"{part.reduction.value} over microbatches; reduce it over the examples first, "
-                    "or return it as Concat, one row per example."
-                )
+    def as_arguments(self, grads: Sequence[Array]) -> PyTree:
+        """Arrays for the differentiated slots, in the structures of their arguments: a tuple, or
+        where `argnums` is one int the one tree."""
+        positional, _ = self.layout.treedef.children()
+        arguments, rest = positional.children(), iter(grads)
+        trees = []
+        for number in self.argnums:
+            leaves = itertools.islice(rest, arguments[number].num_leaves)
+            trees.append(arguments[number].unflatten(leaves))
+        return trees[0] if self.one_argnum else tuple(trees)
 
 
-def _combines(part: Part, x: Type, y: Type) -> bool:
-    """Whether arrays of these types, from microbatches of two sizes, combine as the part says."""
-    drop = 1 if part.reduction is Reduction.CONCAT else 0
-    return part.reduction is Reduction.LAST or (x.shape[drop:], x.dtype) == (
-        y.shape[drop:],
-        y.dtype,
+def read(
+    fun: Fun,
+    options: Options,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+    argnums: int | Sequence[int] | None = None,
+) -> Call:
+    """The call ``fun(*args, **kwargs)``; None differentiates nothing."""
+    axes = argument_slots.assigned(options.in_axes, args, kwargs, fun)
+    numbers = () if argnums is None else validate.argnums(argnums, axes.positional)
+    counted = options.num_examples_argnum
+    if counted is not None:
+        counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
+    layout, arrays = argument_slots.read(
+        args, kwargs, axes, differentiated=numbers, counted=counted
     )
-
-
-def _names(outputs: Outputs) -> list[str]:
-    names = [f"{part.name} ({part.reduction.value})" for part in outputs.parts]
-    for one in outputs.whole:
-        names.append(one.name)
-    return names
+    one = not isinstance(argnums, tuple | list)
+    return Call(fun, options, layout, arrays, numbers, one, counted)

@@ -12,49 +12,19 @@ import jax.extend.core as jex
 
 from jaxaccum._base.entries import entries, places_of, with_entries
 from jaxaccum._base.trees import safe_map
-from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
+from jaxaccum._base.types import Array, Memory, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import reversible
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Type, types_of
 from jaxaccum._program import argument_slots, reductions
 from jaxaccum._program.argument_slots import Role, Slot
-from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.output_parts import Outputs, Part, Term
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._program.whole_outputs import Whole
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options that every transformation shares, as the user gave them."""
-
-    in_axes: InAxes | ArgumentAxes = (None, 0)
-    """As the user gave it; in the options of one call, the entry of every argument."""
-    num_microbatches: int | None = None
-    microbatch_size: int | None = None
-    split: Split = "contiguous"
-    num_examples_argnum: int | None = None
-    axis_name: str = "microbatch"
-    mesh_axes: str | Sequence[str] | None = None
-    memory: Memory = None
-    unroll: Unroll = 1
-    audit: Audit = "warn"
-    device_axes: tuple[str, ...] = ()
-    """The axes of an explicit mesh over which the call runs device by device."""
-    blocks: int = 1
-    """In how many blocks, one on each device, the rows of a batch of global arrays lie."""
-
-    def axes(self, fun: Fun, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> ArgumentAxes:
-        """The entry of every argument of the call ``fun(*args, **kwargs)``."""
-        return argument_slots.assigned(self.in_axes, args, kwargs, fun)
-
-    def of_call(self, fun: Fun, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> Options:
-        """The options of one call, whose arguments have no names from then on."""
-        return dataclasses.replace(self, in_axes=self.axes(fun, args, kwargs))
 
 
 class NeedsGlobalArraysError(Exception):

@@ -17,10 +17,12 @@ from jaxaccum._base.trees import is_array, leaves_with_names
 from jaxaccum._base.types import Array, Fun, PyTree
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.flops import flops
-from jaxaccum._program import argument_slots, prepare
+from jaxaccum._program import argument_slots
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.axes_by_name import ArgumentAxes
-from jaxaccum._program.program import Options
+from jaxaccum._program.call import Call, Options
+from jaxaccum._program.call import read as read_call
+from jaxaccum._program.prepare import prepare
 from jaxaccum._transforms import explicit_mesh
 
 
@@ -34,7 +36,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class AbstractCall:
     """Arguments as shapes with shardings; what is not an array is in `leaves` and never traced."""
 
     treedef: Any
@@ -95,15 +97,14 @@ class Call:
         """Whether the loss has collectives over microbatches; the loss is traced once."""
         found: list[bool] = []
 
-        def note(
-            fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
-        ) -> None:
-            program, _ = prepare.prepare(
-                fun, options, args, kwargs, argnums=argnums, loss=True, has_aux=has_aux
-            )
+        def note(call: Call) -> None:
+            program, _ = prepare(call, loss=True, has_aux=has_aux)
             found.append(program.coupled)
 
-        one = lambda *arrays: explicit_mesh.spread(note, fun, options, *self._build(arrays))
+        def one(*arrays: Array) -> None:
+            call = read_call(fun, options, *self._build(arrays), argnums)
+            explicit_mesh.spread(note, dataclasses.replace(call, argnums=()))
+
         jax.eval_shape(self._shard_map(one, None) if self.mesh_axes else one, *self.shapes)
         return found[-1]
 
@@ -180,7 +181,7 @@ def read(
     *,
     traced: Collection[int | str | None],
     mesh_axes: str | Sequence[str] | None,
-) -> Call:
+) -> AbstractCall:
     """The call; in the arguments `traced`, Python numbers are arguments of the program too."""
     names = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
     leaves, positions = {}, []
@@ -197,7 +198,7 @@ def read(
             leaves[name] = x
     mesh = _mesh_of(list(leaves.values()), names)
     structure = jax.tree.structure((args, kwargs))
-    call = Call(structure, tuple(leaves.values()), tuple(positions), mesh, names)
+    call = AbstractCall(structure, tuple(leaves.values()), tuple(positions), mesh, names)
     rows, batch_size = call.rows(axes)
     divided: set[str] = set()
     for slot in rows:

@@ -11,7 +11,7 @@ from jaxaccum._base.source_lines import is_ours
 from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split, Unroll
 from jaxaccum._program import argument_slots, validate
 from jaxaccum._program.axes_by_name import check_keywords
-from jaxaccum._program.program import Options
+from jaxaccum._program.call import Options
 from jaxaccum._tools import lowering
 from jaxaccum._tools.plan_table import Plan, Row
 from jaxaccum._tools.progress import Progress, during
@@ -163,7 +163,7 @@ class _Loss(NamedTuple):
     """The loss and its call: what is traced and compiled at every size."""
 
     fun: Fun
-    call: lowering.Call
+    call: lowering.AbstractCall
     argnums: int | Sequence[int]
     numbers: Sequence[int]
     """The arguments to differentiate, by their positions."""
@@ -257,7 +257,7 @@ def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> _Siz
         ) from error
 
 
-def _limit(memory_bytes: int | None, call: lowering.Call) -> int:
+def _limit(memory_bytes: int | None, call: lowering.AbstractCall) -> int:
     if memory_bytes is not None:
         return validate.size(memory_bytes, "memory_bytes")
     limit = call.device_limit()

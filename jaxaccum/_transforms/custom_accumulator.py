@@ -21,7 +21,7 @@ from jaxaccum._devices import varying
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.program import Program
 from jaxaccum._program.tags import Stack
-from jaxaccum._transforms import summed_gradients
+from jaxaccum._transforms import cotangents, over_shards
 from jaxaccum.accumulators._record import AccumulatorLike, accepted_by, in_place, returned
 
 Assemble = Callable[[Sequence[Array]], PyTree]
@@ -51,7 +51,7 @@ def value_and_grad(
     all of them together.
     """
     total_part, weight_part = _one_denominator(program, wrt)
-    weight_of_batch = summed_gradients.known_first(program, arrays, wrt)[weight_part]
+    weight_of_batch = cotangents.known_first(program, arrays, wrt)[weight_part]
     step = _loop.Derivative(
         program, _loop.Gradient(wrt, (total_part,), in_place()), list(arrays), []
     )
@@ -91,7 +91,8 @@ def value_and_grad(
     by_group = [entries for _, entries in scanned.written]
     entries = safe_map(lambda *groups: jnp.concatenate(groups), *by_group)
     grads, report = _finalized(accumulator, _with_entries(scanned.sums, entries), params)
-    parts, grads = _over_shards(program, wrt, weight_part, scanned.parts, grads)
+    own = _loop.Result(scanned.parts, grads)
+    parts, grads = _over_shards(program, arrays, wrt, weight_part, own)
     if program.mesh_axes:
         # Each device has its own report, and along a leading axis there is room for all.
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
@@ -178,18 +179,21 @@ def _check_shared_by_devices(program: Program, name: str, given_axes: frozenset[
 
 
 def _over_shards(
-    program: Program, wrt: tuple[int, ...], weight: int, parts: list[Array], grads: list[Array]
-) -> tuple[list[Array], list[Array]]:
+    program: Program,
+    arrays: Sequence[Array],
+    wrt: tuple[int, ...],
+    weight: int,
+    own: _loop.Result,
+) -> _loop.Result:
     """Parts and gradients over the mesh, in one collective; of shards of one batch, the mean by
     their weights."""
     if not program.mesh_axes:
-        whole = summed_gradients.ValueAndGrad(parts, grads)
-        return summed_gradients.over_shards(program, wrt, whole, {})
-    share = parts[weight]
-    weighted = [jnp.where(share == 0, jnp.zeros_like(g), g * cast(share, g.dtype)) for g in grads]
-    shares = summed_gradients.ValueAndGrad(parts, weighted)
-    parts, sums = summed_gradients.over_shards(program, wrt, shares, {})
-    return parts, [ratio(x, parts[weight]) for x in sums]
+        return over_shards.combined(program, arrays, wrt, own, {})
+    share = own.parts[weight]
+    weigh = lambda g: jnp.where(share == 0, jnp.zeros_like(g), g * cast(share, g.dtype))
+    weighted = _loop.Result(own.parts, list(map(weigh, own.grads)))
+    parts, sums = over_shards.combined(program, arrays, wrt, weighted, {})
+    return _loop.Result(parts, [ratio(x, parts[weight]) for x in sums])
 
 
 # -- the state -------------------------------------------------------------------------------------

@@ -30,12 +30,13 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._base.entries import entries
 from jaxaccum._base.source_lines import is_ours
 from jaxaccum._base.trees import safe_map
-from jaxaccum._base.types import Array, Fun, PyTree, TreeDef, WithStreams
+from jaxaccum._base.types import Array, PyTree, TreeDef, WithStreams
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import mapped_mesh_axes
-from jaxaccum._program import argument_slots, prepare, validate
+from jaxaccum._program import validate
 from jaxaccum._program.argument_slots import Layout, Role
-from jaxaccum._program.program import NeedsGlobalArraysError, Options
+from jaxaccum._program.call import Call, Options
+from jaxaccum._program.program import NeedsGlobalArraysError
 from jaxaccum._transforms.eager import once
 from jaxaccum._transforms.gathers import divided, gathered, gathering
 
@@ -48,26 +49,16 @@ _NEEDS_GLOBAL_ARRAYS = (
 """What JAX says of a `fun` that closes over arrays of the mesh, or that names an axis which is
 manual in the loop."""
 
-Call = Callable[[Fun, Options, tuple[PyTree, ...], dict[str, PyTree]], PyTree]
-"""The plain path; with `argnums`, it returns a pair whose second entry holds the gradients of these
-arguments."""
+Run = Callable[[Call], PyTree]
+"""What a transformation does with a call. Where arguments are differentiated, it returns a pair
+whose second entry holds their gradients."""
 
 
-def spread(
-    call: Call,
-    fun: Fun,
-    options: Options,
-    args: tuple[PyTree, ...],
-    kwargs: dict[str, PyTree],
-    *,
-    argnums: Sequence[int] = (),
-    gather: str = "each",
-) -> PyTree:
-    """``call(fun, options, args, kwargs)``, over the devices of an explicit mesh if the batch is
-    laid out on one."""
+def spread(run: Run, call: Call, *, gather: str = "each") -> PyTree:
+    """``run(call)``, over the devices of an explicit mesh if the batch is laid out on one."""
     validate.gather(gather)
     try:
-        return _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
+        return _spread(run, call, gather)
     except ValueError as error:
         mapped = mapped_mesh_axes()
         if not mapped or is_ours(error):
@@ -79,25 +70,15 @@ def spread(
         ) from error
 
 
-def _spread(
-    call: Call,
-    fun: Fun,
-    options: Options,
-    args: tuple[PyTree, ...],
-    kwargs: dict[str, PyTree],
-    *,
-    argnums: Sequence[int],
-    gather: str,
-) -> PyTree:
-    layout, arrays, _ = prepare.read(options, args, kwargs, argnums)
-    if any(map(varying.is_summed, arrays)):
-        return _of_plain_types(call, fun, options, layout, arrays, argnums=argnums, gather=gather)
-    axes = _batch_axes(layout, arrays)
+def _spread(run: Run, call: Call, gather: str) -> PyTree:
+    if any(map(varying.is_summed, call.arrays)):
+        return _of_plain_types(run, call, gather)
+    axes = _batch_axes(call.layout, call.arrays)
     if not axes:
-        return call(fun, options, args, kwargs)
-    found = _Spread(call, fun, options, layout, arrays, axes, tuple(argnums), gather)
+        return run(call)
+    found = _Spread(run, call, axes, gather)
     found.check()
-    if layout.positions(Role.CARRY):
+    if call.layout.positions(Role.CARRY):
         return found.globally()
     try:
         return found.by_device()
@@ -109,25 +90,15 @@ def _spread(
         return found.globally()
 
 
-def _of_plain_types(
-    call: Call,
-    fun: Fun,
-    options: Options,
-    layout: Layout,
-    arrays: list[Array],
-    *,
-    argnums: Sequence[int],
-    gather: str,
-) -> PyTree:
+def _of_plain_types(run: Run, call: Call, gather: str) -> PyTree:
     """Run the call after the sums over devices that JAX has left pending. Gradients come back with
     the types that JAX would give them."""
-    args, kwargs = layout.build(list(map(varying.plain, arrays)))
-    result = _spread(call, fun, options, args, kwargs, argnums=argnums, gather=gather)
-    if not argnums:
+    result = _spread(run, call.of_arrays(map(varying.plain, call.arrays)), gather)
+    if not call.argnums:
         return result
     head, grads = result
     leaves, treedef = jax.tree.flatten(grads)
-    own = entries(arrays, layout.of_arguments(argnums))
+    own = entries(call.arrays, call.differentiated)
     return head, treedef.unflatten(safe_map(varying.as_cotangent, leaves, own))
 
 
@@ -148,15 +119,25 @@ class _Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Spread:
+    """A call whose batch is divided over the devices of a mesh."""
+
+    run: Run
     call: Call
-    fun: Fun
-    options: Options
-    layout: Layout
-    arrays: list[Array]
     axes: tuple[str, ...]
     """The mesh axes over which the rows of the batch are divided."""
-    argnums: tuple[int, ...]
     gather: str
+
+    @property
+    def layout(self) -> Layout:
+        return self.call.layout
+
+    @property
+    def arrays(self) -> list[Array]:
+        return self.call.arrays
+
+    @property
+    def options(self) -> Options:
+        return self.call.options
 
     @property
     def mesh(self) -> AbstractMesh:
@@ -180,7 +161,7 @@ class _Spread:
 
     def check(self) -> None:
         """Every microbatch holds as many rows of one shard as of another."""
-        whole = argument_slots.batch_size(self.layout.slots, self.arrays)
+        whole = self.call.batch_size
         name = "num_microbatches" if self.options.microbatch_size is None else "microbatch_size"
         partition = validate.partition(
             whole,
@@ -204,57 +185,57 @@ class _Spread:
     def globally(self) -> PyTree:
         """The loop over global arrays, whose microbatches are divided as the batch is."""
         options = dataclasses.replace(self.options, blocks=self.shards)
-        run = _in_mesh(self.mesh, lambda arrays: self._pair(options, arrays))
+        call = dataclasses.replace(self.call, options=options)
+        run = _in_mesh(self.mesh, lambda arrays: self._pair(call.of_arrays(arrays)))
         head, grads = run(self._kept())
-        if not self.argnums:
+        if not self.call.argnums:
             return head
         leaves, treedef = jax.tree.flatten(grads)
-        own = entries(self.arrays, self._differentiated())
+        own = entries(self.arrays, self.call.differentiated)
         return head, treedef.unflatten(safe_map(_laid_out_as, leaves, own))
 
     def by_device(self) -> PyTree:
         """The loop over each device's own rows; totals and gradients summed once, after it."""
         found: list[_Shared] = []
-        specs, sharded = self.specs, self.sharded
+        specs, sharded, mine = self.specs, self.sharded, self._of_one_device()
 
         def one(*arrays: Array) -> tuple[list[Array], list[Array], list[Array]]:
             own = list(arrays)
             if self.gather == "once":
                 for i, spec in sharded.items():
                     own[i] = gathered(own[i], spec)
-            each = self.gather == "each" and sharded
-            fun = self._that_gathers() if each else self.fun
-            head, grads = self._pair(self._own_options(), own, fun)
+            head, grads = self._pair(mine.of_arrays(own))
             leaves, treedef = jax.tree.flatten(head)
             are_rows = [bool(varying.varying_axes(x) & set(self.axes)) for x in leaves]
             flat, grads_def = jax.tree.flatten(grads)
             if self.gather == "once":
-                flat = safe_map(self._scattered, self._differentiated(), flat)
+                flat = safe_map(self._scattered, self.call.differentiated, flat)
             found.append(_Shared(treedef, grads_def, are_rows))
             same = itertools.compress(leaves, map(operator.not_, are_rows))
             return list(itertools.compress(leaves, are_rows)), list(same), flat
 
-        outs = (P(self.axes), P(), entries(specs, self._differentiated()))
+        outs = (P(self.axes), P(), entries(specs, self.call.differentiated))
         over = jax.shard_map(
             one, mesh=self.mesh, in_specs=tuple(specs), out_specs=outs, axis_names=set(self.axes)
         )
         rows, same, flat = once(over, *self.arrays)
         shared = found[-1]
         head = shared.together(rows, same)
-        return (head, shared.grads.unflatten(flat)) if self.argnums else head
+        return (head, shared.grads.unflatten(flat)) if self.call.argnums else head
 
-    def _that_gathers(self) -> Fun:
-        """The function, which gathers its parameters at every microbatch."""
-        sharded, row = self._leaves_of(self.sharded), self._a_row()
-        change = lambda fun: gathering(fun, sharded, row)
-        return self.fun.mapped(change) if isinstance(self.fun, WithStreams) else change(self.fun)
+    def _of_one_device(self) -> Call:
+        """One device's call: its share of each microbatch. With ``gather="each"`` the function
+        gathers its parameters."""
+        fun, sharded, row = self.call.fun, self._leaves_of(self.sharded), self._a_row()
+        if self.gather == "each" and sharded:
+            change = lambda fun: gathering(fun, sharded, row)
+            fun = fun.mapped(change) if isinstance(fun, WithStreams) else change(fun)
+        return dataclasses.replace(self.call, fun=fun, options=self._own_options())
 
-    def _pair(
-        self, options: Options, arrays: Sequence[Array], fun: Fun | None = None
-    ) -> tuple[PyTree, PyTree]:
-        """The call's result as a pair: the head, and the gradients, if there are any."""
-        result = self.call(fun or self.fun, options, *self.layout.build(list(arrays)))
-        return result if self.argnums else (result, ())
+    def _pair(self, call: Call) -> tuple[PyTree, PyTree]:
+        """The result as a pair: the head, and the gradients, if there are any."""
+        result = self.run(call)
+        return result if call.argnums else (result, ())
 
     def _kept(self) -> list[Array]:
         """Global arrays, with the parameters that are to be gathered once gathered."""
@@ -269,17 +250,13 @@ class _Spread:
         """The options of one device's call: its share of each microbatch."""
         outer = validate.axis_names(self.options.mesh_axes)
         size = self.options.microbatch_size
-        whole = argument_slots.batch_size(self.layout.slots, self.arrays)
+        whole = self.call.batch_size
         return dataclasses.replace(
             self.options,
             mesh_axes=(*outer, *self.axes),
             device_axes=self.axes,
             microbatch_size=None if size is None else min(size, whole) // self.shards,
         )
-
-    def _differentiated(self) -> tuple[int, ...]:
-        """The slots of the gradients, in the order in which they are returned."""
-        return self.layout.of_arguments(self.argnums)
 
     def _leaves_of(self, sharded: dict[int, P]) -> dict[int, P]:
         """The same, by position among all leaves of the arguments."""

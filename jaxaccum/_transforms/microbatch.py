@@ -18,13 +18,15 @@ from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.trees import cast, is_inexact, safe_map
 from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Tangent, Unroll
 from jaxaccum._devices import varying
-from jaxaccum._program import prepare
+from jaxaccum._program import whole_batch
 from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.call import Call, Options, read
 from jaxaccum._program.finalize import finalized
-from jaxaccum._program.program import Options, Program
+from jaxaccum._program.prepare import prepare
+from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._transforms import engine, explicit_mesh
-from jaxaccum.accumulators._record import Sums
+from jaxaccum.accumulators._record import GradientSum
 
 
 def microbatch(
@@ -115,18 +117,18 @@ def microbatch(
 
     @functools.wraps(fun)
     def microbatched(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        return explicit_mesh.spread(plain, fun, options.of_call(fun, args, kwargs), args, kwargs)
-
-    def plain(
-        fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
-    ) -> PyTree:
-        program, arrays = prepare.prepare(fun, options, args, kwargs)
-        summed = safe_map(functools.partial(_of_all_shards, program), program.slots, arrays)
-        parts = _differentiable(program)(summed)
-        at_call.check(fun, options, program, arrays)
-        return finalized(program, arrays, program.over_mesh(parts))
+        return explicit_mesh.spread(_output, read(fun, options, args, kwargs))
 
     return microbatched
+
+
+def _output(call: Call) -> PyTree:
+    """What the call returns: the output of the whole batch."""
+    program, arrays = prepare(call)
+    summed = safe_map(functools.partial(_of_all_shards, program), program.slots, arrays)
+    parts = _differentiable(program)(summed)
+    at_call.check(call, program, arrays)
+    return finalized(program, arrays, program.over_mesh(parts))
 
 
 def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbatch") -> Fun:
@@ -151,7 +153,7 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
 
     @functools.wraps(fun)
     def oracle(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        return prepare.whole(fun, options, args, kwargs)
+        return whole_batch.run(read(fun, options, args, kwargs))
 
     return oracle
 
@@ -263,7 +265,7 @@ def _gradient_beside_value(
     part: int,
 ) -> tuple[list[Array], list[Tangent]]:
     dtype = program.types[part].dtype
-    gradient = _loop.Gradient(wrt, (part,), Sums(in_place=True))
+    gradient = _loop.Gradient(wrt, (part,), GradientSum(in_place=True))
     parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones((), dtype)])
     grads = _loop.next_values(program.slots, arrays, wrt, grads)
     tangent = _zero_tangent(parts[part])
@@ -291,13 +293,13 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Loop:
         # JAX runs the forward rule of a custom_vjp only where it differentiates: an outer
         # derivative needs that form, not the plain function, which may close over what is
         # differentiated. Nobody reads these gradients.
-        gradient = _loop.Gradient(wrt, tuple(wanted), Sums(in_place=True))
+        gradient = _loop.Gradient(wrt, tuple(wanted), GradientSum(in_place=True))
         result = engine.run_with_gradient(program, values, gradient, _ones(program, wanted))
         return result.parts, values
 
     def pull(values: list[Array], cotangents: list[Tangent]) -> tuple[list[Array | None]]:
         given = [i for i in wanted if not isinstance(cotangents[i], SymbolicZero)]
-        gradient = _loop.Gradient(wrt, tuple(given), Sums(in_place=True))
+        gradient = _loop.Gradient(wrt, tuple(given), GradientSum(in_place=True))
         seeds = entries(cotangents, given)
         _, summed = engine.run_with_gradient(program, values, gradient, seeds)
         found: list[Array | None] = [None] * len(values)

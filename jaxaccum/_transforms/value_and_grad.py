@@ -6,19 +6,26 @@ import functools
 from collections.abc import Sequence
 from typing import Unpack
 
-import jax
-
 from jaxaccum._audit import at_call
 from jaxaccum._base.entries import entries
 from jaxaccum._base.trees import safe_map
 from jaxaccum._base.types import Array, Audit, Fun, Gather, InAxes, Memory, PyTree, Split, Unroll
-from jaxaccum._program import argument_slots, output_parts, prepare, validate
+from jaxaccum._loop import Gradient, Result
+from jaxaccum._program import output_parts
+from jaxaccum._program.call import Call, Options, read
 from jaxaccum._program.finalize import finalized
-from jaxaccum._program.program import Options
-from jaxaccum._transforms import custom_accumulator, explicit_mesh, summed_gradients
+from jaxaccum._program.prepare import prepare
+from jaxaccum._program.program import Program
+from jaxaccum._transforms import (
+    cotangents,
+    custom_accumulator,
+    engine,
+    explicit_mesh,
+    over_shards,
+)
 from jaxaccum._transforms.eager import once
 from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
-from jaxaccum.accumulators._record import AccumulatorLike, Sums, in_place, returned
+from jaxaccum.accumulators._record import AccumulatorLike, GradientSum, in_place, returned
 
 
 def value_and_grad(
@@ -127,54 +134,54 @@ def value_and_grad(
         split=split, num_examples_argnum=num_examples_argnum, axis_name=axis_name,
         mesh_axes=mesh_axes, memory=memory, unroll=unroll, audit=audit,
     )  # fmt: skip
-    sums = in_place() if accumulator is None else accumulator
+    rule = in_place() if accumulator is None else accumulator
+    run = functools.partial(_value_and_grad, rule, has_aux)
 
     @functools.wraps(fun)
     def accumulated(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        _check_record(sums)
-        own = options.of_call(fun, args, kwargs)
-        numbers = validate.argnums(argnums, own.axes(fun, args, kwargs).positional)
-        head, trees = explicit_mesh.spread(
-            plain, fun, own, args, kwargs, argnums=numbers, gather=gather
-        )
-        return head, trees if isinstance(argnums, tuple | list) else trees[0]
-
-    def plain(
-        fun: Fun, options: Options, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
-    ) -> PyTree:
-        numbers = validate.argnums(argnums, options.axes(fun, args, kwargs).positional)
-        program, arrays = prepare.prepare(
-            fun, options, args, kwargs, argnums=numbers, loss=True, has_aux=has_aux
-        )
-        slots = argument_slots.of_arguments(program.slots, numbers)
-
-        def assemble(arrays: Sequence[Array]) -> PyTree:
-            rest = iter(arrays)
-            trees = tuple(jax.tree.map(lambda _: next(rest), args[i]) for i in numbers)
-            return trees if isinstance(argnums, tuple | list) else trees[0]
-
-        if isinstance(sums, Sums):
-            parts, grads = summed_gradients.value_and_grad(program, arrays, slots, sums)
-            own = entries(arrays, slots)
-            grads = safe_map(functools.partial(returned, sums), grads, own)
-            grads, report = assemble(grads), None
-        else:
-            run = functools.partial(
-                custom_accumulator.value_and_grad, program, slots, sums, assemble
-            )
-            parts, grads, report = once(run, arrays)
-        at_call.check(fun, options, program, arrays, numbers)
-        loss, aux = finalized(program, arrays, parts)
-        value = (
-            output_parts.value(loss),
-            *([aux] if has_aux else []),
-            *([] if report is None else [report]),
-        )
-        return (value if len(value) > 1 else value[0]), (
-            grads if isinstance(argnums, tuple | list) else (grads,)
-        )
+        _check_record(rule)
+        call = read(fun, options, args, kwargs, argnums)
+        return explicit_mesh.spread(run, call, gather=gather)
 
     return accumulated
+
+
+def _value_and_grad(
+    accumulator: AccumulatorLike, has_aux: bool, call: Call
+) -> tuple[PyTree, PyTree]:
+    """What the call returns: the value, with what comes with it, and the gradients."""
+    program, arrays = prepare(call, loss=True, has_aux=has_aux)
+    wrt = call.differentiated
+    if isinstance(accumulator, GradientSum):
+        parts, summed = _summed(program, arrays, wrt, accumulator)
+        own = entries(arrays, wrt)
+        grads = call.as_arguments(safe_map(functools.partial(returned, accumulator), summed, own))
+        reports = []
+    else:
+        run = functools.partial(
+            custom_accumulator.value_and_grad, program, wrt, accumulator, call.as_arguments
+        )
+        parts, grads, report = once(run, arrays)
+        reports = [] if report is None else [report]
+    at_call.check(call, program, arrays)
+    loss, aux = finalized(program, arrays, parts)
+    value = (output_parts.value(loss), *([aux] if has_aux else []), *reports)
+    return (value if len(value) > 1 else value[0]), grads
+
+
+def _summed(
+    program: Program, arrays: list[Array], wrt: tuple[int, ...], accumulator: GradientSum
+) -> Result:
+    """The parts of the value and the sums of gradients, over the whole batch and all devices.
+
+    Denominators first. They give each term its cotangent, and every microbatch back-propagates its
+    share of it.
+    """
+    known = cotangents.known_first(program, arrays, wrt)
+    seeds = cotangents.of_terms(program, wrt, known)
+    gradient = Gradient(wrt, seeds.parts, accumulator)
+    own = engine.run_with_gradient(program, arrays, gradient, seeds.values)
+    return over_shards.combined(program, arrays, wrt, own, known)
 
 
 @shows_options_of(value_and_grad)

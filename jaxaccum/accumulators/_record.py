@@ -92,7 +92,7 @@ AccumulatorLike = Accumulator | Record
 
 
 @dataclasses.dataclass(frozen=True)
-class Sums:
+class GradientSum:
     """The sum of weighted gradients, added by the backward pass itself or as a whole tree after it.
 
     `in_place` and `tree` make it. `dtype` is that of the sums; None is the parameter's, or float32
@@ -168,7 +168,7 @@ def accepted_by(accumulator: AccumulatorLike, mean_grads: PyTree, weight: Array)
     return jnp.array(True) if accepts is None else accepts(mean_grads, weight)
 
 
-def in_place(dtype: DTypeLike | None = None) -> Sums:
+def in_place(dtype: DTypeLike | None = None) -> GradientSum:
     """Sum gradients in place: the backward pass adds to the one sum that the optimizer then reads.
 
     A parameter that a scan reads layer by layer needs no second copy of its gradient: each layer's
@@ -191,10 +191,10 @@ def in_place(dtype: DTypeLike | None = None) -> Sums:
         >>> step(1.0, jnp.array([1.0, 3.0])).item()
         10.0
     """
-    return Sums(in_place=True, dtype=dtype)
+    return GradientSum(in_place=True, dtype=dtype)
 
 
-def tree(dtype: DTypeLike | None = None) -> Sums:
+def tree(dtype: DTypeLike | None = None) -> GradientSum:
     """Sum gradients as trees: each microbatch returns a whole tree, which is added to the sum. It
     needs one more tree.
 
@@ -212,4 +212,4 @@ def tree(dtype: DTypeLike | None = None) -> Sums:
         >>> jax.jacfwd(grad)(1.0, jnp.array([1.0, 3.0])).item()
         10.0
     """
-    return Sums(in_place=False, dtype=dtype)
+    return GradientSum(in_place=False, dtype=dtype)

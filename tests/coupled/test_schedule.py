@@ -13,8 +13,8 @@ from jax import lax
 
 import jaxaccum as ja
 from jaxaccum import _coupled
-from jaxaccum._program import prepare
-from jaxaccum._program.program import Options
+from jaxaccum._program.call import Options, read
+from jaxaccum._program.prepare import prepare
 from tests.support.helpers import refused
 
 AXIS, FLOAT = "microbatch", jnp.float32
@@ -147,9 +147,9 @@ def predicted(name, memory):
 
     def record(params, batch):
         options = Options(num_microbatches=n, memory=memory)
-        program, _ = prepare.prepare(loss, options, (params, batch), {}, argnums=(0,), loss=True)
-        wrt = tuple(i for i, slot in enumerate(program.slots) if slot.argnum == 0)
-        found.append(_coupled.schedule(program, wrt))
+        call = read(loss, options, (params, batch), {}, argnums=0)
+        program, _ = prepare(call, loss=True)
+        found.append(_coupled.schedule(program, call.differentiated))
         return 0
 
     with jax.enable_x64(False), warnings.catch_warnings():

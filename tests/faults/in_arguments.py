@@ -76,7 +76,7 @@ FAULTS = [
     ),
     Fault(
         "every device counts what is whole",
-        "microbatch.plain",
+        "_output",
         "return finalized(program, arrays, program.over_mesh(parts))",
         "return finalized(program, summed, program.over_mesh(parts))",
         "plain/test_whole_outputs.py::test_devices_count_it_once",
@@ -90,11 +90,11 @@ FAULTS = [
     ),
     Fault(
         "the loop computes what is whole",
-        "prepare",
-        "traces = [one.first(len(outputs.parts)) for one in traces]",
-        "traces = [dataclasses.replace(one, "
+        "_apart",
+        "return whole, tuple(one.first(len(outputs.parts)) for one in traces)",
+        "return whole, tuple(dataclasses.replace(one, "
         "jaxpr=one.jaxpr.replace(outvars=one.jaxpr.outvars[: len(outputs.parts)])) "
-        "for one in traces]",
+        "for one in traces)",
         "plain/test_whole_outputs.py::test_no_loop_computes_it",
     ),
     Fault(

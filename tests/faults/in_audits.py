@@ -113,8 +113,8 @@ FAULTS = [
     ),
     Fault(
         "the call asks no audit",
-        "value_and_grad.plain",
-        "        at_call.check(fun, options, program, arrays, numbers)\n",
+        "_value_and_grad",
+        "    at_call.check(call, program, arrays)\n",
         "",
         "audit/test_at_call.py::test_an_inexact_loss_is_warned_of_with_its_line",
     ),

@@ -229,7 +229,7 @@ FAULTS = [
     ),
     Fault(
         "one denominator for all terms",
-        "total_seed",
+        "_total_seed",
         "ratio(one, known[term.weight])",
         "ratio(one, known[program.terms[0].weight])",
         "plain/test_value_and_grad.py::test_argnums_name_parameters_and_the_batch",
@@ -251,7 +251,7 @@ FAULTS = [
     Fault(
         "gradients stay on their device",
         "_axes_of_sum",
-        "    return varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)\n",
+        "    return _gradient_axes(program, slot, grad)\n",
         "    return ()\n",
         "meshes/test_mesh.py::test_value_and_gradient_of_the_whole_batch[2-False]",
     ),

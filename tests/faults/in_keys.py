@@ -62,7 +62,7 @@ FAULTS = [
     ),
     Fault(
         "draws are not compared with those of twice as many",
-        "Call.traced",
+        "FlatFunction.traced",
         "example_keys.check(list",
         "(list",
         "flax/test_example_streams.py::test_draws_that_belong_to_no_example_are_refused",
@@ -90,16 +90,16 @@ FAULTS = [
     ),
     Fault(
         "keys are traced as if all devices shared them",
-        "_shapes.cut",
-        "varying.vary(jax.numpy.int32(0), frozenset(mesh_axes))",
-        "jax.numpy.int32(0)",
+        "types_in_loop.cut",
+        "varying.vary(jnp.int32(0), frozenset(mesh_axes))",
+        "jnp.int32(0)",
         "meshes/test_mesh.py::test_keys_are_traced_with_the_types_with_which_they_run",
     ),
     Fault(
         "gathered parameters lose the streams of the examples",
-        "_Spread._that_gathers",
-        "self.fun.mapped(change) if isinstance(self.fun, WithStreams) else change(self.fun)",
-        "change(self.fun)",
+        "_Spread._of_one_device",
+        "fun.mapped(change) if isinstance(fun, WithStreams) else change(fun)",
+        "change(fun)",
         "flax/test_example_streams.py::test_gathered_parameters_keep_the_streams_of_the_examples",
     ),
     Fault(

@@ -63,8 +63,8 @@ FAULTS = [
     Fault(
         "the loop holds typed keys",
         "prepare",
-        "slots, arrays = _unwrapped(slots, arrays)",
-        "slots, arrays = list(slots), list(arrays)",
+        "slots, arrays = _unwrapped(slots, arguments.arrays)",
+        "slots, arrays = list(slots), list(arguments.arrays)",
         "plain/test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
     ),
     Fault(

@@ -49,7 +49,7 @@ FAULTS = [
     Fault(
         "the sum does not start at zero",
         "Derivative.zeros",
-        "return [*map(sums.zeros, summed), *lowest]",
+        "return [*map(rule.zeros, summed), *lowest]",
         "return [*summed, *lowest]",
         "plain/test_value_and_grad.py::test_argnums_name_parameters_and_the_batch",
     ),
@@ -112,7 +112,7 @@ FAULTS = [
     ),
     Fault(
         "fun is traced twice",
-        "Call._output",
+        "FlatFunction._output",
         "        return assignments.call(self.fun, args, kwargs, explain)\n",
         "        self.fun(*args, **kwargs)\n        return self.fun(*args, **kwargs)\n",
         "plain/test_value_and_grad.py::test_fun_is_traced_once_a_size",

@@ -356,7 +356,7 @@ def test_one_size_can_be_asked_for():
 
 def test_two_examples_and_the_limit_of_the_device(monkeypatch):
     """One program is compiled, the other takes its bytes until it is compiled too."""
-    monkeypatch.setattr("jaxaccum._tools.lowering.Call.device_limit", lambda call: LIMIT)
+    monkeypatch.setattr("jaxaccum._tools.lowering.AbstractCall.device_limit", lambda call: LIMIT)
     plan = ja.plan(loss, *shapes(2))
     assert (plan.memory_bytes, plan.best.microbatch_size) == (LIMIT, 2)
     assert [row.compiled for row in plan.rows] == [True, True]

@@ -1,5 +1,5 @@
-"""Value and gradient of a loss in one pass: denominators first, then each microbatch
-back-propagates its share.
+"""The cotangents of a loss's terms, known before the loop: each microbatch then back-propagates its
+share in one pass.
 
 The loss is ``Σₜ Tₜ / Wₜ`` with ``Tₜ = Σᵢ totalᵢ`` and ``Wₜ = Σᵢ weightᵢ`` over microbatches i. The
 cotangent of each total is ``1 / Wₜ``, that of each weight ``-Tₜ / Wₜ²``. Both are known before the
@@ -12,7 +12,6 @@ Where a weight depends on parameters, that scan computes the totals too, and cos
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,52 +20,34 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from jaxaccum import _loop
-from jaxaccum._base.entries import entries
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.trees import cast, is_inexact, ratio, safe_map
 from jaxaccum._base.types import Array
-from jaxaccum._devices import varying
 from jaxaccum._jaxpr.equations import with_invars
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import operands_of, variables
 from jaxaccum._program import reductions
-from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.output_parts import Term
 from jaxaccum._program.program import Program
-from jaxaccum._program.reductions import Reduction
 from jaxaccum._transforms import engine
-from jaxaccum.accumulators._record import Sums
 
 
-class ValueAndGrad(NamedTuple):
-    """The combined parts over the whole batch, and the gradients of the loss, one per slot of
-    `wrt`."""
+class Seeds(NamedTuple):
+    """The parts of the output that have a cotangent, and their cotangents over the whole batch."""
 
-    parts: list[Array]
-    grads: list[Array]
+    parts: tuple[int, ...]
+    values: list[Array]
 
 
-def value_and_grad(
-    program: Program, arrays: Sequence[Array], wrt: tuple[int, ...], sums: Sums
-) -> ValueAndGrad:
-    """The value's parts and the loss's gradient with respect to the slots `wrt`, both over all
-    shards."""
-    known = known_first(program, arrays, wrt)
-    parts, seeds = [], []
+def of_terms(program: Program, wrt: tuple[int, ...], known: dict[int, Array]) -> Seeds:
+    """The cotangents of all terms, of the parts that are `known_first`."""
+    seeds: dict[int, Array] = {}
     for term in program.terms:
-        parts.append(term.total)
-        seeds.append(total_seed(program, term, known))
+        seeds[term.total] = _total_seed(program, term, known)
         for weight in _moving_weights(program, term, wrt):
-            parts.append(weight)
-            seeds.append(_weight_seed(known[term.total], known[weight]))
-    result = engine.run_with_gradient(
-        program, arrays, _loop.Gradient(wrt, tuple(parts), sums), seeds
-    )
-    axes = lambda i, grad: varying.gradient_axes(grad, program.given_axes[i], program.mesh_axes)
-    grads = _loop.next_values(program.slots, arrays, wrt, result.grads, axes)
-    return over_shards(program, wrt, ValueAndGrad(result.parts, grads), known)
+            seeds[weight] = _weight_seed(known[term.total], known[weight])
+    return Seeds(tuple(seeds), list(seeds.values()))
 
 
 def known_first(
@@ -148,7 +129,7 @@ def _zero(program: Program, part: int) -> Array:
     return jnp.zeros(kind.shape, kind.dtype)
 
 
-def total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
+def _total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
     """The cotangent of a total: ``1 / W``, 0 where W is 0, and 1 for a sum."""
     one = jnp.ones_like(_zero(program, term.total))
     return one if term.weight is None else ratio(one, known[term.weight])
@@ -157,33 +138,3 @@ def total_seed(program: Program, term: Term, known: dict[int, Array]) -> Array:
 def _weight_seed(total: Array, weight: Array) -> Array:
     """The cotangent of a weight: ``-T / W²``."""
     return cast(-ratio(ratio(total, weight), weight), weight.dtype)
-
-
-def over_shards(
-    program: Program, wrt: tuple[int, ...], shares: ValueAndGrad, known: dict[int, Array]
-) -> ValueAndGrad:
-    """Totals and gradients of all shards by one collective, but for the parts whose sums are known
-    already.
-
-    Rows stay with the device that holds them.
-    """
-    sums = [i for i in program.outputs.positions(Reduction.SUM) if i not in known]
-    axes = [program.mesh_axes] * len(sums)
-    axes += safe_map(functools.partial(_axes_of_sum, program), wrt, shares.grads)
-    summed = varying.sum_at_once([*entries(shares.parts, sums), *shares.grads], axes)
-    totals, grads = summed[: len(sums)], summed[len(sums) :]
-    known = known | dict(zip(sums, totals, strict=True))
-    parts = list(shares.parts)
-    for i, part in enumerate(program.outputs.parts):
-        if i in known:
-            parts[i] = known[i]
-        else:
-            parts[i] = reductions.over_mesh(part.reduction, parts[i], program.mesh_axes)
-    return ValueAndGrad(parts, grads)
-
-
-def _axes_of_sum(program: Program, slot: int, grad: Array) -> tuple[str, ...]:
-    """The mesh axes over which the gradient of a slot is summed."""
-    if program.slots[slot].role is not Role.WHOLE or program.slots[slot].overwritten:
-        return ()
-    return varying.gradient_axes(grad, program.given_axes[slot], program.mesh_axes)

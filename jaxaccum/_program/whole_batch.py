@@ -1,0 +1,61 @@
+"""The oracle: a tagged function in one pass over the whole batch, its tags resolved."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._base.types import Array, PyTree
+from jaxaccum._program import no_gradient, validate, whole_outputs
+from jaxaccum._program.argument_slots import Role
+from jaxaccum._program.call import Call
+from jaxaccum._program.example_keys import example_keys
+from jaxaccum._program.flat_function import FlatFunction
+from jaxaccum._program.output_parts import Part
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._program.tracing import traced, types_in_loop
+
+
+def run(call: Call) -> PyTree:
+    """The output of the call on the whole batch.
+
+    The axis of the loop is bound with size 1, so that a collective over it sees all examples at
+    once.
+    """
+    layout, arrays, size = call.layout, call.arrays, call.batch_size
+    validate.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
+    axis_name = call.options.axis_name
+    function = FlatFunction(
+        call.fun, layout, loss=False, has_aux=False, padded=False, audited=False, batch_size=size,
+        constant=_refusing_itself,
+    )  # fmt: skip
+    flat = function.at(size)
+
+    def one(_: Array) -> list[Array]:
+        own = list(arrays)
+        for i in layout.positions(Role.KEY):
+            own[i] = jax.random.fold_in(own[i], 0)
+        for i in layout.positions(Role.EXAMPLE_KEY):
+            own[i] = example_keys(own[i], jnp.arange(size, dtype=jnp.int32))
+        return flat(*own)
+
+    stacked = jax.vmap(one, axis_name=axis_name)(jnp.zeros(1))
+    outputs = function.returned[0].outputs
+    if outputs.whole:
+        types = types_in_loop(layout, arrays, size, ())
+        whole, _, consts, _ = traced(flat, types, (axis_name, 1))
+        given = [slot.role is Role.WHOLE for slot in layout.slots]
+        if found := whole_outputs.refusal([whole], outputs, [[True] * len(consts) + given]):
+            raise TypeError(found)
+    values = list(stacked)
+    for i in set(range(len(values))) - set(outputs.positions(Reduction.STACK)):
+        values[i] = stacked[i][0]
+    return outputs.finalize(values[: len(outputs.parts)], values[len(outputs.parts) :])
+
+
+def _refusing_itself(part: Part, x: Array) -> Array:
+    says = functools.partial(no_gradient.refusal, part.name, part.tag, whole=False)
+    one = no_gradient.Refused((0,), says)
+    return no_gradient.refusing([jax.lax.stop_gradient(x)], [x], {0: one})[0]
