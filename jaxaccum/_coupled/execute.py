@@ -57,7 +57,7 @@ class Visit(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class StagedProgram:
     """A coupled program with its arguments, and what a pass over its microbatches needs."""
 
     program: Program
@@ -106,7 +106,7 @@ class Call:
 class Sweep:
     """What the stages leave behind, up to the one that has been reached."""
 
-    call: Call
+    staged: StagedProgram
     moved: Collection[Var]
     """The variables whose cotangents will be asked for."""
     shared: Env
@@ -123,14 +123,16 @@ class Sweep:
     """The derivative of each stage's cut."""
 
     @classmethod
-    def begin(cls, call: Call, moved: Collection[Var] = (), *, checkpoint: bool = False) -> Sweep:
+    def begin(
+        cls, staged: StagedProgram, moved: Collection[Var] = (), *, checkpoint: bool = False
+    ) -> Sweep:
         """Before the first stage."""
-        return cls(call, moved, dict(call.given), checkpoint)
+        return cls(staged, moved, dict(staged.given), checkpoint)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Those of the program."""
-        return self.call.cuts.stages
+        return self.staged.cuts.stages
 
     def enter(self, level: int) -> None:
         """Compute what follows, once, from the statistics of stage `level`."""
@@ -139,9 +141,9 @@ class Sweep:
 
     def leave(self, level: int) -> None:
         """Run the microbatches to the end of stage `level`, and its cut."""
-        stage, start = self.stages[level], self.call.start(level)
+        stage, start = self.stages[level], self.staged.start(level)
         held = self.boundaries[start]
-        following = self.stages[level + 1].live if level + 1 in self.call.stored else ()
+        following = self.stages[level + 1].live if level + 1 in self.staged.stored else ()
         # What crosses both boundaries is stored once.
         crossing = not_among(following, held)
 
@@ -156,7 +158,7 @@ class Sweep:
             return parts, sums, part_of(env, [*stage.emits, *crossing])
 
         _, written = self.over_microbatches(visit, parts=stage.parts, stored=held | self.stacked)
-        if level + 1 in self.call.stored:
+        if level + 1 in self.staged.stored:
             self.boundaries[level + 1] = part_of(held | written, following)
         if pull := self._once(stage.cut, part_of(written, stage.emits)):
             self.cut_pulls[level] = pull
@@ -184,13 +186,13 @@ class Sweep:
             entry: tuple[list[Array], PyTree],
         ) -> tuple[list[Array], PyTree, list[Array]]:
             del g, carry
-            own = self.call.own(rows, index) | bound(names, entry[0])
+            own = self.staged.own(rows, index) | bound(names, entry[0])
             outputs, sums, out = visit(sums, own, index, entry[1])
             written[:] = out
             return outputs, sums, list(out.values())
 
         extras = [(list(stored.values()), extra)]
-        program, arrays, again = self.call.at(parts), self.call.arrays, self.checkpoint
+        program, arrays, again = self.staged.at(parts), self.staged.arrays, self.checkpoint
         scanned = _loop.scan(program, arrays, step, extra=extras, sums=sums, checkpoint=again)
         self.parts |= zip(parts, scanned.parts, strict=True)
         return scanned.sums, bound(written, scanned.written[0])
@@ -199,13 +201,13 @@ class Sweep:
         """Compute what is common to all microbatches; returns its derivative."""
         if not fragment.writes:
             return None
-        own, env = self.call.cuts.own, self.shared | self.stacked | emitted
-        stacked = self.call.cuts.stacked.union(among(fragment.reads, own))
+        own, env = self.staged.cuts.own, self.shared | self.stacked | emitted
+        stacked = self.staged.cuts.stacked.union(among(fragment.reads, own))
         moved = among(fragment.reads, self.moved)
 
         def run(inputs: list[Array]) -> list[Array]:
             known = env | bound(moved, inputs)
-            return resolve(fragment, read(known, fragment.reads), self.call.cuts.axis, stacked)
+            return resolve(fragment, read(known, fragment.reads), self.staged.cuts.axis, stacked)
 
         outs, pull = jax.vjp(run, read(env, moved))
         written = variables(fragment.writes)

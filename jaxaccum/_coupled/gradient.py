@@ -44,7 +44,7 @@ from jaxaccum._base.trees import cast, widen
 from jaxaccum._base.types import Array
 from jaxaccum._coupled import targets
 from jaxaccum._coupled.cut import Stage
-from jaxaccum._coupled.execute import Call, Pull, Sweep
+from jaxaccum._coupled.execute import Pull, StagedProgram, Sweep
 from jaxaccum._coupled.targets import Emitted, End, Part, Target
 from jaxaccum._jaxpr.variables import Env, Var, bound, numbered, read, type_of
 from jaxaccum._loop.derivative import added, unread
@@ -57,7 +57,7 @@ from jaxaccum._loop.maxima import larger, lowest
 class Reverse:
     """The cotangents that have arrived so far; those of parameters are added to `sums`."""
 
-    call: Call
+    staged: StagedProgram
     sweep: Sweep
     parameters: dict[Var, int]
     """The differentiated arguments that every microbatch reads whole: variable, and place in
@@ -81,9 +81,9 @@ class Reverse:
 
     def run(self) -> None:
         """From the last stage to the first."""
-        for level in reversed(range(len(self.call.cuts.stages))):
+        for level in reversed(range(len(self.staged.cuts.stages))):
             for v, x in self._pulled(self.sweep.cut_pulls.get(level)).items():
-                if v in self.call.cuts.own:
+                if v in self.staged.cuts.own:
                     self.emitted[Emitted(level, v)] = x
                 else:
                     self._add(v, x)
@@ -93,15 +93,15 @@ class Reverse:
 
     def rows(self, slot: int, v: Var) -> Array:
         """The gradient of a differentiated argument that holds rows, in the batch's order."""
-        program = self.call.program
+        program = self.staged.program
         if v not in self.stacked:
-            return jnp.zeros_like(self.call.arrays[slot])
+            return jnp.zeros_like(self.staged.arrays[slot])
         return program.partition.merge_rows([self.stacked[v]], program.slots[slot].axis)
 
     def maximum(self, slot: int, v: Var) -> Array:
         """The maximum that is the gradient of a differentiated argument; 0 where nothing reads
         it."""
-        return self.shared[v] if v in self.shared else jnp.zeros_like(self.call.arrays[slot])
+        return self.shared[v] if v in self.shared else jnp.zeros_like(self.staged.arrays[slot])
 
     def _pulled(self, pull: Pull | None) -> Env:
         return pull(self.shared | self.stacked) if pull else {}
@@ -112,7 +112,7 @@ class Reverse:
             place = self.parameters[v]
             self.sums[place] += cast(x, self.sums[place].dtype)
             return
-        own = v in self.call.cuts.own
+        own = v in self.staged.cuts.own
         table = self.stacked if own else self.shared
         x = x if own else cast(x, widen(x.dtype))
         table[v] = self.combined(v, table[v], x) if v in table else x
@@ -128,7 +128,7 @@ class Reverse:
 
     def _microbatches(self, level: int) -> None:
         """The pass over microbatches that completes the cotangents of what stage `level` reads."""
-        is_last = level == self.call.cuts.last
+        is_last = level == self.staged.cuts.last
         step = _Step.of(self, level)
         if not step.targets and not is_last:
             self.boundary = {} if step.starts else self.boundary
@@ -143,7 +143,7 @@ class Reverse:
             held.pop(v)
         after, written = self.sweep.over_microbatches(
             step.visit,
-            parts=self.call.cuts.stages[level].parts if is_last else (),
+            parts=self.staged.cuts.stages[level].parts if is_last else (),
             stored=held | self.sweep.stacked,
             extra=targets.stacked(step.targets),
             sums=before,
@@ -203,20 +203,20 @@ class _Step:
 
     @classmethod
     def of(cls, reverse: Reverse, level: int) -> _Step:
-        call, sweep = reverse.call, reverse.sweep
+        staged, sweep = reverse.staged, reverse.sweep
         step = cls(reverse, level, [], [], [], [], [], _with_cotangents(reverse, level))
-        stage, outside = step._first, {*call.cuts.jaxpr.invars, *call.cuts.stacked}
+        stage, outside = step._first, {*staged.cuts.jaxpr.invars, *staged.cuts.stacked}
         for v in dict.fromkeys([*stage.local.reads, *stage.emits]):
             if v not in sweep.moved:
                 continue
             if v in reverse.parameters:
                 step.parameters.append(v)
-            elif v not in call.cuts.own:
+            elif v not in staged.cuts.own:
                 step.shared.append(v)
             elif v in outside:
                 step.own.append(v)
         if level > 0 and step.starts:
-            earlier = sweep.boundaries[call.start(level - 1)]
+            earlier = sweep.boundaries[staged.start(level - 1)]
             for v in stage.live:
                 if v in sweep.moved:
                     (step.through if v in earlier else step.live).append(v)
@@ -224,7 +224,7 @@ class _Step:
 
     @property
     def start(self) -> int:
-        return self.reverse.call.start(self.level)
+        return self.reverse.staged.start(self.level)
 
     @property
     def starts(self) -> bool:
@@ -244,7 +244,7 @@ class _Step:
         for v, x in bound(self.live, sums.boundary).items():
             base[v] = lax.dynamic_index_in_dim(x, index, keepdims=False)
         for k in range(self.start, self.level):
-            base |= self.reverse.call.cuts.stages[k].run(base)[1]
+            base |= self.reverse.staged.cuts.stages[k].run(base)[1]
         parts, parameters, grads = self._differentiated(base, sums.parameters, cotangents)
         shared = list(map(self.reverse.combined, self.shared, sums.shared, grads.shared))
         of_live, of_through = _split(grads.crossing, len(self.live))
@@ -253,7 +253,7 @@ class _Step:
             for x, new in zip(sums.boundary, of_live, strict=True)
         ]
         written = bound(self.own, grads.own) | bound(self.through, of_through)
-        is_last = self.level == self.reverse.call.cuts.last
+        is_last = self.level == self.reverse.staged.cuts.last
         return parts if is_last else [], _Sums(parameters, shared, boundary), written
 
     def _differentiated(
@@ -302,7 +302,7 @@ class _Step:
 
     @property
     def _first(self) -> Stage:
-        return self.reverse.call.cuts.stages[self.level]
+        return self.reverse.staged.cuts.stages[self.level]
 
     def _known(self, inputs: _Inputs) -> Env:
         """What the first stage alone is differentiated by."""
@@ -316,9 +316,9 @@ class _Step:
         self, base: Env, crossing: Env, known: Env, parts: list[Array], made: Env
     ) -> list[Array]:
         """The targets, from the results of the first stage: run the others of the segment."""
-        call, values = self.reverse.call, {}
-        for k in range(self.level, call.end(self.level)):
-            stage, env = call.cuts.stages[k], base | crossing
+        staged, values = self.reverse.staged, {}
+        for k in range(self.level, staged.end(self.level)):
+            stage, env = staged.cuts.stages[k], base | crossing
             if k > self.level:
                 parts, made = stage.run(env)
             else:
@@ -333,13 +333,13 @@ class _Step:
 
 def _with_cotangents(reverse: Reverse, level: int) -> list[Target]:
     """What a cotangent has arrived for, from stage `level` to the end of its segment."""
-    call = reverse.call
+    staged = reverse.staged
     found: list[Target] = []
-    for k in range(level, call.end(level)):
-        stage = call.cuts.stages[k]
+    for k in range(level, staged.end(level)):
+        stage = staged.cuts.stages[k]
         for i in stage.parts:
-            if i in reverse.seeds and call.cuts.output(i) in reverse.sweep.moved:
-                found.append(targets.of_output(call.program, i, reverse.seeds[i]))
+            if i in reverse.seeds and staged.cuts.output(i) in reverse.sweep.moved:
+                found.append(targets.of_output(staged.program, i, reverse.seeds[i]))
         for v in stage.emits:
             if (name := Emitted(k, v)) in reverse.emitted:
                 found.append(Target(name, reverse.emitted[name], stacked=True))

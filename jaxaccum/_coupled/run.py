@@ -10,7 +10,7 @@ from jaxaccum._base.entries import entries
 from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Cuts, cut, moved_by
-from jaxaccum._coupled.execute import Call, Sweep
+from jaxaccum._coupled.execute import StagedProgram, Sweep
 from jaxaccum._coupled.gradient import Reverse
 from jaxaccum._coupled.schedule import Schedule, choose
 from jaxaccum._coupled.trace import opened
@@ -25,8 +25,8 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
     """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes
     every pass."""
     cuts = _cuts(program)
-    call = Call(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored)
-    sweep = Sweep.begin(call, checkpoint=checkpoint)
+    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored)
+    sweep = Sweep.begin(staged, checkpoint=checkpoint)
     for level in range(len(cuts.stages)):
         sweep.enter(level)
         sweep.leave(level)
@@ -40,8 +40,8 @@ def run_with_gradient(
     gradient's parts."""
     cuts = _cuts(program)
     moved = _moved(program, cuts, gradient.wrt)
-    call = Call(program, list(arrays), cuts, choose(cuts, program.memory, moved).stored)
-    sweep = Sweep.begin(call, moved)
+    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved).stored)
+    sweep = Sweep.begin(staged, moved)
     for level in range(cuts.last):
         sweep.enter(level)
         sweep.leave(level)
@@ -91,12 +91,12 @@ def _cuts(program: Program) -> Cuts:
 
 def _reversed(sweep: Sweep, gradient: Gradient, seeds: Sequence[Array]) -> Result:
     """Back over the stages of a finished sweep; gradients in the order of `wrt`."""
-    call, sums = sweep.call, gradient.accumulator
-    program, arrays = call.program, call.arrays
+    staged, sums = sweep.staged, gradient.accumulator
+    program, arrays = staged.program, staged.arrays
     slots = differentiated(program, gradient.wrt)
-    variable = {i: v for v, i in _slots(program, call.cuts.jaxpr).items()}
+    variable = {i: v for v, i in _slots(program, staged.cuts.jaxpr).items()}
     reverse = Reverse(
-        call,
+        staged,
         sweep,
         parameters=numbered(entries(variable, slots.summed)),
         sums=list(map(sums.zeros, entries(arrays, slots.summed))),
