@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jaxaccum._audit.lattice import Fault, FaultKind
 from jaxaccum._audit.sources import Site, line_of
@@ -16,9 +16,10 @@ _ONCE = (
     "it in with the batch"
 )
 _BATCH_NORM = (
-    "give BatchNorm {keyword}={names}: it then has the full batch's statistics; or use another "
-    "norm, as GroupNorm"
+    "give BatchNorm {keyword}={names}: it then has the full batch's statistics{in_vmap}; or use "
+    "another norm, as GroupNorm"
 )
+_IN_VMAP = ' (inside jax.vmap(…, axis_name="example"), ("example", "{axis}"))'
 _LAYERS = {
     "flax/nnx/nn/normalization.py": ("axis_name", False),
     "flax/linen/normalization.py": ("axis_name", False),
@@ -37,6 +38,10 @@ _STATISTIC = (
 BATCH_SIZE = (
     "keep the microbatch's size out of it: let the library divide, by jaxaccum.Mean(total, weight) "
     "or jaxaccum.Sum(x); where another value needs the size, pass in that of the whole batch"
+)
+_NNX_STREAMS = (
+    "leave the model as it is, and pass example_streams=True to jaxaccum.nnx.value_and_grad: each "
+    "example then draws from streams of its own"
 )
 _KEYS_ARRIVE = "the loss receives one key per example, to draw from under jax.vmap"
 _FIXES = {
@@ -85,9 +90,12 @@ def fix_of(
         if layer := _normalization(fault.origin) or _normalization(fault.use):
             keyword, mapped = _LAYERS[layer]
             names = _names(fault, axis_name, devices, mapped=mapped)
-            return _BATCH_NORM.format(keyword=keyword, names=names)
+            in_vmap = "" if "," in names else _IN_VMAP.format(axis=axis_name)
+            return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap)
         if fault.hoistable:
             return _ONCE
+    if fault.kind is FaultKind.RANDOM and _is_of_nnx(fault.origin):
+        return _NNX_STREAMS
     return _FIXES.get(fault.kind, _STATISTIC).format(axis=axis_name)
 
 
@@ -108,12 +116,26 @@ def _names(
 
 def _normalization(site: Site | None) -> str | None:
     """The file of the normalization layer that an equation belongs to."""
-    traceback = site.eqn.source_info.traceback if site is not None else None
-    for frame in traceback.frames if traceback is not None else ():
-        file = frame.file_name.replace(os.sep, "/")
+    for file in _files(site):
         if layer := next(filter(file.endswith, _LAYERS), None):
             return layer
     return None
+
+
+def _is_of_nnx(site: Site | None) -> bool:
+    """Whether an equation belongs to a layer of nnx."""
+    return any("flax/nnx/nn/" in file for file in _files(site))
+
+
+def _files(site: Site | None) -> Iterator[str]:
+    """The files through which an equation and the calls around it were traced, the innermost
+    first."""
+    if site is None:
+        return
+    for eqn in (site.eqn, *(call.eqn for call in reversed(site.calls))):
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            yield frame.file_name.replace(os.sep, "/")
 
 
 KEY_ARGUMENT = (

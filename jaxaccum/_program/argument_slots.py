@@ -161,7 +161,7 @@ def read(
         if axes is CARRY:
             states.append(arg)
         moves = number in differentiated
-        of_model = moves and assignments.holds_modules(arg)
+        library = assignments.library_of(arg) if moves else None
         for name, leaf, axis in _with_axes(arg, axes, called):
             validate.numeric(leaf, name)
             is_whole = axis in (None, MAX_GRAD)
@@ -169,7 +169,7 @@ def read(
                 statics[len(slots) + len(statics)] = leaf
                 continue
             if moves:
-                validate.differentiable(leaf, name, of_model=of_model)
+                validate.differentiable(leaf, name, library=library)
             slots.append(_slot(name, leaf, axis, number))
             arrays.append(slots[-1].array(leaf))
     carry = states[0] if states else None
@@ -223,7 +223,7 @@ def assigned(
         given = by_name(in_axes, len(args), kwargs, fun)
     else:
         _check_keywords(in_axes, args, kwargs)
-        given = ArgumentAxes(per_argument(in_axes, len(args), fun), dict.fromkeys(kwargs))
+        given = ArgumentAxes(per_argument(in_axes, args, fun), dict.fromkeys(kwargs))
     if sum(axes is CARRY for axes in [*given.positional, *given.keywords.values()]) > 1:
         raise ValueError(
             "in_axes declares CARRY twice; one argument holds the state: put both states into one "
@@ -251,9 +251,11 @@ def _may_be_cut(tree: PyTree) -> bool:
     return any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(tree))
 
 
-def per_argument(in_axes: Sequence[Axes], count: int, fun: Fun | None = None) -> tuple[Axes, ...]:
-    """`in_axes`, checked to have one entry for each of the `count` positional arguments of
-    `fun`."""
+def per_argument(
+    in_axes: Sequence[Axes], args: tuple[PyTree, ...], fun: Fun | None = None
+) -> tuple[Axes, ...]:
+    """`in_axes`, checked to have one entry for each of the positional arguments of `fun`."""
+    count = len(args)
     if not isinstance(in_axes, tuple | list):
         raise TypeError(
             f"in_axes must be a tuple with one entry per argument; got {in_axes!r}. For one "
@@ -270,16 +272,44 @@ def per_argument(in_axes: Sequence[Axes], count: int, fun: Fun | None = None) ->
         by_default = ", the default," if tuple(in_axes) == _DEFAULT else ""
         raise ValueError(
             f"in_axes={in_axes!r}{by_default} has {len(in_axes)} entries and the function was "
-            f"called with {given}; pass one entry per argument, as in_axes=({_as_written(count)}): "
+            f"called with {given}; pass one entry per argument, as in_axes=({_suggested(args)}): "
             "None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
             "arguments have no entry, and are passed whole."
         )
     return tuple(in_axes)
 
 
-def _as_written(count: int) -> str:
-    """The entries of `count` arguments, the first of them parameters and the others batches."""
-    return ", ".join(["None", *["0"] * (count - 1)]) if count > 1 else "0,"
+def _suggested(args: tuple[PyTree, ...]) -> str:
+    """Entries that fit these arguments: the first are parameters, and of what has rows the batch is
+    the argument with the most axes."""
+    if len(args) == 1:
+        return "0,"
+    rows = {i: _num_rows(arg) for i, arg in enumerate(args) if i and _num_rows(arg)}
+    most_axes = lambda i: max(jnp.ndim(leaf) for leaf in jax.tree.leaves(args[i]))
+    batch_size = rows[max(rows, key=most_axes)] if rows else None
+    entries = ["None"]
+    for i, arg in enumerate(args[1:], start=1):
+        if _is_key(arg):
+            entries.append("EXAMPLE_KEY")
+        else:
+            entries.append("0" if batch_size and rows.get(i) == batch_size else "None")
+    return ", ".join(entries)
+
+
+def _num_rows(arg: PyTree) -> int | None:
+    """The size of the first axis, if all leaves share one and it is not a single key."""
+    leaves = [] if _is_key(arg) else jax.tree.leaves(arg)
+    sizes = {leaf.shape[0] if is_array(leaf) and leaf.ndim else None for leaf in leaves}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_key(arg: PyTree) -> bool:
+    """Whether it is a single key, typed or not."""
+    if not is_array(arg):
+        return False
+    if jnp.issubdtype(arg.dtype, jax.dtypes.prng_key):
+        return arg.ndim == 0
+    return arg.dtype == jnp.uint32 and arg.shape in ((2,), (4,))
 
 
 def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:

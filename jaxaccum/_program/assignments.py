@@ -107,9 +107,11 @@ def _name(path: KeyPath) -> str:
     return leaf_name("", path[1:2]).strip("[]'") + leaf_name("", path[2:]).removesuffix(".value")
 
 
-def holds_modules(tree: PyTree) -> bool:
-    """Whether any part of the tree is a module of nnx."""
-    return _holds(tree, "Pytree")
+def library_of(tree: PyTree) -> str | None:
+    """Whose modules a tree holds: those of nnx, of Equinox, or none."""
+    if _parts(tree, "Pytree"):
+        return "nnx"
+    return "equinox" if _parts(tree, "Module", "equinox") else None
 
 
 def _holds(tree: PyTree, kind: str) -> bool:
@@ -117,12 +119,12 @@ def _holds(tree: PyTree, kind: str) -> bool:
     return bool(_parts(tree, kind))
 
 
-def _parts(tree: PyTree, kind: str) -> list[Any]:
-    """The parts of the tree that are of the class of nnx, which need not have been imported."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
+def _parts(tree: PyTree, kind: str, library: str = "flax.nnx") -> list[Any]:
+    """The parts of the tree that are of a library's class. It need not have been imported."""
+    module = sys.modules.get(library)
+    if module is None:
         return []
-    found = lambda x: isinstance(x, getattr(nnx, kind))
+    found = lambda x: isinstance(x, getattr(module, kind))
     return list(filter(found, jax.tree.leaves(tree, is_leaf=found)))
 
 

@@ -124,13 +124,27 @@ def argnums(value: Any, in_axes: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def differentiable(leaf: Any, name: str, *, of_model: bool = False) -> None:
-    """A leaf that a derivative is asked of is real or complex floating."""
-    if of_model and not (is_array(leaf) and is_inexact(leaf)):
+_DIFFERENTIATE_MODULES = {
+    "nnx": (
+        "it is part of an nnx model. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), "
+        "which differentiates the parameters of a model and updates the rest."
+    ),
+    "equinox": (
+        "it is part of an Equinox module. Write equinox.filter_value_and_grad("
+        "jaxaccum.microbatch(fun, …))(module, batch), which differentiates the floating arrays "
+        "of a module; has_aux=True is given to equinox, not to microbatch."
+    ),
+}
+
+
+def differentiable(leaf: Any, name: str, *, library: str | None = None) -> None:
+    """A leaf that a derivative is asked of is real or complex floating; `library` is that of the
+    module that it is part of."""
+    if library is not None and not (is_array(leaf) and is_inexact(leaf)):
+        is_number = is_array(leaf) or isinstance(leaf, bool | int)
+        kind = f"its dtype is {dtype_of(leaf)}" if is_number else f"is a {type(leaf).__name__}"
         raise TypeError(
-            f"{name} is to be differentiated, and its dtype is {dtype_of(leaf)}: it is part of an "
-            "nnx model. Write jaxaccum.nnx.value_and_grad(fun, …)(model, batch), which "
-            "differentiates the parameters of a model and updates the rest."
+            f"{name} is to be differentiated, and {kind}: {_DIFFERENTIATE_MODULES[library]}"
         )
     if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
         raise TypeError(

@@ -102,7 +102,10 @@ def test_a_batch_norm_is_told_to_add_the_loops_axis_to_its_own(make):
         [normalized(make(n)) for n in (None, "batch", ("batch", "microbatch"))]
     )
     assert 'axis_name="microbatch":' in alone.findings[0].fix
+    in_vmap = 'axis_name="example"), ("example", "microbatch"))'
+    assert in_vmap in alone.findings[0].fix
     assert 'axis_name=("batch", "microbatch"):' in shared.findings[0].fix
+    assert "example" not in shared.findings[0].fix
     assert (alone.exact, shared.exact, both.exact) == (False, False, True)
     assert alone.findings[0].use.file == shared.findings[0].use.file == __file__
 
@@ -134,6 +137,22 @@ def test_an_axis_without_a_meaning_is_one_clear_error():
         )
     with pytest.raises(NameError, match="undefined"):
         jaxaccum.audit(lambda w, x: undefined, W, X)  # noqa: F821
+
+
+def test_a_model_of_nnx_that_draws_is_told_of_its_streams():
+    """Its layer draws from a key that the model carries, which no caller can pass per example."""
+    graphdef, state = nnx.split(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    loss = lambda state, x: jnp.mean(nnx.merge(graphdef, state)(x) ** 2)
+    of_model = jaxaccum.audit(loss, state, X).findings[0]
+    by_hand = jaxaccum.audit(lambda w, x: jnp.mean(noisy(x @ w)), W, X).findings[0]
+    assert of_model.kind == by_hand.kind == "random"
+    assert "example_streams=True to jaxaccum.nnx.value_and_grad" in of_model.fix
+    assert "EXAMPLE_KEY" in by_hand.fix
+    assert "example_streams" not in by_hand.fix
+
+
+def noisy(x):
+    return x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
 
 
 # -- the cause first -------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Bad input, row by row: each is refused at trace time by an error that names what arrived and what
 to pass."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,4 +198,55 @@ def test_an_index_inside_a_custom_rule_is_refused():
         "custom_jvp_call",
         "argument",
         error=NotImplementedError,
+    )
+
+
+STATE = {"mean": jnp.ones(16), "count": jnp.int32(3)}
+ONE_KEY = jax.random.PRNGKey(0)
+
+
+@pytest.mark.parametrize(
+    ("args", "entries"),
+    [
+        ((W, X, KEY), "None, 0, EXAMPLE_KEY"),
+        ((W, X, ONE_KEY), "None, 0, EXAMPLE_KEY"),
+        ((W, X, jnp.arange(6)), "None, 0, 0"),
+        ((W, STATE, KEY, {"x": X, "y": X[:, 0]}), "None, None, EXAMPLE_KEY, 0"),
+        ((W, jnp.ones(16), X), "None, None, 0"),
+        ((W, 0.5, 2.0), "None, None, None"),
+    ],
+)
+def test_the_entries_that_are_suggested_fit_the_arguments(args, entries):
+    """An example that fails when it is copied sends its reader astray."""
+    refused(call(mean, *args), f"as in_axes=({entries}):")
+    if "0" in entries:
+        named = eval(f"({entries})", {"EXAMPLE_KEY": ja.EXAMPLE_KEY})
+        ja.grad(lambda w, *rest: 0.0 * jnp.sum(w), num_microbatches=2, in_axes=named)(*args)
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+    """As Equinox's: a pytree whose leaves are its fields, arrays or not."""
+
+    def __init__(self, weight, field):
+        self.weight, self.field = weight, field
+
+    def tree_flatten(self):
+        return (self.weight, self.field), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize(("field", "says"), [(True, "its dtype is bool"), (max, "is a builtin")])
+def test_a_module_of_equinox_is_sent_to_its_own_transformation(monkeypatch, field, says):
+    monkeypatch.setitem(sys.modules, "equinox", types.SimpleNamespace(Module=Module))
+    loss = lambda module, x: jnp.mean(x @ module.weight)
+    refused(
+        call(loss, Module(W, field), X),
+        "argument 0",
+        says,
+        "equinox.filter_value_and_grad(jaxaccum.microbatch(fun, …))(module, batch)",
+        error=TypeError,
     )
