@@ -28,10 +28,11 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum._base.adapted import changed
 from jaxaccum._base.entries import entries
 from jaxaccum._base.source_lines import is_jaxs, is_ours
 from jaxaccum._base.trees import safe_map
-from jaxaccum._base.types import Array, PyTree, TreeDef, WithStreams
+from jaxaccum._base.types import Array, PyTree, TreeDef
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import mapped_mesh_axes
 from jaxaccum._program import validate
@@ -221,8 +222,7 @@ class _Spread:
         gathers its parameters."""
         fun, sharded, row = self.call.fun, self._leaves_of(self.sharded), self._a_row()
         if self.gather == "each" and sharded:
-            change = lambda fun: gathering(fun, sharded, row)
-            fun = fun.mapped(change) if isinstance(fun, WithStreams) else change(fun)
+            fun = changed(fun, lambda fun: gathering(fun, sharded, row))
         return dataclasses.replace(self.call, fun=fun, options=self._own_options())
 
     def _pair(self, call: Call) -> tuple[PyTree, PyTree]:
