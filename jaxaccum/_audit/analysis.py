@@ -42,6 +42,7 @@ from jaxaccum._base.types import Fun
 from jaxaccum._program.closures import ROWS_ARGUMENT, is_array_of, name_of, of_length
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
+from jaxaccum._program.tags import Concat, Tag
 from jaxaccum._program.validate import counted
 
 
@@ -101,7 +102,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     return [_with_cause(each, named) for each in judged]
 
 
-def _named(traced: Traced) -> list[tuple[str, str]]:
+def _named(traced: Traced) -> list[tuple[str, type[Tag] | None]]:
     return [(output.name, output.tag) for output in traced.outputs]
 
 
@@ -161,7 +162,7 @@ class _Pair:
 
 def _grows(output: Output, other: Output) -> bool:
     """Whether the shape changes with the batch size, but for the rows of a `Concat`."""
-    own = 1 if output.tag == "Concat" else 0
+    own = 1 if output.tag is Concat else 0
     return output.shape[own:] != other.shape[own:]
 
 

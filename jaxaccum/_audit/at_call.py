@@ -25,8 +25,9 @@ from jaxaccum._audit.folding import LARGEST, Constant, is_numeric
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
+from jaxaccum._base.adapted import adapted
 from jaxaccum._base.source_lines import Frame, callers_depth
-from jaxaccum._base.types import Array, Fun, WithStreams
+from jaxaccum._base.types import Array, Fun
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._program.argument_slots import Role, Slot
@@ -42,7 +43,7 @@ def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
     fun, options = call.fun, call.options
     if options.audit is None or _is_whole(program):
         return
-    fun = fun.fun if isinstance(fun, WithStreams) else fun
+    fun = adapted(fun).fun
     report = _report(_Call(fun, program, arrays, call.argnums), options.axis_name)
     if not report.causes:
         return

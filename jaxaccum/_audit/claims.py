@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import assert_never
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
@@ -34,6 +35,8 @@ from jaxaccum._audit.report import Verdict
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Walk
 from jaxaccum._program.named_outputs import Output
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._program.tags import Mean, Sum, Tag
 
 _ONE = Scale()
 _BATCH_SIZE = Scale(Fraction(1))
@@ -64,22 +67,33 @@ def _mis_scaled(note: str, fix: str, *lines: Site | None) -> Claim:
     return Claim(Verdict.MIS_SCALED, False, note, fix, lines)
 
 
-def claim_of(walk: Walk, output: Output, values: Sequence[Value]) -> Claim:
-    """What an output is under its tag."""
-    summed = output.tag in ("", "Mean", "Sum", "Max", "Min")
-    if summed and walk.one_by_one and _of_one_example(values):
-        return _exact(Verdict.PER_EXAMPLE)
-    match output.tag:
-        case "Mean":
-            return _claim_mean(walk, values[0], values[1])
-        case "Sum":
-            return _claim_sum(walk, values[0])
-        case "Concat":
+def claim_of(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | None:
+    """What an output is under its tag; None where it depends on the partition by its meaning."""
+    reduction = Reduction.SUM if output.tag is None else output.tag.reduction
+    match reduction:
+        case Reduction.STACK | Reduction.LAST | Reduction.CARRY:
+            return None
+        case Reduction.CONCAT:
             return _claim_rows(walk, values[0])
-        case "Max" | "Min":
-            return _claim_extremum(values[0], output.tag.lower())
+        case Reduction.MAX | Reduction.MIN:
+            claim = _claim_extremum(values[0], reduction.value)
+        case Reduction.SUM:
+            claim = _claim_total(walk, output.tag, values)
         case _:
-            return _claim_untagged(walk, values[0])
+            assert_never(reduction)
+    of_one = walk.one_by_one and _of_one_example(values)
+    return _exact(Verdict.PER_EXAMPLE) if of_one else claim
+
+
+def _claim_total(walk: Walk, tag: type[Tag] | None, values: Sequence[Value]) -> Claim:
+    """What is added up over microbatches."""
+    if tag is None:
+        return _claim_untagged(walk, values[0])
+    if tag is Mean:
+        return _claim_mean(walk, values[0], values[1])
+    if tag is Sum:
+        return _claim_sum(walk, values[0])
+    raise AssertionError(f"the audit knows no claim of the tag {tag.__name__}")
 
 
 # -- what a value is -------------------------------------------------------------------------------

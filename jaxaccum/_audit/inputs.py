@@ -11,6 +11,7 @@ from jaxaccum._audit.lattice import Fault, FaultKind, Index, Layout, Value, fixe
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.walk import Walk
 from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.tags import Carry
 
 
 def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
@@ -73,6 +74,6 @@ def _new_states(traced: Traced) -> list[jex.Var | jex.Literal]:
     found: list[jex.Var | jex.Literal] = []
     for output in traced.outputs:
         arrays = [next(results) for _ in range(output.count)]
-        if output.tag == "Carry":
+        if output.tag is Carry:
             found += arrays
     return found

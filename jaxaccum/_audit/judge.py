@@ -51,8 +51,6 @@ SEVERITY = [
     Verdict.SUM, Verdict.MEAN, Verdict.PER_EXAMPLE, Verdict.UNBATCHED,
 ]  # fmt: skip
 """The worst first."""
-_IGNORED = ("Stack", "Last", "Carry")
-"""Outputs that depend on the partition by their meaning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +74,9 @@ class Judged:
 
 def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
     """The verdict on one output; None where there is nothing to say."""
-    if output.tag in _IGNORED:
+    if (claim := claim_of(walk, output, values)) is None:
         return None
-    claim, faults = claim_of(walk, output, values), faults_of(values)
+    faults = faults_of(values)
     kinds = {fault.kind for fault in faults}
     worst = _worst(kinds)
     verdict = worst or (Verdict.COUPLED if FaultKind.COLLECTIVE in kinds else claim.verdict)

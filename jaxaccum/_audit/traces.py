@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -195,10 +194,8 @@ def _unbound(error: NameError) -> None:
     stack = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in stack if not is_library(frame.filename)]
     where = f"{own[-1].filename}:{own[-1].lineno}" if own else "its program"
-    name = re.search(r"axis name: (\S+?)\.?(\s|$)", str(error))
-    axis = f"the axis {name[1]!r}" if name else "an axis"
     raise ValueError(
-        f"the loss sums over {axis} (at {where}), and nothing around the audit gives that name to "
-        "an axis; call the audit where the loss runs, inside the jax.pmap, jax.vmap or "
+        f"the loss sums over an axis that nothing around the audit names (at {where}; JAX says: "
+        f"{error}); call the audit where the loss runs, inside the jax.pmap, jax.vmap or "
         "jax.shard_map with that axis, or leave the name out of the model."
     ) from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import os
 import sys
+from types import TracebackType
 from typing import NamedTuple
 
 import jax
@@ -58,7 +60,28 @@ def callers_depth() -> int:
 
 def is_ours(error: BaseException) -> bool:
     """Whether this package raised an error, and not the function that it called."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_code.co_filename.startswith(_INNER[1])
+    last = _innermost(error)
+    return last is not None and last.tb_frame.f_code.co_filename.startswith(_INNER[1])
+
+
+def is_jaxs(error: BaseException) -> bool:
+    """Whether JAX raised an error, and neither this package nor the user's function.
+
+    JAX removes its own frames from tracebacks. What is left of an error of JAX's then ends in a
+    call, and any other error in a ``raise``.
+    """
+    if (last := _innermost(error)) is None:
+        return False
+    code = last.tb_frame.f_code
+    return code.co_filename.startswith(_INNER[0]) or code.co_code[last.tb_lasti] != _RAISE
+
+
+_RAISE = dis.opmap["RAISE_VARARGS"]
+
+
+def _innermost(error: BaseException) -> TracebackType | None:
+    """Where an error was raised, as far as its traceback says."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -83,27 +82,3 @@ collection ``_overwrite_with_gradient`` is recognised without it::
 
     in_axes = ({"params": None, "fp8": jaxaccum.MAX_GRAD}, 0)
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class WithStreams:
-    """A function whose carried keys are random streams, of which each microbatch of a coupled loss
-    has its own."""
-
-    fun: Fun
-    drawing: Callable[[frozenset[tuple[int, ...]]], Fun] | None = None
-    """Where each example has streams of its own: the function, given what twice as many examples
-    draw."""
-
-    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        return self.fun(*args, **kwargs)
-
-    def compared(self, larger: frozenset[tuple[int, ...]]) -> WithStreams:
-        """The same, where it is known what twice as many examples draw."""
-        return self if self.drawing is None else WithStreams(self.drawing(larger), self.drawing)
-
-    def mapped(self, change: Callable[[Fun], Fun]) -> WithStreams:
-        """The same of a function that is changed."""
-        if (drawing := self.drawing) is None:
-            return WithStreams(change(self.fun))
-        return WithStreams(change(self.fun), lambda larger: change(drawing(larger)))

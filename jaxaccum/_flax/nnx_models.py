@@ -20,8 +20,9 @@ from flax.nnx import filterlib
 from flax.typing import PathParts
 from jax.tree_util import KeyPath
 
+from jaxaccum._base.adapted import Adapted
 from jaxaccum._base.trees import leaf_name
-from jaxaccum._base.types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree, WithStreams
+from jaxaccum._base.types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree
 from jaxaccum._flax import nnx_streams
 from jaxaccum._flax.nnx_streams import Streams
 from jaxaccum._program import assignments, validate
@@ -134,7 +135,10 @@ class Models:
         def drawing(larger: frozenset[Shape]) -> Fun:
             return functools.wraps(fun)(functools.partial(call, larger))
 
-        return WithStreams(drawing(frozenset()), drawing if self.streams else None)
+        return Adapted(
+            drawing(frozenset()), returns_state=True, draws_from_state=True,
+            comparing=drawing if self.streams else None,
+        )  # fmt: skip
 
     def _run(
         self,

@@ -8,6 +8,8 @@ jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -80,6 +82,26 @@ def traced_mesh(eqn: jex.JaxprEqn) -> jax.sharding.AbstractMesh:
     Test: test_mesh.
     """
     return eqn.ctx.cur_abstract_mesh
+
+
+# -- the compiler's errors -------------------------------------------------------------------------
+
+
+def bytes_needed(error: Exception) -> int | None:
+    """What a program needs that is too large for the device it is compiled for; None of any other
+    error.
+
+    That it is too large is the error's code, an attribute without documentation, jax 0.10.2 to
+    0.12. How large it is, nothing but the text says, next to what the device has, in words that
+    change: "Used 29.35G of 15.75G hbm", or in libtpu 0.0.42 "temporaries (36.52G) exceeds available
+    HBM (15.75G)". So the largest amount counts, and a text without one means: more than any device
+    has. Tests: test_plan, test_tpu.
+    """
+    if getattr(error, "error_code_string", None) != "RESOURCE_EXHAUSTED":
+        return None
+    amounts = re.findall(r"\b([\d.]+)([KMGT])\b", str(error))
+    needed = [int(float(number) * 1024 ** " KMGT".index(unit)) for number, unit in amounts]
+    return max(needed, default=sys.maxsize)
 
 
 # -- private names ---------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
+from jaxaccum._base.adapted import adapted
 from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.trees import is_array, leaf_name, safe_map
-from jaxaccum._base.types import Array, Fun, KeyPath, PyTree, TreeDef, WithStreams
+from jaxaccum._base.types import Array, Fun, KeyPath, PyTree, TreeDef
 from jaxaccum._jaxpr.compat import opened, scan_arity
 from jaxaccum._jaxpr.variables import Atom, Var
 
@@ -47,7 +48,7 @@ def call(
     except Exception as error:  # of the user's function
         explain(error)
         raise
-    if isinstance(fun, WithStreams) or not _holds((args, kwargs), "Variable"):
+    if adapted(fun).returns_state or not _holds((args, kwargs), "Variable"):
         return output
     if same_objects(before, jax.tree.leaves((args, kwargs))):
         return output

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from jaxaccum._base.types import Array, Fun, PyTree, WithStreams
+from jaxaccum._base.adapted import adapted
+from jaxaccum._base.types import Array, Fun, PyTree
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Type
 from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
@@ -84,8 +85,8 @@ class FlatFunction:
         Of a model whose examples draw for themselves, what twice as many draw tells which axis of
         a draw is theirs.
         """
-        fun = self.fun
-        if not isinstance(fun, WithStreams) or fun.drawing is None:
+        fun = adapted(self.fun)
+        if fun.comparing is None:
             return trace(self, size)
         other = self.elsewhere()
         try:
@@ -108,7 +109,7 @@ class FlatFunction:
         return dataclasses.replace(self, returned=[])
 
     def _output(self, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], size: int) -> PyTree:
-        slots = () if isinstance(self.fun, WithStreams) else self.layout.slots
+        slots = () if adapted(self.fun).draws_from_state else self.layout.slots
         explain = functools.partial(
             closures.explain,
             fun=self.fun,

@@ -12,19 +12,18 @@ import jax.numpy as jnp
 
 from jaxaccum._base.trees import leaves_with_names
 from jaxaccum._base.types import PyTree
-from jaxaccum._program.tags import Mean, is_tag
+from jaxaccum._program.tags import Mean, Tag, is_tag
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One leaf of what the loss returned: its tag's name ("" without one), its shape, and whether
-    it is aux.
+    """One leaf of what the loss returned: its tag, if it has one, its shape, and whether it is aux.
 
     It is one array, or two of a `Mean`: the total and the weight.
     """
 
     name: str
-    tag: str
+    tag: type[Tag] | None
     aux: bool
     shape: tuple[int, ...]
     count: int = 1
@@ -41,11 +40,10 @@ def _leaf(name: str, leaf: Any, aux: bool) -> Iterator[tuple[Output, list[Any]]]
     if isinstance(leaf, Mean):
         yield from _mean(name, leaf, aux)
     elif is_tag(leaf):
-        content: PyTree = leaf.state if hasattr(leaf, "state") else leaf.x
-        for part, x in leaves_with_names(content, name):
-            yield Output(part, type(leaf).__name__, aux, jnp.shape(x)), [x]
+        for part, x in leaves_with_names(leaf.content, name):
+            yield Output(part, type(leaf), aux, jnp.shape(x)), [x]
     else:
-        yield Output(name, "", aux, jnp.shape(leaf)), [leaf]
+        yield Output(name, None, aux, jnp.shape(leaf)), [leaf]
 
 
 def _mean(name: str, mean: Mean, aux: bool) -> Iterator[tuple[Output, list[Any]]]:
@@ -53,4 +51,4 @@ def _mean(name: str, mean: Mean, aux: bool) -> Iterator[tuple[Output, list[Any]]
     if len(weights) == 1:
         weights = weights * len(totals)
     for (part, total), weight in zip(totals, weights, strict=True):
-        yield Output(part, "Mean", aux, jnp.shape(total), count=2), [total, weight]
+        yield Output(part, Mean, aux, jnp.shape(total), count=2), [total, weight]

@@ -71,10 +71,9 @@ def _tangent(x: Array, one: Refused, tangents: Sequence[Tangent]) -> Tangent:
 def refusal(name: str, tag: str, *, whole: bool) -> str:
     """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments
     alone."""
-    entry = {"Max": "take the maximum of it", "Min": "take the minimum of it"}.get(
-        tag, "take its last entry"
+    stacked = (
+        f"Return Stack(x) and {_OF_A_STACK[tag]}, or Mean(x, 1) for the mean over microbatches."
     )
-    stacked = f"Return Stack(x) and {entry}, or Mean(x, 1) for the mean over microbatches."
     untagged = (
         "It depends only on arguments that are not cut into microbatches, so return it without a "
         "tag."
@@ -85,6 +84,13 @@ def refusal(name: str, tag: str, *, whole: bool) -> str:
         f"miss what goes through it. {mend} Where no derivative is meant, return it as auxiliary "
         "output (has_aux), or read it under jax.lax.stop_gradient."
     )
+
+
+_OF_A_STACK = {
+    "Max": "take the maximum of it", "Min": "take the minimum of it",
+    "Last": "take its last entry", "Carry": "take its last entry",
+}  # fmt: skip
+"""What gives the same with a derivative, by the tag that passes none."""
 
 
 def _zeros(tangent: Array, *, aval: Type, says: Callable[[], str]) -> Array:

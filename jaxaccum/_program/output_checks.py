@@ -15,9 +15,10 @@ from jaxaccum._base.trees import (
     leaves_with_names,
 )
 from jaxaccum._base.types import PyTree
-from jaxaccum._program.tags import Carry, Concat, Last, Stack, Tag
+from jaxaccum._program.tags import TAGS, Carry, Tag, spelled
 
-_TAGS = "Mean(total, weight), Sum(x), Max(x), Min(x), Concat(x), Stack(x), Last(x) or Carry(state)"
+_FIRST, _LAST = TAGS[:-1], TAGS[-1]
+_TAGS = f"{', '.join(map(spelled, _FIRST))} or {spelled(_LAST)}"
 
 
 def described(x: Any) -> str:
@@ -39,7 +40,7 @@ def check_array(name: str, x: Any) -> None:
 
 
 def check_combines_keys(name: str, tag: Tag) -> None:
-    if not isinstance(tag, Concat | Stack | Last | Carry):
+    if not tag.reduction.moves:
         raise TypeError(
             f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could "
             "combine; return it as Concat, Stack, Last or in the Carry."

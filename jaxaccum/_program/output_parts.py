@@ -40,12 +40,7 @@ from jaxaccum._program.output_checks import (
     untagged_refused,
 )
 from jaxaccum._program.reductions import Reduction
-from jaxaccum._program.tags import Carry, Concat, Last, Max, Mean, Min, Stack, Sum, Tag, is_tag
-
-_REDUCTION_OF = {
-    Sum: Reduction.SUM, Max: Reduction.MAX, Min: Reduction.MIN, Last: Reduction.LAST,
-    Carry: Reduction.CARRY, Concat: Reduction.CONCAT, Stack: Reduction.STACK,
-}  # fmt: skip
+from jaxaccum._program.tags import Carry, Concat, Mean, Sum, Tag, is_tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,19 +209,20 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
         return x
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
-    content: PyTree = getattr(x, "state" if isinstance(x, Carry) else "x")
-    for leaf_name, leaf in leaves_with_names(content, f"{name}.{type(x).__name__}", is_leaf=is_tag):
+    for leaf_name, leaf in leaves_with_names(
+        x.content, f"{name}.{type(x).__name__}", is_leaf=is_tag
+    ):
         check_array(leaf_name, leaf)
         if isinstance(x, Concat):
             check_rows(leaf_name, leaf, reader.size)
         if (key := key_impl(leaf)) is not None:
             check_combines_keys(leaf_name, x)
             leaf = jax.random.key_data(leaf)
-        part = reader.part(leaf_name, _REDUCTION_OF[type(x)], leaf)
+        part = reader.part(leaf_name, x.reduction, leaf)
         # A sum of integers has the dtype of `jnp.sum`: its own would overflow.
         counts = isinstance(x, Sum) and not is_inexact(leaf)
         reader.leaf(part, None, widen(dtype_of(leaf)) if counts else dtype_of(leaf), key)
-    return content
+    return x.content
 
 
 def _read_mean(reader: _Reader, name: str, mean: Mean) -> PyTree:
@@ -327,17 +323,6 @@ def value(loss: PyTree) -> Any:
     return total_of(jax.tree.leaves(loss))
 
 
-def _content(term: Any) -> Any:
-    """What a term of a loss adds up."""
-    match term:
-        case Mean():
-            return term.total
-        case Sum():
-            return term.x
-        case _:
-            return term
-
-
 def _check_term(name: str, term: Any) -> None:
     if is_tag(term) and not isinstance(term, Mean | Sum):
         raise TypeError(
@@ -349,7 +334,7 @@ def _check_term(name: str, term: Any) -> None:
             f"{name} is {described(term)}; a loss is a scalar, a Mean, a Sum, or a flat dict of "
             "them. Auxiliary values go into aux, with has_aux=True."
         )
-    content = _content(term)
+    content: Any = term.content if is_tag(term) else term
     if not is_array(content) and not isinstance(content, bool | int | float | complex):
         raise TypeError(f"{name} holds {described(content)}; a term of a loss is one scalar.")
     if jnp.shape(content) != ():

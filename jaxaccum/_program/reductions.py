@@ -15,7 +15,10 @@ from jaxaccum._devices import varying
 
 class Reduction(enum.Enum):
     """The rule of one array; the first five live in the loop's state, the last two are written row
-    by row."""
+    by row.
+
+    Every `match` over it names all of them, so that pyright points to what a new one lacks.
+    """
 
     SUM = "sum"
     MAX = "max"
@@ -29,6 +32,16 @@ class Reduction(enum.Enum):
     def stacked(self) -> bool:
         """Whether the loop writes one entry per microbatch and keeps no state."""
         return self in (Reduction.CONCAT, Reduction.STACK)
+
+    @property
+    def of_partition(self) -> bool:
+        """Whether the result depends on the partition by its meaning."""
+        return self in (Reduction.STACK, Reduction.LAST, Reduction.CARRY)
+
+    @property
+    def moves(self) -> bool:
+        """Whether values only change their place, so that those that are no numbers, keys, may."""
+        return self.stacked or self in (Reduction.LAST, Reduction.CARRY)
 
     @property
     def differentiable(self) -> bool:

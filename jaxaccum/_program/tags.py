@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NoReturn, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NoReturn, Self, TypeGuard, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.types import PyTree
+from jaxaccum._program.reductions import Reduction
 
 T = TypeVar("T")
 
 
 class Tag:
     """The base of all tags; a tag may hold a pytree and applies to each of its leaves."""
+
+    reduction: ClassVar[Reduction]
+    """How its arrays combine over microbatches."""
+
+    @property
+    def content(self) -> PyTree:
+        """What is combined: its first field, which of a `Mean` is the total."""
+        field, *_ = _fields(type(self))
+        return getattr(self, field)
+
+
+def _fields(tag: type[Any]) -> list[str]:
+    """The names of what a tag holds."""
+    return [field.name for field in dataclasses.fields(tag)]
 
 
 def _is_number(x: Any) -> bool:
@@ -101,6 +116,7 @@ class Mean(_Scalable):
         (5.0, -4.0)
     """
 
+    reduction = Reduction.SUM
     total: PyTree
     weight: PyTree
 
@@ -116,6 +132,7 @@ class Sum(_Scalable):
     else 32 bits, where a sum beyond 2^31 wraps as that of the full batch does.
     """
 
+    reduction = Reduction.SUM
     x: PyTree
 
     def _scaled(self, scale: Callable[[Any], Any]) -> Sum:
@@ -126,6 +143,7 @@ class Sum(_Scalable):
 class Max(Tag):
     """The elementwise maximum over microbatches; a derivative of it is an error."""
 
+    reduction = Reduction.MAX
     x: PyTree
 
 
@@ -133,6 +151,7 @@ class Max(Tag):
 class Min(Tag):
     """The elementwise minimum over microbatches; a derivative of it is an error."""
 
+    reduction = Reduction.MIN
     x: PyTree
 
 
@@ -141,6 +160,7 @@ class Concat(Tag):
     """One row per example: the rows of the whole batch, in the batch's order whatever the split;
     differentiable."""
 
+    reduction = Reduction.CONCAT
     x: PyTree
 
 
@@ -149,6 +169,7 @@ class Stack(Tag):
     """One entry per microbatch, along a new leading axis: for diagnostics, since its shape depends
     on the partition."""
 
+    reduction = Reduction.STACK
     x: PyTree
 
 
@@ -159,6 +180,7 @@ class Last(Tag):
     What depends on whole arguments alone, as a temperature does, needs no tag and has a derivative.
     """
 
+    reduction = Reduction.LAST
     x: PyTree
 
 
@@ -167,9 +189,19 @@ class Carry(Tag):
     """The new state of the argument declared ``CARRY``: same structure, shapes and dtypes; a
     derivative is an error."""
 
+    reduction = Reduction.CARRY
     state: PyTree
 
 
-def is_tag(x: Any) -> bool:
+TAGS: tuple[type[Tag], ...] = (Mean, Sum, Max, Min, Concat, Stack, Last, Carry)
+"""All of them, in the order in which messages name them."""
+
+
+def spelled(tag: type[Tag]) -> str:
+    """A tag as it is written: ``Mean(total, weight)``."""
+    return f"{tag.__name__}({', '.join(_fields(tag))})"
+
+
+def is_tag(x: Any) -> TypeGuard[Tag]:
     """Whether `x` is a tag, the leaf at which outputs are read."""
     return isinstance(x, Tag)

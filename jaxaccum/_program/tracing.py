@@ -16,8 +16,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._base.adapted import adapted
 from jaxaccum._base.entries import places_of
-from jaxaccum._base.types import Array, Fun, WithStreams
+from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, with_exchanges
 from jaxaccum._jaxpr.equations import axes_of
@@ -113,7 +114,7 @@ class Tracing:
         that draws."""
         mesh_axes = self.arguments.mesh_axes
         alone = self.partition.num_microbatches == 1 and not mesh_axes
-        if alone or not isinstance(self.flat.fun, WithStreams):
+        if alone or not adapted(self.flat.fun).draws_from_state:
             return one
         slots = self.flat.layout.slots
         with contextlib.nullcontext() if checked else unchecked():

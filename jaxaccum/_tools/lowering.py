@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxaccum._base.trees import is_array, leaves_with_names
 from jaxaccum._base.types import Array, Fun, PyTree
 from jaxaccum._devices import varying
+from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.flops import flops
 from jaxaccum._program import argument_slots
 from jaxaccum._program.argument_slots import Role, Slot
@@ -116,10 +116,10 @@ class AbstractCall:
         try:
             analysis = traced.lower().compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            used = _used_bytes(str(error))
-            if used is None:
+            needed = compat.bytes_needed(error)
+            if needed is None:
                 raise
-            return Cost(used, used, operations)
+            return Cost(needed, needed, operations)
         assert analysis is not None, "this backend does not report its memory"
         given, returned = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
         temporary, shared = analysis.temp_size_in_bytes, analysis.alias_size_in_bytes
@@ -230,11 +230,3 @@ def _sharding(x: object) -> NamedSharding | None:
 def _spec(x: object) -> P:
     sharding = _sharding(x)
     return P() if sharding is None else sharding.spec
-
-
-def _used_bytes(message: str) -> int | None:
-    """What the compiler says that too large a program needs: "Used 29.35G of 15.75G hbm"."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
-        return None
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))

@@ -9,8 +9,9 @@ each shard, so that groups of adjacent examples stay together; a strided one tak
 
 Three kinds of call cannot run device by device: those with a carried state, which sees whole
 microbatches; coupled losses, unless their collectives name the batch's mesh axes too; and a `fun`
-that closes over arrays of the mesh or names its axes in shardings. They run on the global arrays,
-cut into the same microbatches, and JAX sums gradients at every microbatch.
+that JAX refuses on one device's rows, since it closes over arrays of the mesh or names its axes in
+shardings. They run on the global arrays, cut into the same microbatches, and JAX sums gradients at
+every microbatch.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxaccum._base.adapted import changed
 from jaxaccum._base.entries import entries
-from jaxaccum._base.source_lines import is_ours
+from jaxaccum._base.source_lines import is_jaxs, is_ours
 from jaxaccum._base.trees import safe_map
-from jaxaccum._base.types import Array, PyTree, TreeDef, WithStreams
+from jaxaccum._base.types import Array, PyTree, TreeDef
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import mapped_mesh_axes
 from jaxaccum._program import validate
@@ -39,15 +41,6 @@ from jaxaccum._program.call import Call, Options
 from jaxaccum._program.program import NeedsGlobalArraysError
 from jaxaccum._transforms.eager import once
 from jaxaccum._transforms.gathers import divided, gathered, gathering
-
-_NEEDS_GLOBAL_ARRAYS = (
-    "Closing over inputs to shard_map",
-    "should match the aval mesh",
-    "of type Auto or Manual",
-    "manual_axis_type",
-)
-"""What JAX says of a `fun` that closes over arrays of the mesh, or that names an axis which is
-manual in the loop."""
 
 Run = Callable[[Call], PyTree]
 """What a transformation does with a call. Where arguments are differentiated, it returns a pair
@@ -83,11 +76,12 @@ def _spread(run: Run, call: Call, gather: str) -> PyTree:
     try:
         return found.by_device()
     except NeedsGlobalArraysError:
-        return found.globally()
+        pass
     except (NotImplementedError, ValueError) as error:
-        if not any(says in str(error) for says in _NEEDS_GLOBAL_ARRAYS):
+        if not is_jaxs(error):
             raise
-        return found.globally()
+    # An error that `fun` itself makes comes up once more, in the shapes of the user's own arrays.
+    return found.globally()
 
 
 def _of_plain_types(run: Run, call: Call, gather: str) -> PyTree:
@@ -228,8 +222,7 @@ class _Spread:
         gathers its parameters."""
         fun, sharded, row = self.call.fun, self._leaves_of(self.sharded), self._a_row()
         if self.gather == "each" and sharded:
-            change = lambda fun: gathering(fun, sharded, row)
-            fun = fun.mapped(change) if isinstance(fun, WithStreams) else change(fun)
+            fun = changed(fun, lambda fun: gathering(fun, sharded, row))
         return dataclasses.replace(self.call, fun=fun, options=self._own_options())
 
     def _pair(self, call: Call) -> tuple[PyTree, PyTree]:

@@ -14,6 +14,7 @@ from jaxaccum._base.types import Fun, InAxes, PyTree
 from jaxaccum._host_loop.partition import num_examples
 from jaxaccum._program.argument_slots import assigned
 from jaxaccum._program.axes_by_name import by_position, check_keywords
+from jaxaccum._program.tags import is_tag
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause
 from jaxaccum.testing.oracle import LossCall, Result, draws_random_numbers, oracle
@@ -21,10 +22,6 @@ from jaxaccum.testing.oracle import LossCall, Result, draws_random_numbers, orac
 __all__ = ["assert_exact"]
 
 FLOAT32 = float(np.finfo(np.float32).eps)  # of the accumulator, where parameters are narrower
-
-DEPENDENT = (jaxaccum.Stack, jaxaccum.Last, jaxaccum.Carry)
-"""Tags whose results depend on the partition by their meaning."""
-OTHERS = (jaxaccum.Mean, jaxaccum.Sum, jaxaccum.Max, jaxaccum.Min, jaxaccum.Concat)
 
 
 def assert_exact(
@@ -138,21 +135,17 @@ def _comparable(fun: Fun) -> Fun:
 
     def compared(*args: PyTree, **kwargs: PyTree) -> tuple[PyTree, dict[str, PyTree]]:
         loss, aux = fun(*args, **kwargs)
-        tags = jax.tree.leaves(aux, is_leaf=_is_tag)
+        tags = jax.tree.leaves(aux, is_leaf=is_tag)
         carried = [tag for tag in tags if isinstance(tag, jaxaccum.Carry)]
-        kept = jax.tree.map(_independent, aux, is_leaf=_is_tag)
+        kept = jax.tree.map(_independent, aux, is_leaf=is_tag)
         return loss, {"kept": kept, "carried": carried}
 
     return compared
 
 
 def _independent(tag: PyTree) -> PyTree:
-    """The tag, or nothing where its result depends on the partition."""
-    return () if isinstance(tag, DEPENDENT) else tag
-
-
-def _is_tag(node: object) -> bool:
-    return isinstance(node, DEPENDENT + OTHERS)
+    """The tag, or nothing where its result depends on the partition by its meaning."""
+    return () if is_tag(tag) and tag.reduction.of_partition else tag
 
 
 def _eps(params: PyTree) -> float:

@@ -133,7 +133,7 @@ def test_an_axis_without_a_meaning_is_one_clear_error():
     for make in (linen, of_nnx):
         loss = normalized(make("batch"))
         refused(
-            lambda loss=loss: jaxaccum.audit(loss, W, X), "the axis 'batch'", __file__, "jax.pmap"
+            lambda loss=loss: jaxaccum.audit(loss, W, X), "an axis", "batch", __file__, "jax.pmap"
         )
     with pytest.raises(NameError, match="undefined"):
         jaxaccum.audit(lambda w, x: undefined, W, X)  # noqa: F821

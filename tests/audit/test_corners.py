@@ -1,6 +1,8 @@
 """Losses at the corners of the audit's rules: "exact" is never said of one that the numbers
 refute."""
 
+import dataclasses
+
 import jax
 import jax.experimental
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import Concat, Max, Mean, Sum
+from jaxaccum._program.reductions import Reduction
+from jaxaccum._program.tags import Tag
 from jaxaccum.testing import assert_exact
 from tests.support.helpers import EXACT, INEXACT, data, normwise
 
@@ -324,3 +328,32 @@ def test_a_probe_that_cannot_run_says_so():
     report = jaxaccum.audit(LOSSES["Mean of rows"][0], W, BATCH, probe=True)
     assert report.probe.exact is None
     assert "could not be computed (TypeError" in str(report)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Count(Tag):
+    """A tag that the audit does not know."""
+
+    x: object
+
+
+@pytest.mark.parametrize(
+    ("reduction", "says"), [(Reduction.SUM, "Count"), ("product", "product")], ids=str
+)
+def test_a_tag_that_the_audit_does_not_know_is_not_taken_for_another(reduction, says, monkeypatch):
+    """Whether it is added up, or combines in a way of its own."""
+    monkeypatch.setattr(Count, "reduction", reduction, raising=False)
+    loss = lambda w, b: (jnp.mean(rows(w, b)), Count(jnp.sum(b["mask"])))
+    with pytest.raises(AssertionError, match=says):
+        jaxaccum.audit(loss, W, BATCH, has_aux=True)
+    known = lambda w, b: (jnp.mean(rows(w, b)), Sum(jnp.sum(b["mask"])))
+    assert jaxaccum.audit(known, W, BATCH, has_aux=True).exact
+
+
+def test_at_the_call_a_tag_that_the_audit_does_not_know_is_undecided(monkeypatch):
+    monkeypatch.setattr(Count, "reduction", Reduction.SUM, raising=False)
+    loss = lambda w, b: (jnp.mean(rows(w, b)), Count(jnp.sum(b["mask"])))
+    step = jaxaccum.value_and_grad(loss, has_aux=True, num_microbatches=2, audit="raise")
+    with pytest.raises(jaxaccum.InexactError, match=r"may not be exact.*Count"):
+        step(W, BATCH)

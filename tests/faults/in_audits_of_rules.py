@@ -139,6 +139,23 @@ FAULTS = [
         "audit/test_groups.py::test_batch_norm_of_one_device_is_no_batch_norm_of_all",
     ),
     Fault(
+        "the audit takes a tag that it does not know for a Sum",
+        "_claim_total",
+        'raise AssertionError(f"the audit knows no claim of the tag {tag.__name__}")',
+        "return _claim_sum(walk, values[0])",
+        "audit/test_corners.py::"
+        "test_a_tag_that_the_audit_does_not_know_is_not_taken_for_another[Reduction.SUM-Count]",
+    ),
+    Fault(
+        "the audit takes a reduction that it does not know for a sum",
+        "claim_of",
+        "        case Reduction.SUM:\n            claim = _claim_total(walk, output.tag, values)\n"
+        "        case _:\n            assert_never(reduction)\n",
+        "        case _:\n            claim = _claim_sum(walk, values[0])\n",
+        "audit/test_corners.py::"
+        "test_a_tag_that_the_audit_does_not_know_is_not_taken_for_another[product-product]",
+    ),
+    Fault(
         "the audit lets randomness pass",
         "judge",
         "accumulates and not random, random",

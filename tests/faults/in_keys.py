@@ -97,9 +97,9 @@ FAULTS = [
     ),
     Fault(
         "gathered parameters lose the streams of the examples",
-        "_Spread._of_one_device",
-        "fun.mapped(change) if isinstance(fun, WithStreams) else change(fun)",
-        "change(fun)",
+        "adapted:changed",
+        "if not isinstance(fun, Adapted):",
+        "if True:",
         "flax/test_example_streams.py::test_gathered_parameters_keep_the_streams_of_the_examples",
     ),
     Fault(

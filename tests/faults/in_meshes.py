@@ -19,6 +19,22 @@ FAULTS = [
         "test_a_microbatch_takes_the_rows_of_every_shard_that_the_split_says",
     ),
     Fault(
+        "what fun raises of one device's rows is tried on global arrays",
+        "_spread",
+        "if not is_jaxs(error):",
+        "if False:",
+        "meshes/test_data_parallel.py::"
+        "test_whose_error_it_is_says_whether_the_global_arrays_are_tried[off]",
+    ),
+    Fault(
+        "an error of JAX's without its frames is the user's",
+        "is_jaxs",
+        " or code.co_code[last.tb_lasti] != _RAISE",
+        "",
+        "meshes/test_data_parallel.py::"
+        "test_whose_error_it_is_says_whether_the_global_arrays_are_tried[remove_frames]",
+    ),
+    Fault(
         "a gradient has the type of its parameter",
         "as_cotangent",
         "unreduced=own.reduced, reduced=own.unreduced",

@@ -14,6 +14,7 @@ from experiments import tpu
 from experiments._compiled_devices import described
 from experiments._compiled_hlo import whole_results
 from jaxaccum.testing import collectives
+from tests.support.helpers import refused
 
 N, EXAMPLES = 8, 16
 
@@ -172,3 +173,29 @@ def test_the_plan_predicts_what_the_compiler_then_says():
         plan.best.predicted_temp_bytes is not None
     ):  # None: one of the two that the others are predicted from
         assert plan.best.predicted_temp_bytes == pytest.approx(real, rel=0.1)
+
+
+def test_a_plan_goes_on_where_the_compiler_refuses_a_size():
+    """One chip has 15.75 GiB, and JAX's own gradient of the whole batch needs more."""
+    whole = NamedSharding(mesh_of(1), P())
+    lay = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+
+    def loss(w, x):
+        return jnp.mean((jnp.tanh(x @ w) @ w.T) ** 2)
+
+    w, x = lay(8, 2**14), lay(2**18, 8)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        jax.jit(jax.value_and_grad(loss)).lower(w, x).compile()
+    limit = int(15.75 * 2**30)
+    plan = ja.plan(loss, w, x, memory_bytes=limit)
+    assert plan.rows[-1].microbatch_size == 2**18
+    assert plan.rows[-1].compiled
+    assert limit < plan.rows[-1].total_bytes < 10 * limit
+    step = jax.jit(ja.value_and_grad(loss, microbatch_size=plan.best.microbatch_size))
+    real = step.lower(w, x).compile().memory_analysis()
+    assert plan.best.temp_bytes == real.temp_size_in_bytes
+    refused(
+        lambda: ja.plan(loss, w, x, memory_bytes=limit, num_microbatches=1),
+        f"memory_bytes={limit}",
+        f"{2**18} examples",
+    )

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.flops import flops
 from jaxaccum._tools.plan import Plan, Row, candidates
 from tests.support.helpers import refused
@@ -293,6 +294,15 @@ def test_of_equally_many_operations_the_larger_microbatch_is_best():
 def heavy(params, x):
     """Two large matrices and few examples: the sums of a loop are larger than anything else."""
     return jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) ** 2)
+
+
+def test_what_a_device_cannot_hold_is_told_by_the_code_of_the_error():
+    """Not by its text: an error of another kind may quote the words."""
+    with pytest.raises(jax.errors.JaxRuntimeError) as info:
+        jnp.zeros(2**45, FLOAT)  # 128 TiB
+    assert compat.bytes_needed(info.value) > 2**47
+    quoting = jax.errors.JaxRuntimeError(f"INTERNAL: after {info.value}, used 1.5G of 1.0G")
+    assert compat.bytes_needed(quoting) is None
 
 
 def test_the_whole_batch_may_fit_where_no_loop_does():

@@ -1,0 +1,48 @@
+"""What an adapter, such as that of nnx models, tells the core of a function that it made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxaccum._base.types import Fun, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A function, and what its caller has to know; the defaults hold for one that a user wrote."""
+
+    fun: Fun
+    returns_state: bool = False
+    """It returns what it assigns to its arguments, so that no assignment is lost."""
+    draws_from_state: bool = False
+    """Keys in its state are random streams: each microbatch of a coupled loss has its own."""
+    comparing: Callable[[frozenset[tuple[int, ...]]], Fun] | None = None
+    """Where each example draws for itself: the function, given what twice as many examples draw.
+
+    A draw is known by its shape: the two sizes tell which of its axes is the examples'.
+    """
+
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        return self.fun(*args, **kwargs)
+
+    def compared(self, larger: frozenset[tuple[int, ...]]) -> Adapted:
+        """The same, where it is known what twice as many examples draw."""
+        if (comparing := self.comparing) is None:
+            return self
+        return dataclasses.replace(self, fun=comparing(larger))
+
+
+def adapted(fun: Fun) -> Adapted:
+    """What is known of a function."""
+    return fun if isinstance(fun, Adapted) else Adapted(fun)
+
+
+def changed(fun: Fun, change: Callable[[Fun], Fun]) -> Fun:
+    """The function with a change, of which the same is known as before."""
+    if not isinstance(fun, Adapted):
+        return change(fun)
+    new = dataclasses.replace(fun, fun=change(fun.fun))
+    if (comparing := fun.comparing) is None:
+        return new
+    return dataclasses.replace(new, comparing=lambda larger: change(comparing(larger)))
