@@ -23,13 +23,14 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+TESTS = pathlib.Path(__file__).parent
 # Without torch (an environment of the other supported versions) its files are no tests; the rest
 # is.
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob += [
         str(path)
-        for path in pathlib.Path(__file__).parent.rglob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
 
@@ -80,27 +81,35 @@ def fast_options(*args, env_options_overrides=None, **kwargs):
     return OPTIONS_OF_USERS(*args, env_options_overrides=overrides, **kwargs)
 
 
-@pytest.fixture
-def compiling_fast():
-    """XLA without most of its optimizations: for tests of numbers, where every program runs once
-    and compilation is nearly all of the time.
+def compile_fast(fast):
+    """XLA without most of its optimizations, or with all of them, as for users.
 
-    Not where a maximum of computed float32 numbers is differentiated: on CPU XLA then may compute
-    these twice, with two roundings, so that none equals the maximum, and JAX's rule divides by how
-    many do. No jaxaccum is needed for that.
+    A program that was compiled in the other way is not used again: JAX would, and a bit that
+    differs between two compilations would be taken for a fault.
     """
+    if fast == jax.config.read("jax_disable_most_optimizations"):
+        return
+    jax.config.update("jax_disable_most_optimizations", fast)
+    if BEFORE_0_11:
+        compiler.get_compile_options = fast_options if fast else OPTIONS_OF_USERS
+    jax.clear_caches()
 
 
-@pytest.fixture(autouse=True)
-def compiled_alike(request):
-    """A program that was compiled with the other setting is not used again: JAX would, and a bit
-    that differs between two compilations would be taken for a fault."""
-    fast = "compiling_fast" in request.fixturenames
-    if fast != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", fast)
-        if BEFORE_0_11:
-            compiler.get_compile_options = fast_options if fast else OPTIONS_OF_USERS
-        jax.clear_caches()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Nearly all of the time is compilation, of programs that run once.
+
+    Marked `optimized` is what reads the compiled program, and what differentiates a maximum of
+    computed float32 numbers: on CPU XLA may compute these twice, with two roundings, so that none
+    equals the maximum, and JAX's rule divides by how many do. No jaxaccum is needed for that.
+    """
+    compile_fast(item.get_closest_marker("optimized") is None)
+
+
+def pytest_runtest_teardown(nextitem):
+    """The examples of the library's docstrings are compiled as for users."""
+    if nextitem is not None and not nextitem.path.is_relative_to(TESTS):
+        compile_fast(False)
 
 
 @pytest.fixture(autouse=True)

@@ -247,6 +247,7 @@ def test_vmap_runs_windows_of_their_own():
     assert not np.isnan(updates["w"][0]).any()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_reduces_once_a_window(check_vma):
     """The optimizer averages over devices: the collective stands in the branch that runs at the end

@@ -15,6 +15,8 @@ from experiments._compiled_devices import described
 from experiments._compiled_hlo import whole_results
 from jaxaccum.testing import collectives
 
+pytestmark = pytest.mark.optimized
+
 N, EXAMPLES = 8, 16
 
 
