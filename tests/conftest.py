@@ -66,19 +66,23 @@ hypothesis.settings.register_profile("deep", max_examples=1000, **_ALWAYS)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-BEFORE_0_11 = jax.__version_info__ < (0, 11)
 FAST = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 """The older emitters of XLA for CPU compile in a third of the time. JAX 0.12 has lost them."""
 OPTIONS_OF_USERS = compiler.get_compile_options
 
 
-def fast_options(*args, env_options_overrides=None, **kwargs):
-    """JAX's options for one compilation, with the fast emitters.
+def compile_options(*args, env_options_overrides=None, **kwargs):
+    """JAX's options for one compilation, with the fast emitters where optimizations are off.
 
-    No setting of JAX's says this for some tests alone; XLA_FLAGS is read once per process.
+    No setting of JAX's says this for some programs alone; XLA_FLAGS is read once per process.
     """
-    overrides = FAST | dict(env_options_overrides or {})
+    fast = FAST if jax.config.read("jax_disable_most_optimizations") else {}
+    overrides = fast | dict(env_options_overrides or {})
     return OPTIONS_OF_USERS(*args, env_options_overrides=overrides, **kwargs)
+
+
+if jax.__version_info__ < (0, 11):
+    compiler.get_compile_options = compile_options
 
 
 def compile_fast(fast):
@@ -90,8 +94,6 @@ def compile_fast(fast):
     if fast == jax.config.read("jax_disable_most_optimizations"):
         return
     jax.config.update("jax_disable_most_optimizations", fast)
-    if BEFORE_0_11:
-        compiler.get_compile_options = fast_options if fast else OPTIONS_OF_USERS
     jax.clear_caches()
 
 
@@ -99,7 +101,8 @@ def compile_fast(fast):
 def pytest_runtest_setup(item):
     """Nearly all of the time is compilation, of programs that run once.
 
-    Marked `optimized` is what reads the compiled program, and what differentiates a maximum of
+    Marked `optimized` is what reads the compiled program, what compares bits of sums, and what
+    differentiates a maximum of
     computed float32 numbers: on CPU XLA may compute these twice, with two roundings, so that none
     equals the maximum, and JAX's rule divides by how many do. No jaxaccum is needed for that.
     """

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, same
 
+pytestmark = pytest.mark.optimized
+
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "sgd without momentum": optax.sgd(1.0),
@@ -247,7 +249,6 @@ def test_vmap_runs_windows_of_their_own():
     assert not np.isnan(updates["w"][0]).any()
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_reduces_once_a_window(check_vma):
     """The optimizer averages over devices: the collective stands in the branch that runs at the end

@@ -128,7 +128,7 @@ def check(program: Program, engine: Any, **options: Any) -> None:
 
 @contextlib.contextmanager
 def optimized() -> Iterator[None]:
-    """As users compile. With `compiling_fast`, XLA may compute a value twice and round it in two
+    """As users compile. Without optimizations XLA may compute a value twice and round it in two
     ways, so that no entry equals the maximum, and the derivative of a maximum is NaN."""
     setting = "jax_disable_most_optimizations"
     before = jax.config.read(setting)
