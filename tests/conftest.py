@@ -102,9 +102,9 @@ def pytest_runtest_setup(item):
     """Nearly all of the time is compilation, of programs that run once.
 
     Marked `optimized` is what reads the compiled program, what compares bits of sums, and what
-    differentiates a maximum of
-    computed float32 numbers: on CPU XLA may compute these twice, with two roundings, so that none
-    equals the maximum, and JAX's rule divides by how many do. No jaxaccum is needed for that.
+    differentiates a maximum of computed float32 numbers: on CPU XLA may compute these twice, with
+    two roundings, so that none equals the maximum, and JAX's rule divides by how many do. This is
+    so without jaxaccum.
     """
     compile_fast(item.get_closest_marker("optimized") is None)
 
