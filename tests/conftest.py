@@ -11,22 +11,26 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A loop over a few numbers takes torch ten times as long where its threads wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler  # private: used before JAX 0.11 alone
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+TESTS = pathlib.Path(__file__).parent
 # Without torch (an environment of the other supported versions) its files are no tests; the rest
 # is.
 collect_ignore_glob = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob += [
         str(path)
-        for path in pathlib.Path(__file__).parent.rglob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         if re.search(r"^(import|from) (torch|experiments)", path.read_text(), flags=re.MULTILINE)
     ]
 
@@ -62,25 +66,53 @@ hypothesis.settings.register_profile("deep", max_examples=1000, **_ALWAYS)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.fixture
-def compiling_fast():
-    """XLA without most of its optimizations: for tests of numbers, where every program runs once
-    and compilation is nearly all of the time.
+FAST = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""The older emitters of XLA for CPU compile in a third of the time. JAX 0.12 has lost them."""
+OPTIONS_OF_USERS = compiler.get_compile_options
 
-    Not where a maximum of computed float32 numbers is differentiated: on CPU XLA then may compute
-    these twice, with two roundings, so that none equals the maximum, and JAX's rule divides by how
-    many do. No jaxaccum is needed for that.
+
+def compile_options(*args, env_options_overrides=None, **kwargs):
+    """JAX's options for one compilation, with the fast emitters where optimizations are off.
+
+    No setting of JAX's says this for some programs alone; XLA_FLAGS is read once per process.
     """
+    fast = FAST if jax.config.read("jax_disable_most_optimizations") else {}
+    overrides = fast | dict(env_options_overrides or {})
+    return OPTIONS_OF_USERS(*args, env_options_overrides=overrides, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def compiled_alike(request):
-    """A program that was compiled with the other setting is not used again: JAX would, and a bit
-    that differs between two compilations would be taken for a fault."""
-    fast = "compiling_fast" in request.fixturenames
-    if fast != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", fast)
-        jax.clear_caches()
+if jax.__version_info__ < (0, 11):
+    compiler.get_compile_options = compile_options
+
+
+def compile_fast(fast):
+    """XLA without most of its optimizations, or with all of them, as for users.
+
+    A program that was compiled in the other way is not used again: JAX would, and a bit that
+    differs between two compilations would be taken for a fault.
+    """
+    if fast == jax.config.read("jax_disable_most_optimizations"):
+        return
+    jax.config.update("jax_disable_most_optimizations", fast)
+    jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Nearly all of the time is compilation, of programs that run once.
+
+    Marked `optimized` is what reads the compiled program, what compares bits of sums, and what
+    differentiates a maximum of computed float32 numbers: on CPU XLA may compute these twice, with
+    two roundings, so that none equals the maximum, and JAX's rule divides by how many do. This is
+    so without jaxaccum.
+    """
+    compile_fast(item.get_closest_marker("optimized") is None)
+
+
+def pytest_runtest_teardown(nextitem):
+    """The examples of the library's docstrings are compiled as for users."""
+    if nextitem is not None and not nextitem.path.is_relative_to(TESTS):
+        compile_fast(False)
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,6 @@ def check(sentence):
             vain.append((sentence, report.verdict))
 
 
-@pytest.mark.usefixtures("compiling_fast")
 def test_exact_is_never_contradicted_and_seldom_withheld():
     check()
     total = sum(verdicts.values())

@@ -345,7 +345,6 @@ def _as_the_libraries_are_used():
 
 @INEXACT
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.filterwarnings("ignore:The function convex_kl_divergence:DeprecationWarning")
 def test_exact_is_what_the_numbers_say(name):
     loss, exact = LOSSES[name]

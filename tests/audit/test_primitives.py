@@ -68,7 +68,6 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("compiling_fast")
 def test_exact_is_what_the_numbers_say(name):
     loss, verdict, exact = CASES[name]
     report = audited(loss)
@@ -218,7 +217,6 @@ OVER_MICROBATCHES = {
 
 
 @pytest.mark.parametrize("name", OVER_MICROBATCHES)
-@pytest.mark.usefixtures("compiling_fast")
 def test_collectives_over_the_microbatch_axis(name):
     """The truth: microbatches as devices, by `jax.vmap`."""
     f, exact = OVER_MICROBATCHES[name]

@@ -100,7 +100,6 @@ CASES = [(ours, name) for ours in OURS for name in AROUND]
 CASES.remove(("grad of microbatch", "gradient of the batch"))  # that of value_and_grad once more
 
 
-@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize(("ours", "name"), CASES)
 def test_around(ours, name):
     assert normwise(AROUND[name](OURS[ours]), around_the_full_batch(name)) < EXACT
@@ -140,7 +139,6 @@ INSIDE = {
 
 
 @INEXACT
-@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside(name):
     actual = jax.jit(ja.value_and_grad(INSIDE[name], num_microbatches=3))(W, X)
@@ -233,6 +231,7 @@ def test_jax_differentiates_on_devices_with_keys(check_vma):
     assert normwise(actual, jax.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
 def test_one_all_reduce_a_cut_each_way(check_vma):
     """Two cuts, forward and back, and the one sum of the gradients: five, however many

@@ -17,10 +17,9 @@ AXIS = "microbatch"
 W = {"a": data(4, 5), "b": data(5, 5), "scale": data(5)}
 X = data(8, 4, seed=1) * jnp.arange(1.0, 9.0)[:, None] / 4
 SETTINGS = ["min", "store", None, 800]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:memory="),  # of the slow schedules, tested by name elsewhere
-    pytest.mark.usefixtures("compiling_fast"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:memory="
+)  # of the slow schedules, tested by name elsewhere
 
 
 def normalize(h):

@@ -11,10 +11,7 @@ from jax import lax
 import jaxaccum as ja
 from tests.support.helpers import EXACT, UNDECIDED, data, mean_of_means, normwise, parts_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:memory='min' takes"),
-    pytest.mark.usefixtures("compiling_fast"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
 
 AXIS = "microbatch"
 EXAMPLES = 8

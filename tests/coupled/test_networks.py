@@ -23,10 +23,7 @@ from tests.coupled.vision import (
 )
 from tests.support.helpers import EXACT, mean_of_means, normwise, parts_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:memory='min' takes"),
-    pytest.mark.usefixtures("compiling_fast"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
 
 BATCHES = {net: {"x": IMAGES[net], "y": LABELS} for net in (cnn, resnet18)}
 AXES = (None, 0, None)

@@ -17,6 +17,8 @@ from jaxaccum._program.call import Options, read
 from jaxaccum._program.prepare import prepare
 from tests.support.helpers import refused
 
+pytestmark = pytest.mark.optimized
+
 AXIS, FLOAT = "microbatch", jnp.float32
 shape = lambda *dims: jax.ShapeDtypeStruct(dims, FLOAT)
 

@@ -36,7 +36,7 @@ def small(name):
 
 
 @pytest.fixture
-def _as_in_a_script(compiling_fast):
+def _as_in_a_script():
     """The experiments run under JAX's own defaults."""
     with jax.enable_x64(False):
         yield

@@ -13,6 +13,8 @@ from experiments import _compiled_devices as places
 from experiments import _compiled_steps as steps
 from experiments import gpu
 
+pytestmark = pytest.mark.optimized
+
 
 def line(call, *words):
     """The message of a refusal: one line that holds the words."""

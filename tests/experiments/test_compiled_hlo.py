@@ -96,6 +96,7 @@ def test_another_shape_does_not_count():
     )
 
 
+@pytest.mark.optimized
 def test_compiled_programs_for_the_present_device_tell_the_two_loops_apart():
     rows, layers = jax.ShapeDtypeStruct((3, 8), jnp.float32), 32
     zeros = lambda: jnp.zeros((layers, 8, 8), jnp.float32)

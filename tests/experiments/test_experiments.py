@@ -57,6 +57,7 @@ def test_toy_fails_for_a_loop_that_forgets_to_divide(monkeypatch):
     assert [check.passed for check in toy.run().checks] == [False, True]
 
 
+@pytest.mark.optimized
 def test_memory_measures_every_way_and_checks_ours(monkeypatch):
     options = {"layers": 12, "width": 32, "lengths": (1,), "num_microbatches": (8,)}
     record = memory.run(**options)
@@ -67,7 +68,6 @@ def test_memory_measures_every_way_and_checks_ours(monkeypatch):
     assert not memory.run(**options).passed
 
 
-@pytest.mark.usefixtures("compiling_fast")
 def test_bert_attributes_the_difference_and_leaves_rounding():
     record = bert.run(**TINY_BERT)
     failed = [check.claim for check in record.checks if not check.passed]
@@ -81,7 +81,6 @@ def test_bert_attributes_the_difference_and_leaves_rounding():
 
 
 @INEXACT
-@pytest.mark.usefixtures("compiling_fast")
 def test_contrastive_fails_for_a_rule_that_is_wrong(monkeypatch):
     monkeypatch.setitem(contrastive.WAYS, "exact", contrastive.open_clip)
     options = {
@@ -108,7 +107,7 @@ def _one_block(monkeypatch):
     monkeypatch.setattr(resnet, "MODEL", resnet.MODEL.clone(widths=(8,)))
 
 
-@pytest.mark.usefixtures("compiling_fast", "_one_block")
+@pytest.mark.usefixtures("_one_block")
 def test_public_tells_the_usual_accumulation_from_ours_for_every_loss():
     record = public.run(steps=2)
     assert [check.claim for check in record.checks if not check.passed] == []
@@ -120,7 +119,7 @@ def test_public_tells_the_usual_accumulation_from_ours_for_every_loss():
 
 
 @INEXACT
-@pytest.mark.usefixtures("compiling_fast", "_one_block")
+@pytest.mark.usefixtures("_one_block")
 def test_public_fails_for_a_loss_that_divides_by_its_own_tokens(monkeypatch):
     monkeypatch.setattr(public, "LOSSES", {"packed": "packed texts"})
     monkeypatch.setattr(packed, "mean_of_batch", masked_mean)
@@ -140,6 +139,7 @@ def _as_in_a_script():
         yield
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("_as_in_a_script")
 def test_precision_tells_the_accumulators_apart(monkeypatch):
     record = precision.run(numbers=(1, 256))
@@ -167,7 +167,7 @@ def test_noise_scale_grows_as_the_loss_falls():
     assert noise_scale.growth(scales) < 0.5 < noise_scale.growth(scales[::-1])
 
 
-@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+@pytest.mark.usefixtures("_as_in_a_script")
 def test_small_batch_compares_both_rules_with_accumulation():
     record = small_batch.run(small=(32,), examples=1024, seeds=1)
     assert [(row["batch"], row["β₂ rule"]) for row in record.rows] == [
@@ -179,7 +179,7 @@ def test_small_batch_compares_both_rules_with_accumulation():
     assert record.passed
 
 
-@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+@pytest.mark.usefixtures("_as_in_a_script")
 def test_norms_tells_exact_from_naive():
     data = norms.digits()
     assert (
@@ -192,7 +192,7 @@ def test_norms_tells_exact_from_naive():
     assert (accuracies > 0.2).all()
 
 
-@pytest.mark.usefixtures("_as_in_a_script", "compiling_fast")
+@pytest.mark.usefixtures("_as_in_a_script")
 def test_speed_times_each_way_in_turn():
     record = speed.run(layers=1, width=16, length=4, rounds=2)
     assert record.checks[0].bound == speed.BOUND

@@ -18,7 +18,7 @@ from experiments._compiled_devices import described
 from experiments._compiled_hlo import whole_results
 from jaxaccum.testing import collectives
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 N, EXAMPLES = 8, 16
 ONE, HOST = "h100:1x1x1", "h100:1x1x8"

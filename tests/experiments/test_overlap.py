@@ -6,6 +6,8 @@ import pytest
 from experiments import overlap
 from experiments._schedule import Behind, Sent, sums_sent
 
+pytestmark = pytest.mark.optimized
+
 MIB = 2**20
 HEAD = """HloModule jit_run, is_scheduled=true
 

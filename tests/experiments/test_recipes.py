@@ -19,7 +19,7 @@ recipes = importlib.import_module("experiments.recipes.__main__")
 _check = importlib.import_module("experiments.recipes._check")
 PAGE = pathlib.Path(__file__).parents[2] / "docs/pages/recipes.md"
 NAMES = [name for name in recipes.names() if recipes.installed(name)]
-pytestmark = pytest.mark.usefixtures("compiling_fast", "numerics_of_jax")
+pytestmark = pytest.mark.usefixtures("numerics_of_jax")
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ OPTIONS = [{"num_microbatches": n} for n in (1, 4, 8)] + [
     {"num_microbatches": 2, "split": "strided"},
 ]
 EQUAL = [options for options in OPTIONS if "microbatch_size" not in options]
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 EVERY = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 

@@ -12,7 +12,6 @@ import jaxaccum as ja
 from tests.flax.streaming import state, step
 from tests.support.helpers import EXACT, data, normwise, refused
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 WIDE = {"param_dtype": jnp.float64}
 X = data(8, 3)
 OPTIONS = [{"num_microbatches": 1}, {"microbatch_size": 3}]

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, same
 
+pytestmark = pytest.mark.optimized
+
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "sgd without momentum": optax.sgd(1.0),

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
+pytestmark = pytest.mark.optimized
+
 COMPILED = pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
 
 

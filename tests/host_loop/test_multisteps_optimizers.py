@@ -140,7 +140,7 @@ def params_of(name, params):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_an_optimizer_sees_the_mean_of_its_window(name, dtype, compiling_fast):
+def test_an_optimizer_sees_the_mean_of_its_window(name, dtype):
     """Bitwise: the mean is exact, so that the wrapper may change nothing at all."""
     opt, params = optax.with_extra_args_support(made(name, MAKERS[name])), dyadic(100, dtype)
     multi, given = ja.MultiSteps(opt, K), params_of(name, params)

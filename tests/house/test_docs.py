@@ -120,7 +120,6 @@ def test_a_link_that_leaves_the_pages_must_lead_to_a_file():
         hooks._in_repository(DOCS / "pages/faq.md", "../../tests/gone.py")
 
 
-@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_blocks_of_a_page_run_in_order(path):
     names = None

@@ -101,6 +101,7 @@ def test_without_mesh_axes_it_is_jax_grad_there(check_vma):
     assert normwise(ours(W, BATCH), full(W, BATCH)) < EXACT
 
 
+@pytest.mark.optimized
 @CHECKED
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_one_all_reduce_a_step(n, check_vma):
@@ -141,6 +142,7 @@ def test_an_ensemble_over_a_second_axis_of_the_mesh(entry, n):
     )
 
 
+@pytest.mark.optimized
 def test_a_loop_by_hand_reduces_once_a_microbatch():
     """The negative control of the law above: parameters that are not cast to varying."""
 

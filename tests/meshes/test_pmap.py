@@ -22,6 +22,8 @@ import jaxaccum.nnx
 from jaxaccum import accumulators
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
+pytestmark = pytest.mark.optimized
+
 DEVICES, ROWS, SIZE = 4, 24, 4
 OPTIONS = {"microbatch_size": SIZE, "mesh_axes": "devices", "audit": "raise"}
 W = {"a": data(3, 5), "b": data(5, seed=1)}

@@ -15,6 +15,8 @@ import jaxaccum as ja
 from jaxaccum.testing import collectives
 from tests.support.helpers import EXACT, data, normwise, refused
 
+pytestmark = pytest.mark.optimized
+
 LAYERS, WIDTH, BATCH, N = 4, 64, 64, 4
 W, X = data(LAYERS, WIDTH, WIDTH) / WIDTH**0.5, data(BATCH, WIDTH, seed=1)
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

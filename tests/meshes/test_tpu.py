@@ -16,6 +16,8 @@ from experiments._compiled_hlo import whole_results
 from jaxaccum.testing import collectives
 from tests.support.helpers import refused
 
+pytestmark = pytest.mark.optimized
+
 N, EXAMPLES = 8, 16
 
 

@@ -200,6 +200,7 @@ def test_padding_that_is_no_number_reaches_nothing():
     assert float(ja.grad(loss, **options, num_examples_argnum=2)(1.0, (x, mask), 2)) == 2
 
 
+@pytest.mark.optimized
 def test_a_strided_split_moves_no_rows_between_devices():
     """Levanter, T5X: microbatches of consecutive rows of a sharded batch are gathered or exchanged
     first."""

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,7 +36,6 @@ from tests.support.tagged_losses import Loss, loss_fun
 from torch_ref import losses as torch_losses
 from torch_ref import models as torch_models
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 WIDTH = 4
 SIZE = 5
 STEPS = 4

@@ -11,6 +11,8 @@ from jax import lax
 
 import jaxaccum as ja
 
+pytestmark = pytest.mark.optimized
+
 WIDTH, LAYERS, BATCH, N = 1024, 12, 16, 8
 FLOAT = jnp.float32
 PARAMS = {

@@ -10,6 +10,8 @@ import pytest
 import jaxaccum as ja
 from tests.support.helpers import normwise, refused, same
 
+pytestmark = pytest.mark.optimized
+
 X = jnp.asarray(2.0**-12 * (1 + np.arange(8) % 3), jnp.float16)
 W = jnp.ones(2, jnp.float16)
 

@@ -91,6 +91,7 @@ def loss(model, x):
     return jnp.mean(jnp.tanh(model(x)) ** 2)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(("gather", "gathers"), [("each", N), ("once", 1)])
 def test_nnx_gathers_parameters_when_it_is_told_to(gather, gathers):
     model, rows, kernel, x = laid_out()

@@ -146,6 +146,7 @@ def test_every_accumulator_takes_it(accumulator):
     assert normwise((value, grads), jax.value_and_grad(plain)(W, X)) < EXACT
 
 
+@pytest.mark.optimized
 def test_the_loop_is_gone_where_all_is_written_out():
     of = lambda unroll: ja.value_and_grad(plain, num_microbatches=5, unroll=unroll)
     assert [loops(of(form), W, X) for form in (1, 2, True, "last")] == [1, 1, 0, 1]
@@ -160,6 +161,7 @@ def test_under_last_the_last_microbatch_is_behind_the_loop():
     assert products(1) == products(True)  # `lax.scan` unrolls when it is compiled
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("unroll", [1, 2, True, "last"])
 def test_on_a_mesh_the_gradient_is_sent_once(unroll):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
@@ -201,6 +203,7 @@ def test_what_it_does_not_take_is_refused(unroll, error):
     refused(call, "unroll must be", repr(unroll), error=error)
 
 
+@pytest.mark.optimized
 def test_the_plan_compiles_the_same_program():
     rows = {
         unroll: ja.plan(

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
+pytestmark = pytest.mark.optimized
+
 W = {"k": data(3), "t": data(2, seed=1)}
 X = data(8, 3, seed=2)
 OPTIONS = [

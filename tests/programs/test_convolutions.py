@@ -78,7 +78,6 @@ def reference(loss, w, x):
     return jax.jit(jax.value_and_grad(mean, (0, 1)))(w, x)
 
 
-@pytest.mark.usefixtures("compiling_fast")
 @hypothesis.settings(
     max_examples=hypothesis.settings.default.max_examples // 4
 )  # each is compiled twice
@@ -115,6 +114,7 @@ def convolutions_of(text):
     return re.findall(r"dim_labels=\S+", text)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("n", [2, 4])
 def test_on_cpu_every_convolution_in_the_loop_has_the_fast_layout(n, monkeypatch):
     step = lambda: (

@@ -128,7 +128,7 @@ def check(program: Program, engine: Any, **options: Any) -> None:
 
 @contextlib.contextmanager
 def optimized() -> Iterator[None]:
-    """As users compile. With `compiling_fast`, XLA may compute a value twice and round it in two
+    """As users compile. Without optimizations XLA may compute a value twice and round it in two
     ways, so that no entry equals the maximum, and the derivative of a maximum is NaN."""
     setting = "jax_disable_most_optimizations"
     before = jax.config.read(setting)
@@ -153,7 +153,6 @@ ENGINES = st.sampled_from([by_value_and_grad, by_microbatch])
 MEMORY = st.sampled_from([None, "min", "store"])
 
 
-@pytest.mark.usefixtures("compiling_fast")
 @hypothesis.settings(max_examples=PROGRAMS)
 @given(programs(), ENGINES, partitions(6))
 def test_a_plain_program_has_the_gradient_of_the_whole_batch(program, engine, options):
@@ -161,7 +160,6 @@ def test_a_plain_program_has_the_gradient_of_the_whole_batch(program, engine, op
 
 
 @pytest.mark.filterwarnings("ignore:.*operations of the full batch")
-@pytest.mark.usefixtures("compiling_fast")
 @hypothesis.settings(max_examples=PROGRAMS)
 @given(programs(coupled=True), ENGINES, partitions(6, equal=True), MEMORY)
 def test_a_coupled_program_has_the_gradient_of_the_whole_batch(program, engine, options, memory):
@@ -298,7 +296,6 @@ def test_common_forms_are_drawn_often(form):
     assert sum(map(FORMS[form], DRAWN)) >= len(DRAWN) / 200
 
 
-@pytest.mark.usefixtures("compiling_fast")
 @pytest.mark.parametrize("form", FORMS)
 def test_the_shortest_plain_program_of_each_form_is_exact(form):
     shortest = min(filter(FORMS[form], DRAWN[::2]), key=lambda program: len(repr(program)))

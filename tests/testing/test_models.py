@@ -19,7 +19,6 @@ from tests.support.tagged_losses import LOSSES, Loss, loss_terms, losses
 with contextlib.suppress(ModuleNotFoundError):
     from torch_ref import losses as torch_losses
 
-pytestmark = pytest.mark.usefixtures("compiling_fast")
 WIDTH = 4
 EVERY_TERM = LOSSES[-1]
 HEAD = Layer("dense", "head", size=CLASSES)

@@ -191,7 +191,6 @@ def compiled(plan):
     }
 
 
-@pytest.mark.usefixtures("compiling_fast")
 def test_a_plan_says_what_it_compiles_before_it_does(monkeypatch):
     said, compiles = [], []
     real = jax.stages.Lowered.compile

@@ -16,6 +16,8 @@ from jaxaccum._jaxpr.flops import flops
 from jaxaccum._tools.plan import Plan, Row, candidates
 from tests.support.helpers import refused
 
+pytestmark = pytest.mark.optimized
+
 FLOAT, LAYERS, WIDTH, BATCH = jnp.float32, 8, 64, 4096
 MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 LIMIT = 3_500_000
