@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import jax
 import pytest
-from jax._src import compiler  # private: used before JAX 0.11 alone
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -68,21 +67,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 FAST = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 """The older emitters of XLA for CPU compile in a third of the time. JAX 0.12 has lost them."""
-OPTIONS_OF_USERS = compiler.get_compile_options
 
 
-def compile_options(*args, env_options_overrides=None, **kwargs):
-    """JAX's options for one compilation, with the fast emitters where optimizations are off.
+def compile_with_fast_emitters():
+    """Have JAX use them where optimizations are off: no setting of it says so for some programs
+    alone, and XLA_FLAGS is read once per process."""
+    from jax._src import compiler  # private, and as it is up to JAX 0.11
 
-    No setting of JAX's says this for some programs alone; XLA_FLAGS is read once per process.
-    """
-    fast = FAST if jax.config.read("jax_disable_most_optimizations") else {}
-    overrides = fast | dict(env_options_overrides or {})
-    return OPTIONS_OF_USERS(*args, env_options_overrides=overrides, **kwargs)
+    of_users = compiler.get_compile_options
+
+    def compile_options(*args, env_options_overrides=None, **kwargs):
+        fast = FAST if jax.config.read("jax_disable_most_optimizations") else {}
+        overrides = fast | dict(env_options_overrides or {})
+        return of_users(*args, env_options_overrides=overrides, **kwargs)
+
+    compiler.get_compile_options = compile_options
 
 
 if jax.__version_info__ < (0, 11):
-    compiler.get_compile_options = compile_options
+    compile_with_fast_emitters()
 
 
 def compile_fast(fast):
