@@ -8,8 +8,8 @@ jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,23 @@ def without_varying_checks() -> AbstractContextManager[None]:
     from jax._src import config
 
     return config._check_vma(False)
+
+
+def traced_once(arrays: Iterable[Array]) -> AbstractContextManager[None]:
+    """A context in which a loop over `arrays` is traced once, in a rule that ``jax.grad`` calls.
+
+    JAX runs the rule of a ``custom_jvp`` under a trace that parts what moves from what does not. It
+    traces the body of each ``scan`` twice more for that, even where nothing in it moves. The
+    context is the trace around that one. Private:
+    ``jax._src.interpreters.partial_eval.JaxprTrace``, jax 0.10.2 to 0.12. Test: test_microbatch.
+    """
+    from jax._src.interpreters.partial_eval import JaxprTrace, JaxprTracer
+
+    with jex.take_current_trace() as trace:
+        pass
+    if isinstance(trace, JaxprTrace) and not any(isinstance(x, JaxprTracer) for x in arrays):
+        return jex.set_current_trace(trace.parent_trace)
+    return nullcontext()
 
 
 def mesh_axes_of_vmaps() -> frozenset[str]:

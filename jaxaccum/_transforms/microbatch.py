@@ -18,6 +18,7 @@ from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.trees import cast, is_inexact, safe_map
 from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Tangent, Unroll
 from jaxaccum._devices import varying
+from jaxaccum._jaxpr import compat
 from jaxaccum._program import whole_batch
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call, Options, read
@@ -266,7 +267,8 @@ def _gradient_beside_value(
 ) -> tuple[list[Array], list[Tangent]]:
     dtype = program.types[part].dtype
     gradient = _loop.Gradient(wrt, (part,), GradientSum(in_place=True))
-    parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones((), dtype)])
+    with compat.traced_once(arrays):
+        parts, grads = engine.run_with_gradient(program, arrays, gradient, [jnp.ones((), dtype)])
     grads = _loop.next_values(program.slots, arrays, wrt, grads)
     tangent = _zero_tangent(parts[part])
     for i, grad in zip(wrt, grads, strict=True):
