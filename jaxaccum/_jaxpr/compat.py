@@ -8,7 +8,7 @@ jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -64,14 +64,21 @@ def is_reference_effect(effect: object) -> bool:
     return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
 
 
-def context_key(eqn: jex.JaxprEqn) -> tuple[str, ...]:
-    """Under which settings an equation was traced, and so is lowered: the fields of its context,
-    jax 0.10.2 to 0.12.
+def context_key(eqn: jex.JaxprEqn) -> Hashable:
+    """Under which settings an equation was traced, and so is lowered: JAX keeps one object for
+    equal ones, jax 0.10.2 to 0.12.
 
     Test: test_eager.
     """
-    names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
-    return tuple(repr(getattr(eqn.ctx, name, None)) for name in names)
+    return eqn.ctx
+
+
+def context_of(eqn: jex.JaxprEqn) -> AbstractContextManager[None]:
+    """A context with the settings under which an equation was traced, jax 0.10.2 to 0.12.
+
+    Test: test_derived_once.
+    """
+    return eqn.ctx.manager
 
 
 def traced_mesh(eqn: jex.JaxprEqn) -> jax.sharding.AbstractMesh:
