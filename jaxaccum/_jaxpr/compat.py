@@ -110,7 +110,7 @@ def traced_once(arrays: Iterable[Array]) -> AbstractContextManager[None]:
     JAX runs the rule of a ``custom_jvp`` under a trace that parts what moves from what does not. It
     traces the body of each ``scan`` twice more for that, even where nothing in it moves. The
     context is the trace around that one. Private:
-    ``jax._src.interpreters.partial_eval.JaxprTrace``, jax 0.10.2 to 0.12. Test: test_microbatch.
+    ``jax._src.interpreters.partial_eval.JaxprTrace``, jax 0.10.2 to 0.12. Test: test_composition.
     """
     from jax._src.interpreters.partial_eval import JaxprTrace, JaxprTracer
 

@@ -4,6 +4,13 @@ from tests.faults.fault import Fault
 
 FAULTS = [
     Fault(
+        "the loop of a gradient of microbatch is traced three times",
+        "traced_once",
+        "    if isinstance(trace, JaxprTrace) and",
+        "    if False and",
+        "programs/test_composition.py::test_the_gradient_of_microbatch_traces_its_loop_once",
+    ),
+    Fault(
         "a block that gives other results is taken for an equal one",
         "_Block.form",
         "(tuple(operands), outs)",
