@@ -13,7 +13,7 @@ FAULTS = [
     Fault(
         "a stopped total cancels with itself",
         "stopped",
-        "return dataclasses.replace(x, number=walk.fresh(), root=None)",
+        "return x.like(number=walk.fresh(), root=None)",
         "return [x]",
         "audit/test_losses.py::test_exact_is_what_the_numbers_say[a stopped sum times a share]",
     ),
