@@ -150,7 +150,14 @@ FAULTS = [
         "Scale.__mul__",
         "self.power is None or other.power is None else self.power + other.power",
         "self.power is None or other.power is None else self.power",
-        "audit/test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Sum of a mean]",
+        "audit/test_lattice.py::test_the_scales_of_a_product_multiply",
+    ),
+    Fault(
+        "the audit drops the scale of a factor",
+        "Scale.__mul__",
+        "        if other.trivial:\n",
+        "        if True:\n",
+        "audit/test_lattice.py::test_the_scales_of_a_product_multiply",
     ),
     Fault(
         "the audit takes n - 1 for n",
