@@ -12,13 +12,13 @@ is looked for here, so that a careless rule errs on the safe side:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
-    PLAIN,
     Fault,
     FaultKind,
     Kind,
@@ -50,7 +50,7 @@ class Result:
     settled: bool
     """Whether its faults are complete: the rule has considered those of the operands."""
 
-    @property
+    @functools.cached_property
     def shapes(self) -> tuple[Shape, Shape]:
         """Its shape at both sizes."""
         return both_shapes(self.op.eqn.outvars[self.i], self.op.other.outvars[self.i])
@@ -63,11 +63,14 @@ def checked(notes: Notes, result: Result) -> Value:
     if out.rows and not is_wrong(faults) and not _fits(result.shapes, out.layout, notes.sizes):
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     number = out.number if out.number >= 0 else _number(notes, result)
-    one_entry = math.prod(result.shapes[0]) == 1 and not varying(result.shapes)
     return out.like(
         faults=faults, number=number, params=out.params or any_params(ins),
-        closure=out.closure or closure_of(ins), scalar=out.scalar or one_entry,
+        closure=out.closure or closure_of(ins), scalar=out.scalar or _has_one_entry(result),
     )  # fmt: skip
+
+
+def _has_one_entry(result: Result) -> bool:
+    return math.prod(result.shapes[0]) == 1 and not varying(result.shapes)
 
 
 def closure_of(ins: Sequence[Value]) -> str:
@@ -128,7 +131,7 @@ def _crosses(result: Result) -> bool:
 
 def _of_lost_scale(notes: Notes, result: Result) -> frozenset[Fault]:
     """A scaled operand gives a scaled result, or a rule has dropped a factor."""
-    if result.out.kind is Kind.STATISTIC or result.out.terms != PLAIN:
+    if result.out.kind is Kind.STATISTIC or not result.out.plain:
         return _NONE
     if not any(map(_has_a_scale, result.ins)):
         return _NONE
@@ -139,7 +142,7 @@ def _of_lost_scale(notes: Notes, result: Result) -> frozenset[Fault]:
 def _has_a_scale(x: Value) -> bool:
     if x.zero or x.kind is Kind.STATISTIC:
         return False
-    return not all(term.scale.trivial for term in x.terms)
+    return not x.plain and not all(term.scale.trivial for term in x.terms)
 
 
 def _fits(shapes: tuple[Shape, Shape], layout: Layout | None, sizes: Sizes) -> bool:
@@ -156,12 +159,8 @@ def _number(notes: Notes, result: Result) -> int:
     op, numbers = result.op, tuple(v.number for v in result.ins)
     if not numbers or -1 in numbers:
         return notes.fresh()
-    first, second = _sorted(op.eqn.params), _sorted(op.other.params)
     try:
+        first, second = frozenset(op.eqn.params.items()), frozenset(op.other.params.items())
         return notes.number_of((op.name, result.i, first, second, numbers))
     except TypeError:  # a parameter without a hash
         return notes.fresh()
-
-
-def _sorted(params: Mapping[str, object]) -> tuple[tuple[str, object], ...]:
-    return tuple(sorted(params.items(), key=lambda item: item[0]))

@@ -8,7 +8,6 @@ are equal.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Iterable
 
 import jax.core
@@ -38,6 +37,7 @@ class Constants:
         """The name of an array that the loss closes over."""
         self._fresh = 0
         self._numbers: dict[Hashable, int] = {}
+        self._written: dict[Hashable, Value] = {}
         self.faults: dict[Hashable, Fault] = {}
 
     def fresh(self) -> int:
@@ -53,11 +53,21 @@ class Constants:
         """Those of a program, in pairs of one at each size."""
         return [self.constant(a, b) for a, b in zip(first, second, strict=False)]
 
+    def written(self, a: Constant, b: Constant) -> Value:
+        """A number that is written in an equation, `a` at the first size and `b` at the second."""
+        key = (_bits(a), _bits(b))
+        if (known := self._written.get(key)) is not None:
+            return known
+        value = self.constant(a, b)
+        if np.ndim(a) == 0 and not may_be_key(a):
+            self._written[key] = value
+        return value
+
     def constant(self, a: Constant, b: Constant) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
         value = self._constant(a, b)
         name = self.name_of(a) if may_be_key(a) else None
-        return value if name is None else dataclasses.replace(value, closure=name)
+        return value if name is None else value.like(closure=name)
 
     def _constant(self, a: Constant, b: Constant) -> Value:
         if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
@@ -87,7 +97,7 @@ class Constants:
         first, second = at = (np.asarray(a), np.asarray(b))
         if _is_uniform(first) and _is_uniform(second):
             uniform = self._scalar(first.flat[0], second.flat[0])
-            return dataclasses.replace(uniform, number=self.fresh(), at=at)
+            return uniform.like(number=self.fresh(), at=at)
         return fixed(_constant_if(same(a, b)), number=self.fresh(), at=at)
 
     def _table(self, a: Constant, b: Constant) -> Value:
@@ -96,13 +106,19 @@ class Constants:
         both_filled = first.size and second.size
         if both_filled and is_numeric(first) and _is_uniform(first) and _is_uniform(second):
             uniform = self._scalar(first.flat[0], second.flat[0])
-            return dataclasses.replace(uniform, number=self.fresh())
+            return uniform.like(number=self.fresh())
         if is_arange(first, self.sizes.first) and is_arange(second, self.sizes.second):
             return Value(index=Index.ROW, layout=Layout((0,)))
         note = "a constant array has a row for each place in the batch"
         found = Fault(FaultKind.POSITION, None, None, note)
         fault = self.faults.setdefault((note, first.shape), found)
         return fixed(faults=frozenset([fault]), number=self.fresh())
+
+
+def _bits(x: Constant) -> Hashable:
+    """What tells one number of a program from another: 0.0 is not -0.0."""
+    dtype = getattr(x, "dtype", None)
+    return (type(x), repr(x)) if dtype is None else (dtype, np.asarray(x).tobytes())
 
 
 def _constant_if(alike: bool) -> Scale:

@@ -88,7 +88,7 @@ class Layout:
 
     def at(self, *axes: int) -> Layout:
         """The same examples on other axes."""
-        return dataclasses.replace(self, axes=axes)
+        return Layout(axes, self.outer, self.inner, self.looped)
 
     @property
     def plain(self) -> bool:
@@ -131,6 +131,10 @@ class Scale:
     weights: frozenset[Weight] = frozenset()
 
     def __mul__(self, other: Scale) -> Scale:
+        if other.trivial:
+            return self
+        if self.trivial:
+            return other
         power = None if self.power is None or other.power is None else self.power + other.power
         return Scale(power, _multiplied(self.weights, other.weights))
 
@@ -147,7 +151,7 @@ class Scale:
     @property
     def trivial(self) -> bool:
         """Whether it is 1, or any constant."""
-        return self.power == 0 and not self.weights
+        return self is UNIT or (self.power == 0 and not self.weights)
 
 
 def _multiplied(one: frozenset[Weight], two: frozenset[Weight]) -> frozenset[Weight]:
@@ -284,8 +288,15 @@ class Value:
         return self.kind in (Kind.TOTAL, Kind.STATISTIC)
 
     @property
+    def plain(self) -> bool:
+        """Whether it is one addend of scale 1 that counts with each example."""
+        return self.terms is PLAIN or self.terms == PLAIN
+
+    @property
     def scale(self) -> Scale:
         """The factor common to its addends; irregular where they differ."""
+        if self.terms is PLAIN:
+            return UNIT
         scales = {term.scale for term in self.terms}
         return scales.pop() if len(scales) == 1 else IRREGULAR
 
@@ -308,6 +319,8 @@ class Value:
 
     def scaled(self, scale: Scale) -> Value:
         """Its addends under a further factor."""
+        if scale.trivial:
+            return self.but(scalar=self.scalar)
         terms = frozenset(term.times(scale) for term in self.terms)
         return self.but(terms=terms, scalar=self.scalar)
 
@@ -320,24 +333,32 @@ _UNIDENTIFIED: dict[str, Any] = {
 """What a value is called, or known to be, before a rule says so."""
 
 
+_ANY = Value()
+
+
 def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
     """A value that is independent of the batch."""
-    return Value(terms=frozenset([Term(scale)]), **fields)
+    return _ANY.like(terms=_addends_of(scale), **fields)
+
+
+def _addends_of(scale: Scale) -> frozenset[Term]:
+    """One addend of this scale."""
+    return PLAIN if scale.trivial else frozenset([Term(scale)])
 
 
 def rows(layout: Layout, **fields: Any) -> Value:
     """A value with one part per example."""
-    return Value(Kind.ROWS, layout, **fields)
+    return _ANY.like(kind=Kind.ROWS, layout=layout, **fields)
 
 
 def total(site: Site, terms: frozenset[Term], **fields: Any) -> Value:
     """A sum over the examples, taken at `site`."""
-    return Value(Kind.TOTAL, terms=terms, origin=site, **fields)
+    return _ANY.like(kind=Kind.TOTAL, terms=terms, origin=site, **fields)
 
 
 def statistic(site: Site | None, **fields: Any) -> Value:
     """A function of the whole batch that is not a sum."""
-    return Value(Kind.STATISTIC, origin=site, **fields)
+    return _ANY.like(kind=Kind.STATISTIC, origin=site, **fields)
 
 
 def is_wrong(faults: Iterable[Fault]) -> bool:
@@ -345,9 +366,13 @@ def is_wrong(faults: Iterable[Fault]) -> bool:
     return any(fault.kind not in HARMLESS for fault in faults)
 
 
+_NO_FAULTS: frozenset[Fault] = frozenset()
+
+
 def faults_of(values: Iterable[Value]) -> frozenset[Fault]:
     """All faults of some values."""
-    return frozenset[Fault]().union(*(v.faults for v in values))
+    found = [v.faults for v in values if v.faults]
+    return frozenset[Fault]().union(*found) if found else _NO_FAULTS
 
 
 def origin_of(values: Iterable[Value]) -> Site | None:

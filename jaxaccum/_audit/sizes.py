@@ -25,6 +25,7 @@ import numpy as np
 _Number = SupportsComplex | complex
 Power = Fraction | None
 """A number proportional to ``batch_size ** power``; None where it follows no such law."""
+_CONSTANT = Fraction(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,16 @@ class Sizes:
 
     def power(self, a: _Number, b: _Number) -> Power:
         """The power of the batch size by which `a` at the first size becomes `b` at the second."""
-        apart = _tolerance(max(_spacing(a), _spacing(b)))
         try:
             first, second = complex(a), complex(b)
         except (TypeError, ValueError):
             return None
+        if first == second or (first != first and second != second):
+            return _CONSTANT
+        apart = _tolerance(max(_spacing(a), _spacing(b)))
         return self._power(first, second, apart)
 
     def _power(self, a: complex, b: complex, apart: float) -> Power:
-        if a == b or (a != a and b != b):
-            return Fraction(0)
         if not _is_regular(a) or not _is_regular(b):
             return None
         ratio = b / a

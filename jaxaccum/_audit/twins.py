@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -36,14 +36,21 @@ def same_function(eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:
     """
     if eqn.primitive is not other.primitive or eqn.params.keys() != other.params.keys():
         return False
-    if _kinds(eqn.invars) != _kinds(other.invars) or _kinds(eqn.outvars) != _kinds(other.outvars):
+    if not _are_alike(eqn.invars, other.invars) or not _are_alike(eqn.outvars, other.outvars):
         return False
     return all(_agree(name, eqn, other) for name in eqn.params)
 
 
-def _kinds(variables: Iterable[_Atom]) -> list[tuple[object, int]]:
-    """Dtypes and numbers of axes."""
-    return [(_dtype(v), len(_shape(v))) for v in variables]
+def _are_alike(variables: Sequence[_Atom], others: Sequence[_Atom]) -> bool:
+    """Whether variables have the same dtypes and numbers of axes."""
+    if len(variables) != len(others):
+        return False
+    for v, w in zip(variables, others, strict=True):
+        if v.aval is w.aval:
+            continue
+        if len(_shape(v)) != len(_shape(w)) or _dtype(v) != _dtype(w):
+            return False
+    return True
 
 
 def _shape(v: _Atom) -> tuple[int, ...]:
@@ -60,7 +67,7 @@ def _dtype(v: _Atom) -> object:
 
 def _agree(name: str, eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:
     first, second = eqn.params[name], other.params[name]
-    if name in _SIZES or not _is_plain(first):
+    if first is second or name in _SIZES or not _is_plain(first):
         return True
     if name in _BY_AXIS and first is not None and second is not None:
         return _agree_by_axis(first, second, eqn, other)

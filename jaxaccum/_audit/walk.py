@@ -31,7 +31,6 @@ microbatch's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -143,7 +142,7 @@ class Walk(Notes):
         first, second = folded(op.eqn, at_first), folded(op.other, at_second)
         if first is None or second is None or first.shape != second.shape:
             return None
-        return dataclasses.replace(self.constant(first, second), closure=closure_of(ins))
+        return self.constant(first, second).like(closure=closure_of(ins))
 
 
 class _Environment:
@@ -165,7 +164,7 @@ class _Environment:
 
     def _read(self, v: _Atom, w: _Atom) -> Value:
         if isinstance(v, jex.Literal) and isinstance(w, jex.Literal):
-            return self._walk.constant(v.val, w.val)
+            return self._walk.written(v.val, w.val)
         if isinstance(v, jex.Literal) or isinstance(w, jex.Literal):
             raise ProgramsDifferError
         twin, value = self._known[v]

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +66,21 @@ def is_reference_effect(effect: object) -> bool:
     return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
 
 
-def context_key(eqn: jex.JaxprEqn) -> tuple[str, ...]:
-    """Under which settings an equation was traced, and so is lowered: the fields of its context,
-    jax 0.10.2 to 0.12.
+def context_key(eqn: jex.JaxprEqn) -> Hashable:
+    """Under which settings an equation was traced, and so is lowered: JAX keeps one object for
+    equal ones, jax 0.10.2 to 0.12.
 
     Test: test_eager.
     """
-    names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
-    return tuple(repr(getattr(eqn.ctx, name, None)) for name in names)
+    return eqn.ctx
+
+
+def context_of(eqn: jex.JaxprEqn) -> AbstractContextManager[None]:
+    """A context with the settings under which an equation was traced, jax 0.10.2 to 0.12.
+
+    Test: test_derived_once.
+    """
+    return eqn.ctx.manager
 
 
 def traced_mesh(eqn: jex.JaxprEqn) -> jax.sharding.AbstractMesh:
@@ -117,6 +124,23 @@ def without_varying_checks() -> AbstractContextManager[None]:
     from jax._src import config
 
     return config._check_vma(False)
+
+
+def traced_once(arrays: Iterable[Array]) -> AbstractContextManager[None]:
+    """A context in which a loop over `arrays` is traced once, in a rule that ``jax.grad`` calls.
+
+    JAX runs the rule of a ``custom_jvp`` under a trace that parts what moves from what does not. It
+    traces the body of each ``scan`` twice more for that, even where nothing in it moves. The
+    context is the trace around that one. Private:
+    ``jax._src.interpreters.partial_eval.JaxprTrace``, jax 0.10.2 to 0.12. Test: test_composition.
+    """
+    from jax._src.interpreters.partial_eval import JaxprTrace, JaxprTracer
+
+    with jex.take_current_trace() as trace:
+        pass
+    if isinstance(trace, JaxprTrace) and not any(isinstance(x, JaxprTracer) for x in arrays):
+        return jex.set_current_trace(trace.parent_trace)
+    return nullcontext()
 
 
 def mesh_axes_of_vmaps() -> frozenset[str]:

@@ -6,50 +6,48 @@ a = f x; b = g a; c = h b x; return c        with g apart
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax.extend.core as jex
 
 from jaxaccum._jaxpr.compat import anonymous
-from jaxaccum._jaxpr.variables import Var, among, results_of, taken_by, variables
+from jaxaccum._jaxpr.variables import Var, among, operands_of, results_of, taken_by, variables
 
 
 def segments(
     jaxpr: jex.Jaxpr, apart: Callable[[jex.JaxprEqn], bool]
 ) -> Iterator[jex.Jaxpr | jex.JaxprEqn]:
-    """The equations for which `apart` is true, and between them jaxprs of all the others.
+    """The equations for which `apart` is true, and between them jaxprs of all the others."""
+    groups: list[list[jex.JaxprEqn]] = []
+    alone: list[bool] = []
+    for eqn in jaxpr.eqns:
+        is_apart = apart(eqn)
+        if is_apart or not alone or alone[-1]:
+            groups.append([])
+            alone.append(is_apart)
+        groups[-1].append(eqn)
+    for program, is_apart in zip(in_groups(jaxpr, groups), alone, strict=True):
+        yield program.eqns[0] if is_apart else program
 
-    A jaxpr reads what it needs by its own variables, and returns what is read after it.
+
+def in_groups(jaxpr: jex.Jaxpr, groups: Sequence[Sequence[jex.JaxprEqn]]) -> list[jex.Jaxpr]:
+    """The equations of a jaxpr, divided into groups in their order: a jaxpr for each.
+
+    It reads what it needs by its own variables, and returns what is read after it.
     """
-    needed_after = _needed_after(jaxpr)
-    pending: list[jex.JaxprEqn] = []
-    for i, eqn in enumerate(jaxpr.eqns):
-        if not apart(eqn):
-            pending.append(eqn)
-            continue
-        if pending:
-            yield _segment(jaxpr, pending, needed_after[i - 1])
-        yield eqn
-        pending = []
-    if pending:
-        yield _segment(jaxpr, pending, needed_after[-1])
+    needed = set(variables(jaxpr.outvars))
+    programs: list[jex.Jaxpr] = []
+    for eqns in reversed(groups):
+        programs.append(_program(jaxpr, eqns, needed))
+        needed.update(operands_of(eqns))
+    return programs[::-1]
 
 
-def _segment(jaxpr: jex.Jaxpr, eqns: Sequence[jex.JaxprEqn], needed_after: set[Var]) -> jex.Jaxpr:
+def _program(jaxpr: jex.Jaxpr, eqns: Sequence[jex.JaxprEqn], needed: Collection[Var]) -> jex.Jaxpr:
     return jaxpr.replace(
         constvars=[],
         invars=taken_by(eqns),
-        outvars=[*among(results_of(eqns), needed_after)],
+        outvars=[*among(results_of(eqns), needed)],
         eqns=list(eqns),
         debug_info=anonymous(jaxpr),
     )
-
-
-def _needed_after(jaxpr: jex.Jaxpr) -> list[set[Var]]:
-    """For each equation, the variables that later equations or the outputs read."""
-    needed = set(variables(jaxpr.outvars))
-    after: list[set[Var]] = []
-    for eqn in reversed(jaxpr.eqns):
-        after.append(set(needed))
-        needed.update(variables(eqn.invars))
-    return after[::-1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxaccum import Sum, audit
-from jaxaccum._audit.lattice import FaultKind, Kind
+from jaxaccum._audit.lattice import IRREGULAR, UNIT, FaultKind, Kind, Scale
 from jaxaccum._audit.walk import Walk
 
 BATCH = {
@@ -138,3 +138,12 @@ def test_the_lattice_has_no_algebra(monkeypatch, loss, verdict):
     """Its known weakness: what cancels counts, and n + 1 follows no power of n."""
     report, _ = _walked(monkeypatch, loss)
     assert (report.verdict, report.exact) == (verdict, False)
+
+
+def test_the_scales_of_a_product_multiply():
+    """n · 1/n is a constant, n · n is none, and what follows no law stays without one."""
+    n, share = Scale(Fraction(1)), Scale(Fraction(-1))
+    assert (n * share).trivial
+    assert n * n == Scale(Fraction(2))
+    assert n * UNIT == UNIT * n == n
+    assert n * IRREGULAR == UNIT * IRREGULAR == IRREGULAR

@@ -4,6 +4,41 @@ from tests.faults.fault import Fault
 
 FAULTS = [
     Fault(
+        "the loop of a gradient of microbatch is traced three times",
+        "traced_once",
+        "    if isinstance(trace, JaxprTrace) and",
+        "    if False and",
+        "programs/test_composition.py::test_the_gradient_of_microbatch_traces_its_loop_once",
+    ),
+    Fault(
+        "a block that gives other results is taken for an equal one",
+        "_Block.form",
+        "(tuple(operands), outs)",
+        "(tuple(operands), ())",
+        "programs/test_derived_once.py::test_a_block_that_gives_other_results_is_another_one",
+    ),
+    Fault(
+        "a block of other operands is taken for an equal one",
+        "_Block.form",
+        "(tuple(operands), outs)",
+        "((), outs)",
+        "programs/test_derived_once.py::test_a_block_of_other_operands_is_another_one",
+    ),
+    Fault(
+        "a block spans two scopes",
+        "_Equation.continues",
+        "return same_name and context_key",
+        "return context_key",
+        "programs/test_derived_once.py::test_names_and_marks_of_equations_stay",
+    ),
+    Fault(
+        "an equation loses the marks that it was traced under",
+        "_call",
+        "    with context_of(function.first):\n",
+        "    if True:\n",
+        "programs/test_derived_once.py::test_names_and_marks_of_equations_stay",
+    ),
+    Fault(
         "a declared maximum is summed",
         "_slot",
         "overwritten=axis is MAX_GRAD or _OVERWRITTEN in name",

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxaccum as ja
+from jaxaccum._jaxpr.equations import equations_inside
 from tests.support.helpers import EXACT, INEXACT, data, normwise
 
 W, X, M = {"w": data(3, 3, 3)}, data(6, 3, seed=1), jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -258,3 +259,15 @@ def test_the_index_of_the_microbatch_at_any_depth():
         )
         < EXACT
     )
+
+
+def test_the_gradient_of_microbatch_traces_its_loop_once():
+    """Where JAX parts a loop into what moves and what does not, it takes out of it what depends on
+    the parameters alone: a second copy of these. `value_and_grad` leaves it where it is."""
+    of_parameters = lambda w, x: jnp.mean((x @ jnp.exp(w)) ** 2)
+    program = jax.make_jaxpr(jax.grad(ja.microbatch(of_parameters, num_microbatches=2)))
+    eqns = program(W["w"][0], X).jaxpr.eqns
+    (loop,) = (eqn for eqn in eqns if eqn.primitive.name == "scan")
+    inside = [eqn.primitive.name for eqn in equations_inside(loop.params["jaxpr"].jaxpr)]
+    assert "exp" in inside
+    assert "exp" not in [eqn.primitive.name for eqn in eqns]

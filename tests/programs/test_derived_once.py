@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
 from jaxaccum._jaxpr.derived_once import as_calls
@@ -50,11 +51,81 @@ def test_the_same_numbers_and_the_same_derivatives(name):
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def programs_called(fun):
+    """What each call of a program holds, and how many equations there are without calls."""
+    plain = jax.make_jaxpr(fun)(W, X).jaxpr
+    called = [eqn.params["jaxpr"] for eqn in as_calls(plain).eqns if "jaxpr" in eqn.params]
+    return list(map(id, called)), len(plain.eqns)
+
+
 def test_one_function_for_all_equations_of_a_kind():
-    jaxpr = as_calls(jax.make_jaxpr(layers)(W, X).jaxpr)
-    held = [id(eqn.params["jaxpr"]) for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
-    assert len(held) == len(jaxpr.eqns) >= 5 * 12
-    assert len(set(held)) == 6  # dot, tanh, power, half of it, sum of the two; and the last sum
+    def different_blocks(w, x):
+        for power in range(2, 14):
+            x = jnp.tanh(x @ w) + 0.5 * lax.integer_pow(x, power)
+        return jnp.sum(x)
+
+    held, count = programs_called(different_blocks)
+    assert len(held) == count >= 5 * 12
+    assert len(set(held)) == 5 + 12  # dot, tanh, half, sum of the two, the last sum; and 12 powers
+
+
+def test_one_function_for_all_equal_blocks():
+    """A block of twelve layers ends with its product: the first product and the end are alone."""
+    held, count = programs_called(layers)
+    assert count >= 5 * 12
+    assert len(held) == 1 + 11 + 5
+    assert len(set(held)) == 1 + 1 + 5
+
+
+def test_a_block_that_gives_other_results_is_another_one():
+    """Three blocks are a sine and a product, but the first sine is read again."""
+
+    def fun(w, x):
+        a = jnp.sin(x)
+        b = jnp.sin(a @ w) @ w
+        return jnp.sin(b) @ w.T + jnp.sin(jnp.sin(b) @ w) @ w + a
+
+    jaxpr = jax.make_jaxpr(fun)(W, X).jaxpr
+    np.testing.assert_array_equal(jax.core.eval_jaxpr(as_calls(jaxpr), [], W, X)[0], fun(W, X))
+
+
+def test_a_block_of_other_operands_is_another_one():
+    """Each block is a sine, a cosine and their product, the cosine first in the last two."""
+
+    def fun(w):
+        for turned in (False, False, True, True):
+            pair = jnp.sin(w), jnp.cos(w)
+            w = pair[turned] @ pair[not turned]
+        return w
+
+    jaxpr = jax.make_jaxpr(fun)(W).jaxpr
+    np.testing.assert_array_equal(jax.core.eval_jaxpr(as_calls(jaxpr), [], W)[0], fun(W))
+
+
+def scopes(jaxpr):
+    return [(eqn.primitive.name, str(eqn.source_info.name_stack)) for eqn in jaxpr.eqns]
+
+
+def test_names_and_marks_of_equations_stay():
+    """A block has one name, and one set of marks: what comes out has those of each equation."""
+
+    def fun(w, x):
+        for i in range(4):
+            with jax.named_scope(f"layer {i}"):
+                x = jnp.tanh(x)
+            with jax.named_scope("product"):
+                x = jnp.tanh(jnp.sin(x) @ w)
+            with set_xla_metadata(mark=str(i % 2)):
+                x = jnp.cos(jnp.sin(x))
+        return x
+
+    plain = jax.make_jaxpr(fun)(W, X).jaxpr
+    ours = lambda w, x: jax.core.eval_jaxpr(as_calls(plain), [], w, x)
+    again = jax.make_jaxpr(ours)(W, X).jaxpr
+    assert scopes(again) == scopes(plain)
+    marks = [eqn.ctx.xla_metadata for eqn in plain.eqns]
+    assert [eqn.ctx.xla_metadata for eqn in again.eqns] == marks
+    assert [marks.count(mark) for mark in ({"mark": "0"}, {"mark": "1"})] == [4, 4]
 
 
 def test_calls_vanish_from_what_comes_out():

@@ -21,6 +21,7 @@ from jaxaccum._audit.lattice import (
     Term,
     Value,
     any_params,
+    faults_of,
     fixed,
 )
 from jaxaccum._audit.registry import Settled, rule
@@ -30,7 +31,6 @@ from jaxaccum._audit.rules.operands import (
     avals_of,
     both,
     common,
-    faults_of,
     faulty,
     is_weighted,
     params_at_both,

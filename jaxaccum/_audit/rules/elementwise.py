@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.extend.core as jex
 import jax.numpy as jnp
 
@@ -12,6 +10,7 @@ from jaxaccum._audit.lattice import (
     UNIT,
     FaultKind,
     Value,
+    faults_of,
     fixed,
     origin_of,
     rows,
@@ -23,7 +22,6 @@ from jaxaccum._audit.rules.operands import (
     all_scalar,
     all_unscaled,
     both,
-    faults_of,
     faulty,
     is_weighted,
     layout_of,
@@ -133,7 +131,7 @@ def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return [x]
     if is_weighted(x):
         return walk.couple(op, [x], note=_STOPPED, layout=x.layout)
-    return dataclasses.replace(x, number=walk.fresh(), root=None)
+    return x.like(number=walk.fresh(), root=None)
 
 
 _STOPPED = "a ratio over one microbatch is taken without its gradient"
@@ -145,5 +143,5 @@ def convert(walk: Walk, op: Op, ins: list[Value]) -> Value:
     old, new = op.eqn.invars[0].aval.dtype, op.eqn.outvars[0].aval.dtype
     exact = not jnp.issubdtype(old, jnp.inexact) or jnp.issubdtype(new, jnp.inexact)
     if exact and (new != jnp.bool_ or old == jnp.bool_):
-        return dataclasses.replace(ins[0], number=-1)
+        return ins[0].like(number=-1)
     return combine(walk, op, ins)

@@ -145,11 +145,6 @@ def kinds_of(faults: Iterable[Fault]) -> set[FaultKind]:
     return {fault.kind for fault in faults}
 
 
-def faults_of(values: Iterable[Value]) -> Faults:
-    """What is wrong with any of them."""
-    return frozenset().union(*(v.faults for v in values))
-
-
 def terms_of(values: Iterable[Value]) -> Terms:
     """The addends of all of them, and of a 0 none."""
     return frozenset().union(*(v.terms for v in nonzero(values))) or PLAIN

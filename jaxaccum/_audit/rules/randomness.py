@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value, fixed, rows
+from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value, faults_of, fixed, rows
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.operands import (
     Faults,
@@ -17,7 +17,6 @@ from jaxaccum._audit.rules.operands import (
     all_unscaled,
     any_place,
     any_summary,
-    faults_of,
     faulty,
     kinds_of,
     layout_of,

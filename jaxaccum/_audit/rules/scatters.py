@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxaccum._audit.lattice import ONE_EXAMPLE, Index, Layout, Value, origin_of, rows, total
+from jaxaccum._audit.lattice import (
+    ONE_EXAMPLE,
+    Index,
+    Layout,
+    Value,
+    faults_of,
+    origin_of,
+    rows,
+    total,
+)
 from jaxaccum._audit.registry import RULES, Settled, rule
 from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine
@@ -15,7 +24,6 @@ from jaxaccum._audit.rules.operands import (
     any_summary,
     axes_except,
     example_axes,
-    faults_of,
     layout_of,
     once,
     same_layout,
