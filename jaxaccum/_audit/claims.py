@@ -22,12 +22,12 @@ from typing import assert_never
 from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     ONE_EXAMPLE,
+    Addend,
     Fault,
     FaultKind,
     Kind,
     Layout,
     Scale,
-    Term,
     Value,
     Weight,
 )
@@ -197,7 +197,7 @@ def _claim_statistic(walk: Walk, value: Value) -> Claim:
 def _claim_mis_scaled(walk: Walk, value: Value) -> Claim:
     own, fixed = _scales(value, fixed=False), _scales(value, fixed=True)
     if own == {_ONE} and fixed:
-        once = [walk.sites.get(Term(scale, fixed=True)) for scale in fixed]
+        once = [walk.sites.get(Addend(scale, fixed=True)) for scale in fixed]
         note = "a sum over examples plus a term that does not depend on the batch"
         return _mis_scaled(note, fixes.OUTSIDE, *once)
     lines = [walk.sites.get(term) for term in sorted(value.terms, key=str)]

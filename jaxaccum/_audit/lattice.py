@@ -167,18 +167,18 @@ IRREGULAR = Scale(None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
+class Addend:
     """One addend of a value: its scale, and whether it is independent of the batch."""
 
     scale: Scale = UNIT
     fixed: bool = False
 
-    def times(self, scale: Scale) -> Term:
+    def times(self, scale: Scale) -> Addend:
         """The addend under a further factor."""
-        return Term(self.scale * scale, self.fixed)
+        return Addend(self.scale * scale, self.fixed)
 
 
-PLAIN = frozenset([Term()])
+PLAIN = frozenset([Addend()])
 
 
 class FaultKind(enum.StrEnum):
@@ -241,7 +241,7 @@ class Value:
 
     kind: Kind = Kind.FIXED
     layout: Layout | None = None
-    terms: frozenset[Term] = PLAIN
+    terms: frozenset[Addend] = PLAIN
     params: bool = False
     """Whether it depends on the parameters."""
     faults: frozenset[Fault] = frozenset()
@@ -341,9 +341,9 @@ def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
     return _ANY.like(terms=_addends_of(scale), **fields)
 
 
-def _addends_of(scale: Scale) -> frozenset[Term]:
+def _addends_of(scale: Scale) -> frozenset[Addend]:
     """One addend of this scale."""
-    return PLAIN if scale.trivial else frozenset([Term(scale)])
+    return PLAIN if scale.trivial else frozenset([Addend(scale)])
 
 
 def rows(layout: Layout, **fields: Any) -> Value:
@@ -351,7 +351,7 @@ def rows(layout: Layout, **fields: Any) -> Value:
     return _ANY.like(kind=Kind.ROWS, layout=layout, **fields)
 
 
-def total(site: Site, terms: frozenset[Term], **fields: Any) -> Value:
+def total(site: Site, terms: frozenset[Addend], **fields: Any) -> Value:
     """A sum over the examples, taken at `site`."""
     return _ANY.like(kind=Kind.TOTAL, terms=terms, origin=site, **fields)
 

@@ -16,13 +16,13 @@ import jax.extend.core as jex
 from jaxaccum._audit.constants import Constants
 from jaxaccum._audit.equation import Op, Shape, lengths
 from jaxaccum._audit.lattice import (
+    Addend,
     Fault,
     FaultKind,
     Kind,
     Layout,
     Scale,
     Sizes,
-    Term,
     Value,
     any_params,
     faults_of,
@@ -30,7 +30,7 @@ from jaxaccum._audit.lattice import (
     rows,
     statistic,
 )  # fmt: skip
-from jaxaccum._audit.sources import Call, Site, is_library
+from jaxaccum._audit.sources import Enclosing, Site, is_library
 from jaxaccum._base.source_lines import Frame
 
 _OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the whole batch"
@@ -58,9 +58,9 @@ class Notes(Constants):
         self.outer_axes: frozenset[str] = frozenset()
         """Around the program, the mesh axes over which the batch is sharded too: it sees one
         device's share."""
-        self.calls: tuple[Call, ...] = ()
+        self.calls: tuple[Enclosing, ...] = ()
         self.counts: Counter[str] = Counter()
-        self.sites: dict[Term, Site] = {}
+        self.sites: dict[Addend, Site] = {}
         """Where each addend of a total was first seen."""
         self.sized: Site | None = None
         """Where rows were first divided or multiplied by the number of examples."""
@@ -83,7 +83,7 @@ class Notes(Constants):
         """Walk a body of `op`; `cached` says that JAX may share it between callers."""
         file = getattr(getattr(body, "debug_info", None), "func_filename", None) or ""
         before = self.calls
-        self.calls = (*before, Call(op.eqn, cached and is_library(file)))
+        self.calls = (*before, Enclosing(op.eqn, cached and is_library(file)))
         try:
             yield
         finally:

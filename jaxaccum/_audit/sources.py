@@ -39,7 +39,7 @@ def is_jax(file: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class Enclosing:
     """An equation whose body holds another one: a call, a loop, a branch."""
 
     eqn: jex.JaxprEqn
@@ -53,7 +53,7 @@ class Site:
     stay unique."""
 
     eqn: jex.JaxprEqn
-    calls: tuple[Call, ...] = ()
+    calls: tuple[Enclosing, ...] = ()
     defined: Frame | None = None
     """Where the function is defined that computes the equation's derivative."""
 

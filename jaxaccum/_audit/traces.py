@@ -15,7 +15,7 @@ from jaxaccum._audit.sources import is_library
 from jaxaccum._base.trees import is_array
 from jaxaccum._base.types import Array, Fun, InAxes, PyTree
 from jaxaccum._program import argument_slots, validate
-from jaxaccum._program.argument_slots import Layout, Role, Slot
+from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
@@ -74,7 +74,7 @@ class Subject(Protocol):
 class Arguments:
     """What the loss is called with, as shapes, and how the batch is divided."""
 
-    layout: Layout
+    tree: ArgumentTree
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     """One per slot."""
     partition: Partition
@@ -84,7 +84,7 @@ class Arguments:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """One per array."""
-        return self.layout.slots
+        return self.tree.slots
 
     def at(self, size: int) -> list[jax.ShapeDtypeStruct]:
         """The shapes of the arrays for a batch of `size` examples."""
@@ -110,13 +110,13 @@ def read(
         args = (jax.tree.map(_as_array, args[0]), *args[1:])
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if _is_array_or_shape(x)}
-    layouts: list[Layout] = []
+    layouts: list[ArgumentTree] = []
 
     def slot_arrays(arrays: dict[int, Array]) -> list[Array]:
         every = [arrays.get(i, x) for i, x in enumerate(leaves)]
         own_args, own_kwargs = treedef.unflatten(every)
-        layout, found = argument_slots.read(own_args, own_kwargs, in_axes)
-        layouts.append(layout)
+        tree, found = argument_slots.read(own_args, own_kwargs, in_axes)
+        layouts.append(tree)
         return found
 
     shapes = jax.eval_shape(slot_arrays, arrays)
@@ -168,7 +168,7 @@ class Loss:
         outputs: list[Output] = []
 
         def flat(*arrays: Array) -> list[Array]:
-            args, kwargs = self.arguments.layout.build(list(arrays))
+            args, kwargs = self.arguments.tree.build(list(arrays))
             loss, aux = loss_and_aux(self.fun(*args, **kwargs), self.has_aux)
             found = [*leaves(loss, "the loss", aux=False), *leaves(aux, "aux", aux=True)]
             results: list[Array] = []

@@ -58,20 +58,20 @@ def partition(
         [[0, 1, 2], [3, 4]]
     """
     check_keywords(kwargs, in_axes, "partition")
-    layout, _ = argument_slots.read(args, kwargs, in_axes)
+    tree, _ = argument_slots.read(args, kwargs, in_axes)
     leaves = jax.tree.leaves((args, kwargs))
-    given = [x for i, x in enumerate(leaves) if i not in layout.statics]
-    arrays = list(map(Slot.array, layout.slots, given))
+    given = [x for i, x in enumerate(leaves) if i not in tree.statics]
+    arrays = list(map(Slot.array, tree.slots, given))
     plan = validate.partition(
-        argument_slots.batch_size(layout.slots, arrays),
+        argument_slots.batch_size(tree.slots, arrays),
         num_microbatches=num_microbatches,
         microbatch_size=microbatch_size,
         split=split,
     )
     microbatches = []
     for microbatch in _microbatches(plan):
-        own = list(map(microbatch.part, layout.slots, arrays))
-        pair = layout.build(own)
+        own = list(map(microbatch.part, tree.slots, arrays))
+        pair = tree.build(own)
         microbatches.append(pair if kwargs else pair[0])
     return microbatches
 

@@ -79,7 +79,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ArgumentTree:
     """The structure of the arguments; what is no array (a flag, a function, a string) is held here
     and never traced."""
 
@@ -148,8 +148,8 @@ def read(
     *,
     differentiated: Collection[int | str] = (),
     counted: int | None = None,
-) -> tuple[Layout, list[Array]]:
-    """The layout of the arguments, and their arrays: one per slot, in order.
+) -> tuple[ArgumentTree, list[Array]]:
+    """The tree of the arguments, and their arrays: one per slot, in order.
 
     A Python scalar is traced where a derivative is asked of it, or where it counts examples
     (argument `counted`).
@@ -172,9 +172,9 @@ def read(
                 validate.differentiable(leaf, name, library=library)
             slots.append(_slot(name, leaf, axis, number))
             arrays.append(slots[-1].array(leaf))
-    carry = states[0] if states else None
-    layout = Layout(jax.tree.structure((args, kwargs)), tuple(slots), statics, carry, bool(states))
-    return layout, list(map(jnp.asarray, arrays))
+    treedef, carry = jax.tree.structure((args, kwargs)), states[0] if states else None
+    tree = ArgumentTree(treedef, tuple(slots), statics, carry, bool(states))
+    return tree, list(map(jnp.asarray, arrays))
 
 
 def batch_size(slots: Sequence[Slot], arrays: list[Array], fun: Fun | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
 from jaxaccum._program import argument_slots, validate
-from jaxaccum._program.argument_slots import Layout
+from jaxaccum._program.argument_slots import ArgumentTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Call:
 
     fun: Fun
     options: Options
-    layout: Layout
+    tree: ArgumentTree
     arrays: list[Array]
-    """One per slot of the layout."""
+    """One per slot of the tree."""
     argnums: tuple[int, ...] = ()
     """The positional arguments that are differentiated, none of them negative."""
     one_argnum: bool = False
@@ -51,12 +51,12 @@ class Call:
     @property
     def batch_size(self) -> int:
         """The number of examples."""
-        return argument_slots.batch_size(self.layout.slots, self.arrays, self.fun)
+        return argument_slots.batch_size(self.tree.slots, self.arrays, self.fun)
 
     @property
     def differentiated(self) -> tuple[int, ...]:
         """The slots that are differentiated, argument by argument."""
-        return self.layout.of_arguments(self.argnums)
+        return self.tree.of_arguments(self.argnums)
 
     def of_arrays(self, arrays: Iterable[Array]) -> Call:
         """The same call of other arrays, one per slot."""
@@ -65,7 +65,7 @@ class Call:
     def as_arguments(self, grads: Sequence[Array]) -> PyTree:
         """Arrays for the differentiated slots, in the structures of their arguments: a tuple, or
         where `argnums` is one int the one tree."""
-        positional, _ = self.layout.treedef.children()
+        positional, _ = self.tree.treedef.children()
         arguments, rest = positional.children(), iter(grads)
         trees = []
         for number in self.argnums:
@@ -87,8 +87,6 @@ def read(
     counted = options.num_examples_argnum
     if counted is not None:
         counted = validate.argnum(counted, len(args), f"num_examples_argnum={counted!r}")
-    layout, arrays = argument_slots.read(
-        args, kwargs, axes, differentiated=numbers, counted=counted
-    )
+    tree, arrays = argument_slots.read(args, kwargs, axes, differentiated=numbers, counted=counted)
     one = not isinstance(argnums, tuple | list)
-    return Call(fun, options, layout, arrays, numbers, one, counted)
+    return Call(fun, options, tree, arrays, numbers, one, counted)

@@ -14,7 +14,7 @@ from jaxaccum._base.types import Array, Fun, PyTree
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Type
 from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
-from jaxaccum._program.argument_slots import Layout, Role
+from jaxaccum._program.argument_slots import ArgumentTree, Role
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.output_parts import Outputs, Part
@@ -47,7 +47,7 @@ class FlatFunction:
     """`fun` as a function of flat arrays; notes what came out at each size."""
 
     fun: Fun
-    layout: Layout
+    tree: ArgumentTree
     loss: bool
     has_aux: bool
     padded: bool
@@ -60,13 +60,13 @@ class FlatFunction:
 
     def at(self, size: int) -> Callable[..., list[Array]]:
         def flat(*arrays: Array) -> list[Array]:
-            args, kwargs = self.layout.build(list(arrays))
+            args, kwargs = self.tree.build(list(arrays))
             output = self._output(args, kwargs, size)
             if self.loss:
                 output = output_parts.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=output_parts.is_tag))
             outputs, parts = output_parts.read(
-                output, size=size, carry=self.layout.carry, has_carry=self.layout.has_carry,
+                output, size=size, carry=self.tree.carry, has_carry=self.tree.has_carry,
                 padded=self.padded, constant=self.constant,
             )  # fmt: skip
             leaves, values = [], list(parts)
@@ -109,7 +109,7 @@ class FlatFunction:
         return dataclasses.replace(self, returned=[])
 
     def _output(self, args: tuple[PyTree, ...], kwargs: dict[str, PyTree], size: int) -> PyTree:
-        slots = () if adapted(self.fun).draws_from_state else self.layout.slots
+        slots = () if adapted(self.fun).draws_from_state else self.tree.slots
         explain = functools.partial(
             closures.explain,
             fun=self.fun,

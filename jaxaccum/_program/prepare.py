@@ -36,16 +36,16 @@ def prepare(
     """
     options = call.options
     memory, unroll = validate.memory(options.memory), validate.unroll(options.unroll)
-    limit = argument_slots.counter(call.layout.slots, call.arrays, call.counted)
+    limit = argument_slots.counter(call.tree.slots, call.arrays, call.counted)
     partition = _partition(options, call.batch_size)
     arguments = _on_mesh(call)
     flat = FlatFunction(
-        call.fun, call.layout, loss, has_aux, padded=limit is not None,
+        call.fun, call.tree, loss, has_aux, padded=limit is not None,
         audited=validate.audit(options.audit) is not None, batch_size=partition.batch_size,
     )  # fmt: skip
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
-    slots, arguments = _with_closed_over(call.layout.slots, arguments, groups)
+    slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
     outputs = flat.returned[0].outputs
     if groups[0].trace.coupling is not None:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
@@ -74,7 +74,7 @@ def _on_mesh(call: Call) -> OnMesh:
     seen = list(map(varying.axis_names, arrays))
     mesh_axes = validate.mesh_axes(options.mesh_axes, options.axis_name, seen)
     given_axes = list(map(varying.varying_axes, arrays))
-    axes = _loop_axes(call.layout.slots, given_axes, mesh_axes)
+    axes = _loop_axes(call.tree.slots, given_axes, mesh_axes)
     return OnMesh(varying.vary(arrays, axes), given_axes, axes, mesh_axes)
 
 

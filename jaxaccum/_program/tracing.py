@@ -25,7 +25,7 @@ from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.traces import Trace, trace
 from jaxaccum._jaxpr.variables import Type, types_of
 from jaxaccum._program import microbatches, validate
-from jaxaccum._program.argument_slots import Layout, Role, Slot
+from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.call import Options
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.flat_function import FlatFunction, Traced
@@ -96,7 +96,7 @@ class Tracing:
 
     def _at(self, flat: FlatFunction, size: int, count: int) -> Traced:
         arrays, mesh_axes = self.arguments.arrays, self.arguments.mesh_axes
-        types = types_in_loop(flat.layout, arrays, size, mesh_axes)
+        types = types_in_loop(flat.tree, arrays, size, mesh_axes)
         return traced(flat.at(size), types, (self.options.axis_name, count))
 
     def _check_coupled(self, coupling: jex.JaxprEqn, checked: bool) -> None:
@@ -105,7 +105,7 @@ class Tracing:
             raise NeedsGlobalArraysError
         validate.coupled(coupling, name, self.partition, shadows=validate.is_bound(name))
         if not checked:
-            names = [slot.name for slot in self.flat.layout.slots]
+            names = [slot.name for slot in self.flat.tree.slots]
             given = list(zip(names, self.arguments.given_axes, strict=True))
             validate.undivided(given, self.arguments.axes)
 
@@ -116,7 +116,7 @@ class Tracing:
         alone = self.partition.num_microbatches == 1 and not mesh_axes
         if alone or not adapted(self.flat.fun).draws_from_state:
             return one
-        slots = self.flat.layout.slots
+        slots = self.flat.tree.slots
         with contextlib.nullcontext() if checked else unchecked():
             return _with_own_streams(one, outputs, slots, self.partition, mesh_axes)
 
@@ -144,14 +144,14 @@ def traced(fun: Fun, types: list[Type], axis: tuple[str, int]) -> Traced:
 
 
 def types_in_loop(
-    layout: Layout, arrays: list[Array], size: int, mesh_axes: tuple[str, ...]
+    tree: ArgumentTree, arrays: list[Array], size: int, mesh_axes: tuple[str, ...]
 ) -> list[Type]:
     """The types of the arguments for `size` examples: shapes alone would lose how a mesh divides
     them."""
 
     def cut(arrays: list[Array]) -> list[Array]:
         own, index = list(arrays), varying.vary(jnp.int32(0), frozenset(mesh_axes))
-        for i, slot in enumerate(layout.slots):
+        for i, slot in enumerate(tree.slots):
             x = own[i]
             if slot.role is Role.ROWS:
                 if size > x.shape[slot.axis]:  # the audit may ask for more than there are

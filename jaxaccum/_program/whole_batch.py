@@ -24,29 +24,29 @@ def run(call: Call) -> PyTree:
     The axis of the loop is bound with size 1, so that a collective over it sees all examples at
     once.
     """
-    layout, arrays, size = call.layout, call.arrays, call.batch_size
+    tree, arrays, size = call.tree, call.arrays, call.batch_size
     validate.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
     axis_name = call.options.axis_name
     function = FlatFunction(
-        call.fun, layout, loss=False, has_aux=False, padded=False, audited=False, batch_size=size,
+        call.fun, tree, loss=False, has_aux=False, padded=False, audited=False, batch_size=size,
         constant=_refusing_itself,
     )  # fmt: skip
     flat = function.at(size)
 
     def one(_: Array) -> list[Array]:
         own = list(arrays)
-        for i in layout.positions(Role.KEY):
+        for i in tree.positions(Role.KEY):
             own[i] = jax.random.fold_in(own[i], 0)
-        for i in layout.positions(Role.EXAMPLE_KEY):
+        for i in tree.positions(Role.EXAMPLE_KEY):
             own[i] = example_keys(own[i], jnp.arange(size, dtype=jnp.int32))
         return flat(*own)
 
     stacked = jax.vmap(one, axis_name=axis_name)(jnp.zeros(1))
     outputs = function.returned[0].outputs
     if outputs.whole:
-        types = types_in_loop(layout, arrays, size, ())
+        types = types_in_loop(tree, arrays, size, ())
         whole, _, consts, _ = traced(flat, types, (axis_name, 1))
-        given = [slot.role is Role.WHOLE for slot in layout.slots]
+        given = [slot.role is Role.WHOLE for slot in tree.slots]
         if found := whole_outputs.refusal([whole], outputs, [[True] * len(consts) + given]):
             raise TypeError(found)
     values = list(stacked)

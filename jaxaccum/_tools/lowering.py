@@ -86,8 +86,8 @@ class AbstractCall:
         found: list[tuple[tuple[Slot, ...], int]] = []
 
         def note(*arrays: Array) -> None:
-            layout, own = argument_slots.read(*self._build(arrays), axes)
-            found.append((layout.slots, argument_slots.batch_size(layout.slots, own)))
+            tree, own = argument_slots.read(*self._build(arrays), axes)
+            found.append((tree.slots, argument_slots.batch_size(tree.slots, own)))
 
         jax.eval_shape(self._shard_map(note, None) if self.mesh_axes else note, *self.shapes)
         slots, batch_size = found[-1]

@@ -36,7 +36,7 @@ from jaxaccum._base.types import Array, PyTree, TreeDef
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import mapped_mesh_axes
 from jaxaccum._program import validate
-from jaxaccum._program.argument_slots import Layout, Role
+from jaxaccum._program.argument_slots import ArgumentTree, Role
 from jaxaccum._program.call import Call, Options
 from jaxaccum._program.program import NeedsGlobalArraysError
 from jaxaccum._transforms.eager import once
@@ -66,12 +66,12 @@ def spread(run: Run, call: Call, *, gather: str = "each") -> PyTree:
 def _spread(run: Run, call: Call, gather: str) -> PyTree:
     if any(map(varying.is_summed, call.arrays)):
         return _of_plain_types(run, call, gather)
-    axes = _batch_axes(call.layout, call.arrays)
+    axes = _batch_axes(call.tree, call.arrays)
     if not axes:
         return run(call)
     found = _Spread(run, call, axes, gather)
     found.check()
-    if call.layout.positions(Role.CARRY):
+    if call.tree.positions(Role.CARRY):
         return found.globally()
     try:
         return found.by_device()
@@ -122,8 +122,8 @@ class _Spread:
     gather: str
 
     @property
-    def layout(self) -> Layout:
-        return self.call.layout
+    def tree(self) -> ArgumentTree:
+        return self.call.tree
 
     @property
     def arrays(self) -> list[Array]:
@@ -135,7 +135,7 @@ class _Spread:
 
     @property
     def mesh(self) -> AbstractMesh:
-        rows = self.layout.positions(Role.ROWS)
+        rows = self.tree.positions(Role.ROWS)
         return varying.of(self.arrays[rows[0]])
 
     @property
@@ -151,7 +151,7 @@ class _Spread:
     def sharded(self) -> dict[int, P]:
         """The parameters that are divided over the batch's mesh axes."""
         specs = self.specs
-        return {i: specs[i] for i in self.layout.positions(Role.WHOLE) if any(specs[i])}
+        return {i: specs[i] for i in self.tree.positions(Role.WHOLE) if any(specs[i])}
 
     def check(self) -> None:
         """Every microbatch holds as many rows of one shard as of another."""
@@ -253,13 +253,13 @@ class _Spread:
 
     def _leaves_of(self, sharded: dict[int, P]) -> dict[int, P]:
         """The same, by position among all leaves of the arguments."""
-        leaves = self.layout.leaves
+        leaves = self.tree.leaves
         return {leaves[i]: spec for i, spec in sharded.items()}
 
     def _a_row(self) -> int:
         """The position of one leaf that changes from microbatch to microbatch."""
-        rows = self.layout.positions(Role.ROWS)
-        return self.layout.leaves[rows[0]]
+        rows = self.tree.positions(Role.ROWS)
+        return self.tree.leaves[rows[0]]
 
     def _scattered(self, i: int, grad: Array) -> Array:
         """This device's share of the gradient of a parameter that was gathered before the loop."""
@@ -269,21 +269,21 @@ class _Spread:
         return grad
 
 
-def _batch_axes(layout: Layout, arrays: Sequence[Array]) -> tuple[str, ...]:
+def _batch_axes(tree: ArgumentTree, arrays: Sequence[Array]) -> tuple[str, ...]:
     """The explicit mesh axes over which all batch axes are divided alike."""
-    rows = layout.positions(Role.ROWS)
+    rows = tree.positions(Role.ROWS)
     if not rows:
         return ()
 
     def names(i: int) -> tuple[str, ...]:
-        return _explicit_names(arrays[i], layout.slots[i].axis)
+        return _explicit_names(arrays[i], tree.slots[i].axis)
 
     first = names(rows[0])
     for i in rows[1:]:
         if (other := names(i)) != first:
             raise ValueError(
-                f"the batch axis of {layout.slots[rows[0]].name} is laid out over {_quoted(first)} "
-                f"of the mesh and that of {layout.slots[i].name} over {_quoted(other)}; lay all "
+                f"the batch axis of {tree.slots[rows[0]].name} is laid out over {_quoted(first)} "
+                f"of the mesh and that of {tree.slots[i].name} over {_quoted(other)}; lay all "
                 "rows of the batch out alike, with jax.sharding.reshard or jax.device_put."
             )
     return first

@@ -8,11 +8,11 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._audit.lattice import (
+    Addend,
     FaultKind,
     Index,
     Kind,
     Scale,
-    Term,
     Value,
     Weight,
     faults_of,
@@ -24,7 +24,7 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.elementwise import combine
 from jaxaccum._audit.rules.operands import (
-    Terms,
+    Addends,
     all_fixed,
     all_scalar,
     any_rows,
@@ -150,9 +150,9 @@ def _known_sum(op: Op, ins: list[Value]) -> complex | None:
     return x.known + y.known if op.name == "add" else x.known - y.known
 
 
-def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> Terms:
+def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> Addends:
     """The addends of all operands; with `apart`, what is independent of the batch enters once."""
-    terms: Terms = frozenset()
+    terms: Addends = frozenset()
     for v in ins:
         own = once(v) if v.fixed and apart else v.terms
         note_terms(walk, own, v.origin or walk.site(op))
@@ -286,7 +286,7 @@ def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     same = op.eqn.params.get("y") == op.other.params.get("y")
     scale = x.scale
     if same and not x.summary and not scale.weights and scale.power is not None:
-        return x.but(scalar=x.scalar, terms=frozenset([Term(Scale(scale.power * exponent))]))
+        return x.but(scalar=x.scalar, terms=frozenset([Addend(Scale(scale.power * exponent))]))
     if same and exponent == -1 and (weight := normalizer(x)) is not None:
         return statistic(x.origin, weight=_noted(walk, op, weight).inverse(), scalar=True)
     return combine(walk, op, ins)
@@ -365,7 +365,7 @@ def _guard(walk: Walk, op: Op, ins: list[Value]) -> Value:
     which, *cases = ins
     live = nonzero(cases)
     if len(live) == 1 and _normalized_by(live[0], which.compares):
-        terms = frozenset(Term(t.scale.guarded(), t.fixed) for t in live[0].terms)
+        terms = frozenset(Addend(t.scale.guarded(), t.fixed) for t in live[0].terms)
         return live[0].but(scalar=live[0].scalar, terms=terms)
     weights = summaries_among(cases)
     if len(weights) == 1 and _compared(weights[0]) == which.compares and not any_rows(cases):

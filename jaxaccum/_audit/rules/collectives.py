@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
+    Addend,
     FaultKind,
     Index,
     Kind,
     Layout,
     Scale,
-    Term,
     Value,
     any_params,
     faults_of,
@@ -135,7 +135,7 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     return _each(ins, one)
 
 
-def _over_microbatches(term: Term) -> Scale:
+def _over_microbatches(term: Addend) -> Scale:
     """The scale of an addend, summed over microbatches: what enters once enters in each."""
     return term.scale * _EACH if term.fixed else term.scale
 

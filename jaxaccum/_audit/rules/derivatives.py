@@ -27,12 +27,12 @@ from jaxaccum._audit.lattice import (
     HARMLESS,
     PLAIN,
     UNIT,
+    Addend,
     Fault,
     FaultKind,
     Kind,
     Layout,
     Scale,
-    Term,
     Value,
     any_params,
     faults_of,
@@ -43,8 +43,8 @@ from jaxaccum._audit.lattice import (
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.control import body_of, unfollowed
 from jaxaccum._audit.rules.operands import (
+    Addends,
     Faults,
-    Terms,
     all_fixed,
     all_numbered,
     all_with_faults,
@@ -177,7 +177,7 @@ class _Backward:
         """What is wrong with the cotangent that a backward pass returns for x."""
         rows_alike = result.rows and result.layout == x.layout
         alike = rows_alike or result.fixed if x.rows else result.kind is _DUAL[x.kind]
-        apart = (alike and result.terms == {Term(scale)}) or (result.fixed and result.zero)
+        apart = (alike and result.terms == {Addend(scale)}) or (result.fixed and result.zero)
         kinds = kinds_of(result.faults) - {FaultKind.ASSUMPTION}
         kinds = kinds or (set() if apart else {FaultKind.COUPLING})
         return frozenset(map(self._mixes, kinds))
@@ -196,7 +196,7 @@ def _is_inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
-def _dependence(x: Value) -> tuple[Kind, Layout | None, Terms]:
+def _dependence(x: Value) -> tuple[Kind, Layout | None, Addends]:
     """How a value depends on the batch."""
     return x.kind, x.layout, x.terms
 
@@ -204,7 +204,7 @@ def _dependence(x: Value) -> tuple[Kind, Layout | None, Terms]:
 def _dual(walk: Walk, op: Op, out: Value) -> Value:
     """The cotangent of a value, where the loss is exact: with the inverse of its scale."""
     scale = _scale(out).inverse()
-    terms = frozenset([Term(scale)])
+    terms = frozenset([Addend(scale)])
     if out.rows and out.layout is not None:
         return rows(out.layout, terms=terms, params=True, number=walk.fresh())
     if out.fixed:

@@ -10,12 +10,12 @@ import jax.extend.core as jex
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     ONE_EXAMPLE,
+    Addend,
     FaultKind,
     Index,
     Kind,
     Layout,
     Scale,
-    Term,
     Value,
     any_params,
     faults_of,
@@ -28,8 +28,8 @@ from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.carried_values import Role, RoleName, Scan, roles_of
 from jaxaccum._audit.rules.control import join
 from jaxaccum._audit.rules.operands import (
+    Addends,
     Faults,
-    Terms,
     all_numbered,
     all_scalar,
     all_with_faults,
@@ -291,7 +291,7 @@ def _same_signatures(xs: list[Value], ys: list[Value]) -> bool:
     return list(map(_signature, xs)) == list(map(_signature, ys))
 
 
-def _signature(x: Value) -> tuple[Kind, Layout | None, Terms, bool, Faults, bool]:
+def _signature(x: Value) -> tuple[Kind, Layout | None, Addends, bool, Faults, bool]:
     return x.kind, x.layout, x.terms, x.params, x.faults, x.scalar
 
 
@@ -339,6 +339,6 @@ def _after(walk: Walk, op: Op, holds: Value, x: Value, out: Value) -> Value:
     if not holds.fixed or holds.scale.trivial:
         return with_faults(joined, holds.faults, params=holds.params)
     if joined.fixed:
-        return with_faults(joined, holds.faults).like(terms=frozenset([Term(IRREGULAR)]))
+        return with_faults(joined, holds.faults).like(terms=frozenset([Addend(IRREGULAR)]))
     note = "the number of steps depends on the batch size"
     return with_faults(joined, faulty(walk, op, FaultKind.BATCH_SIZE, note))

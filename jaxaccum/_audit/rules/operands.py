@@ -12,11 +12,11 @@ from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
     UNIT,
+    Addend,
     Fault,
     FaultKind,
     Layout,
     Scale,
-    Term,
     Value,
     statistic,
     total,
@@ -25,7 +25,7 @@ from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, Walk
 
 T = TypeVar("T")
-Terms = frozenset[Term]
+Addends = frozenset[Addend]
 Faults = frozenset[Fault]
 
 
@@ -145,17 +145,17 @@ def kinds_of(faults: Iterable[Fault]) -> set[FaultKind]:
     return {fault.kind for fault in faults}
 
 
-def terms_of(values: Iterable[Value]) -> Terms:
+def terms_of(values: Iterable[Value]) -> Addends:
     """The addends of all of them, and of a 0 none."""
     return frozenset().union(*(v.terms for v in nonzero(values))) or PLAIN
 
 
-def once(x: Value) -> Terms:
+def once(x: Value) -> Addends:
     """Its addends, as what enters a total once and not with each example; of a 0 none."""
-    return frozenset() if x.zero else frozenset(Term(term.scale, fixed=True) for term in x.terms)
+    return frozenset() if x.zero else frozenset(Addend(term.scale, fixed=True) for term in x.terms)
 
 
-def products(xs: Terms, ys: Terms) -> Terms:
+def products(xs: Addends, ys: Addends) -> Addends:
     """The addends of a product of two sums."""
     return frozenset(x.times(y.scale) for x in xs for y in ys)
 
@@ -182,7 +182,7 @@ def summed(walk: Walk, op: Op, x: Value, axes: Collection[int]) -> Value:
     return total(site, x.terms)
 
 
-def note_terms(walk: Walk, terms: Terms, site: Site) -> None:
+def note_terms(walk: Walk, terms: Addends, site: Site) -> None:
     """Note for the report where addends are first seen."""
     for term in terms:
         walk.sites.setdefault(term, site)
