@@ -110,21 +110,21 @@ def read(
         args = (jax.tree.map(_as_array, args[0]), *args[1:])
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if _is_array_or_shape(x)}
-    layouts: list[ArgumentTree] = []
+    trees: list[ArgumentTree] = []
 
     def slot_arrays(arrays: dict[int, Array]) -> list[Array]:
         every = [arrays.get(i, x) for i, x in enumerate(leaves)]
         own_args, own_kwargs = treedef.unflatten(every)
         tree, found = argument_slots.read(own_args, own_kwargs, in_axes)
-        layouts.append(tree)
+        trees.append(tree)
         return found
 
     shapes = jax.eval_shape(slot_arrays, arrays)
-    size = argument_slots.batch_size(layouts[0].slots, shapes)
+    size = argument_slots.batch_size(trees[0].slots, shapes)
     partition = validate.partition(
         size, num_microbatches=num_microbatches, microbatch_size=None, split="contiguous"
     )
-    return Arguments(layouts[0], tuple(shapes), partition, tuple(leaves))
+    return Arguments(trees[0], tuple(shapes), partition, tuple(leaves))
 
 
 def _as_array(x: PyTree) -> PyTree:
