@@ -477,7 +477,7 @@ def test_nan_ends_with_its_window_and_does_not_reach_the_parameters_before():
     grads = [tree(0, np.nan), *(tree(i) for i in range(1, 4))]
     theirs, _ = host_loop(optax.MultiSteps(optax.sgd(1.0), 2), grads)
     assert all(np.isnan(params["w"]).all() for params in theirs)
-    multi, state, updates = ja.MultiSteps(optax.sgd(1.0), 2), None, []
+    multi, updates = ja.MultiSteps(optax.sgd(1.0), 2), []
     state = multi.init(PARAMS)
     for grad in grads:
         update, state = jax.jit(multi.update)(grad, state, PARAMS)
@@ -492,9 +492,8 @@ def test_extra_arguments_pass_through_a_chain():
     theirs = optax.chain(optax.MultiSteps(optax.polyak_sgd(), 2).gradient_transformation())
     with pytest.raises(TypeError, match="'value'"):
         theirs.update(w, theirs.init(w), w, value=value)
-    ours = optax.chain(
-        optax.clip(10.0), ja.MultiSteps(optax.polyak_sgd(), 2).gradient_transformation()
-    )
+    polyak = ja.MultiSteps(optax.polyak_sgd(), 2).gradient_transformation()
+    ours = optax.chain(optax.clip(10.0), polyak)
     state, update = ours.init(w), jax.jit(ours.update)
     for grad, weight in ((2.0, 1), (6.0, 3)):
         updates, state = update(jnp.float64(grad), state, w, value=value, weight=weight)
