@@ -64,9 +64,10 @@ def untagged_refused(name: str, x: Any, size: int) -> str:
     )
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
-        f"microbatches. Wrap it in {likely}, or in another of jaxaccum's tags: {_TAGS}. Two things "
-        "need no tag: a mean over examples, a floating scalar, and what is computed only from "
-        "arguments that are not cut. Sums and extrema do need one."
+        f"microbatches. Wrap it in {likely}, in jaxaccum.Last(x) for the new statistics of a "
+        f"BatchNorm, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a mean "
+        "over examples, a floating scalar, and what is computed only from arguments that are not "
+        "cut. Sums and extrema do need one."
     )
 
 
