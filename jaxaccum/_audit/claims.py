@@ -190,7 +190,7 @@ def _claim_statistic(walk: Walk, value: Value) -> Claim:
         note = f"a {value.extremum}imum over examples, which needs the tag {tag}"
         return _inexact(Verdict.COUPLED, note, fixes.EXTREMUM.format(tag=tag), value.origin)
     fault = Fault(FaultKind.COUPLING, value.origin, value.origin, "")
-    fix = fixes.fix_of(fault, walk.axis_name, walk.devices)
+    fix = fixes.fix_of(fault, walk.axis_name, walk.summed_axes)
     return _inexact(Verdict.COUPLED, "the output is not a sum over examples", fix, value.origin)
 
 

@@ -9,7 +9,7 @@ from jaxaccum._audit.lattice import Fault, FaultKind
 from jaxaccum._audit.sources import Site, line_of
 from jaxaccum._base.source_lines import Frame
 
-_NO_DEVICES: Mapping[Frame, tuple[str, ...]] = {}
+_NO_AXES: Mapping[Frame, tuple[str, ...]] = {}
 
 _ONCE = (
     "the statistic does not depend on the parameters: compute it once on the full batch and pass "
@@ -20,6 +20,10 @@ _BATCH_NORM = (
     "another norm, as GroupNorm"
 )
 _IN_VMAP = ' (inside jax.vmap(…, axis_name="example"), ("example", "{axis}"))'
+_MASKED = (
+    "the layer averages the means of microbatches, which its mask leaves unequal: use "
+    "jaxaccum.linen.BatchNorm or jaxaccum.nnx.BatchNorm, which count the rows"
+)
 _LAYERS = {
     "flax/nnx/nn/normalization.py": ("axis_name", False),
     "flax/linen/normalization.py": ("axis_name", False),
@@ -79,19 +83,15 @@ _FIXES = {
 
 
 def fix_of(
-    fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]] = _NO_DEVICES
+    fault: Fault, axis_name: str, summed_axes: Mapping[Frame, tuple[str, ...]] = _NO_AXES
 ) -> str:
-    """What mends a fault; `devices` are the axes, other than the loop's, that are summed over at a
-    line."""
+    """What mends a fault; `summed_axes` are the named axes over which a line sums."""
     if fault.fix:
         return fault.fix
     of_statistic = fault.kind is FaultKind.COUPLING
     if of_statistic or (fault.kind is FaultKind.SELECTION and fault.hoistable):
         if layer := _normalization(fault.origin) or _normalization(fault.use):
-            keyword, mapped = _LAYERS[layer]
-            names = _names(fault, axis_name, devices, mapped=mapped)
-            in_vmap = "" if "," in names else _IN_VMAP.format(axis=axis_name)
-            return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap)
+            return _for_batch_norm(layer, axis_name, _axes_at(fault, summed_axes))
         if fault.hoistable:
             return _ONCE
     if fault.kind is FaultKind.RANDOM and _is_of_nnx(fault.origin):
@@ -99,19 +99,29 @@ def fix_of(
     return _FIXES.get(fault.kind, _STATISTIC).format(axis=axis_name)
 
 
-def _names(
-    fault: Fault, axis_name: str, devices: Mapping[Frame, tuple[str, ...]], *, mapped: bool
-) -> str:
+def _axes_at(fault: Fault, summed_axes: Mapping[Frame, tuple[str, ...]]) -> tuple[str, ...]:
+    """The named axes over which the fault's line sums already."""
+    lines = filter(None, (line_of(fault.origin), line_of(fault.use)))
+    return next((summed_axes[line] for line in lines if line in summed_axes), ())
+
+
+def _for_batch_norm(layer: str, axis_name: str, known: tuple[str, ...]) -> str:
     """The axes for a layer: the loop's, after those over which it sums already.
 
-    A layer that is `mapped` has an axis of `jax.vmap`, which leaves no trace in the program.
+    A layer that is mapped has an axis of `jax.vmap`, which leaves no trace in the program.
     """
-    lines = filter(None, (line_of(fault.origin), line_of(fault.use)))
-    known = next((devices[line] for line in lines if line in devices), ())
+    keyword, mapped = _LAYERS[layer]
+    if axis_name in known and layer.startswith("flax/"):
+        return _MASKED
     names = ", ".join(f'"{name}"' for name in (*known, axis_name))
-    if not known and mapped:
-        return f'("batch", {names}), where "batch" is the axis of your jax.vmap'
-    return f"({names})" if known else names
+    in_vmap = ""
+    if known:
+        names = f"({names})"
+    elif mapped:
+        names = f'("batch", {names}), where "batch" is the axis of your jax.vmap'
+    else:
+        in_vmap = _IN_VMAP.format(axis=axis_name)
+    return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap)
 
 
 def _normalization(site: Site | None) -> str | None:

@@ -122,7 +122,7 @@ def _reported(faults: Iterable[Fault], *, coupled: bool) -> tuple[list[Fault], l
 
 def _finding(walk: Walk, output: Output, fault: Fault) -> Finding:
     origin, use = line_of(fault.origin), line_of(fault.use)
-    fix = fixes.fix_of(fault, walk.axis_name, walk.devices)
+    fix = fixes.fix_of(fault, walk.axis_name, walk.summed_axes)
     return Finding(fault.kind.value, origin, use, fix, note=fault.note, output=output.name)
 
 

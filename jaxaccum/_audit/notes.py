@@ -66,7 +66,7 @@ class Notes(Constants):
         """Where rows were first divided or multiplied by the number of examples."""
         self.weights: dict[int, Site] = {}
         """Where each total first divides."""
-        self.devices: dict[Frame, tuple[str, ...]] = {}
+        self.summed_axes: dict[Frame, tuple[str, ...]] = {}
         """The axes, other than the loop's, that are summed over at a line."""
         self.derivatives: dict[int, Any] = {}
         """Backward passes of the user's own rules, by the identity of their equation."""
@@ -89,10 +89,10 @@ class Notes(Constants):
         finally:
             self.calls = before
 
-    def note_devices(self, op: Op, axes: Iterable[object]) -> None:
+    def note_axes(self, op: Op, axes: Iterable[object]) -> None:
         """Note the axes that a collective names, for what is said of its line."""
         if (frame := self.site(op).frame) is not None:
-            self.devices[frame] = tuple(sorted(name for name in axes if isinstance(name, str)))
+            self.summed_axes[frame] = tuple(sorted(name for name in axes if isinstance(name, str)))
 
     def growth(self, shapes: tuple[Shape, Shape], axes: Sequence[int]) -> Scale:
         """The factor that a sum of equal entries over `axes` brings."""

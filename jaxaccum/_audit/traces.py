@@ -14,7 +14,7 @@ from jaxaccum._audit.folding import Constant
 from jaxaccum._audit.sources import is_library
 from jaxaccum._base.trees import is_array
 from jaxaccum._base.types import Array, Fun, InAxes, PyTree
-from jaxaccum._program import argument_slots, validate
+from jaxaccum._program import argument_slots, assignments, validate
 from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._program.example_keys import example_keys
@@ -106,7 +106,7 @@ def read(
     num_microbatches: int,
 ) -> Arguments:  # fmt: skip
     """The arguments, which may be shapes, as `value_and_grad` would read them."""
-    if args:
+    if args and assignments.library_of(args[0]) != "equinox":  # whose numbers are settings
         args = (jax.tree.map(_as_array, args[0]), *args[1:])
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if _is_array_or_shape(x)}

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import os
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -127,6 +128,57 @@ def test_equinoxs_has_an_axis_of_vmap_which_it_keeps(installed):
         'axis_name=("batch", "microbatch"), where "batch" is the axis of your jax.vmap'
         in report.findings[0].fix
     )
+
+
+def test_a_batch_norm_with_a_mask_is_told_of_one_that_counts_rows():
+    """It has the loop's axis, and averages means of unequal numbers of rows."""
+    mask = np.arange(8)[:, None] < 6
+
+    def loss(layer):
+        return lambda w, x, mask: masked_mean(jnp.tanh(layer(x @ w, mask)) ** 2, mask)
+
+    variables = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64).init(
+        jax.random.key(0), X @ W
+    )
+
+    def of(kind):
+        layer = kind(use_running_average=False, axis_name="microbatch", param_dtype=jnp.float64)
+        apply = lambda x, mask: layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0]
+        return jaxaccum.audit(loss(apply), W, X, mask, in_axes=(None, 0, 0))
+
+    flax, ours = of(nn.BatchNorm), of(jaxaccum.linen.BatchNorm)
+    assert "jaxaccum.linen.BatchNorm or jaxaccum.nnx.BatchNorm" in flax.findings[0].fix
+    assert "axis_name" not in flax.findings[0].fix
+    assert ours.exact
+
+
+def masked_mean(x, mask):
+    return jaxaccum.Mean(jnp.sum(x * mask), jnp.sum(mask))
+
+
+def test_numbers_of_a_module_of_equinox_are_settings(monkeypatch):
+    """They are no parameters: a dropout rate of 0.0 is a branch of Python's."""
+    monkeypatch.setitem(sys.modules, "equinox", types.SimpleNamespace(Module=Module))
+
+    def loss(module, x):
+        return jnp.mean((x if module.rate == 0.0 else -x) @ module.weight)
+
+    assert jaxaccum.audit(loss, Module(W, 0.0), X).exact
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jaxaccum.audit(lambda w, x: loss(Module(*w), x), (W, 0.0), X)
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+    def __init__(self, weight, rate):
+        self.weight, self.rate = weight, rate
+
+    def tree_flatten(self):
+        return (self.weight, self.rate), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
 
 
 def test_an_axis_without_a_meaning_is_one_clear_error():

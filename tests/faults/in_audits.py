@@ -99,7 +99,7 @@ FAULTS = [
     ),
     Fault(
         "a BatchNorm forgets the axis of its devices",
-        "_names",
+        "_for_batch_norm",
         "for name in (*known, axis_name)",
         "for name in (axis_name,)",
         "audit/test_advice.py::test_haikus_is_told_by_its_own_argument",

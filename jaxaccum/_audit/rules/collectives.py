@@ -58,11 +58,11 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
     axes = axes_of(op)
     if op.params.get("axis_index_groups") is not None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
+    walk.note_axes(op, axes)
     if walk.axis_name in axes:
         if walk.mesh_axes | walk.outer_axes <= axes:
             return None
         return walk.unknown(op, f"{op.name} over the loop, on each device apart")
-    walk.note_devices(op, axes)
     if x.fixed and x.index is None:
         return x.but()
     if not axes & walk.mesh_axes and op.name.startswith("psum") and not x.summary:
