@@ -77,7 +77,7 @@ def _spread(run: Run, call: Call, gather: str) -> PyTree:
         return found.by_device()
     except NeedsGlobalArraysError:
         pass
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         if not is_jaxs(error):
             raise
     # An error that `fun` itself makes comes up once more, in the shapes of the user's own arrays.

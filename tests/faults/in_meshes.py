@@ -23,15 +23,23 @@ FAULTS = [
         "_spread",
         "if not is_jaxs(error):",
         "if False:",
-        "meshes/test_data_parallel.py::"
+        "meshes/test_global_arrays.py::"
         "test_whose_error_it_is_says_whether_the_global_arrays_are_tried[off]",
+    ),
+    Fault(
+        "a type that JAX refuses on one device's rows is refused",
+        "_spread",
+        "(NotImplementedError, TypeError, ValueError)",
+        "(NotImplementedError, ValueError)",
+        "meshes/test_global_arrays.py::"
+        "test_what_jax_refuses_device_by_device_runs_on_global_arrays[a loop from a constant]",
     ),
     Fault(
         "an error of JAX's without its frames is the user's",
         "is_jaxs",
         " or code.co_code[last.tb_lasti] != _RAISE",
         "",
-        "meshes/test_data_parallel.py::"
+        "meshes/test_global_arrays.py::"
         "test_whose_error_it_is_says_whether_the_global_arrays_are_tried[remove_frames]",
     ),
     Fault(

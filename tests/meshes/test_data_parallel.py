@@ -278,68 +278,6 @@ def test_example_keys_are_those_of_the_whole_batch_under_either_split(split):
     assert draws_of(globally, jnp.zeros(()))[0].tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["carried", "closing over arrays of the mesh", "naming its axes"])
-def test_what_cannot_run_device_by_device_runs_on_global_arrays(name):
-    scale = jax.device_put(jnp.arange(2.0), NamedSharding(EXPLICIT, P()))
-    named = lambda w, x: jnp.mean(
-        jnp.einsum("bi,ij->bj", x, w["a"], out_sharding=P("data", None)) ** 2
-    )
-    closing = lambda w, x: jnp.mean(hidden(w, x) ** 2 * scale[None])
-    if name == "carried":
-        fun = lambda w, x, s: (mean(w, x), ja.Carry(s + jnp.sum(x, axis=0)))
-        step = ja.value_and_grad(fun, has_aux=True, num_microbatches=2, in_axes=(None, 0, ja.CARRY))
-        actual = on_mesh(step, jnp.zeros(3))
-        reference = ((mean(W, X), jnp.sum(X, axis=0)), jax.grad(mean)(W, X))
-    else:
-        fun = named if name == "naming its axes" else closing
-        plain = (lambda w, x: jnp.mean((x @ w["a"]) ** 2)) if fun is named else (
-            lambda w, x: jnp.mean(hidden(w, x) ** 2 * jnp.arange(2.0)[None])
-        )  # fmt: skip
-        actual, reference = (
-            on_mesh(ja.value_and_grad(fun, num_microbatches=2)),
-            jax.value_and_grad(plain)(W, X),
-        )
-    assert normwise(actual, reference) < EXACT
-
-
-@pytest.fixture(params=["off", "remove_frames"])
-def frames(request):
-    """Whether JAX removes its own frames from the tracebacks of its errors."""
-    before = jax.config.jax_traceback_filtering
-    jax.config.update("jax_traceback_filtering", request.param)
-    yield
-    jax.config.update("jax_traceback_filtering", before)
-
-
-@pytest.mark.usefixtures("frames")
-def test_whose_error_it_is_says_whether_the_global_arrays_are_tried():
-    """JAX's own, which does not say why it refuses one device's rows; none that `fun` raises."""
-    x, seen = jax.device_put(X, ROWS), []
-    scale = jax.device_put(jnp.arange(6.0), NamedSharding(EXPLICIT, P()))
-    plain = lambda w, x: jnp.mean(hidden(w, x) ** 2)
-    closing = lambda w, x: plain(w | {"b": w["b"] * lax.sin(scale)}, x)
-    actual = ja.grad(closing, num_microbatches=2)(W, x)
-    expected = jax.grad(lambda w: plain(w | {"b": w["b"] * jnp.sin(jnp.arange(6.0))}, X))(W)
-    assert normwise(actual, expected) < EXACT
-
-    def wrong(w, x):
-        seen.append(len(x))
-        return jnp.mean(jnp.broadcast_to(x, (5, 7)))
-
-    def choosy(w, x):
-        seen.append(len(x))
-        if len(x) < 16:
-            raise ValueError("16 rows at least")
-        return plain(w, x)
-
-    with pytest.raises(ValueError, match="broadcast"):
-        ja.grad(wrong, num_microbatches=2)(W, x)
-    assert seen[-1] == 16
-    seen.clear()
-    refused(lambda: ja.grad(choosy, num_microbatches=2)(W, x), "16 rows at least")
-    assert set(seen) == {4}
-
-
 def test_jax_differentiates_microbatch_on_a_mesh():
     """A regularizer counts once; the second derivative too is that of the whole batch."""
     ours = lambda w, x: ja.microbatch(mean, num_microbatches=2)(w, x) + jnp.sum(w["c"] ** 2)
