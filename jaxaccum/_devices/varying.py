@@ -54,6 +54,11 @@ def names(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def every_name(spec: PartitionSpec) -> set[str]:
+    """The mesh axes over which any dimension is divided."""
+    return {name for dim in range(len(spec)) for name in names(spec, dim)}
+
+
 def is_summed(x: Array) -> bool:
     """Whether the type of `x` says that it is a sum which JAX has still to take, or that its
     cotangent is one."""

@@ -22,6 +22,7 @@ from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, with_exchanges
 from jaxaccum._jaxpr.equations import axes_of
+from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace, trace
 from jaxaccum._jaxpr.variables import Type, types_of
 from jaxaccum._program import microbatches, validate
@@ -82,6 +83,7 @@ class Tracing:
         outputs, types, leaves = self.flat.returned[-1]
         one, seen = one.split(len(types))[0], original.split(len(types))[1]
         observed = Observed(seen, consts, leaves)
+        self._check_of_one_device(seen, consts)
         if one.coupling is not None:
             self._check_coupled(one.coupling, checked)
             one = self._with_own_streams(one, outputs, checked)
@@ -98,6 +100,22 @@ class Tracing:
         arrays, mesh_axes = self.arguments.arrays, self.arguments.mesh_axes
         types = types_in_loop(flat.tree, arrays, size, mesh_axes)
         return traced(flat.at(size), types, (self.options.axis_name, count))
+
+    def _check_of_one_device(self, one: Trace, consts: Sequence[Array]) -> None:
+        """A function that runs device by device does not see beyond its device.
+
+        One that closes over arrays that are divided as the batch is, or that has a ``shard_map`` of
+        its own over the batch's axes, does. JAX may find out when it compiles, which is too late.
+        """
+        axes = set(self.options.device_axes)
+        if not axes:
+            return
+        specs = list(map(varying.spec, consts))
+        for eqn in equations_inside(one.jaxpr):
+            if eqn.primitive.name == "shard_map":
+                specs += [*eqn.params["in_specs"], *eqn.params["out_specs"]]
+        if any(axes & varying.every_name(spec) for spec in specs):
+            raise NeedsGlobalArraysError
 
     def _check_coupled(self, coupling: jex.JaxprEqn, checked: bool) -> None:
         name = self.options.axis_name

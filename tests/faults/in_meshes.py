@@ -27,6 +27,14 @@ FAULTS = [
         "test_whose_error_it_is_says_whether_the_global_arrays_are_tried[off]",
     ),
     Fault(
+        "a function that sees beyond its device runs device by device",
+        "Tracing._check_of_one_device",
+        "raise NeedsGlobalArraysError",
+        "return",
+        "meshes/test_global_arrays.py::"
+        "test_what_jax_refuses_device_by_device_runs_on_global_arrays",
+    ),
+    Fault(
         "a type that JAX refuses on one device's rows is refused",
         "_spread",
         "(NotImplementedError, TypeError, ValueError)",

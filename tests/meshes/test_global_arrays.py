@@ -39,6 +39,15 @@ def looped(w, x):
     return lax.scan(lambda total, _: (total + mean(w, x), None), 0.0, length=3)[0]
 
 
+def beside(rows):
+    return lambda w, x: mean(w, x) + jnp.mean(hidden(w, rows))
+
+
+def mapped(w, x):
+    over = jax.shard_map(hidden, mesh=EXPLICIT, in_specs=(P(), P("data")), out_specs=P("data"))
+    return jnp.mean(over(w, x) ** 2)
+
+
 SCALE = jnp.arange(2.0)
 REFUSED = {
     "closing over arrays of the mesh": (
@@ -46,12 +55,15 @@ REFUSED = {
         scaled(SCALE),
     ),
     "naming its axes": (product(out_sharding=P("data", None)), product()),
+    "closing over rows": (beside(jax.device_put(X, ROWS)), beside(X)),
+    "a shard_map over its axes": (mapped, lambda w, x: jnp.mean(hidden(w, x) ** 2)),
     "a loop from a constant": (looped, looped),
 }
 
 
 @pytest.mark.parametrize(("fun", "plain"), REFUSED.values(), ids=REFUSED)
 def test_what_jax_refuses_device_by_device_runs_on_global_arrays(fun, plain):
+    """Some of it JAX would refuse only when it compiles."""
     actual = on_mesh(ja.value_and_grad(fun, num_microbatches=2))
     assert normwise(actual, jax.value_and_grad(plain)(W, X)) < EXACT
 
