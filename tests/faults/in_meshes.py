@@ -31,8 +31,7 @@ FAULTS = [
         "Tracing._check_of_one_device",
         "raise NeedsGlobalArraysError",
         "return",
-        "meshes/test_global_arrays.py::"
-        "test_what_jax_refuses_device_by_device_runs_on_global_arrays",
+        "meshes/test_global_arrays.py",
     ),
     Fault(
         "a type that JAX refuses on one device's rows is refused",

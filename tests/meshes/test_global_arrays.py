@@ -44,7 +44,7 @@ def beside(rows):
 
 
 def mapped(w, x):
-    over = jax.shard_map(hidden, mesh=EXPLICIT, in_specs=(P(), P("data")), out_specs=P("data"))
+    over = jax.shard_map(hidden, in_specs=(P(), P("data")), out_specs=P("data"))
     return jnp.mean(over(w, x) ** 2)
 
 
@@ -56,7 +56,6 @@ REFUSED = {
     ),
     "naming its axes": (product(out_sharding=P("data", None)), product()),
     "closing over rows": (beside(jax.device_put(X, ROWS)), beside(X)),
-    "a shard_map over its axes": (mapped, lambda w, x: jnp.mean(hidden(w, x) ** 2)),
     "a loop from a constant": (looped, looped),
 }
 
@@ -66,6 +65,14 @@ def test_what_jax_refuses_device_by_device_runs_on_global_arrays(fun, plain):
     """Some of it JAX would refuse only when it compiles."""
     actual = on_mesh(ja.value_and_grad(fun, num_microbatches=2))
     assert normwise(actual, jax.value_and_grad(plain)(W, X)) < EXACT
+
+
+def test_a_shard_map_over_the_axes_of_the_batch_runs_on_global_arrays():
+    """In the context of a mesh that has further axes, JAX finds out when it compiles."""
+    with jax.set_mesh(EXPLICIT):
+        actual = on_mesh(ja.value_and_grad(mapped, num_microbatches=2))
+    expected = jax.value_and_grad(lambda w, x: jnp.mean(hidden(w, x) ** 2))(W, X)
+    assert normwise(actual, expected) < EXACT
 
 
 @pytest.fixture(params=["off", "remove_frames"])
