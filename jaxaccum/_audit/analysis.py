@@ -335,15 +335,15 @@ def _summed_up(judged: Sequence[Judged], counts: Counter[str]) -> AuditReport:
         worst[name] = min(worst.get(name, each), each, key=_rank)
         findings |= dict.fromkeys(each.findings)
     losses = [each for each in judged if not each.output.aux]
+    verdict = min(losses, key=_rank).verdict if losses else Verdict.UNBATCHED
+    exact = all(each.exact for each in judged)
+    random = any(each.random for each in judged)
+    terms = [(name, each.verdict, each.exact) for name, each in worst.items()]
+    causes = [each.cause for each in judged if each.cause is not None]
     return AuditReport(
-        min(losses, key=_rank).verdict if losses else Verdict.UNBATCHED,
-        all(each.exact for each in judged),
-        any(each.random for each in judged),
-        tuple(findings),
-        terms=tuple((name, each.verdict, each.exact) for name, each in worst.items()),
-        counts=dict(counts),
-        causes=tuple(each.cause for each in judged if each.cause is not None),
-    )
+        verdict, exact, random, tuple(findings),
+        terms=tuple(terms), counts=dict(counts), causes=tuple(causes),
+    )  # fmt: skip
 
 
 def _rank(judged: Judged) -> tuple[bool, int]:

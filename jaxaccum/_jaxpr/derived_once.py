@@ -76,7 +76,7 @@ def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     """The jaxpr with its equations as calls, but for those that hold a program or have an
     effect."""
     groups = _groups(jaxpr.eqns)
-    programs = in_groups(jaxpr, [[one.eqn for one in group] for group in groups])
+    programs = in_groups(jaxpr, list(map(_eqns_of, groups)))
     blocks = list(map(_Block, programs, groups))
     times = Counter(block.form for block in blocks)
     calls: dict[Hashable, jex.JaxprEqn] = {}
@@ -89,6 +89,10 @@ def as_calls(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
             calls[block.form] = _call(block.function())
         eqns.append(block.as_call(calls[block.form]))
     return jaxpr.replace(eqns=eqns)
+
+
+def _eqns_of(group: Sequence[_Equation]) -> list[jex.JaxprEqn]:
+    return [one.eqn for one in group]
 
 
 @dataclasses.dataclass(frozen=True)
