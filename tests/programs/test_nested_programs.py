@@ -109,10 +109,13 @@ def _sum(loss: Any) -> Any:
 def excess(actual: Any, expected: Any) -> float:
     """The largest difference over what rounding may make of it: 1 or less where they are equal.
 
-    A leaf of lower precision rounds the gradient of each microbatch and of each of its readers.
+    A leaf of lower precision rounds the gradient of each microbatch and of each of its readers. A
+    gradient that cancels to zero is the rounding of terms as large as the value: in
+    `h - pmean(h.mean(0))`, say, what a psum added to every row of h has no effect.
     """
     value, grads = expected
-    scale = max(float(np.max(np.abs(wide(leaf)))) for leaf in grads.values()) or 1.0
+    largest = max(float(np.max(np.abs(wide(leaf)))) for leaf in grads.values())
+    scale = max(largest, abs(float(value))) or 1.0
     differences = leaf_differences(actual, expected)
     ratios = [differences["[0]"] / (EXACT * abs(float(value)))]
     for name, param in PARAMS.items():
