@@ -36,6 +36,13 @@ def dtype_of(x: Any) -> np.dtype:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
+def is_key(x: Any) -> bool:
+    """Whether it is one PRNG key: typed of shape (), or legacy, uint32 of one axis."""
+    if jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key):
+        return jnp.shape(x) == ()
+    return is_array(x) and dtype_of(x) == jnp.uint32 and len(jnp.shape(x)) == 1
+
+
 def key_impl(x: Any) -> Hashable | None:
     """The implementation of a typed PRNG key, and None of what is no key."""
     return jax.random.key_impl(x) if jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key) else None

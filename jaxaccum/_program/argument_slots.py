@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.entries import with_entries
-from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names, safe_map
+from jaxaccum._base.trees import is_array, is_key, key_impl, leaf_name, leaves_with_names, safe_map
 from jaxaccum._base.types import (
     CARRY,
     EXAMPLE_KEY,
@@ -284,12 +284,15 @@ def _suggested(args: tuple[PyTree, ...]) -> str:
     the argument with the most axes."""
     if len(args) == 1:
         return "0,"
-    rows = {i: _num_rows(arg) for i, arg in enumerate(args) if i and _num_rows(arg)}
-    most_axes = lambda i: max(jnp.ndim(leaf) for leaf in jax.tree.leaves(args[i]))
-    batch_size = rows[max(rows, key=most_axes)] if rows else None
+    rows: dict[int, int] = {}
+    for i, arg in enumerate(args[1:], start=1):
+        if not _looks_like_key(arg) and (size := _num_rows(arg)):
+            rows[i] = size
+    most_axes = lambda i: max(leaf.ndim for leaf in jax.tree.leaves(args[i]))
+    batch_size = rows[max(rows, key=most_axes)] if rows else 0
     entries = ["None"]
     for i, arg in enumerate(args[1:], start=1):
-        if _is_key(arg):
+        if _looks_like_key(arg):
             entries.append("EXAMPLE_KEY")
         else:
             entries.append("0" if batch_size and rows.get(i) == batch_size else "None")
@@ -297,19 +300,15 @@ def _suggested(args: tuple[PyTree, ...]) -> str:
 
 
 def _num_rows(arg: PyTree) -> int | None:
-    """The size of the first axis, if all leaves share one and it is not a single key."""
-    leaves = [] if _is_key(arg) else jax.tree.leaves(arg)
+    """The size of the first axis, if all leaves are arrays that share one."""
+    leaves = jax.tree.leaves(arg)
     sizes = {leaf.shape[0] if is_array(leaf) and leaf.ndim else None for leaf in leaves}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _is_key(arg: PyTree) -> bool:
-    """Whether it is a single key, typed or not."""
-    if not is_array(arg):
-        return False
-    if jnp.issubdtype(arg.dtype, jax.dtypes.prng_key):
-        return arg.ndim == 0
-    return arg.dtype == jnp.uint32 and arg.shape in ((2,), (4,))
+def _looks_like_key(arg: PyTree) -> bool:
+    """Whether it is a key, and no batch of integers: legacy keys have two or four."""
+    return is_array(arg) and is_key(arg) and arg.size <= 4
 
 
 def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:

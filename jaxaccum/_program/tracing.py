@@ -83,10 +83,10 @@ class Tracing:
         outputs, types, leaves = self.flat.returned[-1]
         one, seen = one.split(len(types))[0], original.split(len(types))[1]
         observed = Observed(seen, consts, leaves)
-        self._check_of_one_device(seen, consts)
+        self._check_of_one_device(original, consts)
         if one.coupling is not None:
             self._check_coupled(one.coupling, checked)
-            one = self._with_own_streams(one, outputs, checked)
+            one = self._with_streams_apart(one, outputs, checked)
         return Group(group.size, one, observed, checked)
 
     def observe(self, size: int, count: int) -> Observed:
@@ -127,7 +127,7 @@ class Tracing:
             given = list(zip(names, self.arguments.given_axes, strict=True))
             validate.undivided(given, self.arguments.axes)
 
-    def _with_own_streams(self, one: Trace, outputs: Outputs, checked: bool) -> Trace:
+    def _with_streams_apart(self, one: Trace, outputs: Outputs, checked: bool) -> Trace:
         """The trace, in which each microbatch draws from streams of its own, if `fun` is a model
         that draws."""
         mesh_axes = self.arguments.mesh_axes

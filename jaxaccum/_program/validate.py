@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxaccum._base.source_lines import frame_of
-from jaxaccum._base.trees import dtype_of, is_array, is_inexact
+from jaxaccum._base.trees import dtype_of, is_array, is_inexact, is_key
 from jaxaccum._base.types import MAX_GRAD, Audit, Gather, Memory, Sentinel, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._program import microbatches
@@ -170,15 +170,12 @@ def numeric(leaf: Any, name: str) -> None:
 
 def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
     """A leaf declared a key is one key: typed of shape (), or legacy, uint32 of one axis."""
-    dtype, shape = dtype_of(leaf), jnp.shape(leaf)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        if shape == ():
-            return
-    elif is_array(leaf) and dtype == jnp.uint32 and len(shape) == 1:
+    if is_key(leaf):
         return
     raise TypeError(
         f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but "
-        f"{dtype}{list(shape)}; pass jax.random.key(seed), or declare the argument None or an int."
+        f"{dtype_of(leaf)}{list(jnp.shape(leaf))}; pass jax.random.key(seed), or declare the "
+        "argument None or an int."
     )
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 import jaxaccum
 from jaxaccum import EXAMPLE_KEY, KEY
 from tests.support.helpers import EXACT, data, normwise, refused
+from tests.support.modules import Module
 
 W, X = data(3, 5), np.asarray(data(8, 3, seed=1))
 
@@ -161,24 +162,11 @@ def test_numbers_of_a_module_of_equinox_are_settings(monkeypatch):
     monkeypatch.setitem(sys.modules, "equinox", types.SimpleNamespace(Module=Module))
 
     def loss(module, x):
-        return jnp.mean((x if module.rate == 0.0 else -x) @ module.weight)
+        return jnp.mean((x if module.field == 0.0 else -x) @ module.weight)
 
     assert jaxaccum.audit(loss, Module(W, 0.0), X).exact
     with pytest.raises(jax.errors.TracerBoolConversionError):
         jaxaccum.audit(lambda w, x: loss(Module(*w), x), (W, 0.0), X)
-
-
-@jax.tree_util.register_pytree_node_class
-class Module:
-    def __init__(self, weight, rate):
-        self.weight, self.rate = weight, rate
-
-    def tree_flatten(self):
-        return (self.weight, self.rate), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
 
 
 def test_an_axis_without_a_meaning_is_one_clear_error():

@@ -11,6 +11,7 @@ import pytest
 
 import jaxaccum as ja
 from tests.support.helpers import refused
+from tests.support.modules import Module
 
 W, X, KEY = jnp.ones(3), jnp.ones((6, 3)), jax.random.key(0)
 
@@ -222,21 +223,6 @@ def test_the_entries_that_are_suggested_fit_the_arguments(args, entries):
     if "0" in entries:
         named = eval(f"({entries})", {"EXAMPLE_KEY": ja.EXAMPLE_KEY})
         ja.grad(lambda w, *rest: 0.0 * jnp.sum(w), num_microbatches=2, in_axes=named)(*args)
-
-
-@jax.tree_util.register_pytree_node_class
-class Module:
-    """As Equinox's: a pytree whose leaves are its fields, arrays or not."""
-
-    def __init__(self, weight, field):
-        self.weight, self.field = weight, field
-
-    def tree_flatten(self):
-        return (self.weight, self.field), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
 
 
 @pytest.mark.parametrize(("field", "says"), [(True, "its dtype is bool"), (max, "is a builtin")])
