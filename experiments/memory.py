@@ -209,8 +209,10 @@ def picture(rows: list[dict[str, Any]], lengths: tuple[int, ...]) -> Figure:
             panel.plot(*zip(*points.items(), strict=True), color=color, label=way, **style)
         panel.set_xscale("log", base=2)
         ticks = sorted({row["N"] for row in rows})
-        panel.set(ylim=(0, 1.05 * panel.get_ylim()[1]), xticks=ticks, xticklabels=list(map(str, ticks)))
         panel.set(
+            ylim=(0, 1.05 * panel.get_ylim()[1]),
+            xticks=ticks,
+            xticklabels=list(map(str, ticks)),
             xlabel="number of microbatches N",
             title=f"{length} token{'s' * (length > 1)} per example",
         )
