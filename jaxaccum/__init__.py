@@ -7,6 +7,7 @@ from jaxaccum import accumulators as accumulators
 from jaxaccum._audit import AuditReport as AuditReport
 from jaxaccum._audit import InexactError as InexactError
 from jaxaccum._audit import InexactWarning as InexactWarning
+from jaxaccum._base.types import BATCH_KEY as BATCH_KEY
 from jaxaccum._base.types import CARRY as CARRY
 from jaxaccum._base.types import EXAMPLE_KEY as EXAMPLE_KEY
 from jaxaccum._base.types import KEY as KEY

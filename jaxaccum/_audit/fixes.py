@@ -45,9 +45,9 @@ BATCH_SIZE = (
 )
 _NNX_STREAMS = (
     "leave the model as it is, and pass example_streams=True to jaxaccum.nnx.value_and_grad: each "
-    "example then draws from streams of its own"
+    "example then draws what it draws in the whole batch"
 )
-_KEYS_ARRIVE = "the loss receives one key per example, to draw from under jax.vmap"
+_DRAWS = "each example then draws what it draws in the whole batch"
 _FIXES = {
     FaultKind.PAIRWISE: (
         'gather the other side, others = jax.lax.all_gather(b, "{axis}", tiled=True), and take the '
@@ -72,7 +72,7 @@ _FIXES = {
         "jnp.arange(n), and pass them in with the batch; where they are divided by len(x), divide "
         "by n"
     ),
-    FaultKind.RANDOM: "pass the key with jaxaccum.EXAMPLE_KEY in in_axes: " + _KEYS_ARRIVE,
+    FaultKind.RANDOM: "pass the key with jaxaccum.BATCH_KEY in in_axes: " + _DRAWS,
     FaultKind.UNKNOWN: (
         "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact"
     ),
@@ -149,8 +149,8 @@ def _files(site: Site | None) -> Iterator[str]:
 
 
 KEY_ARGUMENT = (
-    "make {name} an argument of the loss, with jaxaccum.EXAMPLE_KEY in in_axes, and pass the one "
-    "key in the call: " + _KEYS_ARRIVE
+    "make {name} an argument of the loss, with jaxaccum.BATCH_KEY in in_axes, and pass it in the "
+    "call: " + _DRAWS
 )
 ONE_BY_ONE = (
     "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another "
@@ -158,8 +158,12 @@ ONE_BY_ONE = (
 )
 KEY_DRAWS = (
     "what KEY draws depends on the number of microbatches too: for draws that all examples share, "
-    "pass a key with None in in_axes; for draws per example, pass one with "
-    "jaxaccum.EXAMPLE_KEY: " + _KEYS_ARRIVE
+    "pass a key with None in in_axes; for draws per example, pass one with jaxaccum.BATCH_KEY: "
+    + _DRAWS
+)
+BY_SPLIT = (
+    "make one key per example by jax.random.split(key, len(x)), which gives each its key of the "
+    "whole batch"
 )
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 

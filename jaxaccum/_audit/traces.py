@@ -17,6 +17,7 @@ from jaxaccum._base.types import Array, Fun, InAxes, PyTree
 from jaxaccum._program import argument_slots, assignments, validate
 from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._program.batch_keys import Rows
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output, leaves
@@ -166,9 +167,10 @@ class Loss:
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""
         outputs: list[Output] = []
+        tree = self.arguments.tree.drawing(Rows.all(size))
 
         def flat(*arrays: Array) -> list[Array]:
-            args, kwargs = self.arguments.tree.build(list(arrays))
+            args, kwargs = tree.build(list(arrays))
             loss, aux = loss_and_aux(self.fun(*args, **kwargs), self.has_aux)
             found = [*leaves(loss, "the loss", aux=False), *leaves(aux, "aux", aux=True)]
             results: list[Array] = []

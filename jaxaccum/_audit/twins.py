@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._jaxpr.compat import opened
-from jaxaccum._program.example_keys import is_joined
+from jaxaccum._program.batch_keys import is_batch_key
 
 _Atom = jex.Var | jex.Literal
 _SIZES = {
@@ -58,11 +58,11 @@ def _shape(v: _Atom) -> tuple[int, ...]:
 
 
 def _dtype(v: _Atom) -> object:
-    """The dtype; of a key that holds those of the examples, at any size, its name."""
+    """The dtype; of a key of the batch, at any size, its name."""
     dtype = getattr(v.aval, "dtype", None)
     if dtype is None or isinstance(dtype, np.dtype):  # whose name NumPy makes anew each time
         return dtype
-    return dtype.name if is_joined(dtype) else dtype
+    return dtype.name if is_batch_key(dtype) else dtype
 
 
 def _agree(name: str, eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:

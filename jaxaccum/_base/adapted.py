@@ -17,20 +17,9 @@ class Adapted:
     """It returns what it assigns to its arguments, so that no assignment is lost."""
     draws_from_state: bool = False
     """Keys in its state are random streams: each microbatch of a coupled loss has its own."""
-    comparing: Callable[[frozenset[tuple[int, ...]]], Fun] | None = None
-    """Where each example draws for itself: the function, given what twice as many examples draw.
-
-    A draw is known by its shape: the two sizes tell which of its axes is the examples'.
-    """
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self.fun(*args, **kwargs)
-
-    def compared(self, larger: frozenset[tuple[int, ...]]) -> Adapted:
-        """The same, where it is known what twice as many examples draw."""
-        if (comparing := self.comparing) is None:
-            return self
-        return dataclasses.replace(self, fun=comparing(larger))
 
 
 def adapted(fun: Fun) -> Adapted:
@@ -42,7 +31,4 @@ def changed(fun: Fun, change: Callable[[Fun], Fun]) -> Fun:
     """The function with a change, of which the same is known as before."""
     if not isinstance(fun, Adapted):
         return change(fun)
-    new = dataclasses.replace(fun, fun=change(fun.fun))
-    if (comparing := fun.comparing) is None:
-        return new
-    return dataclasses.replace(new, comparing=lambda larger: change(comparing(larger)))
+    return dataclasses.replace(fun, fun=change(fun.fun))

@@ -41,14 +41,16 @@ class Sentinel(enum.Enum):
     """What a whole argument is to the loop, where neither "whole" nor "batched" says it.
 
     CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of
-    the microbatch, and EXAMPLE_KEY one that reaches `fun` as an array of keys,
-    ``jax.random.split(key, batch_size)[i]`` for example i. MAX_GRAD is also for a part of an
+    the microbatch. From BATCH_KEY each example draws what it draws in the whole batch, and
+    EXAMPLE_KEY reaches `fun` as an array of keys, ``jax.random.split(key, batch_size)[i]`` for
+    example i. MAX_GRAD is also for a part of an
     argument: it is passed whole, and its gradients combine by maximum.
     """
 
     CARRY = "CARRY"
     KEY = "KEY"
     EXAMPLE_KEY = "EXAMPLE_KEY"
+    BATCH_KEY = "BATCH_KEY"
     MAX_GRAD = "MAX_GRAD"
 
     def __repr__(self) -> str:
@@ -59,10 +61,23 @@ CARRY = Sentinel.CARRY
 """A state threaded from microbatch to microbatch; `fun` returns the new one as ``Carry(state)``.
 
 A coupled loss updates it once, from the state that the call was given, which every microbatch
-reads: from a key in it all draw the same numbers. Pass a key for draws as KEY or EXAMPLE_KEY.
+reads: from a key in it all draw the same numbers. Pass a key for draws as BATCH_KEY.
 """
 KEY = Sentinel.KEY
 """A PRNG key, folded with the index of the microbatch: the draws depend on the partition."""
+BATCH_KEY = Sentinel.BATCH_KEY
+"""A PRNG key, or a pytree of keys, from which each example draws what it draws in the whole batch.
+
+`fun` draws from it for all rows of its input at once, as it does without microbatches. Each draw
+has the rows of the whole batch's draw, bit for bit, under every partition, generator and setting of
+``jax_threefry_partitionable``; under ``mesh_axes`` the batch is that of all devices. So masks and
+noise are those of the full batch, and the gradient is exact. With keys of rbg and unsafe_rbg, every
+microbatch makes the numbers of the whole batch and takes its rows. It reaches `fun` as a typed
+key::
+
+    mask = jax.random.bernoulli(key, 0.9, (batch_size, features))
+    # in fun(params, batch[rows], key): bernoulli(key, 0.9, (len(rows), features)) is mask[rows]
+"""
 EXAMPLE_KEY = Sentinel.EXAMPLE_KEY
 """A PRNG key that reaches `fun` as one key per example: ``jax.random.split(key, batch_size)``, bit
 for bit.

@@ -68,7 +68,7 @@ def _slots(program: Program, jaxpr: jex.Jaxpr) -> dict[Var, int]:
     return dict(zip(jaxpr.invars[1:], program.sources(0), strict=True))
 
 
-_DIFFERS = (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY)
+_DIFFERS = (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY, Role.BATCH_KEY)
 """The roles of arguments that differ between microbatches."""
 
 
@@ -83,8 +83,8 @@ def _cuts(program: Program) -> Cuts:
                 f"{part.name} differs between microbatches, and a coupled loss updates a carried "
                 "state once, as the full batch would. Compute it from collectives, as lax.pmean(…, "
                 f"{trace.axis[0]!r}), or return it as Stack, Mean or Last. What is drawn from a "
-                "key of the microbatch's own (KEY, EXAMPLE_KEY, a model's random stream) differs "
-                "too."
+                "key of the microbatch's own (KEY, EXAMPLE_KEY, BATCH_KEY, a model's random "
+                "stream) differs too."
             )
     return cuts
 

@@ -118,6 +118,11 @@ def shard_index(mesh_axes: Sequence[str]) -> Array | int:
     return lax.axis_index(tuple(mesh_axes)) if mesh_axes else 0
 
 
+def num_shards(mesh_axes: Sequence[str]) -> int:
+    """How many shards the batch has."""
+    return math.prod(map(lax.axis_size, mesh_axes))
+
+
 def checked(mesh_axes: Sequence[str]) -> bool:
     """Whether `shard_map` tracks which values vary (``check_vma=True``), and so transposes sums by
     itself."""

@@ -22,15 +22,14 @@ from jax.tree_util import KeyPath
 
 from jaxaccum._base.adapted import Adapted
 from jaxaccum._base.trees import leaf_name
-from jaxaccum._base.types import CARRY, EXAMPLE_KEY, Array, Fun, PyTree
+from jaxaccum._base.types import BATCH_KEY, CARRY, Array, Fun, PyTree
 from jaxaccum._flax import nnx_streams
 from jaxaccum._flax.nnx_streams import Streams
 from jaxaccum._program import assignments, validate
-from jaxaccum._program.example_keys import Shape
 from jaxaccum._program.tags import Carry, Max
 
-IN_AXES = (EXAMPLE_KEY, None, CARRY)
-"""The last arguments of `Models.pure`: keys of streams, one per example; the streams; the state."""
+IN_AXES = (BATCH_KEY, None, CARRY)
+"""The last arguments of `Models.pure`: the keys of example streams; their counts; the state."""
 
 
 class _Parts(NamedTuple):
@@ -41,7 +40,7 @@ class _Parts(NamedTuple):
     params: list[PyTree]
     """For each argument, the variables that are differentiated."""
     streams: PyTree
-    """The streams with one key per example."""
+    """The example streams."""
     rest: PyTree
     """The rest of their state."""
 
@@ -78,7 +77,7 @@ class Models:
 
     @property
     def streams(self) -> Streams:
-        """The random streams that have one key per example."""
+        """The random streams from which each example draws its own numbers."""
         return Streams(self.parts.streams)
 
     @classmethod
@@ -91,7 +90,8 @@ class Models:
         """The models among `args`; `filters` has one filter for each differentiated argument.
 
         As in nnx, a filter selects among the variables of modules; whatever is outside of modules
-        is differentiated. `example_streams` selects the streams that have one key per example.
+        is differentiated. `example_streams` selects the streams from which each example
+        draws its own numbers.
         """
         held = [_argument(i, x, filters) for i, x in enumerate(args) if holds_modules(x)]
         modules = tuple(argument.value for argument in held)
@@ -113,7 +113,7 @@ class Models:
 
     def arguments(self, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         """The arguments of `pure`: parameters in place of modules, then those of `IN_AXES`."""
-        states = self.streams.keys(), self.streams.arrays(), jax.tree.leaves(self.parts.rest)
+        states = self.streams.keys(), self.streams.counts(), jax.tree.leaves(self.parts.rest)
         return (*self._placed(args, self.parts.params), *states)
 
     def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
@@ -123,8 +123,9 @@ class Models:
         these, and is 0 where no microbatch ran.
         """
 
-        def call(larger: frozenset[Shape], *args: PyTree, **kwargs: PyTree) -> PyTree:
-            output, new = self._run(fun, larger, args, kwargs)
+        @functools.wraps(fun)
+        def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
+            output, new = self._run(fun, args, kwargs)
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
@@ -132,28 +133,18 @@ class Models:
             advanced = Max((self.streams.after(new.streams), ran)) if self.streams else None
             return loss, (aux, Carry(rest) if rest else None, advanced)
 
-        def drawing(larger: frozenset[Shape]) -> Fun:
-            return functools.wraps(fun)(functools.partial(call, larger))
-
-        return Adapted(
-            drawing(frozenset()), returns_state=True, draws_from_state=True,
-            comparing=drawing if self.streams else None,
-        )  # fmt: skip
+        return Adapted(call, returns_state=True, draws_from_state=True)
 
     def _run(
-        self,
-        fun: Fun,
-        larger: frozenset[Shape],
-        args: tuple[PyTree, ...],
-        kwargs: Mapping[str, PyTree],
+        self, fun: Fun, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
     ) -> tuple[PyTree, _Parts]:
         """What `fun` returns, and what its models hold afterwards; `args` are those of `pure`."""
-        *given, keys, streams, state = args
+        *given, keys, counts, state = args
         params = [given[i] for i in self.places]
         before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
 
         def run(*arrays: Array) -> tuple[PyTree, _Parts]:
-            own = self.streams.joined(streams, keys, larger)
+            own = self.streams.within(keys, counts)
             rest = self._state(state)
             modules = self._merged(jax.tree.unflatten(treedef, arrays), own, rest)
             output = fun(*self._placed(given, modules), **kwargs)

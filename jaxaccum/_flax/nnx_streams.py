@@ -1,7 +1,7 @@
-"""Example streams: random streams of an nnx model that draw from one key per example.
+"""Example streams: random streams of an nnx model from which each example draws its own numbers.
 
-They are named after ``EXAMPLE_KEY``, whose keys they hold. Flax's ``split_rngs`` does something
-else: it splits keys over an axis that a model is mapped over, and here no model is mapped.
+These are the numbers that it draws in the whole batch. Flax's ``split_rngs`` does something else:
+it splits keys over an axis that a model is mapped over, and here no model is mapped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from flax.nnx import filterlib
 
 from jaxaccum._base.trees import as_key, key_data, key_impl, leaf_name
 from jaxaccum._base.types import Array, PyTree
-from jaxaccum._program import example_keys
-from jaxaccum._program.example_keys import Shape
+from jaxaccum._program import batch_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,44 +37,33 @@ class Streams:
         return jax.tree.leaves(self.state)
 
     def keys(self) -> list[Array]:
-        """Every single key, to be split over the examples."""
-        return [key for own in filter(_is_key, self._leaves) for key in own.reshape(-1)]
+        """The keys, of which each microbatch draws its own rows."""
+        return list(filter(_is_key, self._leaves))
 
-    def arrays(self) -> list[Array]:
-        """The keys, as the integers that they are made of, and the counts."""
-        return list(map(key_data, self._leaves))
+    def counts(self) -> list[Array]:
+        """How often each was drawn from."""
+        return list(itertools.filterfalse(_is_key, self._leaves))
 
-    def joined(
-        self, arrays: Sequence[Array], keys: Sequence[Array], larger: frozenset[Shape]
-    ) -> PyTree:
-        """The state in one microbatch, whose keys hold those of the examples.
-
-        `keys` has an array for each single key, with one key per example.
-        """
-        rest, leaves = iter(keys), []
-        for own in self._typed(arrays):
-            if _is_key(own):
-                examples = jnp.stack(list(itertools.islice(rest, own.size)))
-                own = example_keys.joined(own, examples.reshape(*own.shape, -1), larger)
-            leaves.append(own)
-        return self._state(leaves)
+    def within(self, keys: Sequence[Array], counts: Sequence[Array]) -> PyTree:
+        """The state in one microbatch: its keys, and the counts."""
+        own, others = iter(keys), iter(counts)
+        return self._state([next(own if _is_key(x) else others) for x in self._leaves])
 
     def after(self, state: PyTree) -> list[Array]:
         """The streams' own new arrays, of the state after a model has run."""
         new, named = [], jax.tree_util.tree_leaves_with_path(state)
         for (path, x), old in zip(named, self._leaves, strict=True):
             _check_kept(leaf_name("", path[1:-1]), x, old)
-            new.append(example_keys.stream_data(x) if _is_key(old) else x)
+            new.append(batch_keys.key_of_batch(x) if _is_key(old) else x)
         return new
 
     def updated(self, arrays: Sequence[Array], ran: Array) -> PyTree:
         """The state of these arrays; as it was where no microbatch ran, so that `ran` is 0."""
-        latest = lambda new, old: jnp.where(ran > 0, new, old)
-        return self._state(self._typed(list(map(latest, arrays, self.arrays()))))
 
-    def _typed(self, arrays: Sequence[Array]) -> list[Array]:
-        """The keys and counts that are made of `arrays`."""
-        return list(map(as_key, arrays, self._leaves))
+        def latest(new: Array, old: Array) -> Array:
+            return as_key(jnp.where(ran > 0, new, key_data(old)), old)
+
+        return self._state(list(map(latest, arrays, self._leaves)))
 
     def _state(self, leaves: Sequence[Array]) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(self.state), leaves)
@@ -112,7 +100,7 @@ def _holds_keys(variable: PyTree) -> bool:
 
 def _check_kept(name: str, new: Array, old: Array) -> None:
     is_key = _is_key(old)
-    if is_key and not example_keys.is_joined(new.dtype):
+    if is_key and not batch_keys.is_batch_key(new.dtype):
         raise ValueError(
             f"example_streams: fun puts another key into {name}, from which all microbatches would "
             "draw the same numbers. Put it there before the call, or make it from the key that is "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxaccum._base.trees import is_array, key_impl, leaves_with_names
 from jaxaccum._base.types import EXAMPLE_KEY, KEY, Array, Axes, InAxes, PyTree, Sentinel, Split
 from jaxaccum._program import argument_slots, validate
-from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
@@ -37,7 +37,8 @@ def partition(
     Args:
         *args: the arguments of the function.
         in_axes: one entry per argument; a ``KEY`` and an ``EXAMPLE_KEY`` come folded, ``CARRY`` is
-            the initial state. A dict names keyword arguments, and passes positional ones whole.
+            the initial state, and ``BATCH_KEY`` is refused. A dict names keyword arguments, and
+            passes positional ones whole.
         num_microbatches: that many, their sizes differing by at most 1, the larger first. This or
             `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
@@ -59,6 +60,7 @@ def partition(
     """
     check_keywords(kwargs, in_axes, "partition")
     tree, _ = argument_slots.read(args, kwargs, in_axes)
+    _check_keys(tree)
     leaves = jax.tree.leaves((args, kwargs))
     given = [x for i, x in enumerate(leaves) if i not in tree.statics]
     arrays = list(map(Slot.array, tree.slots, given))
@@ -76,9 +78,20 @@ def partition(
     return microbatches
 
 
+def _check_keys(tree: ArgumentTree) -> None:
+    """A key of the batch is for the loop, which traces what is drawn from it."""
+    for i in tree.positions(Role.BATCH_KEY):
+        raise TypeError(
+            f"in_axes declares {tree.slots[i].name} BATCH_KEY, and a microbatch alone cannot tell "
+            "which rows it would draw. Draw for the whole batch and pass the numbers as rows, or "
+            "pass the key as EXAMPLE_KEY."
+        )
+
+
 def num_examples(args: tuple[PyTree, ...], in_axes: InAxes) -> int:
     """The number of examples in the arguments."""
-    return len(partition(*args, in_axes=in_axes, microbatch_size=1))
+    tree, arrays = argument_slots.read(args, {}, in_axes)
+    return argument_slots.batch_size(tree.slots, arrays)
 
 
 def in_axes_of_parts(in_axes: Sequence[Axes]) -> tuple[Axes, ...]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 from jaxaccum._base.types import Array
 
@@ -179,20 +180,35 @@ def key_implementation(**fields: Any) -> Any:
     """A generator of random numbers with keys of our own making.
 
     Experimental: ``jax.extend.random.define_prng_impl``, jax 0.10.2 to 0.12. Test:
-    test_example_keys.
+    test_batch_keys.
     """
     from jax.extend.random import define_prng_impl
 
     return define_prng_impl(**fields)
 
 
-def splits_by_index() -> bool:
-    """Whether a key that is split depends on its own index alone, and not on how many there are.
+def draws_by_place() -> bool:
+    """Whether each number, and each key of a split, is a function of its place alone, and not of
+    how many are drawn.
 
     A flag of JAX, which declares no types for its flags: ``jax_threefry_partitionable``. Test:
-    test_example_keys.
+    test_batch_keys.
     """
     return jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def threefry_bits(key: Array, high: Array, low: Array, dtype: jnp.dtype) -> Array:
+    """The entries of ``jax.random.bits`` at some places, which come in two halves of 32 bits.
+
+    Experimental: ``jax.extend.random.threefry2x32_p``, jax 0.10.2 to 0.12, and how JAX makes its
+    numbers of the two that it gives. Test: test_batch_keys.
+    """
+    from jax.extend.random import threefry2x32_p
+
+    first, second = threefry2x32_p.bind(key[0], key[1], high, low)
+    if dtype == jnp.uint64:
+        return (first.astype(dtype) << 32) | second.astype(dtype)
+    return (first ^ second).astype(dtype)
 
 
 def is_jit_disabled() -> bool:

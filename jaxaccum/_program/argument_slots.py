@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxaccum._base.entries import with_entries
 from jaxaccum._base.trees import is_array, is_key, key_impl, leaf_name, leaves_with_names, safe_map
 from jaxaccum._base.types import (
+    BATCH_KEY,
     CARRY,
     EXAMPLE_KEY,
     KEY,
@@ -27,8 +28,9 @@ from jaxaccum._base.types import (
     Sentinel,
     TreeDef,
 )
-from jaxaccum._program import assignments, closures, validate
+from jaxaccum._program import assignments, batch_keys, closures, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes, by_name
+from jaxaccum._program.batch_keys import Larger, Rows
 
 
 class Role(enum.Enum):
@@ -39,13 +41,19 @@ class Role(enum.Enum):
     CARRY = "threaded"
     KEY = "folded with the microbatch's index"
     EXAMPLE_KEY = "folded with each example's index"
+    BATCH_KEY = "drawn from as for the whole batch"
 
 
 _OVERWRITTEN = "['_overwrite_with_gradient']"
 """In the name of a leaf: it is of Flax's collection of variables whose gradients are their next
 values."""
 _DEFAULT = (None, 0)  # of every public function: parameters, and a batch
-_ROLE_OF = {CARRY: Role.CARRY, KEY: Role.KEY, EXAMPLE_KEY: Role.EXAMPLE_KEY}
+_ROLE_OF = {
+    CARRY: Role.CARRY,
+    KEY: Role.KEY,
+    EXAMPLE_KEY: Role.EXAMPLE_KEY,
+    BATCH_KEY: Role.BATCH_KEY,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Slot:
     """Its argument: a position, or a keyword."""
     axis: int = 0
     key: Hashable | None = None
-    """Of a typed key that is carried, as the integers it is made of: its implementation."""
+    """Of a typed key that is carried, and of a key of the batch, which both come as the integers
+    that they are made of: its implementation."""
     overwritten: bool = False
     """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers
     return their state so."""
@@ -71,6 +80,8 @@ class Slot:
 
     def array(self, leaf: Array) -> Array:
         """What the loop carries of the leaf."""
+        if self.role is Role.BATCH_KEY:
+            return batch_keys.data_of(leaf)
         return leaf if self.key is None else jax.random.key_data(leaf)
 
     def value(self, array: Array) -> Array:
@@ -103,6 +114,16 @@ class ArgumentTree:
     def of_arguments(self, numbers: Iterable[int]) -> tuple[int, ...]:
         """The slots of the arguments at these positions, argument by argument."""
         return of_arguments(self.slots, numbers)
+
+    def drawing(self, rows: Rows, larger: Larger = frozenset()) -> ArgumentTree:
+        """The tree in a microbatch of these examples, which its keys of the batch draw for."""
+
+        def drawing(slot: Slot) -> Slot:
+            if slot.role is not Role.BATCH_KEY:
+                return slot
+            return dataclasses.replace(slot, key=batch_keys.generator(slot.key, rows, larger))
+
+        return dataclasses.replace(self, slots=tuple(map(drawing, self.slots)))
 
     def build(self, arrays: list[Array]) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """The positional and keyword arguments that hold `arrays`, one per slot."""
@@ -273,8 +294,8 @@ def per_argument(
         raise ValueError(
             f"in_axes={in_axes!r}{by_default} has {len(in_axes)} entries and the function was "
             f"called with {given}; pass one entry per argument, as in_axes=({_suggested(args)}): "
-            "None (whole), an int (its batch axis), or CARRY, KEY or EXAMPLE_KEY. Keyword "
-            "arguments have no entry, and are passed whole."
+            "None (whole), an int (its batch axis), or CARRY, BATCH_KEY, EXAMPLE_KEY or KEY. "
+            "Keyword arguments have no entry, and are passed whole."
         )
     return tuple(in_axes)
 
@@ -293,7 +314,7 @@ def _suggested(args: tuple[PyTree, ...]) -> str:
     entries = ["None"]
     for i, arg in enumerate(args[1:], start=1):
         if _looks_like_key(arg):
-            entries.append("EXAMPLE_KEY")
+            entries.append("BATCH_KEY")
         else:
             entries.append("0" if batch_size and rows.get(i) == batch_size else "None")
     return ", ".join(entries)
@@ -322,7 +343,7 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
                 f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; "
                 "carry arrays only."
             )
-        return Slot(name, _ROLE_OF[axis], argnum, key=key_impl(leaf) if axis is CARRY else None)
+        return Slot(name, _ROLE_OF[axis], argnum, key=_kept_kind(leaf, axis))
     if not is_array(leaf):
         raise TypeError(
             f"in_axes gives {name} the batch axis {axis}, and it is no array but "
@@ -335,6 +356,13 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
             "whole."
         )
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
+
+
+def _kept_kind(leaf: Any, axis: Sentinel) -> Hashable | None:
+    """The implementation of a key that comes as integers, and None of other leaves."""
+    if axis is BATCH_KEY:
+        return jax.random.key_impl(leaf)  # of a legacy key too
+    return key_impl(leaf) if axis is CARRY else None
 
 
 class _Leaf(NamedTuple):

@@ -13,8 +13,9 @@ from jaxaccum._base.adapted import adapted
 from jaxaccum._base.types import Array, Fun, PyTree
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Type
-from jaxaccum._program import assignments, closures, example_keys, named_outputs, output_parts
+from jaxaccum._program import assignments, batch_keys, closures, named_outputs, output_parts
 from jaxaccum._program.argument_slots import ArgumentTree, Role
+from jaxaccum._program.batch_keys import Larger, Rows
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.output_parts import Outputs, Part
@@ -48,19 +49,25 @@ class FlatFunction:
 
     fun: Fun
     tree: ArgumentTree
+    partition: Partition
     loss: bool
     has_aux: bool
     padded: bool
     audited: bool
-    batch_size: int
+    num_shards: int = 1
+    """Of the batch, of which the partition divides each alike."""
+    larger: Larger = frozenset()
+    """What twice as many examples draw from the keys of the batch."""
     constant: output_parts.Constant | None = None
     """Stops the gradient of an output that passes none."""
     returned: list[Returned] = dataclasses.field(default_factory=list)
     num_terms: int = 0
 
     def at(self, size: int) -> Callable[..., list[Array]]:
+        tree = self.tree.drawing(self._rows(size), self.larger)
+
         def flat(*arrays: Array) -> list[Array]:
-            args, kwargs = self.tree.build(list(arrays))
+            args, kwargs = tree.build(list(arrays))
             output = self._output(args, kwargs, size)
             if self.loss:
                 output = output_parts.split_loss(output, self.has_aux)
@@ -82,11 +89,11 @@ class FlatFunction:
     def traced(self, trace: Callable[[FlatFunction, int], Traced], size: int) -> Traced:
         """``trace(self, size)``.
 
-        Of a model whose examples draw for themselves, what twice as many draw tells which axis of
+        Where a key of the batch is drawn from, what twice as many examples draw tells which axis of
         a draw is theirs.
         """
-        fun = adapted(self.fun)
-        if fun.comparing is None:
+        whole = size == self.partition.batch_size * self.num_shards
+        if whole or not self.tree.positions(Role.BATCH_KEY):
             return trace(self, size)
         other = self.elsewhere()
         try:
@@ -94,15 +101,22 @@ class FlatFunction:
         except Exception as error:  # of the user's function
             trace(other, size)  # where this size fails too, its error is said
             raise ValueError(
-                f"example_streams compares what fun draws for {size} examples with what it draws "
-                f"for {2 * size}, and fun does not run on {2 * size} ({error}); let it take any "
-                "number of examples."
+                "for BATCH_KEY, and example_streams of nnx, what fun draws for "
+                f"{size} examples is compared with what it draws for {2 * size}, and fun does not "
+                f"run on {2 * size} ({error}); let it take any number of examples."
             ) from error
-        larger = list(example_keys.draws(twice.trace.jaxpr))
-        self.fun = fun.compared(frozenset(draw.shape for draw in larger))
+        larger = list(batch_keys.draws(twice.trace.jaxpr))
+        self.larger = frozenset(draw.drawn for draw in larger)
         found = trace(self, size)
-        example_keys.check(list(example_keys.draws(found.trace.jaxpr)), larger, size)
+        batch_keys.check(list(batch_keys.draws(found.trace.jaxpr)), larger, size)
         return found
+
+    def _rows(self, size: int) -> Rows:
+        """The examples of a microbatch: at another size than the loop's, those of a batch of it."""
+        if all(group.size != size for group in self.partition.groups):
+            return Rows.all(size)
+        offsets = tuple(self.partition.offsets(size).tolist())
+        return Rows(offsets, self.partition.batch_size * self.num_shards)
 
     def elsewhere(self) -> FlatFunction:
         """The same function, for sizes at which it will not run: this one notes nothing of them."""
@@ -114,7 +128,7 @@ class FlatFunction:
             closures.explain,
             fun=self.fun,
             size=size,
-            batch_size=self.batch_size,
+            batch_size=self.partition.batch_size,
             keys=[slot.name for slot in slots if slot.role is Role.EXAMPLE_KEY],
         )
         return assignments.call(self.fun, args, kwargs, explain)
@@ -129,12 +143,12 @@ class FlatFunction:
         else:
             yield from named_outputs.leaves(output, "output", aux=False)
 
-    def check_sizes(self, partition: Partition) -> None:
+    def check_sizes(self) -> None:
         """Outputs at both sizes have one structure, and what is summed has one shape."""
         if len(self.returned) < 2:
             return
         (first, types, _), (second, other_types, _) = self.returned
-        large, small = partition.groups
+        large, small = self.partition.groups
         if first.treedef != second.treedef or _names(first) != _names(second):
             raise ValueError(
                 f"fun returns other outputs for a microbatch of {large.size} examples than for one "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxaccum._base.types import Array, Split
@@ -62,14 +63,17 @@ class Partition:
             return index
         return group.start + (index - group.first) * (group.size // self.blocks)
 
+    def offsets(self, size: int) -> np.ndarray:
+        """Of the examples of a microbatch of `size`, from its first."""
+        step = self.num_microbatches if self.split == "strided" else 1
+        own = step * np.arange(size // self.blocks, dtype=np.int32)
+        starts = np.arange(self.blocks, dtype=np.int32) * (self.batch_size // self.blocks)
+        return (starts[:, None] + own).reshape(size)
+
     def examples(self, group: Group, index: Array) -> Array:
         """The indices in the batch of the examples of microbatch `index`, int32 of shape
         (size,)."""
-        step = self.num_microbatches if self.split == "strided" else 1
-        size = group.size // self.blocks
-        own = self.first_example(group, index) + step * jnp.arange(size, dtype=jnp.int32)
-        starts = jnp.arange(self.blocks, dtype=jnp.int32) * (self.batch_size // self.blocks)
-        return own if self.blocks == 1 else (starts[:, None] + own[None]).reshape(group.size)
+        return self.first_example(group, index) + self.offsets(group.size)
 
     def split_rows(self, x: Array, axis: int) -> list[Array]:
         """One array per group, (count, …) over its microbatches; `axis` of the rest holds the

@@ -40,8 +40,9 @@ def prepare(
     partition = _partition(options, call.batch_size)
     arguments = _on_mesh(call)
     flat = FlatFunction(
-        call.fun, call.tree, loss, has_aux, padded=limit is not None,
-        audited=validate.audit(options.audit) is not None, batch_size=partition.batch_size,
+        call.fun, call.tree, partition, loss, has_aux, padded=limit is not None,
+        audited=validate.audit(options.audit) is not None,
+        num_shards=varying.num_shards(arguments.mesh_axes),
     )  # fmt: skip
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
@@ -55,7 +56,7 @@ def prepare(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
             "sums over several; drop one of the two."
         )
-    flat.check_sizes(partition)
+    flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
     whole, traces = _apart(groups, outputs, slots, arguments, options)
     slots, arrays = _unwrapped(slots, arguments.arrays)

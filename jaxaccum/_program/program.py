@@ -4,7 +4,6 @@ per size."""
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
@@ -17,7 +16,7 @@ from jaxaccum._devices import varying
 from jaxaccum._jaxpr import reversible
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Type, types_of
-from jaxaccum._program import argument_slots, reductions
+from jaxaccum._program import argument_slots, batch_keys, reductions
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.microbatches import Partition
@@ -207,13 +206,16 @@ class Program:
         if slot.role is Role.EXAMPLE_KEY:
             examples = self.partition.examples(self.partition.groups[g], index)
             return self._keys_of(slot.value(x), examples)
+        if slot.role is Role.BATCH_KEY:
+            first = self.partition.first_example(self.partition.groups[g], index)
+            return batch_keys.moved(x, first + self._shard() * self.partition.batch_size)
         return x
 
     def _keys_of(self, key: Array, examples: Array) -> Array:
         """The keys of these examples of the device's own shard."""
         own = self.partition.batch_size
-        shards = math.prod(jax.lax.axis_size(name) for name in self.mesh_axes)
-        return example_keys(key, examples + self._shard() * own, batch_size=own * shards)
+        size = own * varying.num_shards(self.mesh_axes)
+        return example_keys(key, examples + self._shard() * own, batch_size=size)
 
     def _shard(self) -> Array | int:
         """The place of this device's shard of the batch."""

@@ -25,7 +25,7 @@ from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace, trace
 from jaxaccum._jaxpr.variables import Type, types_of
-from jaxaccum._program import microbatches, validate
+from jaxaccum._program import batch_keys, microbatches, validate
 from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.call import Options
 from jaxaccum._program.example_keys import example_keys
@@ -179,6 +179,8 @@ def types_in_loop(
                 x = jax.random.fold_in(x, index)
             elif slot.role is Role.EXAMPLE_KEY:
                 x = example_keys(x, index + jnp.arange(size, dtype=jnp.int32))
+            elif slot.role is Role.BATCH_KEY:
+                x = batch_keys.moved(x, index)
             own[i] = x
         return own
 
@@ -200,10 +202,10 @@ def _with_own_streams(
     """
     keys, own, carried = {}, set(), []
     for place, slot in enumerate(slots, start=one.num_consts):
-        if slot.key is not None:
-            keys[place] = slot.key
         if slot.role is Role.CARRY:
             carried.append(slot)
+            if slot.key is not None:
+                keys[place] = slot.key
         elif slot.role is not Role.WHOLE:
             own.add(place)
     pure, kept = one.pure(), set()

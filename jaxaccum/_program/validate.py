@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from jaxaccum._base.source_lines import frame_of
-from jaxaccum._base.trees import dtype_of, is_array, is_inexact, is_key
-from jaxaccum._base.types import MAX_GRAD, Audit, Gather, Memory, Sentinel, Split, Unroll
+from jaxaccum._base.trees import dtype_of, is_array, is_inexact, is_key, key_impl
+from jaxaccum._base.types import BATCH_KEY, MAX_GRAD, Audit, Gather, Memory, Sentinel, Split, Unroll
 from jaxaccum._devices import varying
 from jaxaccum._program import microbatches
 
@@ -169,8 +169,11 @@ def numeric(leaf: Any, name: str) -> None:
 
 
 def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
-    """A leaf declared a key is one key: typed of shape (), or legacy, uint32 of one axis."""
-    if is_key(leaf):
+    """A leaf declared a key is one key: typed of shape (), or legacy, uint32 of one axis.
+
+    A key of the batch may be an array of typed keys: what acts on them acts on each of them.
+    """
+    if is_key(leaf) or (sentinel is BATCH_KEY and key_impl(leaf) is not None):
         return
     raise TypeError(
         f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but "

@@ -25,10 +25,12 @@ def run(call: Call) -> PyTree:
     once.
     """
     tree, arrays, size = call.tree, call.arrays, call.batch_size
-    validate.partition(size, num_microbatches=1, microbatch_size=None, split="contiguous")
+    partition = validate.partition(
+        size, num_microbatches=1, microbatch_size=None, split="contiguous"
+    )
     axis_name = call.options.axis_name
     function = FlatFunction(
-        call.fun, tree, loss=False, has_aux=False, padded=False, audited=False, batch_size=size,
+        call.fun, tree, partition, loss=False, has_aux=False, padded=False, audited=False,
         constant=_refusing_itself,
     )  # fmt: skip
     flat = function.at(size)

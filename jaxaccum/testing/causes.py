@@ -85,12 +85,17 @@ def likely_cause(
     if jaxaccum.KEY in loss.in_axes:
         return (
             "jaxaccum.KEY is folded with the microbatch index, so draws depend on the partition: "
-            "use EXAMPLE_KEY"
+            "use BATCH_KEY"
+        )
+    if jaxaccum.BATCH_KEY in loss.in_axes:
+        return (
+            "fun draws from BATCH_KEY, so its microbatches cannot be run apart to compare them: "
+            "ask jaxaccum.audit"
         )
     if jaxaccum.EXAMPLE_KEY not in loss.in_axes and draws_random_numbers(loss):
         return (
             "fun draws random numbers from a key of its own, the same for each microbatch: pass it "
-            "as EXAMPLE_KEY"
+            "as BATCH_KEY"
         )
     evidence = _evidence(loss, actual, expected, options)
     for holds, sentence in RULES:

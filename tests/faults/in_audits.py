@@ -77,9 +77,9 @@ FAULTS = [
     ),
     Fault(
         "the keys of every block are those of the first",
-        "Partition.examples",
-        "starts = jnp.arange(self.blocks, dtype=jnp.int32) *",
-        "starts = jnp.zeros(self.blocks, dtype=jnp.int32) *",
+        "Partition.offsets",
+        "starts = np.arange(self.blocks, dtype=np.int32) *",
+        "starts = np.zeros(self.blocks, dtype=np.int32) *",
         "meshes/test_data_parallel.py::"
         "test_example_keys_are_those_of_the_whole_batch_under_either_split",
     ),

@@ -43,7 +43,7 @@ from jaxaccum._audit.rules.operands import (
 from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._flax import batch_norm
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
-from jaxaccum._program import example_keys
+from jaxaccum._program import batch_keys
 
 
 def body_of(op: Op) -> str | None:
@@ -73,7 +73,7 @@ def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     body = op.params[key]
     if _is_whole_batch_moments(body):
         return whole_batch_moments(walk, op, body, ins)
-    if _is_of_example_keys(body):
+    if _is_key_of_batch(body):
         return [fixed(faults=faults_of(ins), number=walk.fresh())]
     return walk.body(op, params_at_both(op, key), ins, cached=op.name in ("jit", "pjit"))
 
@@ -84,11 +84,10 @@ def _is_whole_batch_moments(body: jex.Jaxpr) -> bool:
     return debug.func_name == "whole_batch_moments" and debug.func_filename == batch_norm.__file__
 
 
-def _is_of_example_keys(body: jex.Jaxpr) -> bool:
-    """Whether a call makes a key that holds the examples' keys, or reads a stream's key in one."""
+def _is_key_of_batch(body: jex.Jaxpr) -> bool:
+    """Whether a call reads the key of the whole batch in one that knows a microbatch's rows."""
     debug = opened(body)[0].debug_info
-    ours = debug.func_filename == example_keys.__file__
-    return ours and debug.func_name in ("joined", "stream_data")
+    return debug.func_name == "key_of_batch" and debug.func_filename == batch_keys.__file__
 
 
 @rule("call_hi_primitive", complete=True)

@@ -24,9 +24,11 @@ from jaxaccum._audit.rules.operands import (
     summaries_among,
 )
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
-from jaxaccum._program.example_keys import is_joined
+from jaxaccum._program.batch_keys import base_of, is_batch_key
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
+_BY_INTEGERS = "the integers of a key of the batch tell which examples the microbatch holds"
+_BY_PLACE = "keys are made from the places of the examples in their microbatch"
 _CLOSED_OVER = "the loss closes over the key `{name}`, so every microbatch draws the same numbers"
 _WITHOUT_BITS = {"random_seed", "random_wrap", "random_unwrap", "random_clone"}
 _FOR_EACH_KEY = {
@@ -49,7 +51,7 @@ The rest makes all numbers from the first key: what an example gets depends on t
 )
 def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Keys and bits: one function of each key."""
-    if (drawn := _by_example(op, ins)) is not None:
+    if (drawn := _by_example(walk, op, ins)) is not None:
         return drawn
     layout = layout_of(ins)
     if any_summary(ins):
@@ -69,12 +71,16 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     return Settled([fixed(faults=frozenset(faults))] * op.num_outs)
 
 
-def _by_example(op: Op, ins: list[Value]) -> Settled | None:
-    """A draw from a key that holds one per example: rows along the axis that grows with them."""
-    if not any(map(is_joined, _dtypes(op.eqn.invars))) or not all_fixed(ins):
+def _by_example(walk: Walk, op: Op, ins: list[Value]) -> Settled | None:
+    """A draw from a key of the batch: rows along the axis that grows with the examples."""
+    dtypes = _dtypes([*op.eqn.invars, *op.eqn.outvars])
+    made_by_place = any(varying(op.shapes(i)) for i in range(len(ins)))
+    if not any(map(is_batch_key, dtypes)) or not all_fixed(ins) or made_by_place:
         return None
     faults = faults_of(ins)
-    axes = varying(op.out_shapes()) if op.name == "random_bits" else []
+    if op.name == "random_unwrap":
+        faults |= {walk.fault(op, FaultKind.RANDOM, _BY_INTEGERS)}
+    axes = varying(op.out_shapes()) if op.name in ("random_bits", "random_split") else []
     return Settled([rows(Layout(tuple(axes)), faults=faults) if axes else fixed(faults=faults)])
 
 
@@ -87,6 +93,8 @@ def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
 
 def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
     """That one key draws for all examples; a key that the loss closes over is named."""
+    if any(map(is_batch_key, _dtypes([*op.eqn.invars, *op.eqn.outvars]))):
+        return walk.fault(op, FaultKind.RANDOM, _BY_PLACE, fix=fixes.BY_SPLIT)
     name = next((v.closure for v in ins if v.closure), "")
     if not name:
         return walk.fault(op, FaultKind.RANDOM, _ONE_KEY)
@@ -97,11 +105,11 @@ def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
 def _mixed_keys(walk: Walk, op: Op) -> Faults:
     """That the generator does not keep the keys of a `jax.vmap` apart."""
     keys = list(filter(_is_key, _dtypes([*op.eqn.invars, *op.eqn.outvars])))
-    name = _generators().get(keys[0]) if keys else "threefry2x32"
+    name = _generators().get(keys[0], base_of(keys[0])) if keys else "threefry2x32"
     if name is None:
         note = f"draws from keys of the type {keys[0]} have no rule"
         return faulty(walk, op, FaultKind.UNKNOWN, note)
-    apart = _FOR_EACH_KEY[name]
+    apart = _FOR_EACH_KEY.get(name, _WITHOUT_BITS)
     if apart is None or op.name in apart:
         return frozenset()
     note = f"under jax.vmap, keys of the generator {name!r} draw together, by the split"

@@ -1,0 +1,300 @@
+"""Keys of the batch: a draw for a microbatch has the rows of the draw for the whole batch.
+
+A layer draws one mask for all rows of its input, from one key. In a microbatch that key belongs to
+a generator of this module: it holds the key as it came, and the index of the microbatch's first
+example. What acts on a key (``split``, ``fold_in``) acts on the one that it holds. A draw is
+divided by its shape. The axis that grows with the microbatch is the examples', and the microbatch
+gets the rows of its own examples. A draw without such an axis is the batch's, and comes as it is.
+
+Example. Of 6 examples, the microbatch 1 holds two. There ``bits(key, (2, 3))`` is rows 2 and 3 of
+``bits(key, (6, 3))``. Under JAX's default generator the entry (i, j) is a function of the key and
+of its place 3 i + j, so no more than these two rows are computed.
+
+Cost: what the draw costs alone. Other generators make the numbers of all examples in each
+microbatch, and take the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum._base.source_lines import Frame, frame_of
+from jaxaccum._base.types import Array
+from jaxaccum._jaxpr import compat
+
+Shape = tuple[int, ...]
+_TAG = "rows of "
+_THREEFRY = "threefry2x32"
+
+
+class Drawn(NamedTuple):
+    """What one call draws from a key: numbers, or keys of their own."""
+
+    keys: bool
+    shape: Shape
+
+
+Larger = frozenset[Drawn]
+"""What twice as many examples draw: it tells which axis of a draw grows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The examples that a microbatch has of its batch, but for the index of the first."""
+
+    offsets: tuple[int, ...]
+    """Of each example, from the first."""
+    batch_size: int
+
+    @classmethod
+    def all(cls, size: int) -> Rows:
+        """Those of a batch that is one microbatch."""
+        return cls(tuple(range(size)), size)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.offsets)
+
+    def after(self, first: Array) -> Array:
+        """Their indices in the batch, uint32 of shape (size,)."""
+        return first + np.asarray(self.offsets, np.uint32)
+
+
+# -- keys that know which rows they draw ----------
+
+
+def data_of(key: Array) -> Array:
+    """The integers of a key whose microbatch starts at example 0: its own, and that index."""
+    own = jax.random.key_data(key)
+    return jnp.concatenate([own, jnp.zeros((*own.shape[:-1], 1), own.dtype)], axis=-1)
+
+
+def moved(data: Array, first: Array) -> Array:
+    """The same key in the microbatch that starts at example `first`."""
+    return data.at[..., -1].set(jnp.asarray(first).astype(data.dtype))
+
+
+@jax.jit  # a call, which the audit knows by its name
+def key_of_batch(key: Array) -> Array:
+    """The integers of the key as it came."""
+    return jax.random.key_data(key)[..., :-1]
+
+
+def base_of(dtype: Any) -> str | None:
+    """Of keys of this module, the name of the generator that draws; None of other keys."""
+    name = getattr(dtype, "name", "")
+    prefix = f"key<{_TAG}"
+    return name[len(prefix) : -1] if name.startswith(prefix) else None
+
+
+def is_batch_key(dtype: Any) -> bool:
+    """Whether keys of the dtype know which rows they draw."""
+    return base_of(dtype) is not None
+
+
+@functools.cache
+def generator(base: Hashable, rows: Rows, larger: Larger) -> Any:
+    """The generator of keys that draw these rows as the generator `base` draws the batch.
+
+    Equal arguments give one generator, so that its keys have one type and nothing is traced again.
+    """
+    typed: Callable[[Array], Array] = functools.partial(jax.random.wrap_key_data, impl=base)
+
+    def seed(seed: Array) -> Array:
+        raise TypeError(
+            f"{_A_KEY} is made from the key of the call; make others by jax.random.key(seed)."
+        )
+
+    def keeping(data: Array, keys: Array) -> Array:
+        own = jax.random.key_data(keys)
+        first = jnp.broadcast_to(data[-1], (*own.shape[:-1], 1))
+        return jnp.concatenate([own, first], axis=-1)
+
+    def split(data: Array, shape: Shape) -> Array:
+        draw = functools.partial(jax.random.split, typed(data[:-1]))
+        return keeping(data, _rows_of(draw, Drawn(True, tuple(shape)), data[-1]))
+
+    def fold_in(data: Array, message: Any) -> Array:
+        return keeping(data, jax.random.fold_in(typed(data[:-1]), message))
+
+    def random_bits(data: Array, width: int, shape: Shape) -> Array:
+        key, drawn, dtype = typed(data[:-1]), Drawn(False, tuple(shape)), jnp.dtype(f"uint{width}")
+        axis = _axis(drawn, rows.size, larger)
+        if axis is not None and base == _THREEFRY and compat.draws_by_place():
+            places = _places(drawn.shape, axis, rows.after(data[-1]), rows.batch_size)
+            if places is not None:
+                return compat.threefry_bits(data[:-1], *places, dtype)
+        draw = functools.partial(jax.random.bits, key, dtype=dtype)
+        return _rows_of(draw, drawn, data[-1])
+
+    def _rows_of(draw: Callable[[Shape], Array], drawn: Drawn, first: Array) -> Array:
+        axis = _axis(drawn, rows.size, larger)
+        if axis is None:
+            return draw(drawn.shape)
+        whole = draw(_with(drawn.shape, axis, rows.batch_size))
+        return whole[(slice(None),) * axis + (rows.after(first),)]
+
+    single = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=base)))
+    name = f"{_TAG}{base}"
+    return compat.key_implementation(
+        key_shape=(single.shape[0] + 1,), seed=seed, split=split, random_bits=random_bits,
+        fold_in=fold_in, name=name, tag=name,
+    )  # fmt: skip
+
+
+def _places(shape: Shape, axis: int, examples: Array, size: int) -> tuple[Array, Array] | None:
+    """The place of each entry among all entries of the batch's draw: the high half and the low half
+    of 64 bits. None where an axis is too long for 32 bits.
+    """
+    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    if before * size >= 2**32 or after >= 2**32:
+        return None
+    row = examples[None] + size * np.arange(before, dtype=np.uint32)[:, None]
+    high, low = _product(row[:, :, None], after)
+    entry = np.arange(after, dtype=np.uint32)[None, None]
+    place = low + entry
+    high = jnp.broadcast_to(high, place.shape) + (place < entry).astype(jnp.uint32)
+    return high.reshape(shape), place.reshape(shape)
+
+
+def _product(x: Array, factor: int) -> tuple[Array, Array]:
+    """``x * factor`` in 64 bits, of 32 each: the high half and the low half."""
+    half, low_half = jnp.uint32(16), jnp.uint32(0xFFFF)
+    x1, x0 = x >> half, x & low_half
+    f1, f0 = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)
+    middle = x1 * f0 + ((x0 * f0) >> half)
+    carried = x0 * f1 + (middle & low_half)
+    return x1 * f1 + (middle >> half) + (carried >> half), x * jnp.uint32(factor)
+
+
+# -- which axis of a draw holds the examples ----------
+
+
+class Draw(NamedTuple):
+    """One draw of a program from keys of the batch."""
+
+    of: Shape
+    """The shape of the array of keys that are drawn from."""
+    drawn: Drawn
+    """What each of them draws."""
+    base: str
+    """The generator that draws."""
+    is_gamma: bool
+    where: Frame | None
+    """Its line in the user's program."""
+
+
+def draws(jaxpr: jex.Jaxpr, caller: Frame | None = None) -> Iterator[Draw]:
+    """The draws of a program, at any depth, in their order; `caller` is the line that all of them
+    have."""
+    for eqn in jaxpr.eqns:
+        where = caller or frame_of(eqn)
+        if (name := eqn.primitive.name) in ("random_bits", "random_gamma", "random_split"):
+            of, shape = _type(eqn.invars[0]), _type(eqn.outvars[0]).shape
+            if (base := base_of(of.dtype)) is not None:
+                own = shape[len(of.shape) :]
+                drawn = Drawn(name == "random_split", own)
+                yield Draw(of.shape, drawn, base, name == "random_gamma", where)
+        for sub in jex.jaxprs_in_params(eqn.params):
+            # A jitted function of JAX's own remembers the line that called it first.
+            yield from draws(sub, where if _is_jaxs_own(eqn) else caller)
+
+
+def _is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
+    """Whether it calls a jitted function such as ``jax.random``'s ``_normal``."""
+    return str(eqn.params.get("name", "")).startswith("_")
+
+
+def _type(variable: Any) -> Any:
+    return variable.aval
+
+
+_OF_GAMMA = (
+    "{where} is of a gamma distribution (gamma, beta, dirichlet, t, …). JAX splits its key once more "
+    "for each number, and does not show it. Pass a key to fun as jaxaccum.EXAMPLE_KEY, which gives "
+    "each example its own, and draw from it under jax.vmap."
+)
+_A_KEY = "a key of the batch (BATCH_KEY, and example_streams of nnx)"
+
+
+def check(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> None:
+    """Every draw of a microbatch of `size` examples is shared, or one axis of it is the examples'.
+
+    `larger` are the same draws of a microbatch of twice as many.
+    """
+    if len(found) != len(larger):
+        raise ValueError(
+            f"{_A_KEY}: fun draws {len(found)} times for {size} examples and {len(larger)} times "
+            f"for {2 * size}; draw as often for every size, all rows at once."
+        )
+    every = frozenset(draw.drawn for draw in larger)
+    for draw in found:
+        if draw.is_gamma and Drawn(True, (2 * size,)) in every:
+            raise ValueError(_OF_GAMMA.format(where=f"{_A_KEY}: the draw at {draw.where}"))
+    for one, two in zip(found, larger, strict=True):
+        _check_draw(one, two, size, every)
+
+
+def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
+    where = f"{_A_KEY}: the draw at {one.where}"
+    shape, other = one.drawn.shape, two.drawn.shape
+    sizes = f"for {size} examples and {list(other)} for {2 * size}"
+    axis = _axis(one.drawn, size, larger)
+    if one.of != two.of:
+        return _check_keys(one, two, where, shared=axis is None and shape == other)
+    if one.is_gamma and shape != other:
+        raise ValueError(_OF_GAMMA.format(where=where))
+    if other == (shape if axis is None else _with(shape, axis, 2 * size)):
+        return None
+    if shape == other:
+        raise ValueError(
+            f"{where} has shape {list(shape)} {sizes}: all examples share it. Another draw of "
+            "this shape has one row per example, and the two cannot be told apart. Choose another "
+            "microbatch size."
+        )
+    raise ValueError(
+        f"{where} has shape {list(shape)} {sizes}: no axis of it is the examples' alone. Draw "
+        "before that axis is merged with another one. Or let the numbers depend on the partition: "
+        "pass the key as jaxaccum.KEY, and leave this stream of an nnx model out, as in "
+        'example_streams="dropout".'
+    )
+
+
+def _check_keys(one: Draw, two: Draw, where: str, *, shared: bool) -> None:
+    """A draw from one key for each example."""
+    keys = f"{where} is from an array of keys, {list(one.of)} and, for twice as many examples, "
+    if not shared:
+        raise ValueError(
+            f"{keys}{list(two.of)}, and draws {list(one.drawn.shape)} and {list(two.drawn.shape)} "
+            "from each of them: numbers for every pair of examples. Draw from each example's key "
+            "what it needs alone."
+        )
+    if one.base != _THREEFRY and not one.drawn.keys:
+        raise ValueError(
+            f"{keys}{list(two.of)}. Under jax.vmap the generator {one.base!r} draws for all keys "
+            "together, by their number. Draw by jax.lax.map(draw, keys), or pass a key of another "
+            'generator, jax.random.key(seed, impl="threefry2x32").'
+        )
+
+
+def _axis(drawn: Drawn, size: int, larger: Larger) -> int | None:
+    """The axis of a draw that holds the examples, if one does."""
+    for i, length in enumerate(drawn.shape):
+        if length == size and drawn._replace(shape=_with(drawn.shape, i, 2 * size)) in larger:
+            return i
+    return None
+
+
+def _with(shape: Shape, axis: int, size: int) -> Shape:
+    """The shape of a draw for `size` examples."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
