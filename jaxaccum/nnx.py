@@ -48,19 +48,9 @@ def value_and_grad(
     batch's: they are updated once. In such a program every microbatch starts from the same state,
     and the keys of the random streams are folded with its index, so that each draws its own masks.
 
-    By default masks and noise therefore depend on the partition. With `example_streams` they do
-    not: where the key of a stream is k, example i draws from ``jax.random.split(k,
-    batch_size)[i]``. A loss without collectives then equals::
-
-        def of_example(i):  # as if it were alone in its batch
-            own = nnx.clone(model)
-            stream = own.dropout.rngs  # and so for every stream
-            stream.key[...] = jax.random.split(stream.key[...], batch_size)[i]
-            return nnx.value_and_grad(fun)(own, batch[i : i + 1])
-
-        value, grads = mean(of_example(i) for i in range(batch_size))
-
-    and one with collectives the full batch with these masks. A draw is divided by its shape: the
+    By default masks and noise therefore depend on the partition. With `example_streams` each
+    example draws what it draws in the whole batch, bit for bit, and the call equals
+    ``nnx.value_and_grad(fun)(model, batch)`` with its masks. A draw is divided by its shape: the
     axis that grows with the microbatch is the examples'. A draw that does not grow (noise on a
     weight, a mask that all examples share) is drawn once for the batch, as the full batch draws it.
 
@@ -81,10 +71,10 @@ def value_and_grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams that have one key per example: True for all of
-            them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is traced
-            once more for each size, at twice the size. Keys of generators other than JAX's default
-            draw one example after the other.
+        example_streams: the random streams from which each example draws its own numbers: True for
+            all of them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is
+            traced once more for each size, at twice the size. With keys of generators other than
+            JAX's default, every microbatch makes the numbers of the whole batch.
 
     Returns:
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
@@ -95,15 +85,14 @@ def value_and_grad(
         differentiated.
 
     Guarantees:
-        With `example_streams`, value, gradient and state are those of ``num_microbatches=1``, for
-        any partition, and for any division among devices (`mesh_axes`, explicit meshes). The
-        streams advance once, as in the full batch, and the model holds ordinary keys afterwards.
+        With `example_streams`, value, gradient and state are those of ``nnx.value_and_grad`` on the
+        whole batch, for any partition, and for any division among devices (`mesh_axes`, explicit
+        meshes). The streams advance once, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns
             to a parameter; and where `example_streams` cannot divide a draw among the examples,
-            with the line: examples and another axis merged, a key made for each example in `fun`, a
-            gamma distribution.
+            with the line: examples and another axis merged, or a gamma distribution.
 
     Example:
         >>> from flax import nnx
@@ -116,10 +105,10 @@ def value_and_grad(
         (3, 1)
         >>> dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
         >>> noisy = lambda models, x: jnp.mean(models[0](models[1](x)))
-        >>> options = {"example_streams": "dropout"}
-        >>> step = lambda n: jaxaccum.nnx.value_and_grad(noisy, num_microbatches=n, **options)
-        >>> first, second = (step(n)([model, nnx.clone(dropout)], batch["x"])[0] for n in (1, 5))
-        >>> bool(jnp.allclose(first, second))
+        >>> options = {"num_microbatches": 5, "example_streams": "dropout"}
+        >>> step = jaxaccum.nnx.value_and_grad(noisy, **options)
+        >>> value, _ = step([model, nnx.clone(dropout)], batch["x"])
+        >>> bool(jnp.allclose(value, noisy([model, dropout], batch["x"])))
         True
     """
     check_known(options, "nnx.value_and_grad")
@@ -176,7 +165,7 @@ def grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams that have one key per example.
+        example_streams: the random streams from which each example draws its own numbers.
 
     Returns:
         A function of the same arguments that updates the models and returns ``grads``, or

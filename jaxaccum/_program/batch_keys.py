@@ -220,7 +220,7 @@ def _type(variable: Any) -> Any:
 
 
 _OF_GAMMA = (
-    "{where} is of a gamma distribution (gamma, beta, dirichlet, t, …). JAX splits its key once more "
+    "{where} is of a gamma distribution (gamma, beta, dirichlet, t, …). JAX splits its key again "
     "for each number, and does not show it. Pass a key to fun as jaxaccum.EXAMPLE_KEY, which gives "
     "each example its own, and draw from it under jax.vmap."
 )

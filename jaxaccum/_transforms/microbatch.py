@@ -66,9 +66,9 @@ def microbatch(
             `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry per argument, as in ``jax.vmap``: None (whole), an int or a pytree prefix
-            of both, or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. A tuple passes
-            keyword arguments whole. A dict has entries by name, ``{"batch": 0}``, and passes all
-            others whole.
+            of both, or ``CARRY``, ``BATCH_KEY``, ``EXAMPLE_KEY`` or ``KEY`` for a whole argument. A
+            tuple passes keyword arguments whole. A dict has entries by name, ``{"batch": 0}``, and
+            passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it
             must divide).
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is
@@ -138,8 +138,8 @@ def full_batch(fun: Fun, in_axes: InAxes = (None, 0), axis_name: str = "microbat
 
     Args:
         fun: function of one microbatch, as for `microbatch`.
-        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` with every
-            example's index.
+        in_axes: as for `microbatch`; a ``KEY`` is folded with 0, an ``EXAMPLE_KEY`` is split over
+            the examples, and a ``BATCH_KEY`` draws as it is.
         axis_name: the name of the axis, bound with size 1.
 
     Returns:

@@ -68,11 +68,11 @@ def value_and_grad(
             `microbatch_size`.
         microbatch_size: as many microbatches of this size as fit, and one remainder.
         in_axes: one entry per argument: None (whole), an int (batch axis), a pytree prefix of both,
-            or ``CARRY``, ``KEY`` or ``EXAMPLE_KEY`` for a whole argument. ``MAX_GRAD``, also in a
-            prefix, passes arrays whole and combines their gradients by maximum, not by sum. A tuple
-            has one entry per positional argument, and passes keyword arguments whole. A dict has
-            entries by name: ``{"batch": 0}`` cuts the argument `batch`, by position or by keyword,
-            and passes all others whole.
+            or ``CARRY``, ``BATCH_KEY``, ``EXAMPLE_KEY`` or ``KEY`` for a whole argument.
+            ``MAX_GRAD``, also in a prefix, passes arrays whole and combines their gradients by
+            maximum, not by sum. A tuple has one entry per positional argument, and passes keyword
+            arguments whole. A dict has entries by name: ``{"batch": 0}`` cuts the argument `batch`,
+            by position or by keyword, and passes all others whole.
         split: ``"contiguous"`` or ``"strided"`` (microbatch i holds the examples i, i + n, …; it
             must divide).
         num_examples_argnum: the argument that counts the real examples (a traced int); the rest is
