@@ -196,11 +196,11 @@ def test_the_place_of_an_entry_is_counted_in_python(before, examples):
 
 
 def test_places_that_pass_32_bits_carry():
-    """A batch of 2²⁰ examples with 2¹³ entries each: the row at which 32 bits end, and the next."""
-    last = 2**32 // 2**13 - 1
-    examples = jnp.asarray([last, last + 1], jnp.uint32)
-    high, low = batch_keys._places((2, 2**13), 0, examples, 2**20)
-    assert same(high, jnp.asarray([[0] * 2**13, [1] * 2**13], jnp.uint32))
-    assert int(low[0, -1]) == 2**32 - 1
-    assert int(low[1, 0]) == 0
-    assert batch_keys._places((2, 3), 0, examples, 2**32) is None
+    """A row of 5000 entries in which the 32 bits end."""
+    row = 2**32 // 5000
+    high, low = batch_keys._places((1, 5000), 0, jnp.asarray([row], jnp.uint32), 2**20)
+    places = row * 5000 + np.arange(5000, dtype=np.uint64)
+    assert same(high[0], jnp.asarray(places >> 32, jnp.uint32))
+    assert same(low[0], jnp.asarray(places & 0xFFFFFFFF, jnp.uint32))
+    assert set(high[0].tolist()) == {0, 1}
+    assert batch_keys._places((2, 3), 0, jnp.zeros(2, jnp.uint32), 2**32) is None
