@@ -35,7 +35,14 @@ import jax.core
 import jax.extend.core as jex
 
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr, context_key, context_of, inlined, traced_mesh
+from jaxaccum._jaxpr.compat import (
+    ClosedJaxpr,
+    context_key,
+    context_of,
+    inlined,
+    is_jit_disabled,
+    traced_mesh,
+)
 from jaxaccum._jaxpr.segments import in_groups
 from jaxaccum._jaxpr.structure import literal_key, params_key
 from jaxaccum._jaxpr.variables import (
@@ -55,9 +62,9 @@ def evaluate(jaxpr: jex.Jaxpr, values: Sequence[Array]) -> list[Array]:
     """The outputs of a jaxpr without constants, ready to be differentiated.
 
     A program that was traced without knowing how a mesh divides its values is evaluated as it is:
-    the types of its calls would be wrong.
+    the types of its calls would be wrong. So is one under ``jax.disable_jit``, which has no calls.
     """
-    as_traced = all(map(_has_type, values, jaxpr.invars))
+    as_traced = all(map(_has_type, values, jaxpr.invars)) and not is_jit_disabled()
     return jax.core.eval_jaxpr(as_calls(jaxpr) if as_traced else jaxpr, [], *values)
 
 

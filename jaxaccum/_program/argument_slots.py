@@ -343,7 +343,7 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
                 f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; "
                 "carry arrays only."
             )
-        return Slot(name, _ROLE_OF[axis], argnum, key=_kept_kind(leaf, axis))
+        return Slot(name, _ROLE_OF[axis], argnum, key=_kept_kind(leaf, axis, name))
     if not is_array(leaf):
         raise TypeError(
             f"in_axes gives {name} the batch axis {axis}, and it is no array but "
@@ -358,11 +358,16 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
 
 
-def _kept_kind(leaf: Any, axis: Sentinel) -> Hashable | None:
+def _kept_kind(leaf: Any, axis: Sentinel, name: str) -> Hashable | None:
     """The implementation of a key that comes as integers, and None of other leaves."""
-    if axis is BATCH_KEY:
-        return jax.random.key_impl(leaf)  # of a legacy key too
-    return key_impl(leaf) if axis is CARRY else None
+    if axis is not BATCH_KEY:
+        return key_impl(leaf) if axis is CARRY else None
+    if not isinstance(impl := jax.random.key_impl(leaf), str):  # of a legacy key, too
+        raise TypeError(
+            f"in_axes declares {name} BATCH_KEY, and it is a key of {impl}; pass one of a generator "
+            "that JAX knows by name, as jax.random.key(seed, impl=name) makes it."
+        )
+    return impl
 
 
 class _Leaf(NamedTuple):

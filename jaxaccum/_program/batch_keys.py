@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._base.source_lines import Frame, frame_of
-from jaxaccum._base.types import Array
+from jaxaccum._base.trees import dtype_of
+from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
 
 Shape = tuple[int, ...]
@@ -88,6 +89,21 @@ def moved(data: Array, first: Array) -> Array:
 def key_of_batch(key: Array) -> Array:
     """The integers of the key as it came."""
     return jax.random.key_data(key)[..., :-1]
+
+
+def returned(output: PyTree) -> PyTree:
+    """What `fun` returns: its keys as the whole batch would return them."""
+    if not any(map(_is_batch_key, jax.tree.leaves(output))):
+        return output  # not built anew: some classes check what they hold
+    return jax.tree.map(lambda x: _key_of_batch(x) if _is_batch_key(x) else x, output)
+
+
+def _is_batch_key(x: Any) -> bool:
+    return is_batch_key(dtype_of(x))
+
+
+def _key_of_batch(key: Array) -> Array:
+    return jax.random.wrap_key_data(key_of_batch(key), impl=base_of(key.dtype))
 
 
 def base_of(dtype: Any) -> str | None:
@@ -224,6 +240,7 @@ _OF_GAMMA = (
     "for each number, and does not show it. Pass a key to fun as jaxaccum.EXAMPLE_KEY, which gives "
     "each example its own, and draw from it under jax.vmap."
 )
+_INSTEAD = ", or make these keys by jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), …"
 _A_KEY = "a key of the batch (BATCH_KEY, and example_streams of nnx)"
 
 
@@ -260,7 +277,7 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
         raise ValueError(
             f"{where} has shape {list(shape)} {sizes}: all examples share it. Another draw of "
             "this shape has one row per example, and the two cannot be told apart. Choose another "
-            "microbatch size."
+            f"microbatch size{_INSTEAD if one.drawn.keys else ''}."
         )
     raise ValueError(
         f"{where} has shape {list(shape)} {sizes}: no axis of it is the examples' alone. Draw "

@@ -131,7 +131,7 @@ class FlatFunction:
             batch_size=self.partition.batch_size,
             keys=[slot.name for slot in slots if slot.role is Role.EXAMPLE_KEY],
         )
-        return assignments.call(self.fun, args, kwargs, explain)
+        return batch_keys.returned(assignments.call(self.fun, args, kwargs, explain))
 
     def _leaves(self, output: PyTree) -> Iterator[tuple[Output, list[Array]]]:
         """The leaves of the output, as the audit names them."""

@@ -6,6 +6,7 @@ The oracle is `jax.value_and_grad` of the same function, whose key is an ordinar
 import hypothesis
 import jax
 import jax.extend.core as jex
+import jax.extend.random
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from jaxaccum.testing.strategies import partitions
-from tests.support.helpers import EXACT, INEXACT, data, normwise, refused
+from tests.support.helpers import EXACT, INEXACT, data, normwise, refused, same
 
 X, W = data(12, 3), data(3, 3, seed=1)
 AXES = (None, 0, ja.BATCH_KEY)
@@ -199,6 +200,22 @@ def test_padding_that_is_skipped_leaves_the_numbers_of_the_batch(options):
     assert normwise(step(W, batch, key, 7), jax.value_and_grad(whole)(W)) < EXACT
 
 
+@EVERY
+def test_a_key_that_is_returned_is_that_of_the_batch(options):
+    def loss(w, x, key, old):
+        value = jnp.mean(dropout(key, x @ w) ** 2)
+        key = jax.random.fold_in(key, 1)
+        return value, (ja.Last(key), ja.Concat(jax.random.split(key, len(x))), ja.Carry(key))
+
+    key, axes = jax.random.key(3), (*AXES, ja.CARRY)
+    step = ja.value_and_grad(loss, has_aux=True, in_axes=axes, **options)
+    (_, keys), _ = step(W, X, key, key)
+    after = jax.random.fold_in(key, 1)
+    for actual, expected in zip(keys, (after, jax.random.split(after, 12), after), strict=True):
+        assert actual.dtype == key.dtype
+        assert same(jax.random.key_data(actual), jax.random.key_data(expected))
+
+
 # -- coupled losses and devices ----------
 
 
@@ -269,6 +286,14 @@ def test_a_microbatch_draws_its_own_rows_alone(impl):
 # -- what cannot be told ----------
 
 
+def generator_of_its_own():
+    threefry = jax.extend.random.threefry_prng_impl
+    return jax.extend.random.define_prng_impl(
+        key_shape=(2,), seed=threefry.seed, split=threefry.split,
+        random_bits=threefry.random_bits, fold_in=threefry.fold_in, name="own", tag="own",
+    )  # fmt: skip
+
+
 def test_draws_that_cannot_be_divided_are_refused():
     def call(draw, size=4, key=None):
         key = jax.random.key(3) if key is None else key
@@ -280,6 +305,9 @@ def test_draws_that_cannot_be_divided_are_refused():
     both = lambda key, h: a_weight(key, dropout(key, h))
     refused(call(both, 3), "cannot be told apart", "another microbatch size")
     call(both)()
+    halves = lambda key, h: a_key_per_example(jax.random.split(key)[0], h)
+    refused(call(halves, 2), "[2] for 2 examples", "microbatch size, or", "fold_in(key, 1)")
+    call(halves, 3)()
     gamma = lambda key, h: h * jax.random.gamma(key, 2.0, h.shape, h.dtype)
     refused(call(gamma), "gamma", "EXAMPLE_KEY")
     own_gamma = lambda key, h: jax.vmap(gamma)(jax.random.split(key, len(h)), h)
@@ -292,6 +320,8 @@ def test_draws_that_cannot_be_divided_are_refused():
         "threefry",
     )
     refused(lambda: call(dropout, key=X)(), "no single PRNG key", "BATCH_KEY", error=TypeError)
+    own = jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl=generator_of_its_own())
+    refused(lambda: call(dropout, key=own)(), "argument 2 BATCH_KEY", "by name", error=TypeError)
     refused(
         lambda: ja.partition(W, X, jax.random.key(3), in_axes=AXES, num_microbatches=2),
         "argument 2 BATCH_KEY", "which rows", "EXAMPLE_KEY", error=TypeError,
