@@ -364,8 +364,8 @@ def _kept_kind(leaf: Any, axis: Sentinel, name: str) -> Hashable | None:
         return key_impl(leaf) if axis is CARRY else None
     if not isinstance(impl := jax.random.key_impl(leaf), str):  # of a legacy key, too
         raise TypeError(
-            f"in_axes declares {name} BATCH_KEY, and it is a key of {impl}; pass one of a generator "
-            "that JAX knows by name, as jax.random.key(seed, impl=name) makes it."
+            f"in_axes declares {name} BATCH_KEY, and it is a key of {impl}; pass one of those "
+            "that JAX knows by name, as jax.random.key(seed, impl=name) makes them."
         )
     return impl
 
