@@ -1,9 +1,10 @@
 """Equinox: a BERT with dropout, on masked texts.
 
 Command   python -m experiments.recipes.equinox_bert
-"""
 
-import functools
+The loss splits one key over its texts, as Equinox's models want it. In microbatches, each text has
+the key that it has in the whole batch.
+"""
 
 import equinox as eqx
 import jax
@@ -38,8 +39,9 @@ class Bert(eqx.Module):
         return jax.vmap(self.head)(x)
 
 
-def cross_entropy(model, batch, keys):
+def cross_entropy(model, batch, key):
     """One number for each character, and 1.0 where it was hidden."""
+    keys = jax.random.split(key, len(batch["ids"]))
     hidden = batch["mask"] * (batch["ids"] % 7 == 3)
     logits = jax.vmap(model)(jnp.where(hidden > 0, HIDDEN, batch["ids"]), keys)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["ids"]), hidden
@@ -48,12 +50,11 @@ def cross_entropy(model, batch, keys):
 def plain(model, opt_state, batch, key):
     """The training step as anybody would write it."""
 
-    def loss_fn(model, batch, keys):
-        ce, hidden = cross_entropy(model, batch, keys)
+    def loss(model, batch, key):
+        ce, hidden = cross_entropy(model, batch, key)
         return jnp.sum(ce * hidden) / jnp.sum(hidden)
 
-    keys = jax.random.split(key, len(batch["ids"]))
-    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
+    grads = eqx.filter_grad(loss)(model, batch, key)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state
 
@@ -61,13 +62,12 @@ def plain(model, opt_state, batch, key):
 def accumulated(model, opt_state, batch, key):
     """The same step in 4 microbatches."""
 
-    @functools.partial(jaxaccum.microbatch, num_microbatches=4, in_axes=(None, 0, 0))
-    def loss_fn(model, batch, keys):
-        ce, hidden = cross_entropy(model, batch, keys)
+    def loss(model, batch, key):
+        ce, hidden = cross_entropy(model, batch, key)
         return jaxaccum.Mean(jnp.sum(ce * hidden), jnp.sum(hidden))
 
-    keys = jax.random.split(key, len(batch["ids"]))
-    grads = eqx.filter_grad(loss_fn)(model, batch, keys)
+    loss = jaxaccum.microbatch(loss, num_microbatches=4, in_axes=(None, 0, jaxaccum.BATCH_KEY))
+    grads = eqx.filter_grad(loss)(model, batch, key)
     updates, opt_state = OPT.update(grads, opt_state)
     return eqx.apply_updates(model, updates), opt_state
 

@@ -2,9 +2,8 @@
 
 Command   python -m experiments.recipes.linen_train_state
 
-Each example has a dropout key of its own, so the model is applied to one example, under
-`jax.vmap`, and BatchNorm takes its statistics over the axis that `jax.vmap` names. In microbatches
-it takes them over the microbatches too.
+The model drops entries of all rows from one key. In microbatches, each row drops what it drops in
+the whole batch, and BatchNorm takes its statistics over the microbatches.
 """
 
 from typing import Any
@@ -22,13 +21,13 @@ from experiments.recipes import _check, _texts
 class Net(nn.Module):
     """A hidden layer with BatchNorm and dropout."""
 
-    axes: Any
+    axis: str | None = None
 
     @nn.compact
     def __call__(self, x):
-        """The logits of one example."""
+        """The logits."""
         x = nn.Dense(32)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=False, axis_name=self.axes)(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=False, axis_name=self.axis)(x))
         return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(x))
 
 
@@ -40,44 +39,33 @@ class TrainState(train_state.TrainState):
 
 def plain(state, batch, key):
     """The training step as anybody would write it."""
-    model = Net(axes="example")
+    model = Net()
 
-    def loss_fn(params, batch):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-
-        def one(x, key):
-            return model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
-
-        batched = jax.vmap(one, out_axes=(0, None), axis_name="example")
-        logits, new = batched(batch["x"], batch["key"])
+    def loss(params, batch, key):
+        variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": key}
+        logits, new = model.apply(variables, batch["x"], rngs=rngs, mutable=["batch_stats"])
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), new["batch_stats"]
 
-    batch = batch | {"key": jax.random.split(key, len(batch["x"]))}
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, batch_stats), grads = grad_fn(state.params, batch)
-    return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    (value, batch_stats), grads = grad_fn(state.params, batch, key)
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), value
 
 
 def accumulated(state, batch, key):
     """The same step in 4 microbatches."""
-    model = Net(axes=("example", "microbatch"))
+    model = Net(axis="microbatch")
 
-    def loss_fn(params, batch):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-
-        def one(x, key):
-            return model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
-
-        batched = jax.vmap(one, out_axes=(0, None), axis_name="example")
-        logits, new = batched(batch["x"], batch["key"])
+    def loss(params, batch, key):
+        variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": key}
+        logits, new = model.apply(variables, batch["x"], rngs=rngs, mutable=["batch_stats"])
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return jnp.mean(ce), jaxaccum.Last(new["batch_stats"])
 
-    batch = batch | {"key": jax.random.split(key, len(batch["x"]))}
-    grad_fn = jaxaccum.value_and_grad(loss_fn, has_aux=True, num_microbatches=4)
-    (loss, batch_stats), grads = grad_fn(state.params, batch)
-    return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+    loss = jaxaccum.microbatch(loss, num_microbatches=4, in_axes=(None, 0, jaxaccum.BATCH_KEY))
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    (value, batch_stats), grads = grad_fn(state.params, batch, key)
+    return state.apply_gradients(grads=grads, batch_stats=batch_stats), value
 
 
 def usual(state, batch, key):
@@ -91,7 +79,7 @@ def usual(state, batch, key):
 
 def check() -> _check.Errors:
     """One step on 16 texts: parameters and running statistics."""
-    model, batch, key = Net(axes=None), _texts.letters(16), jax.random.key(0)
+    model, batch, key = Net(), _texts.letters(16), jax.random.key(0)
     variables = _check.wide(model.init({"params": key, "dropout": key}, batch["x"]))
     state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
     steps = [jax.jit(step)(state, batch, key)[0] for step in (plain, accumulated, usual)]

@@ -1,13 +1,11 @@
-"""Flax nnx: dropout that does not depend on the microbatches.
+"""Flax nnx: dropout, with the masks of the whole batch.
 
 Command   python -m experiments.recipes.nnx_dropout
 
-One call of an nnx model draws one mask for all its examples, so the masks of a batch cannot be
-those of its parts. With `example_streams`, each example draws from a key of its own. The check
-draws the masks of one example at a time, in Python.
+The model draws one mask for all its rows. With `example_streams`, each microbatch has its rows of
+the mask that the whole batch draws.
 """
 
-import jax
 import optax
 from flax import nnx
 
@@ -42,15 +40,16 @@ def cross_entropy(model, batch):
 
 def plain(model, optimizer, batch):
     """The training step as anybody would write it."""
-    loss, grads = nnx.value_and_grad(cross_entropy)(model, batch)
+    grad_fn = nnx.value_and_grad(cross_entropy)
+    loss, grads = grad_fn(model, batch)
     optimizer.update(model, grads)
     return loss
 
 
 def accumulated(model, optimizer, batch):
     """The same step in 4 microbatches."""
-    step = jaxaccum.nnx.value_and_grad(cross_entropy, num_microbatches=4, example_streams="dropout")
-    loss, grads = step(model, batch)
+    grad_fn = jaxaccum.nnx.value_and_grad(cross_entropy, num_microbatches=4, example_streams=True)
+    loss, grads = grad_fn(model, batch)
     optimizer.update(model, grads)
     return loss
 
@@ -61,21 +60,10 @@ def usual(model, optimizer, batch):
     optimizer.update(model, _check.mean(grads))
 
 
-def one_by_one(model, optimizer, batch):
-    """The step of an example alone with its own key, for each of them: their mean."""
-    keys = jax.random.split(model.dropout.rngs.key[...], len(batch["x"]))
-    grads = []
-    for key, part in zip(keys, _check.parts(batch, len(keys)), strict=True):
-        own = nnx.clone(model)
-        own.dropout.rngs.key[...] = key
-        grads.append(nnx.grad(cross_entropy)(own, part))
-    optimizer.update(model, _check.mean(grads))
-
-
 def check() -> _check.Errors:
     """One step on 8 texts."""
     batch, ends = _texts.letters(8), []
-    for step in (one_by_one, accumulated, usual):
+    for step in (plain, accumulated, usual):
         model, optimizer = made()
         nnx.jit(step)(model, optimizer, batch)
         ends.append(nnx.as_pure(nnx.state(model, nnx.Param)))
