@@ -14,7 +14,7 @@ from flax.nnx import filterlib
 from jaxaccum._base.types import CARRY, Array, Fun, PyTree
 from jaxaccum._flax import batch_norm
 from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
-from jaxaccum._program import argument_slots, validate
+from jaxaccum._program import entries_of_call, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes
 from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
 from jaxaccum._transforms.value_and_grad import value_and_grad as _value_and_grad
@@ -116,7 +116,7 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def accumulated(*args: PyTree, **kwargs: PyTree) -> PyTree:
-        axes = argument_slots.assigned(in_axes, args, kwargs, fun)
+        axes = entries_of_call.assigned(in_axes, args, kwargs, fun)
         given = argnums if isinstance(argnums, tuple | list) else (argnums,)
         states = list(map(_diff_state, given))
         numbers = validate.argnums([state.argnum for state in states], axes.positional)

@@ -241,6 +241,15 @@ _OF_GAMMA = (
     "each example its own, and draw from it under jax.vmap."
 )
 _INSTEAD = ", or make these keys by jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), …"
+_KEYS_OF_ROWS = (
+    "Make one key per example by jax.random.split(key, len(x)), or pass the key to fun as "
+    "jaxaccum.EXAMPLE_KEY, which makes them."
+)
+_NUMBERS_OF_ROWS = (
+    "Draw before the axis of the examples is merged with another one. Or let the numbers depend on "
+    "the partition: pass the key as jaxaccum.KEY, and leave this stream of an nnx model out, as in "
+    'example_streams="dropout".'
+)
 _A_KEY = "a key of the batch (BATCH_KEY, and example_streams of nnx)"
 
 
@@ -280,10 +289,8 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
             f"microbatch size{_INSTEAD if one.drawn.keys else ''}."
         )
     raise ValueError(
-        f"{where} has shape {list(shape)} {sizes}: no axis of it is the examples' alone. Draw "
-        "before that axis is merged with another one. Or let the numbers depend on the partition: "
-        "pass the key as jaxaccum.KEY, and leave this stream of an nnx model out, as in "
-        'example_streams="dropout".'
+        f"{where} has shape {list(shape)} {sizes}: no axis of it has one entry per example. "
+        f"{_KEYS_OF_ROWS if one.drawn.keys else _NUMBERS_OF_ROWS}"
     )
 
 

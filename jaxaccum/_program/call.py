@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from jaxaccum._base.types import Array, Audit, Fun, InAxes, Memory, PyTree, Split, Unroll
-from jaxaccum._program import argument_slots, validate
+from jaxaccum._program import argument_slots, entries_of_call, validate
 from jaxaccum._program.argument_slots import ArgumentTree
 
 
@@ -82,7 +82,7 @@ def read(
     argnums: int | Sequence[int] | None = None,
 ) -> Call:
     """The call ``fun(*args, **kwargs)``; None differentiates nothing."""
-    axes = argument_slots.assigned(options.in_axes, args, kwargs, fun)
+    axes = entries_of_call.assigned(options.in_axes, args, kwargs, fun)
     numbers = () if argnums is None else validate.argnums(argnums, axes.positional)
     counted = options.num_examples_argnum
     if counted is not None:

@@ -10,7 +10,7 @@ from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.report import AuditReport
 from jaxaccum._audit.traces import Loss, read
 from jaxaccum._base.types import Fun, InAxes
-from jaxaccum._program import argument_slots
+from jaxaccum._program import entries_of_call
 from jaxaccum._program.axes_by_name import by_position, check_keywords
 from jaxaccum._tools.probe import probe as run_probe
 
@@ -73,7 +73,7 @@ def audit(
         ('COUPLED', False)
     """
     check_keywords(kwargs, in_axes, "audit", fun)
-    axes = argument_slots.assigned(in_axes, args, kwargs, fun)
+    axes = entries_of_call.assigned(in_axes, args, kwargs, fun)
     arguments = read(args, kwargs, axes, num_microbatches)
     report = report_on(Loss(fun, arguments, axis_name, has_aux), arguments.partition, axis_name)
     if not probe:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxaccum._base.source_lines import is_ours
 from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split, Unroll
-from jaxaccum._program import argument_slots, validate
+from jaxaccum._program import entries_of_call, validate
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.call import Options
 from jaxaccum._tools import lowering
@@ -103,7 +103,7 @@ def plan(
         (True, True)
     """
     check_keywords(kwargs, in_axes, "plan", fun)
-    axes = argument_slots.assigned(in_axes, args, kwargs, fun)
+    axes = entries_of_call.assigned(in_axes, args, kwargs, fun)
     numbers = validate.argnums(argnums, axes.positional)
     if validate.unroll(unroll) is True and num_microbatches is None and microbatch_size is None:
         raise ValueError(

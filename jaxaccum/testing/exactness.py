@@ -12,8 +12,8 @@ import numpy as np
 import jaxaccum
 from jaxaccum._base.types import Fun, InAxes, PyTree
 from jaxaccum._host_loop.partition import num_examples
-from jaxaccum._program.argument_slots import assigned
 from jaxaccum._program.axes_by_name import by_position, check_keywords
+from jaxaccum._program.entries_of_call import assigned
 from jaxaccum._program.tags import is_tag
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause

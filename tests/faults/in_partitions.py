@@ -113,7 +113,7 @@ FAULTS = [
     Fault(
         "fun is traced twice",
         "FlatFunction._output",
-        "        return assignments.call(self.fun, args, kwargs, explain)\n",
+        "        return batch_keys.returned(assignments.call(self.fun, args, kwargs, explain))\n",
         "        self.fun(*args, **kwargs)\n        return self.fun(*args, **kwargs)\n",
         "plain/test_value_and_grad.py::test_fun_is_traced_once_a_size",
     ),

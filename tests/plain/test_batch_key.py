@@ -302,6 +302,8 @@ def test_draws_that_cannot_be_divided_are_refused():
 
     merged = lambda key, h: h * jnp.mean(jax.random.uniform(key, (3 * len(h),), h.dtype))
     refused(call(merged), "draw at", __file__, "[12] for 4 examples", "[24] for 8", "jaxaccum.KEY")
+    one_more = lambda key, h: jax.vmap(noise)(jax.random.split(key, len(h) + 1)[1:], h)
+    refused(call(one_more), "[5] for 4 examples", "[9] for 8", "split(key, len(x))", "EXAMPLE_KEY")
     both = lambda key, h: a_weight(key, dropout(key, h))
     refused(call(both, 3), "cannot be told apart", "another microbatch size")
     call(both)()
