@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._base.source_lines import Frame, frame_of
-from jaxaccum._base.trees import dtype_of
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
 
@@ -99,7 +98,7 @@ def returned(output: PyTree) -> PyTree:
 
 
 def _is_batch_key(x: Any) -> bool:
-    return is_batch_key(dtype_of(x))
+    return is_batch_key(getattr(x, "dtype", None))
 
 
 def _key_of_batch(key: Array) -> Array:

@@ -209,10 +209,10 @@ ONE_KEY = jax.random.PRNGKey(0)
 @pytest.mark.parametrize(
     ("args", "entries"),
     [
-        ((W, X, KEY), "None, 0, EXAMPLE_KEY"),
-        ((W, X, ONE_KEY), "None, 0, EXAMPLE_KEY"),
+        ((W, X, KEY), "None, 0, BATCH_KEY"),
+        ((W, X, ONE_KEY), "None, 0, BATCH_KEY"),
         ((W, X, jnp.arange(6)), "None, 0, 0"),
-        ((W, STATE, KEY, {"x": X, "y": X[:, 0]}), "None, None, EXAMPLE_KEY, 0"),
+        ((W, STATE, KEY, {"x": X, "y": X[:, 0]}), "None, None, BATCH_KEY, 0"),
         ((W, jnp.ones(16), X), "None, None, 0"),
         ((W, 0.5, 2.0), "None, None, None"),
     ],
@@ -221,7 +221,7 @@ def test_the_entries_that_are_suggested_fit_the_arguments(args, entries):
     """An example that fails when it is copied sends its reader astray."""
     refused(call(mean, *args), f"as in_axes=({entries}):")
     if "0" in entries:
-        named = eval(f"({entries})", {"EXAMPLE_KEY": ja.EXAMPLE_KEY})
+        named = eval(f"({entries})", {"BATCH_KEY": ja.BATCH_KEY})
         ja.grad(lambda w, *rest: 0.0 * jnp.sum(w), num_microbatches=2, in_axes=named)(*args)
 
 
