@@ -177,4 +177,4 @@ def test_what_key_draws_is_no_remedy_for_a_place():
             jaxaccum.grad(loss, num_microbatches=2, in_axes=(None, 0, role))(
                 W, X, jax.random.key(0)
             )
-        assert ("EXAMPLE_KEY" in str(caught[0].message)) is said
+        assert ("BATCH_KEY" in str(caught[0].message)) is said

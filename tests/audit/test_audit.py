@@ -144,7 +144,7 @@ def test_the_fix_of_an_untagged_sum_and_ratio_is_the_tag_and_its_lines_are_apart
             lambda w, b: jnp.mean(
                 jax.random.normal(jax.random.key(0), b["y"].shape) * (b["x"] @ w)
             ),
-            "EXAMPLE_KEY",
+            "BATCH_KEY",
         ),
         (lambda w, b: jax.nn.logsumexp(b["x"] @ jnp.diag(w) @ b["x"].T), "all_gather"),
     ],

@@ -149,7 +149,7 @@ def test_a_failure_names_its_cause(fun):
 
 
 def test_a_key_for_each_microbatch_is_named():
-    with pytest.raises(AssertionError, match="use EXAMPLE_KEY"):
+    with pytest.raises(AssertionError, match="use BATCH_KEY"):
         assert_exact(
             noisy,
             PARAMS,
