@@ -51,7 +51,7 @@ def explain(
     if keys:
         error.add_note(
             f"{keys[0]} is declared EXAMPLE_KEY, so it holds {size} keys, one per example. Where "
-            "one key is wanted, call for each example under jax.vmap."
+            "one key is wanted, declare it BATCH_KEY, or call for each example under jax.vmap."
         )
     if size == batch_size:
         return
