@@ -115,7 +115,7 @@ class ArgumentTree:
         """The slots of the arguments at these positions, argument by argument."""
         return of_arguments(self.slots, numbers)
 
-    def drawing(self, rows: Rows, larger: Larger = frozenset()) -> ArgumentTree:
+    def drawing(self, rows: Rows, larger: Larger | None = None) -> ArgumentTree:
         """The tree in a microbatch of these examples, which its keys of the batch draw for."""
 
         def drawing(slot: Slot) -> Slot:

@@ -30,6 +30,7 @@ import numpy as np
 from jaxaccum._base.source_lines import Frame, frame_of
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
+from jaxaccum._program.example_keys import example_keys
 
 Shape = tuple[int, ...]
 _TAG = "rows of "
@@ -45,6 +46,8 @@ class Drawn(NamedTuple):
 
 Larger = frozenset[Drawn]
 """What twice as many examples draw: it tells which axis of a draw grows."""
+_OF_GAMMA = Drawn(True, (-1,))
+"""Among these, that a gamma distribution is drawn from, whose own splits no program shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +121,10 @@ def is_batch_key(dtype: Any) -> bool:
 
 
 @functools.cache
-def generator(base: Hashable, rows: Rows, larger: Larger) -> Any:
+def generator(base: Hashable, rows: Rows, larger: Larger | None) -> Any:
     """The generator of keys that draw these rows as the generator `base` draws the batch.
+
+    Without `larger` the rows are the whole batch, and no draw is divided.
 
     Equal arguments give one generator, so that its keys have one type and nothing is traced again.
     """
@@ -136,8 +141,10 @@ def generator(base: Hashable, rows: Rows, larger: Larger) -> Any:
         return jnp.concatenate([own, first], axis=-1)
 
     def split(data: Array, shape: Shape) -> Array:
-        draw = functools.partial(jax.random.split, typed(data[:-1]))
-        return keeping(data, _rows_of(draw, Drawn(True, tuple(shape)), data[-1]))
+        key, drawn = typed(data[:-1]), Drawn(True, tuple(shape))
+        if len(shape) == 1 and _axis(drawn, rows.size, larger) == 0:
+            return keeping(data, example_keys(key, rows.after(data[-1]), rows.batch_size))
+        return keeping(data, _rows_of(functools.partial(jax.random.split, key), drawn, data[-1]))
 
     def fold_in(data: Array, message: Any) -> Array:
         return keeping(data, jax.random.fold_in(typed(data[:-1]), message))
@@ -155,6 +162,7 @@ def generator(base: Hashable, rows: Rows, larger: Larger) -> Any:
     def _rows_of(draw: Callable[[Shape], Array], drawn: Drawn, first: Array) -> Array:
         axis = _axis(drawn, rows.size, larger)
         if axis is None:
+            _check_compared(drawn, larger)
             return draw(drawn.shape)
         whole = draw(_with(drawn.shape, axis, rows.batch_size))
         return whole[(slice(None),) * axis + (rows.after(first),)]
@@ -165,6 +173,16 @@ def generator(base: Hashable, rows: Rows, larger: Larger) -> Any:
         key_shape=(single.shape[0] + 1,), seed=seed, split=split, random_bits=random_bits,
         fold_in=fold_in, name=name, tag=name,
     )  # fmt: skip
+
+
+def _check_compared(drawn: Drawn, larger: Larger | None) -> None:
+    """A draw that is not divided is one that twice as many examples share."""
+    if larger is None or drawn in larger or _OF_GAMMA in larger:
+        return
+    raise ValueError(
+        f"{_A_KEY}: {list(drawn.shape)} is drawn where no program shows it, so it is not known "
+        f"which axis holds the examples. {_OUTSIDE}"
+    )
 
 
 def _places(shape: Shape, axis: int, examples: Array, size: int) -> tuple[Array, Array] | None:
@@ -193,6 +211,12 @@ def _product(x: Array, factor: int) -> tuple[Array, Array]:
 
 
 # -- which axis of a draw holds the examples ----------
+
+
+def what_is_drawn(found: Sequence[Draw]) -> Larger:
+    """What these draws draw."""
+    hidden = [_OF_GAMMA] if any(draw.is_gamma for draw in found) else []
+    return frozenset([*(draw.drawn for draw in found), *hidden])
 
 
 class Draw(NamedTuple):
@@ -225,6 +249,26 @@ def draws(jaxpr: jex.Jaxpr, caller: Frame | None = None) -> Iterator[Draw]:
             yield from draws(sub, where if _is_jaxs_own(eqn) else caller)
 
 
+def check_rules(jaxpr: jex.Jaxpr) -> None:
+    """No rule of the user's for a derivative draws: what it draws is traced too late."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _WITH_RULES and any(is_batch_key(_dtype(v)) for v in eqn.invars):
+            raise ValueError(
+                f"{_A_KEY}: at {frame_of(eqn)} it is an argument of a function with a rule of its "
+                "own for derivatives (custom_vjp, custom_jvp). What the rule draws cannot be "
+                f"divided among the examples. {_OUTSIDE}"
+            )
+        for sub in jex.jaxprs_in_params(eqn.params):
+            check_rules(sub)
+
+
+_WITH_RULES = {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"}
+
+
+def _dtype(variable: Any) -> Any:
+    return getattr(variable.aval, "dtype", None)
+
+
 def _is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     """Whether it calls a jitted function such as ``jax.random``'s ``_normal``."""
     return str(eqn.params.get("name", "")).startswith("_")
@@ -234,11 +278,12 @@ def _type(variable: Any) -> Any:
     return variable.aval
 
 
-_OF_GAMMA = (
+_HIDDEN = (
     "{where} is of a gamma distribution (gamma, beta, dirichlet, t, …). JAX splits its key again "
     "for each number, and does not show it. Pass a key to fun as jaxaccum.EXAMPLE_KEY, which gives "
     "each example its own, and draw from it under jax.vmap."
 )
+_OUTSIDE = "Draw outside of the function with the rule, and pass it the numbers."
 _INSTEAD = ", or make these keys by jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), …"
 _KEYS_OF_ROWS = (
     "Make one key per example by jax.random.split(key, len(x)), or pass the key to fun as "
@@ -262,10 +307,10 @@ def check(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> None:
             f"{_A_KEY}: fun draws {len(found)} times for {size} examples and {len(larger)} times "
             f"for {2 * size}; draw as often for every size, all rows at once."
         )
-    every = frozenset(draw.drawn for draw in larger)
+    every = what_is_drawn(larger)
     for draw in found:
         if draw.is_gamma and Drawn(True, (2 * size,)) in every:
-            raise ValueError(_OF_GAMMA.format(where=f"{_A_KEY}: the draw at {draw.where}"))
+            raise ValueError(_HIDDEN.format(where=f"{_A_KEY}: the draw at {draw.where}"))
     for one, two in zip(found, larger, strict=True):
         _check_draw(one, two, size, every)
 
@@ -275,10 +320,10 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
     shape, other = one.drawn.shape, two.drawn.shape
     sizes = f"for {size} examples and {list(other)} for {2 * size}"
     axis = _axis(one.drawn, size, larger)
-    if one.of != two.of:
-        return _check_keys(one, two, where, shared=axis is None and shape == other)
+    if one.of != two.of and (axis is None or shape != other):
+        return _check_keys(one, two, where, shared=shape == other)
     if one.is_gamma and shape != other:
-        raise ValueError(_OF_GAMMA.format(where=where))
+        raise ValueError(_HIDDEN.format(where=where))
     if other == (shape if axis is None else _with(shape, axis, 2 * size)):
         return None
     if shape == other:
@@ -310,10 +355,11 @@ def _check_keys(one: Draw, two: Draw, where: str, *, shared: bool) -> None:
         )
 
 
-def _axis(drawn: Drawn, size: int, larger: Larger) -> int | None:
+def _axis(drawn: Drawn, size: int, larger: Larger | None) -> int | None:
     """The axis of a draw that holds the examples, if one does."""
-    for i, length in enumerate(drawn.shape):
-        if length == size and drawn._replace(shape=_with(drawn.shape, i, 2 * size)) in larger:
+    for i, length in enumerate(drawn.shape if larger else ()):
+        grown = drawn._replace(shape=_with(drawn.shape, i, 2 * size))
+        if length == size and larger and grown in larger:
             return i
     return None
 

@@ -42,12 +42,26 @@ def of_length(fun: Fun, size: int) -> list[tuple[str, Any]]:
 
 
 def explain(
-    error: Exception, fun: Fun, *, size: int, batch_size: int, keys: Sequence[str] = ()
+    error: Exception,
+    fun: Fun,
+    *,
+    size: int,
+    batch_size: int,
+    keys: Sequence[str] = (),
+    batch_keys: Sequence[str] = (),
 ) -> None:
     """Note on an error of the user's function at which size it came up, and what may not fit it.
 
-    That is an argument that holds keys of examples, or an array that the function closes over.
+    That is an argument that holds keys of examples or is a key of the batch, or an array that the
+    function closes over.
     """
+    if batch_keys:
+        error.add_note(
+            f"{batch_keys[0]} is declared BATCH_KEY, so it is a typed key of a kind of its own. "
+            "What asks for JAX's own kind (jax.random.poisson), for its integers, or joins it with "
+            "another key (where, stack, cond) needs ordinary keys: declare it EXAMPLE_KEY, which "
+            "gives one per example, and draw under jax.vmap."
+        )
     if keys:
         error.add_note(
             f"{keys[0]} is declared EXAMPLE_KEY, so it holds {size} keys, one per example. Where "

@@ -56,8 +56,8 @@ class FlatFunction:
     audited: bool
     num_shards: int = 1
     """Of the batch, of which the partition divides each alike."""
-    larger: Larger = frozenset()
-    """What twice as many examples draw from the keys of the batch."""
+    larger: Larger | None = None
+    """What twice as many examples draw from the keys of the batch, where these are divided."""
     constant: output_parts.Constant | None = None
     """Stops the gradient of an output that passes none."""
     returned: list[Returned] = dataclasses.field(default_factory=list)
@@ -103,11 +103,13 @@ class FlatFunction:
             raise ValueError(
                 "for BATCH_KEY, and example_streams of nnx, what fun draws for "
                 f"{size} examples is compared with what it draws for {2 * size}, and fun does not "
-                f"run on {2 * size} ({error}); let it take any number of examples."
+                f"run on {2 * size} ({error or type(error).__name__}); let it take any number of "
+                "examples."
             ) from error
         larger = list(batch_keys.draws(twice.trace.jaxpr))
-        self.larger = frozenset(draw.drawn for draw in larger)
+        self.larger = batch_keys.what_is_drawn(larger)
         found = trace(self, size)
+        batch_keys.check_rules(found.trace.jaxpr)
         batch_keys.check(list(batch_keys.draws(found.trace.jaxpr)), larger, size)
         return found
 
@@ -130,6 +132,7 @@ class FlatFunction:
             size=size,
             batch_size=self.partition.batch_size,
             keys=[slot.name for slot in slots if slot.role is Role.EXAMPLE_KEY],
+            batch_keys=[slot.name for slot in slots if slot.role is Role.BATCH_KEY],
         )
         return batch_keys.returned(assignments.call(self.fun, args, kwargs, explain))
 

@@ -83,8 +83,8 @@ FAULTS = [
     Fault(
         "a split is that of the microbatch",
         "generator.split",
-        "_rows_of(draw, Drawn(True, tuple(shape)), data[-1])",
-        "draw(shape)",
+        "return keeping(data, example_keys(key, rows.after(data[-1]), rows.batch_size))",
+        "return keeping(data, jax.random.split(key, shape))",
         "plain/test_batch_keys.py::test_numbers_of_any_distribution_are_those_of_the_batch",
     ),
     Fault(
@@ -111,14 +111,35 @@ FAULTS = [
     Fault(
         "the audit takes keys made by place for the batch's",
         "_by_example",
-        " or made_by_place:",
-        ":",
-        "plain/test_batch_key.py::test_the_audit_tells_draws_of_the_batch_from_others",
+        " or grown or _by_place(ins):",
+        " or grown:",
+        "plain/test_batch_key.py::test_keys_that_are_made_by_place_are_not_exact",
+    ),
+    Fault(
+        "the audit takes keys of the places of examples for the batch's",
+        "_by_example",
+        " or grown or _by_place(ins):",
+        " or _by_place(ins):",
+        "plain/test_batch_key.py::test_keys_that_are_made_by_place_are_not_exact",
+    ),
+    Fault(
+        "rules for derivatives may draw",
+        "check_rules",
+        "if eqn.primitive.name in _WITH_RULES and",
+        "if False and",
+        "plain/test_batch_key.py::test_what_no_program_shows_is_refused",
+    ),
+    Fault(
+        "what was not compared is drawn as it is",
+        "_check_compared",
+        "if larger is None or drawn in larger or _OF_GAMMA in larger:",
+        "if True:",
+        "plain/test_batch_key.py::test_what_no_program_shows_is_refused",
     ),
     Fault(
         "an axis as long as the microbatch is the examples'",
         "_axis",
-        "if length == size and drawn._replace(shape=_with(drawn.shape, i, 2 * size)) in larger:",
+        "if length == size and larger and grown in larger:",
         "if length == size:",
         "flax/test_example_streams_draws.py::"
         "test_what_all_examples_share_is_drawn_once_for_the_batch",

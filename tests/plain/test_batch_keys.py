@@ -19,6 +19,8 @@ from tests.support.helpers import data, same
 
 SIZE, BATCH = 4, 10
 ADJACENT, STRIDED = (0, 1, 2, 3), (0, 2, 4, 6)
+SHARED = [(), (2,), (3,), (1, 3), (4, 5), (4, 4), (2, 3)]
+"""What as many examples and twice as many draw alike."""
 OFFSETS = pytest.mark.parametrize("offsets", [ADJACENT, STRIDED], ids=["adjacent", "strided"])
 IMPLS = pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
 DTYPES = [jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64]
@@ -36,8 +38,8 @@ def keys_of(impl="threefry2x32", *larger, first=2, offsets=ADJACENT, of=()):
     key = jax.random.key(3, impl=impl)
     key = jax.random.split(key, of) if of else key
     own = batch_keys.moved(batch_keys.data_of(key), jnp.int32(first))
-    drawn = frozenset(Drawn(kind, shape) for kind in (False, True) for shape in larger)
-    impl = batch_keys.generator(jax.random.key_impl(key), Rows(offsets, BATCH), drawn)
+    drawn = {Drawn(kind, shape) for kind in (False, True) for shape in (*larger, *SHARED)}
+    impl = batch_keys.generator(jax.random.key_impl(key), Rows(offsets, BATCH), frozenset(drawn))
     return key, jax.random.wrap_key_data(own, impl=impl)
 
 

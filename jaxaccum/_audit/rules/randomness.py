@@ -28,7 +28,7 @@ from jaxaccum._program.batch_keys import base_of, is_batch_key
 
 _ONE_KEY = "one key draws for the whole microbatch, so the numbers depend on the split"
 _BY_INTEGERS = "the integers of a key of the batch tell which examples the microbatch holds"
-_BY_PLACE = "keys are made from the places of the examples in their microbatch"
+_BY_PLACE = "keys are made from places or numbers of examples, which differ by microbatch"
 _CLOSED_OVER = "the loss closes over the key `{name}`, so every microbatch draws the same numbers"
 _WITHOUT_BITS = {"random_seed", "random_wrap", "random_unwrap", "random_clone"}
 _FOR_EACH_KEY = {
@@ -74,8 +74,8 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _by_example(walk: Walk, op: Op, ins: list[Value]) -> Settled | None:
     """A draw from a key of the batch: rows along the axis that grows with the examples."""
     dtypes = _dtypes([*op.eqn.invars, *op.eqn.outvars])
-    made_by_place = any(varying(op.shapes(i)) for i in range(len(ins)))
-    if not any(map(is_batch_key, dtypes)) or not all_fixed(ins) or made_by_place:
+    grown = any(varying(op.shapes(i)) for i in range(len(ins)))
+    if not any(map(is_batch_key, dtypes)) or not all_fixed(ins) or grown or _by_place(ins):
         return None
     faults = faults_of(ins)
     if op.name == "random_unwrap":
@@ -135,5 +135,10 @@ def _by_split(op: Op, ins: list[Value]) -> bool:
     """Whether the draw has the batch's size, or its key is made of an example's place."""
     grows = any(map(varying, map(op.out_shapes, range(op.num_outs))))
     grown = any(map(varying, map(op.shapes, range(len(ins)))))
-    by_place = any_place(ins) or FaultKind.POSITION in kinds_of(faults_of(ins))
-    return by_place or (grows and not grown) or not all_unscaled(ins)
+    return _by_place(ins) or (grows and not grown)
+
+
+def _by_place(ins: list[Value]) -> bool:
+    """Whether an operand is made of an example's place, or of how many examples there are."""
+    placed = any_place(ins) or FaultKind.POSITION in kinds_of(faults_of(ins))
+    return placed or not all_unscaled(ins)
