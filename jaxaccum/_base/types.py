@@ -43,8 +43,8 @@ class Sentinel(enum.Enum):
     CARRY is a state threaded from microbatch to microbatch, KEY a PRNG key folded with the index of
     the microbatch. From BATCH_KEY each example draws what it draws in the whole batch, and
     EXAMPLE_KEY reaches `fun` as an array of keys, ``jax.random.split(key, batch_size)[i]`` for
-    example i. MAX_GRAD is also for a part of an
-    argument: it is passed whole, and its gradients combine by maximum.
+    example i. MAX_GRAD is also for a part of an argument: it is passed whole, and its gradients
+    combine by maximum.
     """
 
     CARRY = "CARRY"

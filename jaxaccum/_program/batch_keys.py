@@ -11,7 +11,7 @@ Example. Of 6 examples, the microbatch 1 holds two. There ``bits(key, (2, 3))`` 
 of its place 3 i + j, so no more than these two rows are computed.
 
 Cost: what the draw costs alone. Other generators make the numbers of all examples in each
-microbatch, and take the rows.
+microbatch, and take the rows. `fun` is traced once more, for twice as many examples.
 """
 
 from __future__ import annotations
@@ -140,32 +140,40 @@ def generator(base: Hashable, rows: Rows, larger: Larger | None) -> Any:
         first = jnp.broadcast_to(data[-1], (*own.shape[:-1], 1))
         return jnp.concatenate([own, first], axis=-1)
 
+    def axis_of(drawn: Drawn) -> int | None:
+        axis = _axis(drawn, rows.size, larger)
+        if axis is None:
+            _check_compared(drawn, larger)
+        return axis
+
+    def taken(draw: Callable[[Shape], Array], shape: Shape, axis: int, first: Array) -> Array:
+        whole = draw(_with(shape, axis, rows.batch_size))
+        return whole[(slice(None),) * axis + (rows.after(first),)]
+
     def split(data: Array, shape: Shape) -> Array:
-        key, drawn = typed(data[:-1]), Drawn(True, tuple(shape))
-        if len(shape) == 1 and _axis(drawn, rows.size, larger) == 0:
-            return keeping(data, example_keys(key, rows.after(data[-1]), rows.batch_size))
-        return keeping(data, _rows_of(functools.partial(jax.random.split, key), drawn, data[-1]))
+        draw = functools.partial(jax.random.split, typed(data[:-1]))
+        axis = axis_of(Drawn(True, tuple(shape)))
+        if axis is None:
+            return keeping(data, draw(shape))
+        if len(shape) > 1:
+            return keeping(data, taken(draw, shape, axis, data[-1]))
+        return keeping(data, example_keys(typed(data[:-1]), rows.after(data[-1]), rows.batch_size))
 
     def fold_in(data: Array, message: Any) -> Array:
         return keeping(data, jax.random.fold_in(typed(data[:-1]), message))
 
     def random_bits(data: Array, width: int, shape: Shape) -> Array:
-        key, drawn, dtype = typed(data[:-1]), Drawn(False, tuple(shape)), jnp.dtype(f"uint{width}")
-        axis = _axis(drawn, rows.size, larger)
-        if axis is not None and base == _THREEFRY and compat.draws_by_place():
-            places = _places(drawn.shape, axis, rows.after(data[-1]), rows.batch_size)
-            if places is not None:
-                return compat.threefry_bits(data[:-1], *places, dtype)
-        draw = functools.partial(jax.random.bits, key, dtype=dtype)
-        return _rows_of(draw, drawn, data[-1])
-
-    def _rows_of(draw: Callable[[Shape], Array], drawn: Drawn, first: Array) -> Array:
-        axis = _axis(drawn, rows.size, larger)
+        dtype = jnp.dtype(f"uint{width}")
+        draw = functools.partial(jax.random.bits, typed(data[:-1]), dtype=dtype)
+        axis = axis_of(Drawn(False, tuple(shape)))
         if axis is None:
-            _check_compared(drawn, larger)
-            return draw(drawn.shape)
-        whole = draw(_with(drawn.shape, axis, rows.batch_size))
-        return whole[(slice(None),) * axis + (rows.after(first),)]
+            return draw(shape)
+        places = None
+        if base == _THREEFRY and compat.draws_by_place():
+            places = _places(shape, axis, rows.after(data[-1]), rows.batch_size)
+        if places is None:
+            return taken(draw, shape, axis, data[-1])
+        return compat.threefry_bits(data[:-1], *places, dtype)
 
     single = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=base)))
     name = f"{_TAG}{base}"
@@ -249,10 +257,13 @@ def draws(jaxpr: jex.Jaxpr, caller: Frame | None = None) -> Iterator[Draw]:
             yield from draws(sub, where if _is_jaxs_own(eqn) else caller)
 
 
+_WITH_RULES = {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"}
+
+
 def check_rules(jaxpr: jex.Jaxpr) -> None:
     """No rule of the user's for a derivative draws: what it draws is traced too late."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _WITH_RULES and any(is_batch_key(_dtype(v)) for v in eqn.invars):
+        if eqn.primitive.name in _WITH_RULES and any(map(_is_batch_key, map(_type, eqn.invars))):
             raise ValueError(
                 f"{_A_KEY}: at {frame_of(eqn)} it is an argument of a function with a rule of its "
                 "own for derivatives (custom_vjp, custom_jvp). What the rule draws cannot be "
@@ -260,13 +271,6 @@ def check_rules(jaxpr: jex.Jaxpr) -> None:
             )
         for sub in jex.jaxprs_in_params(eqn.params):
             check_rules(sub)
-
-
-_WITH_RULES = {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"}
-
-
-def _dtype(variable: Any) -> Any:
-    return getattr(variable.aval, "dtype", None)
 
 
 def _is_jaxs_own(eqn: jex.JaxprEqn) -> bool:

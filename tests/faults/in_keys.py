@@ -83,8 +83,8 @@ FAULTS = [
     Fault(
         "a split is that of the microbatch",
         "generator.split",
-        "return keeping(data, example_keys(key, rows.after(data[-1]), rows.batch_size))",
-        "return keeping(data, jax.random.split(key, shape))",
+        "example_keys(typed(data[:-1]), rows.after(data[-1]), rows.batch_size)",
+        "draw(shape)",
         "plain/test_batch_keys.py::test_numbers_of_any_distribution_are_those_of_the_batch",
     ),
     Fault(
