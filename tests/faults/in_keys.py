@@ -111,15 +111,8 @@ FAULTS = [
     Fault(
         "the audit takes keys made by place for the batch's",
         "_by_example",
-        " or grown or _by_place(ins):",
-        " or grown:",
-        "plain/test_batch_key.py::test_keys_that_are_made_by_place_are_not_exact",
-    ),
-    Fault(
-        "the audit takes keys of the places of examples for the batch's",
-        "_by_example",
-        " or grown or _by_place(ins):",
         " or _by_place(ins):",
+        ":",
         "plain/test_batch_key.py::test_keys_that_are_made_by_place_are_not_exact",
     ),
     Fault(

@@ -74,8 +74,7 @@ def draw(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _by_example(walk: Walk, op: Op, ins: list[Value]) -> Settled | None:
     """A draw from a key of the batch: rows along the axis that grows with the examples."""
     dtypes = _dtypes([*op.eqn.invars, *op.eqn.outvars])
-    grown = any(varying(op.shapes(i)) for i in range(len(ins)))
-    if not any(map(is_batch_key, dtypes)) or not all_fixed(ins) or grown or _by_place(ins):
+    if not any(map(is_batch_key, dtypes)) or not all_fixed(ins) or _by_place(ins):
         return None
     faults = faults_of(ins)
     if op.name == "random_unwrap":
