@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum._base.types import CARRY, Array, Fun, PyTree
+from jaxaccum._audit.report import InexactError, InexactWarning
+from jaxaccum._base.source_lines import callers_depth, line_of_error
+from jaxaccum._base.types import CARRY, Array, Audit, Fun, PyTree
 from jaxaccum._flax import batch_norm
 from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
 from jaxaccum._program import entries_of_call, validate
@@ -29,7 +32,7 @@ def value_and_grad(
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
     *,
-    example_streams: filterlib.Filter = False,
+    example_streams: filterlib.Filter = None,
     **options: Unpack[GradientOptions],
 ) -> Fun:
     """``flax.nnx.value_and_grad`` of the loss on the whole batch, accumulated over microbatches.
@@ -48,11 +51,12 @@ def value_and_grad(
     batch's: they are updated once. In such a program every microbatch starts from the same state,
     and the keys of the random streams are folded with its index, so that each draws its own masks.
 
-    By default masks and noise therefore depend on the partition. With `example_streams` each
-    example draws what it draws in the whole batch, bit for bit, and the call equals
-    ``nnx.value_and_grad(fun)(model, batch)`` with its masks. A draw is divided by its shape: the
-    axis that grows with the microbatch is the examples'. A draw that does not grow (noise on a
-    weight, a mask that all examples share) is drawn once for the batch, as the full batch draws it.
+    From a random stream each example draws what it draws in the whole batch, bit for bit, so that
+    the call equals ``nnx.value_and_grad(fun)(model, batch)`` with its masks. A draw is divided by
+    its shape: the axis that grows with the microbatch is the examples'. A draw that does not grow
+    (noise on a weight, a mask that all examples share) is drawn once for the batch, as the full
+    batch draws it. Where a draw cannot be divided, the call warns with the line, and masks depend
+    on the partition; `example_streams` chooses among the streams.
 
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.
@@ -71,10 +75,12 @@ def value_and_grad(
         accumulator: how gradients add up.
         gather: when sharded parameters are gathered.
         audit: whether to warn or raise where `fun` does not accumulate exactly.
-        example_streams: the random streams from which each example draws its own numbers: True for
-            all of them, or a filter of nnx, such as the tag of a stream, ``"dropout"``. `fun` is
-            traced once more for each size, at twice the size. With keys of generators other than
-            JAX's default, every microbatch makes the numbers of the whole batch.
+        example_streams: the random streams from which each example draws its own numbers. By
+            default all, or none, with a warning, where a draw cannot be divided. True for all,
+            False for none, or a filter of nnx, such as the tag of a stream, ``"dropout"``; from the
+            others each microbatch draws in turn. With a stream `fun` is traced once more for each
+            size, at twice the size. With keys of generators other than JAX's default, every
+            microbatch makes the numbers of the whole batch.
 
     Returns:
         A function of the same arguments that updates the models and returns ``(value, grads)`` or
@@ -85,14 +91,15 @@ def value_and_grad(
         differentiated.
 
     Guarantees:
-        With `example_streams`, value, gradient and state are those of ``nnx.value_and_grad`` on the
-        whole batch, for any partition, and for any division among devices (`mesh_axes`, explicit
-        meshes). The streams advance once, and the model holds ordinary keys afterwards.
+        Value, gradient and state are those of ``nnx.value_and_grad`` on the whole batch, for any
+        partition, and for any division among devices (`mesh_axes`, explicit meshes). The streams
+        advance once, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns
-            to a parameter; and where `example_streams` cannot divide a draw among the examples,
-            with the line: examples and another axis merged, or a gamma distribution.
+            to a parameter; and where streams that `example_streams` names draw what cannot be
+            divided among the examples, with the line: examples and another axis merged, or a gamma
+            distribution. So it is by default under ``audit="raise"``.
 
     Example:
         >>> from flax import nnx
@@ -105,8 +112,7 @@ def value_and_grad(
         (3, 1)
         >>> dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
         >>> noisy = lambda models, x: jnp.mean(models[0](models[1](x)))
-        >>> options = {"num_microbatches": 5, "example_streams": "dropout"}
-        >>> step = jaxaccum.nnx.value_and_grad(noisy, **options)
+        >>> step = jaxaccum.nnx.value_and_grad(noisy, num_microbatches=5)
         >>> value, _ = step([model, nnx.clone(dropout)], batch["x"])
         >>> bool(jnp.allclose(value, noisy([model, dropout], batch["x"])))
         True
@@ -122,18 +128,24 @@ def value_and_grad(
         numbers = validate.argnums([state.argnum for state in states], axes.positional)
         filters = dict(zip(numbers, [state.filter for state in states], strict=True))
         _check_models(axes, args, kwargs)
-        models = Models.among(args, filters, example_streams)
         # The states come after the arguments; no user writes this form of in_axes.
         own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)
         given_on: GradientOptions = {**options, "in_axes": own}
-        pure = models.pure(fun, has_aux=has_aux)
-        step = _value_and_grad(pure, numbers, has_aux=True, **given_on)
-        (value, (aux, state, streams), *report), grads = step(*models.arguments(args), **kwargs)
-        models.update(state, streams)
-        values = (value, aux, *report) if has_aux else (value, *report)
-        grads = tuple(map(models.gradient, numbers, grads))
-        grads = grads if isinstance(argnums, tuple | list) else grads[0]
-        return (values if len(values) > 1 else value), grads
+
+        def with_streams(streams: filterlib.Filter) -> PyTree:
+            models = Models.among(args, filters, streams)
+            pure = models.pure(fun, has_aux=has_aux, declared=streams is not True)
+            step = _value_and_grad(pure, numbers, has_aux=True, **given_on)
+            (value, (aux, state, own), *report), grads = step(*models.arguments(args), **kwargs)
+            models.update(state, own)
+            values = (value, aux, *report) if has_aux else (value, *report)
+            grads = tuple(map(models.gradient, numbers, grads))
+            grads = grads if isinstance(argnums, tuple | list) else grads[0]
+            return (values if len(values) > 1 else value), grads
+
+        if example_streams is not None:
+            return with_streams(example_streams)
+        return _divided_if_possible(with_streams, options.get("audit", "warn"))
 
     return accumulated
 
@@ -144,7 +156,7 @@ def grad(
     argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
     has_aux: bool = False,
     *,
-    example_streams: filterlib.Filter = False,
+    example_streams: filterlib.Filter = None,
     **options: Unpack[GradientOptions],
 ) -> Fun:
     """``flax.nnx.grad`` of the loss on the whole batch: the gradients of `value_and_grad`.
@@ -189,6 +201,38 @@ def grad(
 def _diff_state(argnum: Any) -> nnx.DiffState:
     """An argument to differentiate; a number means the argument's ``nnx.Param``."""
     return argnum if isinstance(argnum, nnx.DiffState) else nnx.DiffState(argnum, nnx.Param)
+
+
+def _divided_if_possible(call: Callable[[bool], PyTree], audit: Audit) -> PyTree:
+    """``call(True)``, which divides the draws of all streams among the examples.
+
+    Where that fails it is ``call(False)``, in which every microbatch draws from the streams in
+    turn: a model that JAX can run runs. A warning says why; where errors are asked for, the first
+    call's error does.
+    """
+    if audit == "raise":
+        return call(True)
+    try:
+        return call(True)
+    except (InexactWarning, InexactError):  # about the loss, not about its streams
+        raise
+    except Exception as error:  # of the division, or of the user's function
+        reason = error
+    result = call(False)  # an error of the user's function comes again here, and alone
+    if audit == "warn":
+        warnings.warn(_undivided(reason), InexactWarning, stacklevel=callers_depth())
+    return result
+
+
+def _undivided(reason: Exception) -> str:
+    line = line_of_error(reason)
+    return (
+        "the gradient depends on the partition: what the model draws cannot be divided among the "
+        "examples, so each microbatch draws numbers of its own.\n"
+        f"  reason: {reason}{f', at {line}' if line else ''}\n"
+        "  fix: draw one row per example; or accept it by example_streams=False [audit=None "
+        "silences this]"
+    )
 
 
 def _check_models(axes: ArgumentAxes, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> None:

@@ -2,8 +2,8 @@
 
 Command   python -m experiments.recipes.nnx_dropout
 
-The model draws one mask for all its rows. With `example_streams`, each microbatch has its rows of
-the mask that the whole batch draws.
+The model draws one mask for all its rows. In a microbatch it draws the rows of the mask that the
+whole batch has.
 """
 
 import optax
@@ -48,7 +48,7 @@ def plain(model, optimizer, batch):
 
 def accumulated(model, optimizer, batch):
     """The same step in 4 microbatches."""
-    grad_fn = jaxaccum.nnx.value_and_grad(cross_entropy, num_microbatches=4, example_streams=True)
+    grad_fn = jaxaccum.nnx.value_and_grad(cross_entropy, num_microbatches=4)
     loss, grads = grad_fn(model, batch)
     optimizer.update(model, grads)
     return loss

@@ -43,8 +43,10 @@ def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
     fun, options = call.fun, call.options
     if options.audit is None or _is_whole(program):
         return
-    fun = adapted(fun).fun
-    report = _report(_Call(fun, program, arrays, call.argnums), options.axis_name)
+    known = adapted(fun)
+    fun = known.fun
+    subject = _Call(fun, program, arrays, call.argnums, known.declares_state)
+    report = _report(subject, options.axis_name)
     if not report.causes:
         return
     said = message(fun, report, program.slots)
@@ -91,6 +93,7 @@ class _Call:
     arrays: Sequence[Array]
     argnums: Sequence[int]
     """Those that are differentiated; where there are none, any may be."""
+    declares_state: bool
 
     @property
     def given(self) -> Sequence[Array]:
@@ -127,7 +130,8 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it
     traced to."""
     program = call.program
-    key = (axis_name, program.mesh_axes, program.partition, call.argnums, _signature(call))
+    options = axis_name, program.mesh_axes, program.partition, call.argnums, call.declares_state
+    key = (*options, _signature(call))
     try:
         reports = _REPORTS.setdefault(call.fun, {})
         report = reports.get(key)

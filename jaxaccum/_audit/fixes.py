@@ -44,8 +44,8 @@ BATCH_SIZE = (
     "or jaxaccum.Sum(x); where another value needs the size, pass in that of the whole batch"
 )
 _NNX_STREAMS = (
-    "leave the model as it is, and pass example_streams=True to jaxaccum.nnx.value_and_grad: each "
-    "example then draws what it draws in the whole batch"
+    "leave the model as it is, and use jaxaccum.nnx.value_and_grad: each example then draws what "
+    "it draws in the whole batch"
 )
 _DRAWS = "each example then draws what it draws in the whole batch"
 _FIXES = {
@@ -151,6 +151,9 @@ def _files(site: Site | None) -> Iterator[str]:
 KEY_ARGUMENT = (
     "make {name} an argument of the loss, with jaxaccum.BATCH_KEY in in_axes, and pass it in the "
     "call: " + _DRAWS
+)
+KEY_OF_MODEL = (
+    "keep the key in an nnx.RngKey, made by jax.random.key(seed), or in nnx.Rngs: " + _DRAWS
 )
 ONE_BY_ONE = (
     "draw for one example after the other, jax.lax.map(draw, keys), or pass a key of another "

@@ -22,11 +22,19 @@ def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
     unchanged = _unchanged(subject.slots, whole)
     for slot, v in zip(subject.slots, whole.arguments, strict=True):
         params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-        values.append(_value(walk, slot, v, params=params, unchanged=v in unchanged))
+        changing = slot.role is Role.CARRY and v not in unchanged
+        faults = _of_state(slot, declared=subject.declares_state) if changing else frozenset()
+        values.append(_value(walk, slot, v, params=params, faults=faults))
     return values
 
 
-def _value(walk: Walk, slot: Slot, v: jex.Var, *, params: bool, unchanged: bool) -> Value:
+def _of_state(slot: Slot, *, declared: bool) -> frozenset[Fault]:
+    name = slot.name if declared else "a variable of the model"
+    note = f"{name} changes from microbatch to microbatch"
+    return frozenset([Fault(FaultKind.STATE, None, None, note, declared=declared)])
+
+
+def _value(walk: Walk, slot: Slot, v: jex.Var, *, params: bool, faults: frozenset[Fault]) -> Value:
     number, scalar = walk.fresh(), getattr(v.aval, "shape", None) == ()
     match slot.role:
         case Role.ROWS:
@@ -37,10 +45,8 @@ def _value(walk: Walk, slot: Slot, v: jex.Var, *, params: bool, unchanged: bool)
             note = f"{slot.name} is folded with the microbatch's index"
             fault = Fault(FaultKind.RANDOM, None, None, note, declared=True)
             return fixed(faults=frozenset([fault]), number=number, scalar=scalar)
-        case Role.CARRY if not unchanged:
-            note = f"{slot.name} changes from microbatch to microbatch"
-            fault = Fault(FaultKind.STATE, None, None, note)
-            return fixed(faults=frozenset([fault]), number=number, scalar=scalar)
+        case Role.CARRY:
+            return fixed(faults=faults, number=number, scalar=scalar)
         case _:
             of_maxima = slot.overwritten
             return fixed(number=number, scalar=scalar, params=params, overwritten=of_maxima)

@@ -58,6 +58,11 @@ class Subject(Protocol):
         """The arguments, array by array, where they are at hand."""
         ...
 
+    @property
+    def declares_state(self) -> bool:
+        """Whether the call says that draws from a carried state may depend on the partition."""
+        ...
+
     def differentiates(self, argnum: int | str | None) -> bool:
         """Whether a derivative may be taken with respect to the argument."""
         ...
@@ -155,6 +160,11 @@ class Loss:
     def given(self) -> Sequence[Constant]:
         """The leaves of the arguments as they came."""
         return self.arguments.given
+
+    @property
+    def declares_state(self) -> bool:
+        """A state is declared CARRY."""
+        return True
 
     def differentiates(self, argnum: int | str | None) -> bool:
         """Whether a derivative may be taken with respect to the argument."""

@@ -17,6 +17,11 @@ class Adapted:
     """It returns what it assigns to its arguments, so that no assignment is lost."""
     draws_from_state: bool = False
     """Keys in its state are random streams: each microbatch of a coupled loss has its own."""
+    declares_state: bool = True
+    """The caller has said that what is drawn from its state may depend on the partition."""
+
+    aux_names: tuple[str, ...] = ()
+    """What errors call the parts of its aux, where these are not the user's alone."""
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self.fun(*args, **kwargs)

@@ -79,6 +79,17 @@ def is_jaxs(error: BaseException) -> bool:
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
+def line_of_error(error: BaseException) -> Frame | None:
+    """The innermost line outside of JAX and this package that an error passed through."""
+    found, link = None, error.__traceback__
+    while link is not None:
+        code = link.tb_frame.f_code
+        if not code.co_filename.startswith(_INNER):
+            found = Frame(code.co_filename, link.tb_lineno, code.co_qualname)
+        link = link.tb_next
+    return found
+
+
 def _innermost(error: BaseException) -> TracebackType | None:
     """Where an error was raised, as far as its traceback says."""
     last = error.__traceback__

@@ -116,11 +116,12 @@ class Models:
         states = self.streams.keys(), self.streams.counts(), jax.tree.leaves(self.parts.rest)
         return (*self._placed(args, self.parts.params), *states)
 
-    def pure(self, fun: Fun, *, has_aux: bool) -> Fun:
+    def pure(self, fun: Fun, *, has_aux: bool, declared: bool = True) -> Fun:
         """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams)))``.
 
         Every microbatch starts from the same streams and returns the same new ones. `Max` takes
-        these, and is 0 where no microbatch ran.
+        these, and is 0 where no microbatch ran. Draws from other streams are `declared`, where the
+        caller chose which streams are the examples'.
         """
 
         @functools.wraps(fun)
@@ -130,10 +131,16 @@ class Models:
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
             ran, rest = jnp.uint32(1), jax.tree.leaves(new.rest)
-            advanced = Max((self.streams.after(new.streams), ran)) if self.streams else None
+            *_, keys, counts, _ = args
+            before = self.streams.within(keys, counts)
+            advanced = Max((self.streams.after(new.streams, before), ran)) if self.streams else None
             return loss, (aux, Carry(rest) if rest else None, advanced)
 
-        return Adapted(call, returns_state=True, draws_from_state=True)
+        names = "aux", "the model's state", "the model's streams"
+        return Adapted(
+            call, returns_state=True, draws_from_state=True, declares_state=declared,
+            aux_names=names,
+        )  # fmt: skip
 
     def _run(
         self, fun: Fun, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]

@@ -49,12 +49,13 @@ class Streams:
         own, others = iter(keys), iter(counts)
         return self._state([next(own if _is_key(x) else others) for x in self._leaves])
 
-    def after(self, state: PyTree) -> list[Array]:
-        """The streams' own new arrays, of the state after a model has run."""
+    def after(self, state: PyTree, before: PyTree) -> list[Array]:
+        """The streams' own new arrays, of the states in a microbatch before and after the model has
+        run."""
         new, named = [], jax.tree_util.tree_leaves_with_path(state)
-        for (path, x), old in zip(named, self._leaves, strict=True):
+        for (path, x), old in zip(named, jax.tree.leaves(before), strict=True):
             _check_kept(leaf_name("", path[1:-1]), x, old)
-            new.append(batch_keys.key_of_batch(x) if _is_key(old) else x)
+            new.append(batch_keys.integers(x) if _is_key(old) else x)
         return new
 
     def updated(self, arrays: Sequence[Array], ran: Array) -> PyTree:
@@ -99,14 +100,13 @@ def _holds_keys(variable: PyTree) -> bool:
 
 
 def _check_kept(name: str, new: Array, old: Array) -> None:
-    is_key = _is_key(old)
-    if is_key and not batch_keys.is_batch_key(new.dtype):
+    if batch_keys.is_batch_key(old.dtype) and not batch_keys.is_batch_key(new.dtype):
         raise ValueError(
             f"example_streams: fun puts another key into {name}, from which all microbatches would "
             "draw the same numbers. Put it there before the call, or make it from the key that is "
             "there, by jax.random.fold_in."
         )
-    if new.shape != old.shape or (new.dtype != old.dtype and not is_key):
+    if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
             f"fun changes {name} from {_type(old)} to {_type(new)}; leave the streams of the model "
             "with the shapes and dtypes that came in."

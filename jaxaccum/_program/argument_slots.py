@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.entries import with_entries
-from jaxaccum._base.trees import is_array, key_impl, leaf_name, leaves_with_names, safe_map
+from jaxaccum._base.trees import is_array, is_key, key_impl, leaf_name, leaves_with_names, safe_map
 from jaxaccum._base.types import (
     BATCH_KEY,
     CARRY,
@@ -201,7 +201,7 @@ def read(
 def batch_size(slots: Sequence[Slot], arrays: list[Array], fun: Fun | None = None) -> int:
     """The number of examples, on which all leaves with a batch axis agree."""
     rows = positions(slots, Role.ROWS)
-    sizes = [(slots[i].name, arrays[i].shape[slots[i].axis]) for i in rows]
+    sizes = [(_as_read(slots[i], arrays[i]), arrays[i].shape[slots[i].axis]) for i in rows]
     if not sizes and (missing := closures.as_arguments(fun)):
         raise ValueError(f"no argument has a batch axis. {missing}")
     by_keyword = []
@@ -209,6 +209,13 @@ def batch_size(slots: Sequence[Slot], arrays: list[Array], fun: Fun | None = Non
         if isinstance(slot.argnum, str) and jnp.ndim(x):
             by_keyword.append(slot.argnum)
     return validate.batch_size(sizes, by_keyword)
+
+
+def _as_read(slot: Slot, x: Array) -> str:
+    """The name of a slot of rows, and whether it looks like a key of the old kind."""
+    if is_key(x):
+        return f"{slot.name} (if it is a PRNG key, declare it jaxaccum.BATCH_KEY)"
+    return slot.name
 
 
 def counter(slots: tuple[Slot, ...], arrays: list[Array], number: int | None) -> int | None:
@@ -249,10 +256,11 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
             f"{type(leaf).__name__}; pass an array, or None in in_axes."
         )
     if not -leaf.ndim <= axis < leaf.ndim:
+        of_key = " Declare a PRNG key jaxaccum.BATCH_KEY." if key_impl(leaf) is not None else ""
         raise ValueError(
             f"in_axes gives {name} the batch axis {axis}, and its shape {list(leaf.shape)} has "
             f"{leaf.ndim} axes; pass one of them, or None for a leaf that every microbatch sees "
-            "whole."
+            f"whole.{of_key}"
         )
     return Slot(name, Role.ROWS, argnum, axis % leaf.ndim)
 

@@ -93,6 +93,16 @@ def key_of_batch(key: Array) -> Array:
     return jax.random.key_data(key)[..., :-1]
 
 
+def integers(key: Array) -> Array:
+    """The integers of a key as it came, of this module or an ordinary one."""
+    return key_of_batch(key) if _is_batch_key(key) else jax.random.key_data(key)
+
+
+def ordinary(data: Array, base: Hashable) -> Array:
+    """The key as it came, of the integers that `data_of` gives."""
+    return jax.random.wrap_key_data(data[..., :-1], impl=base)
+
+
 def returned(output: PyTree) -> PyTree:
     """What `fun` returns: its keys as the whole batch would return them."""
     if not any(map(_is_batch_key, jax.tree.leaves(output))):

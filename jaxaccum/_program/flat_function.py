@@ -73,8 +73,8 @@ class FlatFunction:
                 output = output_parts.split_loss(output, self.has_aux)
                 self.num_terms = len(jax.tree.leaves(output[0], is_leaf=output_parts.is_tag))
             outputs, parts = output_parts.read(
-                output, size=size, carry=self.tree.carry, has_carry=self.tree.has_carry,
-                padded=self.padded, constant=self.constant,
+                output, self._parts(output), size=size, carry=self.tree.carry,
+                has_carry=self.tree.has_carry, padded=self.padded, constant=self.constant,
             )  # fmt: skip
             leaves, values = [], list(parts)
             for leaf, arrays_of_leaf in self._leaves(output):
@@ -99,7 +99,9 @@ class FlatFunction:
         try:
             twice = trace(other, 2 * size)
         except Exception as error:  # of the user's function
-            trace(other, size)  # where this size fails too, its error is said
+            alone = trace(other, size)  # where this size fails too, its error is said
+            if not any(batch_keys.draws(alone.trace.jaxpr)):
+                return trace(self, size)
             raise ValueError(
                 "for BATCH_KEY, and example_streams of nnx, what fun draws for "
                 f"{size} examples is compared with what it draws for {2 * size}, and fun does not "
@@ -138,13 +140,18 @@ class FlatFunction:
 
     def _leaves(self, output: PyTree) -> Iterator[tuple[Output, list[Array]]]:
         """The leaves of the output, as the audit names them."""
-        if not self.audited:
-            return
-        if self.loss:
-            yield from named_outputs.leaves(output[0], "the loss", aux=False)
-            yield from named_outputs.leaves(output[1], "aux", aux=True)
-        else:
-            yield from named_outputs.leaves(output, "output", aux=False)
+        if self.audited:
+            for i, (name, part) in enumerate(self._parts(output)):
+                yield from named_outputs.leaves(part, name, aux=i > 0)
+
+    def _parts(self, output: PyTree) -> list[tuple[str, PyTree]]:
+        """The parts of the output, and what errors call them."""
+        if not self.loss:
+            return [("output", output)]
+        loss, aux = output
+        names = adapted(self.fun).aux_names
+        others = zip(names, aux, strict=True) if names else [("aux", aux)]
+        return [("the loss", loss), *others]
 
     def check_sizes(self) -> None:
         """Outputs at both sizes have one structure, and what is summed has one shape."""

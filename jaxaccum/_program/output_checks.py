@@ -57,18 +57,24 @@ def padding_refused(name: str) -> str:
 def untagged_refused(name: str, x: Any, size: int) -> str:
     shape = jnp.shape(x)
     rows = shape[:1] == (size,)
-    likely = (
-        "jaxaccum.Concat(x) for one row per example"
+    last = "jaxaccum.Last(x) for the new statistics of a BatchNorm"
+    first, second = (
+        ("jaxaccum.Concat(x) for one row per example", last)
         if rows
-        else "jaxaccum.Sum(x) for a sum over examples"
+        else (last, "jaxaccum.Sum(x) for a sum over examples")
     )
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
-        f"microbatches. Wrap it in {likely}, in jaxaccum.Last(x) for the new statistics of a "
-        f"BatchNorm, or in another of jaxaccum's tags: {_TAGS}. Two things need no tag: a mean "
-        "over examples, a floating scalar, and what is computed only from arguments that are not "
-        "cut. Sums and extrema do need one."
+        f"microbatches. Wrap it in {first}, in {second}, or in another of jaxaccum's tags: "
+        f"{_TAGS}. Two things need no tag: a mean over examples, a floating scalar, and what is "
+        "computed only from arguments that are not cut. Sums and extrema do need one."
+        f"{_OF_GRADIENT if name.startswith('output[1]') else ''}"
     )
+
+
+_OF_GRADIENT = (
+    " If it is a gradient, differentiate afterwards: jax.value_and_grad(jaxaccum.microbatch(loss))."
+)
 
 
 def check_rows(name: str, x: Any, size: int) -> None:

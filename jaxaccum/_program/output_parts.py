@@ -9,7 +9,7 @@ sees.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,6 +158,7 @@ class _Reader:
 
 def read(
     output: PyTree,
+    parts: Sequence[tuple[str, PyTree]],
     *,
     size: int,
     carry: PyTree,
@@ -168,17 +169,20 @@ def read(
     """The outputs of one microbatch of `size` examples, checked; their parts as arrays, then those
     without a tag.
 
-    `constant` stops the gradient of a part that passes none.
+    The output's `parts` come in its own order, each with what errors call it. `constant` stops the
+    gradient of a part that passes none.
     """
     reader, finalized = _Reader(size, constant or _stopped), []
-    named = leaves_with_names(output, "output", is_leaf=is_tag)
+    named = []
+    for name, part in parts:
+        named += leaves_with_names(part, name, is_leaf=is_tag)
     check_carries([tag for _, tag in named if isinstance(tag, Carry)], carry, has_carry)
     for name, x in named:
         finalized.append(_read_tag(reader, name, x, padded=padded))
     outer = jax.tree.structure(output, is_leaf=is_tag)
     treedef = jax.tree.structure(outer.unflatten(finalized))
-    parts, untagged = tuple(reader.parts), tuple(reader.untagged)
-    return Outputs(treedef, tuple(reader.leaves), parts, untagged), [*reader.values, *reader.whole]
+    read, untagged = tuple(reader.parts), tuple(reader.untagged)
+    return Outputs(treedef, tuple(reader.leaves), read, untagged), [*reader.values, *reader.whole]
 
 
 def _stopped(part: Part, x: Array) -> Array:

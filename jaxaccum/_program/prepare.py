@@ -15,7 +15,7 @@ from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._program import argument_slots, output_parts, validate, whole_outputs
+from jaxaccum._program import argument_slots, batch_keys, output_parts, validate, whole_outputs
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call, Options
 from jaxaccum._program.flat_function import FlatFunction
@@ -38,6 +38,8 @@ def prepare(
     memory, unroll = validate.memory(options.memory), validate.unroll(options.unroll)
     limit = argument_slots.counter(call.tree.slots, call.arrays, call.counted)
     partition = _partition(options, call.batch_size)
+    if partition.num_microbatches == 1 and not options.mesh_axes:
+        call = _with_ordinary_keys(call)
     arguments = _on_mesh(call)
     flat = FlatFunction(
         call.fun, call.tree, partition, loss, has_aux, padded=limit is not None,
@@ -67,6 +69,17 @@ def prepare(
     )  # fmt: skip
     _check_padding(program)
     return program, arrays
+
+
+def _with_ordinary_keys(call: Call) -> Call:
+    """The same call, in which keys of the batch are whole arguments: the one microbatch draws all
+    rows."""
+    slots, arrays = list(call.tree.slots), list(call.arrays)
+    for i in call.tree.positions(Role.BATCH_KEY):
+        arrays[i] = batch_keys.ordinary(arrays[i], slots[i].key)
+        slots[i] = dataclasses.replace(slots[i], role=Role.WHOLE, key=None)
+    tree = dataclasses.replace(call.tree, slots=tuple(slots))
+    return dataclasses.replace(call, tree=tree, arrays=arrays)
 
 
 def _on_mesh(call: Call) -> OnMesh:

@@ -278,9 +278,9 @@ def coupled(
     if len(partition.groups) > 1:
         large, small = partition.groups
         raise ValueError(
-            f"{what}, and a collective is one over equal microbatches; here {large.count} have "
-            f"{large.size} examples and {small.count} have {small.size}. Choose a number that "
-            "divides the batch, or pad it, jaxaccum.pad_batch(batch, to=…), and mask the padding: "
+            f"{what}, so its microbatches must be equal, and they are not: {large.count} of "
+            f"{large.size} examples, {small.count} of {small.size}. Choose a number that divides "
+            "the batch. Or pad the batch, jaxaccum.pad_batch(batch, to=…), and mask the padding: "
             "sums of masked values over sums of the mask."
         )
 

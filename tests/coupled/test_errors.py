@@ -74,12 +74,12 @@ ROWS = [
     (
         plain,
         {"num_microbatches": 4},
-        ["psum", LINE, "2 have 2 examples", "2 have 1", "pad_batch", "mask"],
+        ["psum", LINE, "2 of 2 examples", "2 of 1", "pad_batch", "mask"],
     ),
     (
         plain,
         {"microbatch_size": 4},
-        ["psum", LINE, "1 have 4 examples", "1 have 2", "pad_batch", "mask"],
+        ["psum", LINE, "1 of 4 examples", "1 of 2", "pad_batch", "mask"],
     ),
 ]
 

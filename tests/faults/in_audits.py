@@ -155,9 +155,9 @@ FAULTS = [
     ),
     Fault(
         "every carried state is a random stream",
-        "_value",
-        "fault = Fault(FaultKind.STATE, None, None, note)",
-        "fault = Fault(FaultKind.RANDOM, None, None, note, declared=True)",
+        "_of_state",
+        "Fault(FaultKind.STATE, None, None, note, declared=declared)",
+        "Fault(FaultKind.RANDOM, None, None, note, declared=True)",
         "audit/test_at_call.py::test_a_carried_key_is_a_random_stream_and_a_carried_number_is_not",
     ),
     Fault(

@@ -161,9 +161,53 @@ FAULTS = [
     Fault(
         "a replaced key is taken",
         "_check_kept",
-        "if is_key and not batch_keys.is_batch_key(new.dtype):",
-        "if False:",
+        "if batch_keys.is_batch_key(old.dtype) and not",
+        "if False and not",
         "flax/test_example_streams.py::test_a_stream_keeps_its_kind",
+    ),
+    Fault(
+        "draws that cannot be divided are the microbatches' in silence",
+        "_divided_if_possible",
+        'if audit == "warn":',
+        "if False:",
+        "flax/test_undivided_streams.py::"
+        "test_a_draw_that_cannot_be_divided_is_each_microbatchs_own_and_the_call_warns",
+    ),
+    Fault(
+        "who asks for errors gets the microbatches' draws",
+        "_divided_if_possible",
+        'if audit == "raise":',
+        "if False:",
+        "flax/test_undivided_streams.py::test_who_asks_for_errors_gets_the_reason",
+    ),
+    Fault(
+        "a warning about the loss starts the call again",
+        "_divided_if_possible",
+        "except (InexactWarning, InexactError):",
+        "except ZeroDivisionError:",
+        "flax/test_undivided_streams.py::"
+        "test_a_warning_about_the_loss_is_not_taken_for_one_about_streams",
+    ),
+    Fault(
+        "draws from any state of a model are declared",
+        "Models.pure",
+        "declares_state=declared",
+        "declares_state=True",
+        "flax/test_undivided_streams.py::test_a_key_that_is_a_plain_variable_is_named",
+    ),
+    Fault(
+        "one microbatch draws with keys of the batch",
+        "prepare",
+        "if partition.num_microbatches == 1 and not options.mesh_axes:",
+        "if False:",
+        "flax/test_undivided_streams.py::test_one_microbatch_draws_what_the_full_batch_draws",
+    ),
+    Fault(
+        "microbatches of devices draw with ordinary keys",
+        "prepare",
+        "if partition.num_microbatches == 1 and not options.mesh_axes:",
+        "if partition.num_microbatches == 1:",
+        "flax/test_example_streams.py::test_an_explicit_mesh_draws_the_masks_of_the_full_batch",
     ),
     Fault(
         "keys are traced as if all devices shared them",

@@ -7,8 +7,8 @@ from flax import nnx
 import jaxaccum as ja
 
 
-def step(fun, *, example_streams=True, **options):
-    """`jaxaccum.nnx.value_and_grad` with example streams, unless others are asked for."""
+def step(fun, *, example_streams=None, **options):
+    """`jaxaccum.nnx.value_and_grad`, by default with example streams."""
     return ja.nnx.value_and_grad(fun, example_streams=example_streams, **options)
 
 

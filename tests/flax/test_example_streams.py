@@ -235,7 +235,9 @@ def test_draws_that_belong_to_no_example_are_refused():
             drawn = draw(model.dropout.rngs(), batch["x"]).astype(jnp.float64)
             return jnp.mean(model(batch["x"])) * jnp.mean(drawn)
 
-        return lambda: step(fun, microbatch_size=size, audit=None)(Net(), BATCH)
+        return lambda: step(fun, microbatch_size=size, audit=None, example_streams=True)(
+            Net(), BATCH
+        )
 
     merged = lambda key, x: jax.random.bits(key, (3 * len(x),))
     says = "draw at", __file__, "[12] for 4 examples", "[24] for 8", 'example_streams="dropout"'
@@ -262,7 +264,7 @@ def test_a_fun_of_one_size_is_refused_and_other_errors_are_its_own():
         return loss(model, batch) * jnp.mean(batch["x"] + jnp.ones((4, 3)))
 
     refused(
-        lambda: step(fixed, num_microbatches=2, audit=None)(Net(), BATCH),
+        lambda: step(fixed, num_microbatches=2, audit="raise")(Net(), BATCH),
         "for 4 examples",
         "does not run on 8",
     )
@@ -282,7 +284,7 @@ def test_a_stream_keeps_its_kind():
         return loss(model, batch)
 
     refused(
-        lambda: step(replacing, num_microbatches=2)(Net(), BATCH),
+        lambda: step(replacing, num_microbatches=2, example_streams=True)(Net(), BATCH),
         "another key into",
         "dropout",
         "before the call",
@@ -294,5 +296,8 @@ def test_a_stream_keeps_its_kind():
         return jnp.mean(model.first(batch["x"]))
 
     refused(
-        lambda: step(growing, num_microbatches=2)(Net(), BATCH), "count", "uint32[]", "uint32[2]"
+        lambda: step(growing, num_microbatches=2, example_streams=True)(Net(), BATCH),
+        "count",
+        "uint32[]",
+        "uint32[2]",
     )

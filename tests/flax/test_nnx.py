@@ -67,7 +67,7 @@ def arrays(model):
 @pytest.mark.parametrize("compiled", [True], ids=["jit"])
 def test_it_is_the_host_loop_of_nnx_with_all_of_its_state(options, compiled):
     model, twin = Net(), Net()
-    step = ja.nnx.value_and_grad(loss, **options)
+    step = ja.nnx.value_and_grad(loss, **options, example_streams=False)
     value, grads = (nnx.jit(step) if compiled else step)(model, BATCH)
     expected = host_loop(loss, twin, BATCH, sizes_of(7, **options))
     assert normwise((value, grads), expected) < EXACT
@@ -87,7 +87,8 @@ def test_state_that_is_dropped_would_show():
     """The host loop on copies, as a loop that forgets the state runs: other masks, other
     statistics."""
     model, twin = Net(), Net()
-    _, grads = ja.nnx.value_and_grad(loss, num_microbatches=3)(model, BATCH)
+    step = ja.nnx.value_and_grad(loss, num_microbatches=3, example_streams=False)
+    _, grads = step(model, BATCH)
     fresh = lambda model, batch: loss(copy.deepcopy(model), batch)
     _, forgotten = host_loop(fresh, twin, BATCH, [3, 2, 2])
     assert normwise(grads, forgotten) > 1e-2
@@ -109,7 +110,8 @@ def test_a_step_of_an_optimizer():
         nnx.Optimizer(m, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param) for m in (model, twin)
     ]
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        optimizers[0].update(model, ja.nnx.grad(loss, num_microbatches=3)(model, BATCH))
+        step = ja.nnx.grad(loss, num_microbatches=3, example_streams=False)
+        optimizers[0].update(model, step(model, BATCH))
         optimizers[1].update(twin, host_loop(loss, twin, BATCH, [3, 2, 2])[1])
     assert normwise(arrays(model), arrays(twin)) < EXACT
     assert normwise(arrays(model)["first"], arrays(Net())["first"]) > 1e-3
@@ -153,7 +155,8 @@ def test_microbatches_of_a_coupled_model_draw_masks_of_their_own(memory):
     expected = across_microbatches(model, batch, 4)
     repeated = across_microbatches(model, batch, 4, folded=False)
     key = jax.random.key_data(model.dropout.rngs.key.get_value())
-    actual = ja.nnx.value_and_grad(loss, num_microbatches=4, memory=memory)(model, batch)
+    options = {"num_microbatches": 4, "memory": memory, "example_streams": False}
+    actual = ja.nnx.value_and_grad(loss, **options)(model, batch)
     assert normwise(actual, expected) < EXACT
     assert normwise(actual, repeated) > 1e-2
     assert model.dropout.rngs.count.get_value() == 1  # the state is updated once
@@ -190,8 +193,8 @@ def test_wherever_a_coupled_model_draws_each_microbatch_draws_its_own(how):
         drawn = model.drawn()
         return jnp.mean(model.norm(x) * drawn), ja.Stack(drawn)
 
-    model = Drawing(how)
-    _, drawn = ja.nnx.value_and_grad(fun, has_aux=True, num_microbatches=4)(model, data(8, 3))[0]
+    model, options = Drawing(how), {"num_microbatches": 4, "example_streams": False}
+    (_, drawn), _ = ja.nnx.value_and_grad(fun, has_aux=True, **options)(model, data(8, 3))
     assert len(set(drawn.tolist())) == 4
     following, _ = jax.random.split(jax.random.key(2))
     expected = following if how == "split" else jax.random.key(2)
@@ -220,7 +223,7 @@ class Noisy(Coupled):
 def test_a_number_that_each_microbatch_drew_for_itself_is_no_state_of_the_whole_batch():
     """There is none that all of them drew; what counts the draws is the same for all, and kept."""
     batch = {"x": data(8, 3), "y": data(8, 2, seed=1)}
-    step = ja.nnx.value_and_grad(loss, num_microbatches=4)
+    step = ja.nnx.value_and_grad(loss, num_microbatches=4, example_streams=False)
     model = Noisy(keeps=False)
     assert normwise(step(model, batch), across_microbatches(Noisy(keeps=False), batch, 4)) < EXACT
     assert (model.count.get_value(), model.dropout.rngs.count.get_value()) == (1, 1)
@@ -297,8 +300,11 @@ def test_gradients_have_the_parameters_dtype():
 def test_fun_is_called_once_a_size():
     calls = []
     own = lambda m, b: calls.append(len(b["x"])) or loss(m, b)
-    ja.nnx.grad(own, microbatch_size=3, audit=None)(Net(), BATCH)
+    ja.nnx.grad(own, microbatch_size=3, audit=None, example_streams=False)(Net(), BATCH)
     assert calls == [3, 1]
+    calls.clear()
+    ja.nnx.grad(own, microbatch_size=3, audit=None)(Net(), BATCH)
+    assert calls == [6, 3, 2, 1]  # twice the size tells which axis of a draw is the examples'
 
 
 def test_the_model_is_untouched_where_the_call_is_refused():

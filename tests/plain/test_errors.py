@@ -73,6 +73,11 @@ AXES = [
     (call(in_axes=(None, {"b": 0})), ["argument 1", "prefix"]),
     (call(mean, W, {"a": KEY}, in_axes=(None, {"a": ja.KEY})), ["['a']", "whole argument"]),
     (call(mean, W, jnp.float32(1)), ["argument 1", "axis 0", "[]"]),
+    (call(mean, W, {"x": X, "key": KEY}), ["argument 1['key']", "[]", "jaxaccum.BATCH_KEY"]),
+    (
+        call(mean, W, {"x": X, "key": jax.random.PRNGKey(0)}),
+        ["argument 1['key'] (if it is a PRNG key, declare it jaxaccum.BATCH_KEY) holds 2"],
+    ),
     (call(mean, W, [1.0, 2.0]), ["argument 1[0]", "float"]),
     (call(axis_name=3), ["axis_name", "3"]),
     (call(mesh_axes="data"), ["mesh_axes", "'data'", "shard_map"]),
@@ -93,14 +98,22 @@ LOSSES = [
     (call(lambda w, x: (1.0, 2.0, 3.0), has_aux=True), ["tuple of 3", "(loss, aux)"]),
 ]
 OUTPUTS = [
-    (call(aux(lambda w, x: x @ w), has_aux=True), ["output[1]", "[3]", "Concat", "Mean"]),
-    (call(aux(lambda w, x: {"n": 3}), has_aux=True), ["output[1]['n']", "Sum"]),
+    (call(aux(lambda w, x: x @ w), has_aux=True), ["aux", "[3]", "Concat", "Mean"]),
+    (
+        call(aux(lambda w, x: 2 * x[0, :2]), has_aux=True),
+        ["Wrap it in jaxaccum.Last(x) for the new"],
+    ),
+    (
+        lambda: ja.microbatch(jax.value_and_grad(mean), num_microbatches=2)(W, X),
+        ["output[1]", "jax.value_and_grad(jaxaccum.microbatch(loss))"],
+    ),
+    (call(aux(lambda w, x: {"n": 3}), has_aux=True), ["aux['n']", "Sum"]),
     (
         lambda: ja.microbatch(lambda w, x: {"z": x @ w}, num_microbatches=2)(W, X),
         ["output['z']", "Concat"],
     ),
     (lambda: ja.full_batch(lambda w, x: {"z": x @ w})(W, X), ["output['z']", "Concat"]),
-    (call(aux(lambda w, x: ja.Sum("x")), has_aux=True), ["output[1].Sum", "str"]),
+    (call(aux(lambda w, x: ja.Sum("x")), has_aux=True), ["aux.Sum", "str"]),
     (
         call(aux(lambda w, x: ja.Mean({"a": 1.0, "b": 2.0}, {"a": 1.0})), has_aux=True),
         ["Mean", "structure"],
@@ -108,16 +121,16 @@ OUTPUTS = [
     (call(aux(lambda w, x: ja.Mean(jnp.ones(3), jnp.ones(2))), has_aux=True), ["[3]", "[2]"]),
     (
         call(aux(lambda w, x: ja.Sum(ja.Mean(1.0, 2.0))), has_aux=True),
-        ["output[1].Sum", "Mean", "inside another tag"],
+        ["aux.Sum", "Mean", "inside another tag"],
     ),
     (call(aux(lambda w, x: ja.Mean(1.0, 1j)), has_aux=True), ["weight", "complex"]),
     (
         call(aux(lambda w, x: ja.Concat(w)), has_aux=True, num_microbatches=3),
-        ["output[1].Concat", "[3]", "2 examples"],
+        ["aux.Concat", "[3]", "2 examples"],
     ),
     (
         call(aux(lambda w, x: ja.Sum(x @ w)), has_aux=True, num_microbatches=4),
-        ["output[1].Sum", "[2]", "[1]"],
+        ["aux.Sum", "[2]", "[1]"],
     ),
     (
         call(lambda w, x: {str(len(x)): jnp.mean(x @ w)}, num_microbatches=4),

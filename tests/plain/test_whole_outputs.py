@@ -315,7 +315,7 @@ def test_what_depends_on_more_is_refused(name):
         num_microbatches=4,
         **options,
     )
-    refused(lambda: step(*args), "output[1]['beside']", *says[1:])
+    refused(lambda: step(*args), "aux['beside']", *says[1:])
     if name not in ("the index", "the number", "the outside"):
         refused(lambda: ja.full_batch(fun, **options)(*args), *says)
 

@@ -229,7 +229,7 @@ def test_a_coupled_batch_is_never_divided_into_unequal_microbatches():
     assert [row.microbatch_size for row in plan.rows] == [1, 2, 3, 4, 6, 12]
     refused(
         lambda: ja.plan(normalized, *shapes(12), memory_bytes=10**7, microbatch_size=8),
-        "equal microbatches",
+        "must be equal",
     )
 
 

@@ -87,7 +87,10 @@ def _as_stream(walk: Walk, op: Op, fault: Fault) -> Fault:
     """A draw from a carried state is the next one of a random stream."""
     if fault.kind is not FaultKind.STATE:
         return fault
-    return walk.declared(op, FaultKind.RANDOM, f"{fault.note}, and numbers are drawn from it")
+    note = f"{fault.note}, and numbers are drawn from it"
+    if fault.declared:
+        return walk.declared(op, FaultKind.RANDOM, note)
+    return walk.fault(op, FaultKind.RANDOM, note, fix=fixes.KEY_OF_MODEL)
 
 
 def _one_key(walk: Walk, op: Op, ins: list[Value]) -> Fault:
