@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from jaxaccum._audit.report import InexactError, InexactWarning
+from jaxaccum._audit.report import InexactWarning
 from jaxaccum._base.source_lines import callers_depth, line_of_error
 from jaxaccum._base.types import CARRY, Array, Audit, Fun, PyTree
 from jaxaccum._flax import batch_norm
 from jaxaccum._flax.nnx_models import IN_AXES, Models, holds_modules
 from jaxaccum._program import entries_of_call, validate
 from jaxaccum._program.axes_by_name import ArgumentAxes
+from jaxaccum._program.batch_keys import UndividedError
 from jaxaccum._transforms.options import GradientOptions, check_known, shows_options_of
 from jaxaccum._transforms.value_and_grad import value_and_grad as _value_and_grad
 from jaxaccum._transforms.value_and_grad import without_value
@@ -48,15 +49,15 @@ def value_and_grad(
                 grads += own  # each term over the denominator of the whole batch
 
     Statistics that collectives over the axis compute, such as those of `BatchNorm`, are the whole
-    batch's: they are updated once. In such a program every microbatch starts from the same state,
-    and the keys of the random streams are folded with its index, so that each draws its own masks.
+    batch's: they are updated once, and every microbatch starts from the same state.
 
     From a random stream each example draws what it draws in the whole batch, bit for bit, so that
     the call equals ``nnx.value_and_grad(fun)(model, batch)`` with its masks. A draw is divided by
     its shape: the axis that grows with the microbatch is the examples'. A draw that does not grow
     (noise on a weight, a mask that all examples share) is drawn once for the batch, as the full
     batch draws it. Where a draw cannot be divided, the call warns with the line, and masks depend
-    on the partition; `example_streams` chooses among the streams.
+    on the partition; `example_streams` chooses among the streams. From all others the microbatches
+    draw in turn, and in a program with collectives from keys that are folded with their index.
 
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.
@@ -91,9 +92,9 @@ def value_and_grad(
         differentiated.
 
     Guarantees:
-        Value, gradient and state are those of ``nnx.value_and_grad`` on the whole batch, for any
-        partition, and for any division among devices (`mesh_axes`, explicit meshes). The streams
-        advance once, and the model holds ordinary keys afterwards.
+        Where every draw is divided, value, gradient and state are those of ``nnx.value_and_grad``
+        on the whole batch, for any partition, and for any division among devices (`mesh_axes`,
+        explicit meshes). The streams advance once, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns
@@ -131,21 +132,25 @@ def value_and_grad(
         # The states come after the arguments; no user writes this form of in_axes.
         own: Any = ArgumentAxes((*axes.positional, *IN_AXES), axes.keywords)
         given_on: GradientOptions = {**options, "in_axes": own}
+        raised: list[Exception] = []
+        noted = _noting(fun, raised)
 
-        def with_streams(streams: filterlib.Filter) -> PyTree:
+        def compute(streams: filterlib.Filter) -> tuple[Models, PyTree]:
             models = Models.among(args, filters, streams)
-            pure = models.pure(fun, has_aux=has_aux, declared=streams is not True)
+            pure = models.pure(noted, has_aux=has_aux, draws_declared=streams is not True)
             step = _value_and_grad(pure, numbers, has_aux=True, **given_on)
-            (value, (aux, state, own), *report), grads = step(*models.arguments(args), **kwargs)
-            models.update(state, own)
-            values = (value, aux, *report) if has_aux else (value, *report)
-            grads = tuple(map(models.gradient, numbers, grads))
-            grads = grads if isinstance(argnums, tuple | list) else grads[0]
-            return (values if len(values) > 1 else value), grads
+            return models, step(*models.arguments(args), **kwargs)
 
-        if example_streams is not None:
-            return with_streams(example_streams)
-        return _divided_if_possible(with_streams, options.get("audit", "warn"))
+        if example_streams is None:
+            models, found = _divided_if_possible(compute, raised, options.get("audit", "warn"))
+        else:
+            models, found = compute(example_streams)
+        (value, (aux, state, streams), *report), grads = found
+        models.update(state, streams)
+        values = (value, aux, *report) if has_aux else (value, *report)
+        grads = tuple(map(models.gradient, numbers, grads))
+        grads = grads if isinstance(argnums, tuple | list) else grads[0]
+        return (values if len(values) > 1 else value), grads
 
     return accumulated
 
@@ -203,35 +208,61 @@ def _diff_state(argnum: Any) -> nnx.DiffState:
     return argnum if isinstance(argnum, nnx.DiffState) else nnx.DiffState(argnum, nnx.Param)
 
 
-def _divided_if_possible(call: Callable[[bool], PyTree], audit: Audit) -> PyTree:
-    """``call(True)``, which divides the draws of all streams among the examples.
+def _noting(fun: Fun, raised: list[Exception]) -> Fun:
+    """`fun`, which notes in `raised` what it raises while it is traced."""
 
-    Where that fails it is ``call(False)``, in which every microbatch draws from the streams in
-    turn: a model that JAX can run runs. A warning says why; where errors are asked for, the first
-    call's error does.
+    @functools.wraps(fun)
+    def noted(*args: PyTree, **kwargs: PyTree) -> PyTree:
+        try:
+            return fun(*args, **kwargs)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    return noted
+
+
+def _divided_if_possible(
+    compute: Callable[[bool], tuple[Models, PyTree]], raised: Sequence[Exception], audit: Audit
+) -> tuple[Models, PyTree]:
+    """``compute(True)``, which divides the draws of all streams among the examples.
+
+    Where a draw cannot be divided it is ``compute(False)``, in which every microbatch draws from
+    the streams in turn, and a warning says why. So it is too where `fun` cannot use the keys, which
+    are of a type of their own: then it raises an error, and without division none. Other errors,
+    those of the run among them, are the call's.
     """
     if audit == "raise":
-        return call(True)
+        return compute(True)
     try:
-        return call(True)
-    except (InexactWarning, InexactError):  # about the loss, not about its streams
-        raise
-    except Exception as error:  # of the division, or of the user's function
+        return compute(True)
+    except Exception as error:
+        if not isinstance(error, UndividedError) and not _is_among(error, raised):
+            raise
         reason = error
-    result = call(False)  # an error of the user's function comes again here, and alone
+    try:
+        found = compute(False)
+    except Exception as error:
+        raise (error if _is_among(error, raised) else reason) from None
     if audit == "warn":
         warnings.warn(_undivided(reason), InexactWarning, stacklevel=callers_depth())
-    return result
+    return found
+
+
+def _is_among(error: Exception, raised: Sequence[Exception]) -> bool:
+    return any(error is other for other in raised)
 
 
 def _undivided(reason: Exception) -> str:
-    line = line_of_error(reason)
+    said, fix = str(reason).partition("\n")[0], "draw as the reason says"
+    if not isinstance(reason, UndividedError):  # which names the line itself
+        said = f"{said}, at {line_of_error(reason)}"
+        fix = "draw outside of fun, one row per example, and pass the numbers in with the batch"
     return (
         "the gradient depends on the partition: what the model draws cannot be divided among the "
         "examples, so each microbatch draws numbers of its own.\n"
-        f"  reason: {reason}{f', at {line}' if line else ''}\n"
-        "  fix: draw one row per example; or accept it by example_streams=False [audit=None "
-        "silences this]"
+        f"  reason: {said}\n"
+        f"  fix: {fix}; or accept it by example_streams=False [audit=None silences this]"
     )
 
 

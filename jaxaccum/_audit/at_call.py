@@ -45,7 +45,7 @@ def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
         return
     known = adapted(fun)
     fun = known.fun
-    subject = _Call(fun, program, arrays, call.argnums, known.declares_state)
+    subject = _Call(fun, program, arrays, call.argnums, known.draws_declared)
     report = _report(subject, options.axis_name)
     if not report.causes:
         return
@@ -93,7 +93,7 @@ class _Call:
     arrays: Sequence[Array]
     argnums: Sequence[int]
     """Those that are differentiated; where there are none, any may be."""
-    declares_state: bool
+    draws_declared: bool
 
     @property
     def given(self) -> Sequence[Array]:
@@ -130,7 +130,7 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it
     traced to."""
     program = call.program
-    options = axis_name, program.mesh_axes, program.partition, call.argnums, call.declares_state
+    options = axis_name, program.mesh_axes, program.partition, call.argnums, call.draws_declared
     key = (*options, _signature(call))
     try:
         reports = _REPORTS.setdefault(call.fun, {})

@@ -44,8 +44,8 @@ BATCH_SIZE = (
     "or jaxaccum.Sum(x); where another value needs the size, pass in that of the whole batch"
 )
 _NNX_STREAMS = (
-    "leave the model as it is, and use jaxaccum.nnx.value_and_grad: each example then draws what "
-    "it draws in the whole batch"
+    "let it draw from a stream that the model holds before the call: by "
+    "jaxaccum.nnx.value_and_grad each example then draws what it draws in the whole batch"
 )
 _DRAWS = "each example then draws what it draws in the whole batch"
 _FIXES = {
@@ -171,7 +171,7 @@ BY_SPLIT = (
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
 TAG = {
-    "SUM": "say that it is a sum: return jaxaccum.Sum(x) in its place",
+    "SUM": "say that it is a sum, where fun returns it: return jaxaccum.Sum(x), x made",
     "RATIO": "give it one denominator, that of the batch: return jaxaccum.Mean(total, weight)",
     "PER_EXAMPLE": (
         "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss"

@@ -23,7 +23,7 @@ def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
     for slot, v in zip(subject.slots, whole.arguments, strict=True):
         params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
         changing = slot.role is Role.CARRY and v not in unchanged
-        faults = _of_state(slot, declared=subject.declares_state) if changing else frozenset()
+        faults = _of_state(slot, declared=subject.draws_declared) if changing else frozenset()
         values.append(_value(walk, slot, v, params=params, faults=faults))
     return values
 

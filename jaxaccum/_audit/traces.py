@@ -59,7 +59,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def declares_state(self) -> bool:
+    def draws_declared(self) -> bool:
         """Whether the call says that draws from a carried state may depend on the partition."""
         ...
 
@@ -162,7 +162,7 @@ class Loss:
         return self.arguments.given
 
     @property
-    def declares_state(self) -> bool:
+    def draws_declared(self) -> bool:
         """A state is declared CARRY."""
         return True
 

@@ -17,7 +17,7 @@ class Adapted:
     """It returns what it assigns to its arguments, so that no assignment is lost."""
     draws_from_state: bool = False
     """Keys in its state are random streams: each microbatch of a coupled loss has its own."""
-    declares_state: bool = True
+    draws_declared: bool = True
     """The caller has said that what is drawn from its state may depend on the partition."""
 
     aux_names: tuple[str, ...] = ()

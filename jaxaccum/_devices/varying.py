@@ -22,7 +22,7 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct | jax.core.ShapedArray) -> froz
     """The manual mesh axes over which `x` differs between devices; empty outside `shard_map`."""
     aval = x if isinstance(x, jax.ShapeDtypeStruct | jax.core.ShapedArray) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
-    return frozenset() if kind is None else frozenset(kind.varying)
+    return frozenset(getattr(kind, "varying", ()))  # a mutable variable of Flax has none
 
 
 def of(x: Array) -> jax.sharding.AbstractMesh:

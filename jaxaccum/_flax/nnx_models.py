@@ -116,12 +116,12 @@ class Models:
         states = self.streams.keys(), self.streams.counts(), jax.tree.leaves(self.parts.rest)
         return (*self._placed(args, self.parts.params), *states)
 
-    def pure(self, fun: Fun, *, has_aux: bool, declared: bool = True) -> Fun:
+    def pure(self, fun: Fun, *, has_aux: bool, draws_declared: bool = True) -> Fun:
         """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams)))``.
 
         Every microbatch starts from the same streams and returns the same new ones. `Max` takes
-        these, and is 0 where no microbatch ran. Draws from other streams are `declared`, where the
-        caller chose which streams are the examples'.
+        these, and is 0 where no microbatch ran. With `draws_declared` the caller has said that
+        other draws may depend on the partition.
         """
 
         @functools.wraps(fun)
@@ -138,7 +138,7 @@ class Models:
 
         names = "aux", "the model's state", "the model's streams"
         return Adapted(
-            call, returns_state=True, draws_from_state=True, declares_state=declared,
+            call, returns_state=True, draws_from_state=True, draws_declared=draws_declared,
             aux_names=names,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from flax.nnx import filterlib
 from jaxaccum._base.trees import as_key, key_data, key_impl, leaf_name
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program import batch_keys
+from jaxaccum._program.batch_keys import UndividedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _holds_keys(variable: PyTree) -> bool:
 
 def _check_kept(name: str, new: Array, old: Array) -> None:
     if batch_keys.is_batch_key(old.dtype) and not batch_keys.is_batch_key(new.dtype):
-        raise ValueError(
+        raise UndividedError(
             f"example_streams: fun puts another key into {name}, from which all microbatches would "
             "draw the same numbers. Put it there before the call, or make it from the key that is "
             "there, by jax.random.fold_in."

@@ -44,10 +44,14 @@ class Drawn(NamedTuple):
     shape: Shape
 
 
-Larger = frozenset[Drawn]
-"""What twice as many examples draw: it tells which axis of a draw grows."""
-_OF_GAMMA = Drawn(True, (-1,))
-"""Among these, that a gamma distribution is drawn from, whose own splits no program shows."""
+class Larger(NamedTuple):
+    """What twice as many examples draw: it tells which axis of a draw grows."""
+
+    drawn: frozenset[Drawn]
+    grown: frozenset[Drawn]
+    """Those that may be larger than for the microbatch itself."""
+    has_gamma: bool
+    """Whether a gamma distribution is drawn from, whose own splits no program shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Rows:
     def after(self, first: Array) -> Array:
         """Their indices in the batch, uint32 of shape (size,)."""
         return first + np.asarray(self.offsets, np.uint32)
+
+
+class UndividedError(ValueError):
+    """A draw cannot be divided among the examples."""
 
 
 # -- keys that know which rows they draw ----------
@@ -195,9 +203,9 @@ def generator(base: Hashable, rows: Rows, larger: Larger | None) -> Any:
 
 def _check_compared(drawn: Drawn, larger: Larger | None) -> None:
     """A draw that is not divided is one that twice as many examples share."""
-    if larger is None or drawn in larger or _OF_GAMMA in larger:
+    if larger is None or drawn in larger.drawn or larger.has_gamma:
         return
-    raise ValueError(
+    raise UndividedError(
         f"{_A_KEY}: {list(drawn.shape)} is drawn where no program shows it, so it is not known "
         f"which axis holds the examples. {_OUTSIDE}"
     )
@@ -231,10 +239,26 @@ def _product(x: Array, factor: int) -> tuple[Array, Array]:
 # -- which axis of a draw holds the examples ----------
 
 
-def what_is_drawn(found: Sequence[Draw]) -> Larger:
-    """What these draws draw."""
-    hidden = [_OF_GAMMA] if any(draw.is_gamma for draw in found) else []
-    return frozenset([*(draw.drawn for draw in found), *hidden])
+def what_is_drawn(larger: Sequence[Draw]) -> Larger:
+    """What these draws, of twice as many examples, draw."""
+    drawn = frozenset(draw.drawn for draw in larger)
+    return Larger(drawn, drawn, any(draw.is_gamma for draw in larger))
+
+
+def what_grows(found: Sequence[Draw], larger: Sequence[Draw]) -> Larger:
+    """The same, where the draws of the microbatch itself tell which of them are larger."""
+    pairs = zip(found, larger, strict=True)
+    grown = frozenset(two.drawn for one, two in pairs if one.drawn != two.drawn)
+    return what_is_drawn(larger)._replace(grown=grown)
+
+
+def is_mistaken(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> bool:
+    """Whether `what_is_drawn` finds another axis for a draw than `what_grows`: some draw that does
+    not grow looks like this one grown."""
+    if len(found) != len(larger):
+        return False
+    every, grown = what_is_drawn(larger), what_grows(found, larger)
+    return any(_axis(x.drawn, size, every) != _axis(x.drawn, size, grown) for x in found)
 
 
 class Draw(NamedTuple):
@@ -274,7 +298,7 @@ def check_rules(jaxpr: jex.Jaxpr) -> None:
     """No rule of the user's for a derivative draws: what it draws is traced too late."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in _WITH_RULES and any(map(_is_batch_key, map(_type, eqn.invars))):
-            raise ValueError(
+            raise UndividedError(
                 f"{_A_KEY}: at {frame_of(eqn)} it is an argument of a function with a rule of its "
                 "own for derivatives (custom_vjp, custom_jvp). What the rule draws cannot be "
                 f"divided among the examples. {_OUTSIDE}"
@@ -317,14 +341,14 @@ def check(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> None:
     `larger` are the same draws of a microbatch of twice as many.
     """
     if len(found) != len(larger):
-        raise ValueError(
+        raise UndividedError(
             f"{_A_KEY}: fun draws {len(found)} times for {size} examples and {len(larger)} times "
             f"for {2 * size}; draw as often for every size, all rows at once."
         )
-    every = what_is_drawn(larger)
+    every = what_grows(found, larger)
     for draw in found:
-        if draw.is_gamma and Drawn(True, (2 * size,)) in every:
-            raise ValueError(_HIDDEN.format(where=f"{_A_KEY}: the draw at {draw.where}"))
+        if draw.is_gamma and Drawn(True, (2 * size,)) in every.drawn:
+            raise UndividedError(_HIDDEN.format(where=f"{_A_KEY}: the draw at {draw.where}"))
     for one, two in zip(found, larger, strict=True):
         _check_draw(one, two, size, every)
 
@@ -337,16 +361,16 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
     if one.of != two.of and (axis is None or shape != other):
         return _check_keys(one, two, where, shared=shape == other)
     if one.is_gamma and shape != other:
-        raise ValueError(_HIDDEN.format(where=where))
+        raise UndividedError(_HIDDEN.format(where=where))
     if other == (shape if axis is None else _with(shape, axis, 2 * size)):
         return None
     if shape == other:
-        raise ValueError(
+        raise UndividedError(
             f"{where} has shape {list(shape)} {sizes}: all examples share it. Another draw of "
             "this shape has one row per example, and the two cannot be told apart. Choose another "
             f"microbatch size{_INSTEAD if one.drawn.keys else ''}."
         )
-    raise ValueError(
+    raise UndividedError(
         f"{where} has shape {list(shape)} {sizes}: no axis of it has one entry per example. "
         f"{_KEYS_OF_ROWS if one.drawn.keys else _NUMBERS_OF_ROWS}"
     )
@@ -356,13 +380,13 @@ def _check_keys(one: Draw, two: Draw, where: str, *, shared: bool) -> None:
     """A draw from one key for each example."""
     keys = f"{where} is from an array of keys, {list(one.of)} and, for twice as many examples, "
     if not shared:
-        raise ValueError(
+        raise UndividedError(
             f"{keys}{list(two.of)}, and draws {list(one.drawn.shape)} and {list(two.drawn.shape)} "
             "from each of them: numbers for every pair of examples. Draw from each example's key "
             "what it needs alone."
         )
     if one.base != _THREEFRY and not one.drawn.keys:
-        raise ValueError(
+        raise UndividedError(
             f"{keys}{list(two.of)}. Under jax.vmap the generator {one.base!r} draws for all keys "
             "together, by their number. Draw by jax.lax.map(draw, keys), or pass a key of another "
             'generator, jax.random.key(seed, impl="threefry2x32").'
@@ -373,7 +397,7 @@ def _axis(drawn: Drawn, size: int, larger: Larger | None) -> int | None:
     """The axis of a draw that holds the examples, if one does."""
     for i, length in enumerate(drawn.shape if larger else ()):
         grown = drawn._replace(shape=_with(drawn.shape, i, 2 * size))
-        if length == size and larger and grown in larger:
+        if length == size and larger and grown in larger.grown:
             return i
     return None
 

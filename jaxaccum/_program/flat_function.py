@@ -101,8 +101,8 @@ class FlatFunction:
         except Exception as error:  # of the user's function
             alone = trace(other, size)  # where this size fails too, its error is said
             if not any(batch_keys.draws(alone.trace.jaxpr)):
-                return trace(self, size)
-            raise ValueError(
+                return trace(self, size)  # nothing is drawn, and nothing to divide
+            raise batch_keys.UndividedError(
                 "for BATCH_KEY, and example_streams of nnx, what fun draws for "
                 f"{size} examples is compared with what it draws for {2 * size}, and fun does not "
                 f"run on {2 * size} ({error or type(error).__name__}); let it take any number of "
@@ -111,8 +111,13 @@ class FlatFunction:
         larger = list(batch_keys.draws(twice.trace.jaxpr))
         self.larger = batch_keys.what_is_drawn(larger)
         found = trace(self, size)
+        own = list(batch_keys.draws(found.trace.jaxpr))
+        if batch_keys.is_mistaken(own, larger, size):
+            self.larger = batch_keys.what_grows(own, larger)
+            self.returned.pop()
+            found = trace(self, size)
         batch_keys.check_rules(found.trace.jaxpr)
-        batch_keys.check(list(batch_keys.draws(found.trace.jaxpr)), larger, size)
+        batch_keys.check(own, larger, size)
         return found
 
     def _rows(self, size: int) -> Rows:

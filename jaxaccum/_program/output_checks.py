@@ -30,8 +30,8 @@ def described(x: Any) -> str:
 def check_array(name: str, x: Any) -> None:
     if isinstance(x, Tag):
         raise TypeError(
-            f"{name} holds a {type(x).__name__}: a tag stands around arrays, and not inside "
-            "another tag."
+            f"{name} is a {type(x).__name__}, and a tag holds arrays, not other tags; remove the "
+            "inner tag, or return it as an output of its own."
         )
     if not is_array(x) and not isinstance(x, bool | int | float | complex):
         raise TypeError(
@@ -73,7 +73,9 @@ def untagged_refused(name: str, x: Any, size: int) -> str:
 
 
 _OF_GRADIENT = (
-    " If it is a gradient, differentiate afterwards: jax.value_and_grad(jaxaccum.microbatch(loss))."
+    " If it is a gradient, remove the decorator that differentiates the loss, and differentiate "
+    "afterwards: jax.value_and_grad(jaxaccum.microbatch(loss, …)), or Equinox's "
+    "eqx.filter_value_and_grad(jaxaccum.microbatch(loss, …))."
 )
 
 

@@ -186,7 +186,7 @@ def test_a_model_of_nnx_that_draws_is_told_of_its_streams():
     of_model = jaxaccum.audit(loss, state, X).findings[0]
     by_hand = jaxaccum.audit(lambda w, x: jnp.mean(noisy(x @ w)), W, X).findings[0]
     assert of_model.kind == by_hand.kind == "random"
-    assert "use jaxaccum.nnx.value_and_grad" in of_model.fix
+    assert "by jaxaccum.nnx.value_and_grad" in of_model.fix
     assert "BATCH_KEY" in by_hand.fix
     assert "example_streams" not in by_hand.fix
 

@@ -161,8 +161,8 @@ FAULTS = [
     ),
     Fault(
         "the model forgets its state",
-        "value_and_grad.accumulated.with_streams",
-        "            models.update(state, own)\n",
+        "value_and_grad.accumulated",
+        "        models.update(state, streams)\n",
         "",
         "flax/test_nnx.py::"
         "test_it_is_the_host_loop_of_nnx_with_all_of_its_state["

@@ -145,6 +145,33 @@ def test_what_all_examples_share_is_drawn_once_for_the_batch(how):
     )
 
 
+def twice_the_layers(model, x):
+    """Masks that all examples share, of scans over 4 layers and over 8."""
+    for count in (4, 8):
+        keys = jax.random.split(model.rngs(), count)
+        layer = lambda h, key: (h * jax.random.uniform(key, (4,), h.dtype)[None], None)
+        x, _ = jax.lax.scan(layer, x, keys)
+    return jnp.mean(model.linear(x) ** 2)
+
+
+def twice_the_numbers(model, x):
+    """A mask of the rows, and noise that all examples share, of shapes that look like it."""
+    noise = [jax.random.normal(model.rngs(), (n, 1), x.dtype) for n in (4, 8)]
+    keep = jax.random.bernoulli(model.rngs(), 0.5, (len(x), 3, 1, 1))
+    scaled = x * jnp.mean(noise[0]) * jnp.mean(noise[1])
+    return jnp.mean(jnp.where(keep[:, 0, :, 0], model.linear(scaled), 0.0) ** 2)
+
+
+@pytest.mark.parametrize("fun", [twice_the_layers, twice_the_numbers])
+def test_shared_draws_of_twice_the_size_are_told_apart(fun):
+    """In microbatches of 4: what twice as many examples draw has a shape of 8 as well."""
+    x = data(8, 4)
+    expected = nnx.value_and_grad(fun)(Sharing("a weight"), x)
+    for size in (4, 2):
+        model = Sharing("a weight")
+        assert normwise(step(fun, microbatch_size=size)(model, x), expected) < EXACT
+
+
 # -- which streams ----------
 
 

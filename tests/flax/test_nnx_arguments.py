@@ -297,3 +297,22 @@ def test_a_model_that_nothing_is_assigned_to_is_a_pytree_as_for_jax(behind):
     assert normwise(ja.value_and_grad(loss, num_microbatches=2)(linear(), X), expected) < EXACT
     rows = ja.microbatch(lambda m, x: ja.Concat(m(x)), num_microbatches=2)(linear(), X)
     assert normwise(rows, linear()(X)) < EXACT
+
+
+def test_variables_of_flaxs_own_type_may_be_closed_over():
+    """With ``hijax=True`` a variable is a value of JAX's, of a type that no array has."""
+    batch = {"x": data(8, 3), "y": data(8, 3, seed=1)}
+    with nnx.var_defaults(hijax=True):
+        options = {"axis_name": None, "use_running_average": True}
+        model = ja.nnx.BatchNorm(3, **options, **WIDE, rngs=nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params = nnx.with_vars(params, hijax=False)
+
+    def loss(params, batch):
+        own = nnx.merge(graphdef, params, rest)
+        return jnp.mean((own(batch["x"]) - batch["y"]) ** 2)
+
+    expected = jax.value_and_grad(loss)(params, batch)
+    for options in ({"num_microbatches": 1}, {"microbatch_size": 3}):
+        step = ja.value_and_grad(loss, audit=None, **options)
+        assert normwise(jax.jit(step)(params, batch), expected) < EXACT

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from tests.flax.streaming import state, step
-from tests.support.helpers import EXACT, INEXACT, data, normwise
+from tests.support.helpers import EXACT, INEXACT, data, normwise, refused
 
 X = data(8, 3)
-SAYS = r"depends on the partition(.|\n)*reason: .*{}(.|\n)*fix: draw one row .*=False"
+SAYS = r"depends on the partition(.|\n)*reason: .*{}(.|\n)*fix: draw (as|outside) .*=False"
 
 
 class Drawing(nnx.Module):
@@ -97,6 +99,51 @@ def test_a_warning_about_the_loss_is_not_taken_for_one_about_streams():
         warnings.simplefilter("error")
         with pytest.raises(ja.InexactWarning, match=r"^of_noise is not exact over microbatches"):
             step(of_noise, num_microbatches=2)(Drawing("merged"), X)
+
+
+@INEXACT
+@pytest.mark.parametrize("audit", ["warn", None])
+def test_errors_of_the_run_are_the_calls(audit):
+    """A host that fails once is not asked again, for the numbers of other masks."""
+    asked = []
+
+    def host(x):
+        asked.append(1)
+        if len(asked) == 1:
+            raise OSError("the disk is full")
+        return x
+
+    def hosted(model, x):
+        kept = jax.random.bernoulli(model.rngs(), 0.5, x.shape)
+        same = jax.pure_callback(host, jax.ShapeDtypeStruct((), x.dtype), jnp.float64(1))
+        return jnp.mean(jnp.where(kept, model.linear(x), 0.0)) * jax.lax.stop_gradient(same)
+
+    model = Drawing("merged")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the disk is full"):
+        step(hosted, num_microbatches=2, audit=audit)(model, X)
+    assert normwise(state(model), state(Drawing("merged"))) == 0
+
+
+def test_where_the_warning_is_an_error_the_model_is_as_it_was():
+    model = Drawing("gamma")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ja.InexactWarning, match="gamma"):
+            step(loss, num_microbatches=2)(model, X)
+    assert normwise(state(model), state(Drawing("gamma"))) == 0
+
+
+def test_on_devices_the_reason_is_said():
+    """There a state that runs through the microbatches is refused as well."""
+    graphdef, variables = nnx.split(Drawing("gamma"))
+
+    def own(variables, x):
+        model = nnx.merge(graphdef, variables, copy=True)
+        return step(loss, num_microbatches=2, mesh_axes="data")(model, x)[0]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    refused(lambda: jax.jit(mapped)(variables, X), "gamma distribution", __file__)
 
 
 # -- keys that nnx does not know ----------

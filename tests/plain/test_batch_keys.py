@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxaccum._program import batch_keys
-from jaxaccum._program.batch_keys import Drawn, Rows
+from jaxaccum._program.batch_keys import Drawn, Larger, Rows
 from tests.support.helpers import data, same
 
 SIZE, BATCH = 4, 10
@@ -38,8 +38,10 @@ def keys_of(impl="threefry2x32", *larger, first=2, offsets=ADJACENT, of=()):
     key = jax.random.key(3, impl=impl)
     key = jax.random.split(key, of) if of else key
     own = batch_keys.moved(batch_keys.data_of(key), jnp.int32(first))
-    drawn = {Drawn(kind, shape) for kind in (False, True) for shape in (*larger, *SHARED)}
-    impl = batch_keys.generator(jax.random.key_impl(key), Rows(offsets, BATCH), frozenset(drawn))
+    shapes = (*larger, *SHARED)
+    drawn = frozenset(Drawn(kind, shape) for kind in (False, True) for shape in shapes)
+    twice = Larger(drawn, drawn, has_gamma=False)
+    impl = batch_keys.generator(jax.random.key_impl(key), Rows(offsets, BATCH), twice)
     return key, jax.random.wrap_key_data(own, impl=impl)
 
 
