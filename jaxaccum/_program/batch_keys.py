@@ -48,10 +48,8 @@ class Larger(NamedTuple):
     """What twice as many examples draw: it tells which axis of a draw grows."""
 
     drawn: frozenset[Drawn]
-    grown: frozenset[Drawn]
-    """Those that may be larger than for the microbatch itself."""
-    has_gamma: bool
-    """Whether a gamma distribution is drawn from, whose own splits no program shows."""
+    grown: frozenset[Drawn]  # those that may be larger than for the microbatch itself
+    has_gamma: bool  # whether a gamma distribution is drawn from, whose splits no program shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +141,6 @@ def generator(base: Hashable, rows: Rows, larger: Larger | None) -> Any:
     """The generator of keys that draw these rows as the generator `base` draws the batch.
 
     Without `larger` the rows are the whole batch, and no draw is divided.
-
     Equal arguments give one generator, so that its keys have one type and nothing is traced again.
     """
     typed: Callable[[Array], Array] = functools.partial(jax.random.wrap_key_data, impl=base)
@@ -193,8 +190,8 @@ def generator(base: Hashable, rows: Rows, larger: Larger | None) -> Any:
             return taken(draw, shape, axis, data[-1])
         return compat.threefry_bits(data[:-1], *places, dtype)
 
-    single = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=base)))
     name = f"{_TAG}{base}"
+    single = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=base)))
     return compat.key_implementation(
         key_shape=(single.shape[0] + 1,), seed=seed, split=split, random_bits=random_bits,
         fold_in=fold_in, name=name, tag=name,
@@ -247,16 +244,13 @@ def what_is_drawn(larger: Sequence[Draw]) -> Larger:
 
 def what_grows(found: Sequence[Draw], larger: Sequence[Draw]) -> Larger:
     """The same, where the draws of the microbatch itself tell which of them are larger."""
-    pairs = zip(found, larger, strict=True)
+    pairs = zip(found, larger, strict=False)  # `check` refuses other numbers of draws
     grown = frozenset(two.drawn for one, two in pairs if one.drawn != two.drawn)
     return what_is_drawn(larger)._replace(grown=grown)
 
 
 def is_mistaken(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> bool:
-    """Whether `what_is_drawn` finds another axis for a draw than `what_grows`: some draw that does
-    not grow looks like this one grown."""
-    if len(found) != len(larger):
-        return False
+    """Whether `what_is_drawn` finds other axes, since some draw looks like another one grown."""
     every, grown = what_is_drawn(larger), what_grows(found, larger)
     return any(_axis(x.drawn, size, every) != _axis(x.drawn, size, grown) for x in found)
 
@@ -354,8 +348,7 @@ def check(found: Sequence[Draw], larger: Sequence[Draw], size: int) -> None:
 
 
 def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
-    where = f"{_A_KEY}: the draw at {one.where}"
-    shape, other = one.drawn.shape, two.drawn.shape
+    where, shape, other = f"{_A_KEY}: the draw at {one.where}", one.drawn.shape, two.drawn.shape
     sizes = f"for {size} examples and {list(other)} for {2 * size}"
     axis = _axis(one.drawn, size, larger)
     if one.of != two.of and (axis is None or shape != other):
