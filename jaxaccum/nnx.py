@@ -38,9 +38,9 @@ def value_and_grad(
 ) -> Fun:
     """``flax.nnx.value_and_grad`` of the loss on the whole batch, accumulated over microbatches.
 
-    Parameters are differentiated; all other variables (batch statistics, counters, keys of random
-    streams) run from microbatch to microbatch, and the model holds the last ones afterwards. It
-    equals::
+    Parameters are differentiated; all other variables (batch statistics, counters) run from
+    microbatch to microbatch, and the model holds the last ones afterwards. But for its random
+    streams, of which below, it equals::
 
         def accumulated(model, batch):
             grads = 0
