@@ -171,7 +171,7 @@ BY_SPLIT = (
 AFTERWARDS = "change the accumulated gradient instead, as optax.clip does"
 
 TAG = {
-    "SUM": "say that it is a sum, where fun returns it: return jaxaccum.Sum(x), x made",
+    "SUM": "say that it is a sum: let fun return jaxaccum.Sum(x), with the x of this line",
     "RATIO": "give it one denominator, that of the batch: return jaxaccum.Mean(total, weight)",
     "PER_EXAMPLE": (
         "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss"

@@ -14,6 +14,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._base.trees import is_array
+
 LARGEST = 64
 """The most entries of a constant that is computed with: shapes are short."""
 
@@ -126,10 +128,9 @@ def is_numeric(x: Constant) -> bool:
     """Whether a constant is a number, or an array of numbers."""
     if isinstance(x, bool | int | float | complex):
         return True
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:
+    if not is_array(x):  # as a variable of Flax's own type, which has a dtype too
         return False
-    return jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+    return jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.bool_)
 
 
 def same(a: Constant, b: Constant) -> bool:

@@ -132,8 +132,8 @@ class Models:
             loss, aux = output if has_aux else (output, None)
             ran, rest = jnp.uint32(1), jax.tree.leaves(new.rest)
             *_, keys, counts, _ = args
-            before = self.streams.within(keys, counts)
-            advanced = Max((self.streams.after(new.streams, before), ran)) if self.streams else None
+            streams = self.streams.after(new.streams, keys, counts)
+            advanced = Max((streams, ran)) if self.streams else None
             return loss, (aux, Carry(rest) if rest else None, advanced)
 
         names = "aux", "the model's state", "the model's streams"

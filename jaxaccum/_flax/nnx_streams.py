@@ -47,14 +47,17 @@ class Streams:
 
     def within(self, keys: Sequence[Array], counts: Sequence[Array]) -> PyTree:
         """The state in one microbatch: its keys, and the counts."""
-        own, others = iter(keys), iter(counts)
-        return self._state([next(own if _is_key(x) else others) for x in self._leaves])
+        return self._state(self._arrays(keys, counts))
 
-    def after(self, state: PyTree, before: PyTree) -> list[Array]:
-        """The streams' own new arrays, of the states in a microbatch before and after the model has
-        run."""
+    def _arrays(self, keys: Sequence[Array], counts: Sequence[Array]) -> list[Array]:
+        own, others = iter(keys), iter(counts)
+        return [next(own if _is_key(x) else others) for x in self._leaves]
+
+    def after(self, state: PyTree, keys: Sequence[Array], counts: Sequence[Array]) -> list[Array]:
+        """The streams' own new arrays: of the state after a model has run with these `keys` and
+        `counts` in one microbatch."""
         new, named = [], jax.tree_util.tree_leaves_with_path(state)
-        for (path, x), old in zip(named, jax.tree.leaves(before), strict=True):
+        for (path, x), old in zip(named, self._arrays(keys, counts), strict=True):
             _check_kept(leaf_name("", path[1:-1]), x, old)
             new.append(batch_keys.integers(x) if _is_key(old) else x)
         return new

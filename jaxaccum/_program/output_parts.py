@@ -181,8 +181,9 @@ def read(
         finalized.append(_read_tag(reader, name, x, padded=padded))
     outer = jax.tree.structure(output, is_leaf=is_tag)
     treedef = jax.tree.structure(outer.unflatten(finalized))
-    read, untagged = tuple(reader.parts), tuple(reader.untagged)
-    return Outputs(treedef, tuple(reader.leaves), read, untagged), [*reader.values, *reader.whole]
+    summed, untagged = tuple(reader.parts), tuple(reader.untagged)
+    arrays = [*reader.values, *reader.whole]
+    return Outputs(treedef, tuple(reader.leaves), summed, untagged), arrays
 
 
 def _stopped(part: Part, x: Array) -> Array:

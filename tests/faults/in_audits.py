@@ -154,6 +154,13 @@ FAULTS = [
         "audit/test_at_call_models.py::test_other_outputs_that_are_inexact_are_named",
     ),
     Fault(
+        "a variable of Flax's own type is taken for numbers",
+        "is_numeric",
+        "if not is_array(x):",
+        "if not hasattr(x, 'dtype'):",
+        "flax/test_nnx_arguments.py::test_variables_of_flaxs_own_type_may_be_closed_over",
+    ),
+    Fault(
         "every carried state is a random stream",
         "_of_state",
         "Fault(FaultKind.STATE, None, None, note, declared=declared)",

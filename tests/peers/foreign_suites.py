@@ -72,10 +72,6 @@ KNOWN: list[tuple[str, str]] = [
         "it wants a program without loops, and microbatches are a loop; XLA removes that of one",
     ),
     (
-        "hijax|mutable_hitypes|test_example_mutable_arrays",
-        "it takes Flax's experimental variables (hijax) for arrays; jax.lax.scan refuses them too",
-    ),
-    (
         r"MicrobatchingTest::test_in_axes_(invariant|with_argnames)3$",
         "it concatenates what has no row for each example",
     ),
