@@ -13,6 +13,7 @@ relu relu6 sigmoid softplus silu gelu elu selu celu leaky_relu hard_tanh hard_si
 mish squareplus log_sigmoid soft_sign standardize softmax log_softmax
 """
 W = data(3) / 2 + 0.8
+SHARED = 4.0 * jnp.eye(3) + jnp.tri(3, dtype=float)
 
 
 def matrices(h):
@@ -27,6 +28,11 @@ def gram(h):
 def wide(h):
     """Rows repeated along a second axis of the batch's size."""
     return jnp.broadcast_to(h[:, None], (len(h), *h.shape))
+
+
+def columns(h):
+    """A square matrix with a column for each example."""
+    return jnp.broadcast_to(h[None, :, 0], (len(h), len(h)))
 
 
 def positive(h):
@@ -165,6 +171,15 @@ APART = {
     "norm": lambda h, b: jnp.linalg.norm(matrices(h), axis=(1, 2)),
     "pinv": lambda h, b: jnp.linalg.pinv(matrices(h)),
     "expm": lambda h, b: jax.vmap(jax.scipy.linalg.expm)(matrices(h) / 9),
+    "an axis of one before the examples": lambda h, b: h.T.reshape(3, 1, -1)[:, 0].T,
+    "right sides of a shared system": lambda h, b: jnp.linalg.solve(SHARED, h.T),
+    "columns of a triangular system": lambda h, b: jax.scipy.linalg.solve_triangular(
+        SHARED, h.T, lower=True
+    ),
+    "rows of a triangular system": lambda h, b: lax.linalg.triangular_solve(SHARED, h),
+    "right sides of a tridiagonal system": lambda h, b: lax.linalg.tridiagonal_solve(
+        jnp.asarray([0.0, 1, 1]), jnp.full(3, 4.0), jnp.asarray([1.0, 1, 0]), h.T
+    ),
     "matrix_power": lambda h, b: jnp.linalg.matrix_power(matrices(h), 3),
     "einsum": lambda h, b: jnp.einsum("bi,bj,bk,jk->bi", h, h, b["x"], jnp.ones((3, 3))),
     "trace": lambda h, b: jnp.trace(matrices(h), axis1=1, axis2=2),

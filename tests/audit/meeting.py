@@ -8,6 +8,7 @@ from tests.audit.cases import (
     W,
     backwards,
     centred_gradient,
+    columns,
     each_with_each,
     gram,
     key_of_the_size,
@@ -58,6 +59,34 @@ MEETING = {
     "standardized": (lambda h, b: jax.nn.standardize(h, axis=0) * b["x"], "COUPLED"),
     "det of a gram matrix": (lambda h, b: jnp.linalg.det(gram(h)), "COUPLED"),
     "solve with a gram matrix": (lambda h, b: jnp.linalg.solve(gram(h), jnp.ones(3)), "COUPLED"),
+    "unknowns of one triangular system": (
+        lambda h, b: lax.linalg.triangular_solve(
+            jnp.tri(len(h), dtype=h.dtype), h * h, left_side=True, lower=True
+        ),
+        "COUPLED",
+    ),
+    "unknowns of one triangular system, from the right": (
+        lambda h, b: lax.linalg.triangular_solve(
+            jnp.tri(len(h), dtype=h.dtype), (h * h).T, lower=True
+        ),
+        "COUPLED",
+    ),
+    "a triangular matrix of examples": (
+        lambda h, b: lax.linalg.triangular_solve(
+            columns(h), columns(h), left_side=True, lower=True, unit_diagonal=True
+        ),
+        "COUPLED",
+    ),
+    "a triangular matrix of the batch's size": (
+        lambda h, b: lax.linalg.triangular_solve(
+            jnp.ones((len(h), len(h)), h.dtype),
+            columns(h),
+            left_side=True,
+            lower=True,
+            unit_diagonal=True,
+        ),
+        "COUPLED",
+    ),
     "inv of a gram matrix": (lambda h, b: jnp.linalg.inv(gram(h)), "COUPLED"),
     "cholesky of a gram matrix": (lambda h, b: jnp.linalg.cholesky(gram(h)), "COUPLED"),
     "qr of a gram matrix": (lambda h, b: jnp.linalg.qr(gram(h))[1], "COUPLED"),

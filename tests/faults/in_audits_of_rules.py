@@ -184,4 +184,20 @@ FAULTS = [
         "audit/test_audit.py::test_verdict_and_exactness_are_those_of_the_numbers[Mean by size - "
         "1]",
     ),
+    Fault(
+        "the audit solves a system that grows with the batch for each example",
+        "_right_sides_alone",
+        " and not varying(op.shapes())",
+        "",
+        "audit/test_primitives.py::test_exact_is_what_the_numbers_say[a triangular matrix of the "
+        "batch's size]",
+    ),
+    Fault(
+        "the audit loses the examples after an axis of one",
+        "_relaid",
+        "axis not in ones and ",
+        "",
+        "audit/test_primitives.py::test_exact_is_what_the_numbers_say[an axis of one before the "
+        "examples]",
+    ),
 ]

@@ -133,12 +133,17 @@ def fourier(walk: Walk, op: Op, ins: list[Value]) -> Value:
     tridiagonal_solve lu_pivots_to_permutation cholesky_update
 """)
 def linear_algebra(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
-    """Functions of matrices, one for each entry of the leading axes."""
+    """Functions of matrices, one for each entry of the leading axes, or for each column."""
     layout = layout_of(ins)
     of_vectors = op.name in ("lu_pivots_to_permutation", "tridiagonal_solve")
     batched = len(op.shapes()[0]) - (1 if of_vectors else 2)
     if layout is None or any_summary(ins) or not same_layout(ins):
         return combine(walk, op, ins)
-    if max(layout.axes, default=-1) >= batched:
+    if max(layout.axes, default=-1) >= batched and not _right_sides_alone(op):
         return walk.couple(op, ins, note=f"{op.name} of a matrix of examples")
     return combine(walk, op, ins)
+
+
+def _right_sides_alone(op: Op) -> bool:
+    """Whether examples can only be right-hand sides, each for itself, since no matrix grows."""
+    return op.name in ("triangular_solve", "tridiagonal_solve") and not varying(op.shapes())

@@ -127,13 +127,17 @@ def relaid(layout: Layout, shapes: Shapes, outs: Shapes, sizes: Sizes) -> Layout
     if not layout.axes:
         return layout
     counts = lengths(shapes, layout.axes[0]) if layout.looped else (sizes.first, sizes.second)
-    first = _relaid(layout, shapes[0], outs[0], counts[0])
-    second = _relaid(layout, shapes[1], outs[1], counts[1])
+    ones = {axis for axis, (a, b) in enumerate(zip(*outs, strict=True)) if a == b == 1}
+    first = _relaid(layout, shapes[0], outs[0], counts[0], ones)
+    second = _relaid(layout, shapes[1], outs[1], counts[1], ones)
     return first if first == second else None
 
 
-def _relaid(layout: Layout, shape: Shape, out: Shape, size: int) -> Layout | None:
-    """The layout after a reshape, by how many entries lie between two of `size` examples."""
+def _relaid(layout: Layout, shape: Shape, out: Shape, size: int, ones: set[int]) -> Layout | None:
+    """The layout after a reshape, by how many entries lie between two of `size` examples.
+
+    An axis of the result in `ones` has one entry for any batch size, so the examples do not split.
+    """
     last = layout.axes[-1]
     if len(layout.axes) == 2 and layout.axes != (last - 1, last):
         return None
@@ -142,7 +146,7 @@ def _relaid(layout: Layout, shape: Shape, out: Shape, size: int) -> Layout | Non
         if (inner := _inner(out, axis, stride)) and length and length % (size * inner) == 0:
             outer = length // (size * inner)
             return dataclasses.replace(layout.at(axis), outer=outer, inner=inner)
-        if not layout.looped and _splits(out, axis, size, stride):
+        if not layout.looped and axis not in ones and _splits(out, axis, size, stride):
             return Layout((axis, axis + 1))
     return None
 
