@@ -36,6 +36,12 @@ def mean_of(f):
     return lambda w, b: jnp.mean(f(b["x"] * w[None], b))
 
 
+def stepwise(under, w, b):
+    """A sum over features, one at a time, of sums over examples."""
+    step = under(lambda total, x: (total + jnp.sum(jnp.sin(x[0] * x[1])), None))
+    return lax.scan(step, jnp.zeros(()), (b["x"].T, w))[0]
+
+
 def audited(loss, **options):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return jaxaccum.audit(loss, W, BATCH, **options)
@@ -53,6 +59,16 @@ CASES = {
         lambda w, b: Sum(jnp.sum(w) * (jnp.sum(b["y"]) // 4)),
         "COUPLED",
         False,
+    ),
+    "a total in steps, under jax.checkpoint": (
+        lambda w, b: stepwise(jax.checkpoint, w, b) / len(b["x"]),
+        "MEAN",
+        True,
+    ),
+    "a total in steps, under jax.jit of jax.checkpoint": (
+        lambda w, b: Mean(stepwise(lambda f: jax.jit(jax.checkpoint(f)), w, b), len(b["x"])),
+        "RATIO",
+        True,
     ),
     "a weight of ones": (
         lambda w, b: Mean(jnp.sum(b["x"] @ w), jnp.sum(b["y"] >= 0)),

@@ -193,6 +193,14 @@ FAULTS = [
         "batch's size]",
     ),
     Fault(
+        "the audit does not look into a step under jax.checkpoint",
+        "_called",
+        "if len(body.eqns) != 1 or",
+        "if True or",
+        "audit/test_primitives.py::test_exact_is_what_the_numbers_say[a total in steps, under "
+        "jax.checkpoint]",
+    ),
+    Fault(
         "the audit loses the examples after an axis of one",
         "_relaid",
         "axis not in ones and ",

@@ -30,7 +30,8 @@ class Scan:
 
     @property
     def body(self) -> jex.Jaxpr:
-        return opened(self.eqn.params["jaxpr"])[0]
+        """The program of a step. A body that is one call (``jax.checkpoint``) is what it calls."""
+        return _called(opened(self.eqn.params["jaxpr"])[0])
 
     @property
     def closed_over(self) -> Sequence[PyTree]:
@@ -40,6 +41,24 @@ class Scan:
     @property
     def length(self) -> int:
         return self.eqn.params["length"]
+
+
+_CALLS = ("jit", "pjit", "remat", "remat2", "checkpoint")
+
+
+def _called(body: jex.Jaxpr) -> jex.Jaxpr:
+    """The program of the one call that a body is; else the body itself."""
+    if len(body.eqns) != 1 or body.eqns[0].primitive.name not in _CALLS:
+        return body
+    (call,) = body.eqns
+    inner, consts = opened(call.params["jaxpr"])
+    given = list(filter(is_variable, call.invars))
+    if consts or inner.constvars or len(set(given)) < len(call.invars):
+        return body
+    names = dict(zip([*given, *call.outvars], [*inner.invars, *inner.outvars], strict=True))
+    renamed = lambda v: names.get(v, v) if is_variable(v) else v
+    invars, outvars = list(map(renamed, body.invars)), list(map(renamed, body.outvars))
+    return _called(body.replace(eqns=inner.eqns, invars=invars, outvars=outvars))
 
 
 RoleName = Literal["state", "count", "sum", "write"]
