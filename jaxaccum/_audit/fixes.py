@@ -16,8 +16,8 @@ _ONCE = (
     "it in with the batch"
 )
 _BATCH_NORM = (
-    "give BatchNorm {keyword}={names}: it then has the full batch's statistics{in_vmap}; or use "
-    "another norm, as GroupNorm"
+    "give BatchNorm {keyword}={names}: it then has the full batch's statistics{in_vmap}{more}; or "
+    "use another norm, as GroupNorm"
 )
 _IN_VMAP = ' (inside jax.vmap(…, axis_name="example"), ("example", "{axis}"))'
 _MASKED = (
@@ -34,6 +34,15 @@ _LAYERS = {
 }
 """Files of libraries with a BatchNorm: the argument that names its axes, and whether it is
 mapped."""
+_MORE = {
+    "flax/nnx/nn/normalization.py": (
+        "; for all layers of a model, model.set_attributes(nnx.BatchNorm, axis_name={names})"
+    ),
+    "haiku/_src/batch_norm.py": (
+        "; where net.init runs it too, cross_replica_axis=None if hk.running_init() else {names}"
+    ),
+}
+"""What else helps, by the file of the layer."""
 _STATISTIC = (
     "make the statistic the full batch's: jax.lax.pmean(mean, "
     '"{axis}"), or jax.lax.psum(sum, "{axis}"); where the loss is only divided by it, return '
@@ -121,7 +130,8 @@ def _for_batch_norm(layer: str, axis_name: str, known: tuple[str, ...]) -> str:
         names = f'("batch", {names}), where "batch" is the axis of your jax.vmap'
     else:
         in_vmap = _IN_VMAP.format(axis=axis_name)
-    return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap)
+    more = _MORE.get(layer, "").format(names=names)
+    return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap, more=more)
 
 
 def _normalization(site: Site | None) -> str | None:

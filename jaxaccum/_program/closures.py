@@ -85,7 +85,18 @@ def explain(
             " Where examples come in groups, pass a microbatch_size that is a multiple of the "
             "group's size and that divides the batch."
         )
+    if _is_decorated(fun):
+        said += (
+            f" {name} is decorated: where a decorator differentiates it, as jax.value_and_grad and "
+            "eqx.filter_value_and_grad do, pass the function without it."
+        )
     error.add_note(said)
+
+
+def _is_decorated(fun: Fun) -> bool:
+    """Whether the user's function is wrapped, by a wrapper that is not one of jaxaccum's."""
+    module = getattr(fun, "__globals__", {}).get("__name__", "")
+    return hasattr(fun, "__wrapped__") and not module.startswith("jaxaccum.")
 
 
 def as_arguments(fun: Fun | None) -> str:

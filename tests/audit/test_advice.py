@@ -104,6 +104,8 @@ def test_a_batch_norm_is_told_to_add_the_loops_axis_to_its_own(make):
         [normalized(make(n)) for n in (None, "batch", ("batch", "microbatch"))]
     )
     assert 'axis_name="microbatch":' in alone.findings[0].fix
+    at_once = 'model.set_attributes(nnx.BatchNorm, axis_name="microbatch");'
+    assert (at_once in alone.findings[0].fix) == (make is of_nnx)
     in_vmap = 'axis_name="example"), ("example", "microbatch"))'
     assert in_vmap in alone.findings[0].fix
     assert 'axis_name=("batch", "microbatch"):' in shared.findings[0].fix
@@ -118,6 +120,7 @@ def test_haikus_is_told_by_its_own_argument(installed):
     losses = [normalized(layer(cross_replica_axis=name)) for name in names]
     alone, shared, both = reports_on_devices(losses)
     assert 'cross_replica_axis="microbatch":' in alone.findings[0].fix
+    assert 'None if hk.running_init() else "microbatch";' in alone.findings[0].fix
     assert 'cross_replica_axis=("batch", "microbatch"):' in shared.findings[0].fix
     assert both.exact
 

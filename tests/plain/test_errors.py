@@ -200,6 +200,16 @@ def test_the_good_call_beside_them_is_accepted():
     assert grad.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_an_error_of_a_decorated_loss_says_that_it_is_decorated():
+    loss = lambda w, x: ja.Mean(jnp.sum(x @ w), 3)
+    for decorated, said in ((jax.value_and_grad(loss), True), (loss, False)):
+        fails = ja.microbatch(decorated, num_microbatches=2)
+        with pytest.raises(TypeError) as info:
+            fails(W, X[:, :2])
+        notes = " ".join(info.value.__notes__)
+        assert ("is decorated: where a decorator differentiates it" in notes) == said
+
+
 def test_an_index_inside_a_custom_rule_is_refused():
     @jax.custom_jvp
     def ruled(x):
