@@ -23,8 +23,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Traces are many small objects that live long. Python looks through them less often: 7 % of the
-# suite's time.
+# Traces are many small objects that live long. Python looks through them less often, which saved
+# 7 % of the time of 111 tests.
 gc.set_threshold(100_000, 50, 100)
 
 TESTS = pathlib.Path(__file__).parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from jaxaccum._audit.lattice import Fault, FaultKind
 from jaxaccum._audit.sources import Site, line_of
@@ -24,25 +25,35 @@ _MASKED = (
     "the layer averages the means of microbatches, which its mask leaves unequal: use "
     "jaxaccum.linen.BatchNorm or jaxaccum.nnx.BatchNorm, which count the rows"
 )
+
+
+class _Layer(NamedTuple):
+    """A BatchNorm of a library, and what its advice says."""
+
+    keyword: str
+    """The argument that names its axes."""
+    mapped: bool = False
+    """Whether it is always under `jax.vmap`."""
+    more: str = ""
+    """What else helps, with the `names` of its axes."""
+
+
 _LAYERS = {
-    "flax/nnx/nn/normalization.py": ("axis_name", False),
-    "flax/linen/normalization.py": ("axis_name", False),
-    "equinox/nn/_batch_norm.py": ("axis_name", True),
-    "haiku/_src/batch_norm.py": ("cross_replica_axis", False),
-    "jaxaccum/linen.py": ("axis_name", False),
-    "jaxaccum/nnx.py": ("axis_name", False),
-}
-"""Files of libraries with a BatchNorm: the argument that names its axes, and whether it is
-mapped."""
-_MORE = {
-    "flax/nnx/nn/normalization.py": (
-        "; for all layers of a model, model.set_attributes(nnx.BatchNorm, axis_name={names})"
+    "flax/nnx/nn/normalization.py": _Layer(
+        "axis_name",
+        more="; for all layers of a model, model.set_attributes(nnx.BatchNorm, axis_name={names})",
     ),
-    "haiku/_src/batch_norm.py": (
-        "; where net.init runs it too, cross_replica_axis=None if hk.running_init() else {names}"
+    "flax/linen/normalization.py": _Layer("axis_name"),
+    "equinox/nn/_batch_norm.py": _Layer("axis_name", mapped=True),
+    "haiku/_src/batch_norm.py": _Layer(
+        "cross_replica_axis",
+        more="; where net.init runs it too, cross_replica_axis=None if hk.running_init() else "
+        "{names}",
     ),
+    "jaxaccum/linen.py": _Layer("axis_name"),
+    "jaxaccum/nnx.py": _Layer("axis_name"),
 }
-"""What else helps, by the file of the layer."""
+"""Layers by the end of their file's name."""
 _STATISTIC = (
     "make the statistic the full batch's: jax.lax.pmean(mean, "
     '"{axis}"), or jax.lax.psum(sum, "{axis}"); where the loss is only divided by it, return '
@@ -119,7 +130,7 @@ def _for_batch_norm(layer: str, axis_name: str, known: tuple[str, ...]) -> str:
 
     A layer that is mapped has an axis of `jax.vmap`, which leaves no trace in the program.
     """
-    keyword, mapped = _LAYERS[layer]
+    keyword, mapped, more = _LAYERS[layer]
     if axis_name in known and layer.startswith("flax/"):
         return _MASKED
     names = ", ".join(f'"{name}"' for name in (*known, axis_name))
@@ -130,7 +141,7 @@ def _for_batch_norm(layer: str, axis_name: str, known: tuple[str, ...]) -> str:
         names = f'("batch", {names}), where "batch" is the axis of your jax.vmap'
     else:
         in_vmap = _IN_VMAP.format(axis=axis_name)
-    more = _MORE.get(layer, "").format(names=names)
+    more = more.format(names=names)
     return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap, more=more)
 
 
