@@ -100,8 +100,7 @@ def _of_position(notes: Notes, result: Result) -> frozenset[Fault]:
 
 def _spends_an_index(result: Result) -> bool:
     """Whether the place of an example goes in, and the result is a number like any other."""
-    named = result.out.index is not None or any(result.out.columns)
-    return not named and any(v.index is not None for v in result.ins)
+    return not result.out.placed and any(v.placed for v in result.ins)
 
 
 def _is_uneven(result: Result) -> bool:

@@ -19,12 +19,11 @@ from jaxaccum._audit.lattice import (
     IRREGULAR,
     Fault,
     FaultKind,
-    Index,
-    Layout,
     Scale,
     Sizes,
     Value,
     fixed,
+    own_places,
 )
 
 
@@ -107,8 +106,9 @@ class Constants:
         if both_filled and is_numeric(first) and _is_uniform(first) and _is_uniform(second):
             uniform = self._scalar(first.flat[0], second.flat[0])
             return uniform.like(number=self.fresh())
-        if is_arange(first, self.sizes.first) and is_arange(second, self.sizes.second):
-            return Value(index=Index.ROW, layout=Layout((0,)))
+        inner = self.sizes.entries(first.size, second.size)
+        if inner and is_arange(first) and is_arange(second):
+            return own_places(0, inner)
         note = "a constant array has a row for each place in the batch"
         found = Fault(FaultKind.POSITION, None, None, note)
         fault = self.faults.setdefault((note, first.shape), found)

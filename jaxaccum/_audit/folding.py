@@ -143,10 +143,10 @@ def same(a: Constant, b: Constant) -> bool:
     return is_numeric(a) and np.array_equal(np.asarray(a), np.asarray(b), equal_nan=inexact)
 
 
-def is_arange(x: np.ndarray, size: int) -> bool:
-    """Whether it counts the examples: 0, 1, 2, …, as ``np.arange(len(x))`` does."""
+def is_arange(x: np.ndarray) -> bool:
+    """Whether it counts: 0, 1, 2, …, as ``np.arange(len(x))`` does."""
     counts = x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.integer)
-    return counts and np.array_equal(x, np.arange(size))
+    return counts and np.array_equal(x, np.arange(x.size))
 
 
 def may_be_key(x: Constant) -> bool:

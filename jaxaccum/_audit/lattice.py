@@ -227,6 +227,7 @@ class Index(enum.Enum):
     """An integer that names an example: legitimate where it only says which."""
 
     ROW = "the example's own place, along the axes of the layout"
+    ENTRY = "the place of an entry, along an axis that holds several for each example"
     STEP = "the step of a loop over the examples"
     MICROBATCH = "the microbatch's place"
     START = "the place of the microbatch's first example in the batch"
@@ -250,8 +251,8 @@ class Value:
     number: int = -1
     """Equal numbers mean equal values; -1 until numbered."""
     index: Index | None = None
-    columns: tuple[bool, ...] = ()
-    """For an array of indices: which entries of its last axis are the example's own place."""
+    columns: tuple[Index | None, ...] = ()
+    """For an array of indices: which entries of its last axis are places, and of which kind."""
     known: Any = None
     """The number that it holds everywhere, at both sizes."""
     at: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, compare=False)
@@ -286,6 +287,11 @@ class Value:
     def summary(self) -> bool:
         """Whether it is a total or another statistic of the batch."""
         return self.kind in (Kind.TOTAL, Kind.STATISTIC)
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is a place, or an array of indices that holds places."""
+        return self.index is not None or any(self.columns)
 
     @property
     def plain(self) -> bool:
@@ -349,6 +355,12 @@ def _addends_of(scale: Scale) -> frozenset[Addend]:
 def rows(layout: Layout, **fields: Any) -> Value:
     """A value with one part per example."""
     return _ANY.like(kind=Kind.ROWS, layout=layout, **fields)
+
+
+def own_places(axis: int, inner: int) -> Value:
+    """0, 1, 2, … along an axis that holds `inner` entries for each example."""
+    index = Index.ROW if inner == 1 else Index.ENTRY
+    return _ANY.like(index=index, layout=Layout((axis,), inner=inner))
 
 
 def total(site: Site, terms: frozenset[Addend], **fields: Any) -> Value:

@@ -59,6 +59,11 @@ class Sizes:
         close = abs(ratio.real / base ** float(power) - 1) <= apart
         return power if close and abs(power) <= 4 else None
 
+    def entries(self, first: int, second: int) -> int:
+        """How many entries for each example an axis of these lengths holds; 0 if it has others."""
+        count = first // self.first
+        return count if (first, second) == (count * self.first, count * self.second) else 0
+
     def divided(self, by: int) -> Sizes | None:
         """The sizes of one of `by` equal shares; None where they do not divide."""
         if self.first % by or self.second % by:

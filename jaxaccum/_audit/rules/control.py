@@ -30,6 +30,7 @@ from jaxaccum._audit.rules.operands import (
     all_scalar,
     all_unscaled,
     all_with_faults,
+    any_place,
     both,
     common_scale,
     faulty,
@@ -171,7 +172,7 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
     )
     if all_fixed(either):
         return _joined_fixed(walk, op, joined, x, y)
-    kinds, layouts, places = {x.kind, y.kind}, layouts_of(either), x.index or y.index
+    kinds, layouts, places = {x.kind, y.kind}, layouts_of(either), any_place(either)
     if kinds <= {Kind.FIXED, Kind.ROWS} and len(layouts) == 1 and not places:
         return joined.like(kind=Kind.ROWS, layout=layouts.pop(), terms=terms_of(either))
     if kinds <= {Kind.FIXED, Kind.TOTAL} and not places:
@@ -187,7 +188,7 @@ def _joined_fixed(walk: Walk, op: Op, joined: Value, x: Value, y: Value) -> Valu
     joined = joined.like(terms=fixed(common_scale([x, y])).terms)
     if (x.index, x.layout, x.columns) == (y.index, y.layout, y.columns):
         return joined.like(index=x.index, layout=x.layout, columns=x.columns)
-    if x.index or y.index:
+    if any_place([x, y]):
         return with_faults(
             joined, faulty(walk, op, FaultKind.POSITION, "a position of an example enters")
         )

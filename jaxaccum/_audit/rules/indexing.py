@@ -25,11 +25,11 @@ from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine
 from jaxaccum._audit.rules.operands import (
     all_fixed,
+    any_place,
     any_rows,
     any_summary,
     array_of,
     axes_except,
-    example_axes,
     layout_of,
     lengths,
     params_at_both,
@@ -88,18 +88,20 @@ class _Gather:
             found.append(window)
         return layout.at(*found)
 
-    def indexed_by_place(self, axis: int, indices: Value) -> bool:
-        """Whether an axis of the operand is read at the example's own place."""
+    def indexed_by_place(self, layout: Layout, indices: Value) -> bool:
+        """Whether the one axis of the operand's rows is read at the place of each."""
+        (axis,) = layout.axes
         one = lengths(params_at_both(self.op, "slice_sizes"), axis) == (1, 1)
-        return one and reads_place(self.numbers.start_index_map, axis, indices)
+        return one and reads_place(self.numbers.start_index_map, axis, indices, layout)
 
     def leaves(self, x: Value, indices: Value) -> bool:
         """Whether an index may leave an axis of the batch's size, and read the filling there."""
         if self.op.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
             return False
-        own = example_axes(x)
         axes = set(self.numbers.start_index_map) & set(varying(self.op.shapes()))
-        return not all(a in own and self.indexed_by_place(a, indices) for a in axes)
+        own = x.layout is not None and len(axes) == 1 and axes == set(x.layout.axes)
+        read = own and x.layout is not None and self.indexed_by_place(x.layout, indices)
+        return bool(axes) and not read
 
 
 @rule("gather", uniform=True)
@@ -107,6 +109,8 @@ def gather(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """The parts of an operand at given indices."""
     x, indices, *_ = ins
     g = _Gather(op)
+    if x.placed:
+        return walk.unknown(op, "places of examples are picked by an index")
     own = g.of_indices(indices.layout) if indices.rows and indices.layout is not None else None
     if g.leaves(x, indices):
         return walk.unknown(op, "an index may fall outside of an axis of the batch's size")
@@ -123,7 +127,7 @@ def gather(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 def _from_table(walk: Walk, op: Op, ins: list[Value], own: Layout | None) -> Value:
     """Entries of a table that all examples share, at indices of each."""
     x, indices, *_ = ins
-    if x.index is not None or (indices.rows and own is None):
+    if indices.rows and own is None:
         return walk.unknown(op, "a gather that the analysis cannot follow")
     return rows(own, terms=x.terms) if own is not None else fixed(x.scale)
 
@@ -140,10 +144,9 @@ def _from_rows(walk: Walk, op: Op, ins: list[Value], own: Layout | None) -> Valu
             return rows(layout.at(g.places[beside]), terms=x.terms, origin=x.origin)
     if not indices.rows and (whole := g.windows(layout)) is not None:
         return rows(whole, terms=x.terms, origin=x.origin)
-    if layout.plain and indices.layout is not None:
-        (axis,), faults = layout.axes, x.faults | indices.faults
-        read = g.of_indices(indices.layout)
-        if read is not None and g.indexed_by_place(axis, indices):
+    if len(layout.axes) == 1 and indices.layout is not None:
+        faults, read = x.faults | indices.faults, g.of_indices(indices.layout)
+        if read is not None and g.indexed_by_place(layout, indices):
             return Settled([rows(read, terms=x.terms, faults=faults, origin=x.origin)])
     if not layout.axes and (indices.fixed or indices.layout == layout):
         return rows(layout, terms=x.terms, origin=x.origin)
@@ -185,7 +188,7 @@ def dynamic_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return fixed(x.scale)
     if not _cuts(op, x.layout):
         return rows(x.layout, terms=x.terms, origin=x.origin)
-    if _one_at_a_step(op, x.layout, starts):
+    if _one_at_a_step(op, x.layout, starts) and not x.placed:
         faults = faults_of(ins)
         return Settled([rows(ONE_EXAMPLE, terms=x.terms, faults=faults, origin=x.origin)])
     return walk.couple(op, [x], kind=FaultKind.SELECTION, note=_READS)
@@ -230,21 +233,23 @@ def dynamic_update_slice(walk: Walk, op: Op, ins: list[Value]) -> Value | list[V
 def _written_at_a_step(op: Op, x: Value, update: Value, starts: list[Value]) -> Layout | None:
     """Where the rows lie that a loop over the examples writes, one at each step."""
     axis = _axis_of_steps(starts)
-    if update.layout != ONE_EXAMPLE or x.summary or axis is None:
+    if update.layout != ONE_EXAMPLE or x.summary or axis is None or any_place([x, update]):
         return None
     layout = Layout((axis,))
     own = x.layout in (None, layout) and not beyond(op.shapes(), rows(layout))
     return layout if own and _one_at_a_step(op, layout, starts) else None
 
 
-def reads_place(dims: Sequence[int], axis: int, indices: Value) -> bool:
-    """Whether indices along `dims` are the example's own place along an axis."""
-    if axis not in dims or indices.layout is None or not indices.layout.plain:
+def reads_place(dims: Sequence[int], axis: int, indices: Value, layout: Layout) -> bool:
+    """Whether indices along `dims` are the own place of each row, which lie along an axis."""
+    if axis not in dims or indices.layout is None or len(indices.layout.axes) != 1:
         return False
-    column = list(dims).index(axis)
-    return column < len(indices.columns) and only_place(indices, column)
+    column, place = list(dims).index(axis), Index.ROW if layout.plain else Index.ENTRY
+    alike = indices.layout.at(axis) == layout
+    return alike and column < len(indices.columns) and _only_place(indices, column, place)
 
 
-def only_place(indices: Value, column: int) -> bool:
-    """Whether this column of the indices, and no other one, is the example's own place."""
-    return [i for i, is_place in enumerate(indices.columns) if is_place] == [column]
+def _only_place(indices: Value, column: int, place: Index) -> bool:
+    """Whether this column of the indices, and no other one, is a place, and of this kind."""
+    places = {i: index for i, index in enumerate(indices.columns) if index}
+    return places == {column: place}

@@ -34,6 +34,7 @@ from jaxaccum._audit.rules.operands import (
     all_scalar,
     all_with_faults,
     any_along,
+    any_place,
     common_scale,
     faulty,
     numbered,
@@ -153,6 +154,8 @@ class _Loop:
         """A scanned value as the body sees it; None where the analysis cannot say."""
         if x.layout is None:
             return numbered(self.walk, x.like(at=None))
+        if any(x.columns):
+            return None
         if x.layout.plain and x.layout.axes == (0,) and x.index is Index.ROW:
             return fixed(index=Index.STEP, faults=x.faults, number=self.walk.fresh(), scalar=True)
         layout = _of_an_element(x.layout)
@@ -162,7 +165,7 @@ class _Loop:
 
     def as_rows(self, where: int, role: RoleName, x: Value, out: Value) -> Value:
         """A state that is the same for all examples and becomes rows is rows from the start."""
-        if role != "state" or not x.fixed:
+        if role != "state" or not x.fixed or x.placed:
             return x
         if not out.rows or out.layout is None or not out.layout.plain:
             return x
@@ -187,7 +190,7 @@ class _Loop:
             faults |= faulty(self.walk, self.op, FaultKind.BATCH_SIZE, note)
         if grows and x.fixed and out.fixed:
             return _irregular(joined).like(faults=faults, number=x.number)
-        return joined.but(scalar=joined.scalar, faults=faults, number=x.number)
+        return _carried(joined, x).like(faults=faults)
 
     # -- after the loop ----------------------------------------------------------------------------
 
@@ -208,7 +211,7 @@ class _Loop:
     def summed(self, start: Value, each: Value) -> Value:
         """``start + Σ each``."""
         faults = faults_of([start, each])
-        if each.index is not None:
+        if any_place([start, each]):
             note = "positions of examples are summed"
             faults |= faulty(self.walk, self.op, FaultKind.POSITION, note)
         value = self.sum_of(start, each)
@@ -232,12 +235,12 @@ class _Loop:
 
     def stacked(self, y: Value, *, changes: bool) -> Value:
         """A result of every step, along a new first axis."""
-        if y.rows and y.layout is not None:
-            return self.stacked_rows(y, y.layout)
         faults: Faults = frozenset()
-        if self.repeats != 0 and (changes or y.index is not None):
+        if y.placed or (self.repeats != 0 and changes and not y.rows):
             note = "the result depends on the position of an example"
             faults = faulty(self.walk, self.op, FaultKind.POSITION, note)
+        if y.rows and y.layout is not None:
+            return with_faults(self.stacked_rows(y, y.layout), y.faults | faults)
         if y.summary and self.repeats != 0:
             coupled = self.walk.couple(self.op, [y], note="a statistic for each example")
             return with_faults(coupled, y.faults)
@@ -274,6 +277,14 @@ def _of_a_step(x: Value) -> bool:
 def _unknown_number(x: Value) -> Value:
     """A value that holds one number at first, and another one later."""
     return x.like(known=None, at=None)
+
+
+def _carried(joined: Value, x: Value) -> Value:
+    """What a carried value is at every step: what it was known to be once is forgotten, but for
+    the places that it holds."""
+    return joined.but(
+        scalar=joined.scalar, number=x.number, index=joined.index, columns=joined.columns
+    )
 
 
 def _irregular(x: Value) -> Value:
@@ -325,7 +336,7 @@ def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 def _after(walk: Walk, op: Op, holds: Value, x: Value, out: Value) -> Value:
     """A carried value after one more step, which is taken where the condition holds."""
     joined = join(walk, op, x, out)
-    joined = joined.but(scalar=joined.scalar, number=x.number)
+    joined = _carried(joined, x)
     if x.number == out.number:
         return joined
     if holds.rows and joined.fixed and joined.scale.trivial:

@@ -68,8 +68,8 @@ def any_summary(values: Iterable[Value]) -> bool:
 
 
 def any_place(values: Iterable[Value]) -> bool:
-    """Whether one is the place of an example or of a microbatch."""
-    return any(v.index is not None for v in values)
+    """Whether one is the place of an example or of a microbatch, or holds such places."""
+    return any(v.placed for v in values)
 
 
 def nonzero(values: Iterable[Value]) -> list[Value]:

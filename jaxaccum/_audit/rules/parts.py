@@ -17,6 +17,7 @@ from jaxaccum._audit.lattice import (
     faults_of,
     fixed,
     origin_of,
+    own_places,
     rows,
 )
 from jaxaccum._audit.registry import Settled, rule
@@ -49,7 +50,7 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A part of an array: all examples, or whole views of them."""
     (x,) = ins
     if x.layout is None or not x.rows:
-        if x.index is None and varying(op.shapes()) == varying(op.out_shapes()):
+        if not x.placed and varying(op.shapes()) == varying(op.out_shapes()):
             return Settled([x.but(scalar=x.scalar)])
         return x.but()
     layout = x.layout
@@ -165,9 +166,9 @@ def concatenate(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     return rows(layout, terms=terms_of(ins), origin=origin_of(ins))
 
 
-def _places(ins: list[Value]) -> tuple[bool, ...]:
-    """Which operands are the example's own place."""
-    return tuple(v.index is Index.ROW for v in ins)
+def _places(ins: list[Value]) -> tuple[Index | None, ...]:
+    """Which operands are places, by their one column."""
+    return tuple(v.columns[0] if len(v.columns) == 1 else None for v in ins)
 
 
 def _lengths_of_pieces(op: Op, axis: int) -> list[int]:
@@ -275,7 +276,7 @@ def iota(walk: Walk, op: Op, ins: list[Value]) -> Value:
     first, second = lengths(op.out_shapes(), axis)
     if first == second:
         return fixed()
-    if (first, second) == (walk.sizes.first, walk.sizes.second):
-        return Value(index=Index.ROW, layout=Layout((axis,)))
+    if inner := walk.sizes.entries(first, second):
+        return own_places(axis, inner)
     note = "the result depends on the position of an example in its microbatch"
     return fixed(faults=faulty(walk, op, FaultKind.POSITION, note))

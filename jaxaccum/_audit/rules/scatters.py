@@ -20,6 +20,7 @@ from jaxaccum._audit.rules.elementwise import combine
 from jaxaccum._audit.rules.indexing import reads_place
 from jaxaccum._audit.rules.operands import (
     all_fixed,
+    all_unscaled,
     any_rows,
     any_summary,
     axes_except,
@@ -28,6 +29,7 @@ from jaxaccum._audit.rules.operands import (
     once,
     same_layout,
     terms_of,
+    with_faults,
 )
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
 
@@ -43,6 +45,8 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, indices, updates = ins
     adds = op.name in ("scatter-add", "scatter_add", "scatter-sub")
     linear = adds or op.name == "scatter"
+    if x.placed or updates.placed:
+        return RULES["*"].apply(walk, op, ins)
     if any_summary(ins):
         if linear and indices.fixed and not any_rows(ins):
             return added(walk, op, [x, updates]).like(weight=None)
@@ -53,28 +57,31 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return _written_at_a_step(walk, op, ins)
     if (layout := _scattered(op, ins)) is not None:
         if not linear:
-            return combine(walk, op, [v.like(layout=layout) if v.rows else v for v in ins])
+            moved = [v.like(layout=layout) if v.rows else v for v in ins]
+            combined = combine(walk, op, moved)
+            unscaled = all_unscaled([x, updates])
+            return Settled([with_faults(combined, faults_of(ins))]) if unscaled else combined
         terms, faults = terms_of([x, updates]), faults_of(ins)
         return Settled([rows(layout, terms=terms, faults=faults, origin=origin_of(ins))])
-    alike = same_layout(ins) and not _holds_places(indices)
+    alike = same_layout(ins) and not indices.placed
     if adds and x.fixed and alike and not varying(op.shapes()):
         return _histogram(walk, op, ins)
     return RULES["*"].apply(walk, op, ins)
-
-
-def _holds_places(indices: Value) -> bool:
-    """Whether some of the indices are places of examples."""
-    return indices.index is not None or any(indices.columns)
 
 
 def _into_fixed(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A scatter of what is independent of the batch: settled where each place is written alike."""
     x, indices, updates = ins
     value = added(walk, op, [x, updates]).like(known=None, scalar=False)
-    evenly = _inside(op) >= set(varying(op.shapes()))
-    if not evenly or _holds_places(indices) or varying(op.shapes(1)):
-        return value
-    return Settled([value.like(faults=faults_of(ins))])
+    return Settled([value.like(faults=faults_of(ins))]) if _evenly(op, indices) else value
+
+
+def _evenly(op: Op, indices: Value) -> bool:
+    """Whether each place along an axis of the batch's size is written alike."""
+    reached = set(varying(op.shapes())) - _inside(op)
+    if not reached or indices.layout is None:
+        return not (reached or indices.placed or varying(op.shapes(1)))
+    return all(_by_place(op, a, indices, indices.layout.at(a)) for a in reached)
 
 
 def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
@@ -139,7 +146,7 @@ def _written(
 def _owned(op: Op, layout: Layout, indices: Value) -> bool:
     """Whether writing never reaches from one example's part into another's."""
     apart = _inside(op) | set(op.params["dimension_numbers"].operand_batching_dims)
-    return all(a in apart or _by_place(op, a, indices) for a in layout.axes)
+    return all(a in apart or _by_place(op, a, indices, layout) for a in layout.axes)
 
 
 def _inside(op: Op) -> set[int]:
@@ -154,10 +161,10 @@ def _windows(op: Op) -> list[int]:
     return axes_except(range(len(op.shapes()[0])), gone)
 
 
-def _by_place(op: Op, axis: int, indices: Value) -> bool:
+def _by_place(op: Op, axis: int, indices: Value, layout: Layout) -> bool:
     """Whether each example writes at its own place along an axis of the operand."""
     dims = op.params["dimension_numbers"].scatter_dims_to_operand_dims
-    return reads_place(dims, axis, indices) and _wide(op, axis) == 1
+    return reads_place(dims, axis, indices, layout) and _wide(op, axis) == 1
 
 
 def _wide(op: Op, axis: int) -> int:
@@ -175,6 +182,11 @@ def _of_updates(op: Op, axis: int, indices: Value) -> int | None:
     return _of_indices(op, outer.index(axis), indices)
 
 
+def _first_place(indices: Value) -> int:
+    """The first column of the indices that holds places."""
+    return next(i for i, place in enumerate(indices.columns) if place)
+
+
 def _of_indices(op: Op, axis: int, indices: Value) -> int | None:
     """The axis of the operand that is paired with an axis of the indices."""
     numbers = op.params["dimension_numbers"]
@@ -182,5 +194,5 @@ def _of_indices(op: Op, axis: int, indices: Value) -> int | None:
     if axis in beside:
         return numbers.operand_batching_dims[beside.index(axis)]
     if indices.layout is not None and indices.layout.axes == (axis,) and any(indices.columns):
-        return numbers.scatter_dims_to_operand_dims[indices.columns.index(True)]
+        return numbers.scatter_dims_to_operand_dims[_first_place(indices)]
     return None

@@ -12,9 +12,11 @@ from jaxaccum._audit.walk import Op, Shape, Walk, beyond, varying
 
 Shapes = tuple[Shape, Shape]
 """Those of one array, at each size."""
+Columns = tuple[Index | None, ...]
+"""Which columns of an array of indices are places."""
 
 
-def moved(x: Value, layout: Layout, *, columns: tuple[bool, ...] = ()) -> Value:
+def moved(x: Value, layout: Layout, *, columns: Columns = ()) -> Value:
     """The same rows or indices, on other axes."""
     return x.but(
         scalar=x.scalar, layout=layout, index=x.index, columns=columns, known=x.known,
@@ -40,9 +42,9 @@ def broadcast(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return moved(x.like(scalar=False), layout, columns=_columns(x, out))
 
 
-def _columns(x: Value, out: Shape) -> tuple[bool, ...]:
+def _columns(x: Value, out: Shape) -> Columns:
     """Places in a last axis of length 1 are a table of indices, of one column."""
-    return (True,) if x.index is Index.ROW and out[-1:] == (1,) else ()
+    return (x.index,) if x.index in (Index.ROW, Index.ENTRY) and out[-1:] == (1,) else ()
 
 
 _MERGED = "a reshape merges an axis of the batch's size that holds no examples"
@@ -63,7 +65,8 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     layout = relaid(x.layout, shapes, outs, walk.sizes)
     if x.rows and not _kept_apart(shapes, outs, beyond(shapes, x)):
         return walk.unknown(op, _MERGED)
-    if layout is None:
+    entries = Index.ENTRY in (x.index, *x.columns)
+    if layout is None or (entries and layout.inner != x.layout.inner):
         return walk.unknown(op, _DIVIDED)
     kept = x.columns if shapes[0][-1:] == outs[0][-1:] else ()
     out = moved(x, layout, columns=_columns(x, outs[0]) or kept)
