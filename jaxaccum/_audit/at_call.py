@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import linecache
+import re
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
@@ -30,6 +31,9 @@ from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
+from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._jaxpr.variables import operands_of, variables
+from jaxaccum._program import closures
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call
 from jaxaccum._program.program import Observed, Program
@@ -47,9 +51,12 @@ def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
     fun = known.fun
     subject = _Call(fun, program, arrays, call.argnums, known.draws_declared)
     report = _report(subject, options.axis_name)
+    unread = _reads_another_batch(subject)
     if not report.causes:
+        if unread:
+            warnings.warn(unread, UserWarning, stacklevel=callers_depth())
         return
-    said = message(fun, report, program.slots)
+    said = unread or message(fun, report, program.slots)
     if options.audit == "raise":
         raise InexactError(f"{said}\n{report}")
     warnings.warn(said, InexactWarning, stacklevel=callers_depth())
@@ -118,6 +125,37 @@ class _Call:
             assert self.program.observe is not None
             seen = self.program.observe(size, count)
         return Traced(seen.trace.closed(seen.consts), seen.outputs, indexed=True)
+
+
+# -- a batch that the loss closes over -------------------------------------------------------------
+
+
+def _reads_another_batch(call: _Call) -> str:
+    """What to say of a function that reads no argument that is cut, and closes over as many rows;
+    "" of any other."""
+    rows = [i for i, slot in enumerate(call.slots) if slot.role is Role.ROWS]
+    size = call.program.partition.batch_size
+    if not rows or any(_reads(seen.trace, rows) for seen in call.program.observed.values()):
+        return ""
+    names = [name for name, _ in closures.of_length(call.fun, size)]
+    if not names:
+        return ""
+    roots = dict.fromkeys(re.split(r"[.\[]", name)[0] for name in names)
+    return (
+        f"{_name(call.fun)} reads no argument that is cut into microbatches. It closes over "
+        f"{' and '.join(names)}, {size} rows: every microbatch computes all of them, so no memory "
+        f"is saved, and a Sum counts them once per microbatch\n"
+        f"  at {_definition(call.fun)}\n"
+        f"  fix: {closures.ROWS_ARGUMENT.format(name=' and '.join(roots))} "
+        "[audit=None silences this]"
+    )
+
+
+def _reads(trace: Trace, places: Sequence[int]) -> bool:
+    """Whether a program reads one of its arguments at these places."""
+    arguments = trace.jaxpr.invars[1 + trace.num_consts :]
+    read = {*operands_of(trace.jaxpr.eqns), *variables(trace.jaxpr.outvars)}
+    return any(arguments[i] in read for i in places)
 
 
 # -- one report for a function and its shapes ------------------------------------------------------

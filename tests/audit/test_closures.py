@@ -62,6 +62,31 @@ def test_an_array_as_long_as_the_batch_is_named(name, number):
     assert f"make {called} an argument" in cause.fix
 
 
+@pytest.mark.parametrize("tagged", [jnp.asarray, Sum], ids=["a mean", "a sum"])
+def test_a_loss_that_reads_an_outer_batch_in_place_of_its_argument_is_told(tagged):
+    """A slip of the closure's form: the mean is exact, and each microbatch computes all of it."""
+    batch = {"x": X, "weight": WEIGHT}
+
+    def loss(w, microbatch):
+        return tagged(jnp.mean((batch["x"] @ w) ** 2 * batch["weight"]))
+
+    step = jaxaccum.value_and_grad(loss, num_microbatches=3)
+    with pytest.warns(UserWarning, match="reads no argument that is cut") as told:
+        _, grads = step(W, batch)
+    (warning,) = told
+    assert "batch['weight'] and batch['x'], 6 rows" in str(warning.message)
+    assert "fix: make batch an argument of the loss with 0" in str(warning.message)
+    expected = jax.grad(jaxaccum.full_batch(loss))(W, batch)
+    assert (normwise(grads, expected) <= EXACT) == (tagged is not Sum)
+
+
+def test_a_loss_that_closes_over_a_table_as_long_as_the_batch_is_not():
+    step = jaxaccum.value_and_grad(
+        lambda w, b: jnp.mean(X[b["label"]] @ w), num_microbatches=3, audit="raise"
+    )
+    step(W, {"label": jnp.asarray([0, 5, 2, 2, 1, 4])})
+
+
 def test_microbatches_of_one_example_repeat_it():
     """JAX stretches one row to the length of the array: a number comes out, and it is wrong."""
     for loss in (weighted(WEIGHT), lambda w, x: Sum(jnp.sum((x @ w) ** 2 * WEIGHT))):

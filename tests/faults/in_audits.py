@@ -281,4 +281,19 @@ FAULTS = [
         "self.ends = []",
         "tools/test_plan.py::test_nothing_of_a_coupled_loss_is_extrapolated",
     ),
+    Fault(
+        "a loss that reads another batch than its own is not told",
+        "_reads_another_batch",
+        "    if not names:\n",
+        "    if True:\n",
+        "audit/test_closures.py::"
+        "test_a_loss_that_reads_an_outer_batch_in_place_of_its_argument_is_told[a mean]",
+    ),
+    Fault(
+        "a loss that looks up a table as long as the batch is told of another batch",
+        "at_call:_reads",
+        "return any(arguments[i] in read for i in places)",
+        "return False",
+        "audit/test_closures.py::test_a_loss_that_closes_over_a_table_as_long_as_the_batch_is_not",
+    ),
 ]
