@@ -31,10 +31,12 @@ from experiments import _report
 
 Params = Any
 Gradient = Callable[[Params, Any], Params]
+Row = dict[str, Any]
 
 AXIS = "microbatch"
 BOUND, MEMORY_BOUND = 1e-12, 0.10
 FEATURES = 32
+ERROR, SCALE = "Δ gradient of the towers", "gradient of the logit scale / full batch's"
 
 
 def run(
@@ -51,42 +53,13 @@ def run(
     """Compare the gradients of every way, compile each for growing batches, and check the exact
     one."""
     del full  # neither gradients nor compiled sizes depend on how long one waits
-    with jax.enable_x64(True):
-        params = towers(width, layers, jnp.float64)
-        batch = halves(batch_size)
-        whole = jax.jit(jax.grad(clip))(params, batch)
-        rows, scales = [], {}
-        for way in track(list(WAYS), "contrastive: gradients"):
-            grads = jax.jit(WAYS[way](k))(params, batch)
-            scales[way] = float(grads["scale"])
-            rows.append({
-                "way": way, "Δ gradient of the towers": apart(grads["towers"], whole["towers"]),
-                "gradient of the logit scale / full batch's": float(
-                    grads["scale"] / whole["scale"]
-                ),
-            })  # fmt: skip
-    points = [(way, b) for b in batches for way in ("full batch", *WAYS)]
-    memory: dict[str, dict[int, int]] = {}
-    for way, b in track(points, "contrastive: memory"):
-        n = b // microbatch_size
-        gradient = jax.grad(clip) if way == "full batch" else WAYS[way](n)
-        memory.setdefault(way, {})[b] = temporary_bytes(
-            gradient, towers(width, layers, jnp.float32), b
-        )
+    rows, scales = gradients_of_each(width, layers, batch_size, k, track)
+    memory = memory_of_each(width, layers, batches, microbatch_size, track)
     largest = max(batches)
-    ratio = memory["exact"][largest] / memory["full batch"][largest]
+    rows.append({**dict.fromkeys(rows[0]), "way": "full batch"})
     for row in rows:
         row[f"temporary MiB, batch {largest}"] = memory[row["way"]][largest] / 2**20
-    empty = dict.fromkeys(rows[0])
-    rows.append(
-        {
-            **empty,
-            "way": "full batch",
-            f"temporary MiB, batch {largest}": memory["full batch"][largest] / 2**20,
-        }
-    )
-    found = {row["way"]: row for row in rows}
-    delta, scale = "Δ gradient of the towers", "gradient of the logit scale / full batch's"
+    ratio = memory["exact"][largest] / memory["full batch"][largest]
     return _report.Record(
         name="contrastive",
         question="Can a contrastive loss be accumulated over microbatches?",
@@ -99,21 +72,7 @@ def run(
         },
         rows=rows,
         checks=[
-            _report.Check("exact: gradient error of the towers", found["exact"][delta], BOUND),
-            _report.Check(
-                "exact: logit scale's gradient, off 1 by", abs(found["exact"][scale] - 1), BOUND
-            ),
-            _report.Check(
-                "GradCache: gradient error of the towers", found["GradCache"][delta], BOUND
-            ),
-            _report.Check(
-                "naive: 1 / gradient error of the towers", 1 / found["naive"][delta], 10.0
-            ),
-            _report.Check(
-                f"open_clip: logit scale's gradient, off {k} by",
-                abs(found["open_clip"][scale] - k),
-                1e-9,
-            ),
+            *checks_of_gradients(rows, k),
             _report.Check(
                 f"exact: temporary memory over the full batch's, batch {largest}",
                 ratio,
@@ -123,6 +82,50 @@ def run(
         figure=picture(rows, memory, k, microbatch_size),
         data={"temporary bytes": memory, "logit scale": scales},
     )
+
+
+def gradients_of_each(
+    width: int, layers: int, batch_size: int, k: int, track: _report.Track
+) -> tuple[list[Row], dict[str, float]]:
+    """How far each way's gradient, in float64, is from the full batch's; and that of the logit
+    scale."""
+    rows: list[Row] = []
+    scales: dict[str, float] = {}
+    with jax.enable_x64(True):
+        params, batch = towers(width, layers, jnp.float64), halves(batch_size)
+        whole = jax.jit(jax.grad(clip))(params, batch)
+        for way in track(list(WAYS), "contrastive: gradients"):
+            grads = jax.jit(WAYS[way](k))(params, batch)
+            error = apart(grads["towers"], whole["towers"])
+            scales[way] = float(grads["scale"])
+            rows.append({"way": way, ERROR: error, SCALE: float(grads["scale"] / whole["scale"])})
+    return rows, scales
+
+
+def memory_of_each(
+    width: int, layers: int, batches: tuple[int, ...], microbatch_size: int, track: _report.Track
+) -> dict[str, dict[int, int]]:
+    """The temporary bytes of each way's gradient, compiled for each batch size."""
+    memory: dict[str, dict[int, int]] = {}
+    points = [(way, b) for b in batches for way in ("full batch", *WAYS)]
+    for way, b in track(points, "contrastive: memory"):
+        gradient = jax.grad(clip) if way == "full batch" else WAYS[way](b // microbatch_size)
+        params = towers(width, layers, jnp.float32)
+        memory.setdefault(way, {})[b] = temporary_bytes(gradient, params, b)
+    return memory
+
+
+def checks_of_gradients(rows: list[Row], k: int) -> list[_report.Check]:
+    """Ours and GradCache are exact, and the other two are wrong by what is known."""
+    errors, scales = ({row["way"]: row[of] for row in rows} for of in (ERROR, SCALE))
+    check = _report.Check
+    return [
+        check("exact: gradient error of the towers", errors["exact"], BOUND),
+        check("exact: logit scale's gradient, off 1 by", abs(scales["exact"] - 1), BOUND),
+        check("GradCache: gradient error of the towers", errors["GradCache"], BOUND),
+        check("naive: 1 / gradient error of the towers", 1 / errors["naive"], 10.0),
+        check(f"open_clip: logit scale's gradient, off {k} by", abs(scales["open_clip"] - k), 1e-9),
+    ]
 
 
 def towers(width: int, layers: int, dtype: Any) -> Params:
@@ -267,7 +270,7 @@ def temporary_bytes(gradient: Gradient, params: Params, batch_size: int) -> int:
 
 
 def picture(
-    rows: list[dict[str, Any]], memory: dict[str, dict[int, int]], k: int, microbatch_size: int
+    rows: list[Row], memory: dict[str, dict[int, int]], k: int, microbatch_size: int
 ) -> Figure:
     """The gradient of the logit scale by way, and temporary memory against the batch."""
     figure, (scales, sizes) = _report.panels(2)
@@ -279,12 +282,12 @@ def picture(
         )
     )
     measured = [row for row in rows if row["way"] in WAYS]
-    values = [row["gradient of the logit scale / full batch's"] for row in measured]
+    values = [row[SCALE] for row in measured]
     scales.bar(
         [row["way"] for row in measured], values, color=[colors[row["way"]] for row in measured]
     )
     scales.axhline(1, color=_report.BLACK, linestyle="--", linewidth=1.2)
-    scales.set_title(f"gradient of the logit scale / full batch's, k = {k}", fontsize=10)
+    scales.set_title(f"{SCALE}, k = {k}", fontsize=10)
     for way, points in memory.items():
         style: dict[str, Any] = (
             {"linestyle": "--"} if way == "full batch" else {"marker": "o", "markersize": 5}
