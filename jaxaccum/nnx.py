@@ -39,8 +39,8 @@ def value_and_grad(
     """``flax.nnx.value_and_grad`` of the loss on the whole batch, accumulated over microbatches.
 
     Parameters are differentiated; all other variables (batch statistics, counters) run from
-    microbatch to microbatch, and the model holds the last ones afterwards. But for its random
-    streams, of which below, it equals::
+    microbatch to microbatch, and the model holds the last ones afterwards. Except
+    for its random streams, which are described below, it equals::
 
         def accumulated(model, batch):
             grads = 0
@@ -56,8 +56,9 @@ def value_and_grad(
     its shape: the axis that grows with the microbatch is the examples'. A draw that does not grow
     (noise on a weight, a mask that all examples share) is drawn once for the batch, as the full
     batch draws it. Where a draw cannot be divided, the call warns with the line, and masks depend
-    on the partition; `example_streams` chooses among the streams. From all others the microbatches
-    draw in turn, and in a program with collectives from keys that are folded with their index.
+    on the partition; `example_streams` chooses among the streams. From a stream that is not
+    chosen, the microbatches draw one after the other; if the loss has collectives over
+    microbatches, each draws from a key that is folded with the microbatch's index.
 
     Args:
         fun: the loss of one microbatch, ``fun(model, batch, …)``, as for `jaxaccum.value_and_grad`.

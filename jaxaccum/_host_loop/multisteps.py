@@ -59,8 +59,8 @@ class MultiSteps(optax.MultiSteps):
             updates, opt_state = opt.update(mean, opt_state, params)
             return updates, opt_state  # the k - 1 calls before returned zeros
 
-    A drop-in for ``optax.MultiSteps``, whose state it also takes, but for its defects: `opt` runs
-    at the end of a window and at no other time, also under ``jit``, ``scan`` and ``shard_map``;
+    A drop-in replacement for ``optax.MultiSteps`` that also takes its state, without its defects:
+    `opt` runs only at the end of a window, also under ``jit``, ``scan`` and ``shard_map``;
     nothing is masked by multiplication, so a window with NaN ends with itself; extra arguments pass
     through ``optax.chain``. Gradients are summed in float32, and `opt` sees their mean in the dtype
     that they came in.

@@ -110,10 +110,10 @@ class Mean(_Scalable):
         >>> def fun(params, batch):
         ...     nll = (batch["x"] - params) ** 2
         ...     return jaxaccum.Mean(jnp.sum(nll * batch["mask"]), jnp.sum(batch["mask"]))
-        >>> batch = {"x": jnp.array([1.0, 2.0, 3.0]), "mask": jnp.array([1.0, 0.0, 1.0])}
+        >>> batch = {"x": jnp.array([1.0, 1, 2, 4]), "mask": jnp.array([1.0, 1, 0, 1])}
         >>> value, grad = jaxaccum.value_and_grad(fun, microbatch_size=2)(0.0, batch)
-        >>> float(value), float(grad)  # (1 + 9) / 2, and not the mean of 1/1 and 9/1 by chance
-        (5.0, -4.0)
+        >>> float(value), float(grad)  # (1 + 1 + 16) / 3; the mean of means is (1 + 16) / 2
+        (6.0, -4.0)
     """
 
     reduction = Reduction.SUM

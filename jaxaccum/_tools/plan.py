@@ -54,10 +54,11 @@ def plan(
             rows.append(step.lower(*args).compile().memory_analysis())
         best = max(m for m, row in zip(sizes, rows) if total(row) <= memory_bytes)
 
-    Of a loss with collectives over microbatches, every schedule is planned so, ``"min"``, None and
-    ``"store"``, or the one that `memory` names; among the largest microbatches that fit, the best
-    takes the fewest operations. What a schedule stores may change with the size, so that both ends
-    are compiled too and nothing is extrapolated.
+    For a loss with collectives over microbatches, this is done for each schedule (``"min"``, None
+    and ``"store"``), or only for the one that `memory` names. Each schedule has a largest
+    microbatch that fits; of these, `best` is the one that takes the fewest operations. What a
+    schedule stores may change with the size, so that both ends are compiled too and nothing is
+    extrapolated.
 
     Args:
         fun: the loss of one microbatch, as for `value_and_grad`.

@@ -100,9 +100,9 @@ def microbatch(
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also
-            where a derivative is asked in reverse mode of a `Max`, `Min`, `Last` or `Carry` that
-            moves with what is differentiated: it would be 0. In forward mode, the tangents of these
-            are 0.
+            for a reverse-mode derivative of a `Max`, `Min`, `Last` or `Carry` that depends on the
+            differentiated arguments: that derivative would be 0. In forward mode, the tangents of
+            these tags are 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum

@@ -98,10 +98,11 @@ def value_and_grad(
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
             your own, which needs a loss with one denominator; None is ``in_place()``.
         gather: on an explicit mesh, when parameters divided over the batch's axes are gathered.
-            ``"each"``: at every microbatch, whose gradients are scattered, so that sums are divided
-            as the parameters: n gathers and n scatters. ``"once"``: before the loop, kept, and the
-            sum of whole gradients is scattered after it: one of each, for two whole copies. To hold
-            one layer at a time, gather inside `fun`, in ``shard_map``.
+            ``"each"``: at every microbatch, and its gradients are scattered, so that the sums are
+            sharded like the parameters: n gathers and n scatters. ``"once"``: before the loop; the
+            gathered parameters are kept, and after the loop the sum of whole gradients is
+            scattered: one gather and one scatter, but two whole copies in memory. To hold one layer
+            at a time, gather inside `fun`, in ``shard_map``.
         audit: what to do where `fun` does not accumulate exactly (see `jaxaccum.audit`): ``"warn"``
             by an `InexactWarning` with the line and what to write, ``"raise"`` an `InexactError`,
             or None, not to look. It traces `fun` once more, for the whole batch.

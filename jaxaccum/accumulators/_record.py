@@ -19,10 +19,11 @@ from jaxaccum._program.tags import Stack
 
 
 class Accumulator(NamedTuple):
-    """How gradients combine, as a record of pure functions: of each microbatch, its mean gradient
+    """How gradients combine: a record of pure functions that take each microbatch's mean gradient
     and its weight.
 
-    ``value_and_grad(accumulator=…)`` takes any object with the first three. It equals::
+    ``value_and_grad(accumulator=…)`` takes any object with `init`, `update` and `finalize`. It
+    equals::
 
         state = init(params)
         for index, (mean_grads, weight) in enumerate(microbatches):
