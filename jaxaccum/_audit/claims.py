@@ -227,8 +227,8 @@ def _claim_mean(walk: Walk, total: Value, weight: Value) -> Claim:
         note = "a Mean of rows adds examples of different microbatches"
         return _mis_scaled(note, fixes.NO_DIVISION)
     note = (
-        "the parts of a Mean are no sums over examples, so their microbatches' do not add up to "
-        "the batch's"
+        "the total or the weight of a Mean is not a sum over examples, so the microbatches' values "
+        "do not add up to the batch's value"
     )
     return _mis_scaled(note, fixes.NO_DIVISION, *lines)
 

@@ -17,10 +17,10 @@ _ONCE = (
     "it in with the batch"
 )
 _BATCH_NORM = (
-    "give BatchNorm {keyword}={names}: it then has the full batch's statistics{in_vmap}{more}; or "
-    "use another norm, as GroupNorm"
+    "give BatchNorm {keyword}={names}: it then uses the full batch's statistics{in_vmap}{more}; or "
+    "use another norm, such as GroupNorm"
 )
-_IN_VMAP = ' (inside jax.vmap(…, axis_name="example"), ("example", "{axis}"))'
+_IN_VMAP = ' (inside jax.vmap(…, axis_name="example") write {keyword}=("example", "{axis}"))'
 _MASKED = (
     "the layer averages the means of microbatches, which its mask leaves unequal: use "
     "jaxaccum.linen.BatchNorm or jaxaccum.nnx.BatchNorm, which count the rows"
@@ -60,12 +60,14 @@ _STATISTIC = (
     "jaxaccum.Mean(total, weight)"
 )
 BATCH_SIZE = (
-    "keep the microbatch's size out of it: let the library divide, by jaxaccum.Mean(total, weight) "
-    "or jaxaccum.Sum(x); where another value needs the size, pass in that of the whole batch"
+    "do not use the microbatch's size, such as len(x), in the loss: for a mean return "
+    "jaxaccum.Mean(total, weight), and the library divides; for a sum return jaxaccum.Sum(x); "
+    "where another value needs the size, pass the whole batch's size as an argument"
 )
 _NNX_STREAMS = (
-    "let it draw from a stream that the model holds before the call: by "
-    "jaxaccum.nnx.value_and_grad each example then draws what it draws in the whole batch"
+    "let the layer draw from a random stream that the model holds before the call, and take the "
+    "gradient with jaxaccum.nnx.value_and_grad: each example then draws what it draws in the whole "
+    "batch"
 )
 _DRAWS = "each example then draws what it draws in the whole batch"
 _FIXES = {
@@ -97,8 +99,8 @@ _FIXES = {
         "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact"
     ),
     FaultKind.COLLECTIVE: "",
-    FaultKind.ASSUMPTION: "for data that may be NaN, count what is there: "
-    "jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
+    FaultKind.ASSUMPTION: "if the data may contain NaN, count the values that are not NaN: "
+    "return jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
 }
 
 
@@ -140,7 +142,7 @@ def _for_batch_norm(layer: str, axis_name: str, known: tuple[str, ...]) -> str:
     elif mapped:
         names = f'("batch", {names}), where "batch" is the axis of your jax.vmap'
     else:
-        in_vmap = _IN_VMAP.format(axis=axis_name)
+        in_vmap = _IN_VMAP.format(keyword=keyword, axis=axis_name)
     more = more.format(names=names)
     return _BATCH_NORM.format(keyword=keyword, names=names, in_vmap=in_vmap, more=more)
 

@@ -92,10 +92,9 @@ def choose(cuts: Cuts, memory: Memory, moved: Collection[Var]) -> Schedule:
     else:
         if memory < fixed:
             raise ValueError(
-                f"memory={memory} bytes, and no schedule meets it: the statistics of {cuts.last} "
-                f"cuts and what the largest of them takes are {fixed} bytes already. Pass at least "
-                f"{fixed}, or more microbatches' worth of memory; "
-                'memory="min" asks for the least.'
+                f"memory={memory} bytes is too small, and no schedule fits: the results of the "
+                f"collectives at {cuts.last} cuts and the operands of the largest cut already take "
+                f'{fixed} bytes. Pass at least {fixed}, or memory="min", which asks for the least.'
             )
         chosen = _fastest(_schedules(cuts, cost, memory - fixed, moved))
     schedule = _described(cuts, cost, chosen, fixed, moved)

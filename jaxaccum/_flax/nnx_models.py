@@ -274,10 +274,10 @@ def _check_structure(old: _Parts, new: _Parts) -> None:
     changed = [f"adds {sorted(after - before)}"] if after - before else []
     changed += [f"removes {sorted(before - after)}"] if before - after else []
     raise ValueError(
-        f"fun {' and '.join(changed) or 'changes an attribute that is no variable'} in its model, "
-        "and a state that runs through the microbatches keeps its structure; create every variable "
-        "before the call, keep what changes in an nnx.Variable, and return intermediate values as "
-        "aux (Concat for one row per example)."
+        f"fun {' and '.join(changed) or 'changes an attribute that is not a variable'} in its "
+        "model, and a state that runs through the microbatches keeps its structure; create every "
+        "variable before the call, keep what changes in an nnx.Variable, and return intermediate "
+        "values as aux (Concat for one row per example)."
     )
 
 
@@ -287,5 +287,5 @@ def _check_unassigned(kept: Sequence[bool], new: PyTree) -> None:
             raise ValueError(
                 f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is "
                 "differentiated; every microbatch sees the parameters as they were. Assign outside "
-                "the loss, or keep the value in a variable that is no nnx.Param."
+                "the loss, or keep the value in a variable that is not an nnx.Param."
             )

@@ -246,13 +246,13 @@ def _slot(name: str, leaf: Any, axis: Axes, argnum: int | str) -> Slot:
             validate.key(leaf, name, axis)
         elif not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
             raise TypeError(
-                f"in_axes declares {name} {axis!r}, and it is no array but {type(leaf).__name__}; "
-                "carry arrays only."
+                f"in_axes declares {name} {axis!r}, but it is not an array: it is a "
+                f"{type(leaf).__name__}; carry arrays only."
             )
         return Slot(name, _ROLE_OF[axis], argnum, key=_kept_kind(leaf, axis, name))
     if not is_array(leaf):
         raise TypeError(
-            f"in_axes gives {name} the batch axis {axis}, and it is no array but "
+            f"in_axes gives {name} the batch axis {axis}, but it is not an array: it is a "
             f"{type(leaf).__name__}; pass an array, or None in in_axes."
         )
     if not -leaf.ndim <= axis < leaf.ndim:
@@ -297,9 +297,10 @@ def _with_axes(arg: PyTree, axes: Axes, name: str) -> list[_Leaf]:
         parts = jax.tree.structure(axes, is_leaf=_is_axis).flatten_up_to(arg)
     except ValueError:
         raise ValueError(
-            f"in_axes for {name} is no pytree prefix of it: "
-            f"{jax.tree.structure(axes, is_leaf=_is_axis)} for {jax.tree.structure(arg)}; give "
-            "None or an int for the argument or for each of its parts."
+            f"in_axes for {name} is not a pytree prefix of the argument: in_axes has the structure "
+            f"{jax.tree.structure(axes, is_leaf=_is_axis)}, the argument has "
+            f"{jax.tree.structure(arg)}; give None or an int for the whole argument, or one for "
+            "each of its parts."
         ) from None
     named, found = iter(leaves_with_names(arg, name)), []
     for axis, part in zip(jax.tree.leaves(axes, is_leaf=_is_axis), parts, strict=True):

@@ -203,8 +203,8 @@ def _check_compared(drawn: Drawn, larger: Larger | None) -> None:
     if larger is None or drawn in larger.drawn or larger.has_gamma:
         return
     raise UndividedError(
-        f"{_A_KEY}: {list(drawn.shape)} is drawn where no program shows it, so it is not known "
-        f"which axis holds the examples. {_OUTSIDE}"
+        f"{_A_KEY}: a draw of shape {list(drawn.shape)} is not in the traced program, so jaxaccum "
+        f"cannot tell which of its axes holds the examples. {_OUTSIDE}"
     )
 
 
@@ -293,9 +293,9 @@ def check_rules(jaxpr: jex.Jaxpr) -> None:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in _WITH_RULES and any(map(_is_batch_key, map(_type, eqn.invars))):
             raise UndividedError(
-                f"{_A_KEY}: at {frame_of(eqn)} it is an argument of a function with a rule of its "
-                "own for derivatives (custom_vjp, custom_jvp). What the rule draws cannot be "
-                f"divided among the examples. {_OUTSIDE}"
+                f"{_A_KEY}: at {frame_of(eqn)} the key is passed to a function with a custom_vjp "
+                "or custom_jvp. The numbers that its rule draws cannot be divided among the "
+                f"examples. {_OUTSIDE}"
             )
         for sub in jex.jaxprs_in_params(eqn.params):
             check_rules(sub)
@@ -315,7 +315,8 @@ _HIDDEN = (
     "for each number, and does not show it. Pass a key to fun as jaxaccum.EXAMPLE_KEY, which gives "
     "each example its own, and draw from it under jax.vmap."
 )
-_OUTSIDE = "Draw outside of the function with the rule, and pass it the numbers."
+_OUTSIDE = "Draw outside of functions with a custom_vjp or custom_jvp, and pass the numbers in."
+_TWICE = "for twice as many examples"
 _INSTEAD = ", or make these keys by jax.random.fold_in(key, 0), jax.random.fold_in(key, 1), …"
 _KEYS_OF_ROWS = (
     "Make one key per example by jax.random.split(key, len(x)), or pass the key to fun as "
@@ -371,18 +372,17 @@ def _check_draw(one: Draw, two: Draw, size: int, larger: Larger) -> None:
 
 def _check_keys(one: Draw, two: Draw, where: str, *, shared: bool) -> None:
     """A draw from one key for each example."""
-    keys = f"{where} is from an array of keys, {list(one.of)} and, for twice as many examples, "
+    keys = f"{where} is from an array of keys, {list(one.of)} ({list(two.of)} {_TWICE})"
     if not shared:
         raise UndividedError(
-            f"{keys}{list(two.of)}, and draws {list(one.drawn.shape)} and {list(two.drawn.shape)} "
-            "from each of them: numbers for every pair of examples. Draw from each example's key "
-            "what it needs alone."
+            f"{keys}, and takes {list(one.drawn.shape)} ({list(two.drawn.shape)}) from each key: "
+            "numbers for every pair of examples. From each key draw what its example needs."
         )
     if one.base != _THREEFRY and not one.drawn.keys:
         raise UndividedError(
-            f"{keys}{list(two.of)}. Under jax.vmap the generator {one.base!r} draws for all keys "
-            "together, by their number. Draw by jax.lax.map(draw, keys), or pass a key of another "
-            'generator, jax.random.key(seed, impl="threefry2x32").'
+            f"{keys}. Under jax.vmap the generator {one.base!r} draws for all keys at once, so the "
+            "numbers depend on how many keys there are. Draw with jax.lax.map(draw, keys), or pass "
+            'a key of another generator, jax.random.key(seed, impl="threefry2x32").'
         )
 
 

@@ -57,10 +57,11 @@ def explain(
     """
     if batch_keys:
         error.add_note(
-            f"{batch_keys[0]} is declared BATCH_KEY, so it is a typed key of a kind of its own. "
-            "What asks for JAX's own kind (jax.random.poisson), for its integers, or joins it with "
-            "another key (where, stack, cond) needs ordinary keys: declare it EXAMPLE_KEY, which "
-            "gives one per example, and draw under jax.vmap."
+            f"{batch_keys[0]} is declared BATCH_KEY, so fun gets a key of a special type. Some "
+            "code needs an ordinary JAX key: jax.random.poisson, jax.random.key_data, and code "
+            "that joins the key with another one (jnp.where, jnp.stack, lax.cond). For such code "
+            "declare the argument EXAMPLE_KEY, which gives one ordinary key per example, and draw "
+            "under jax.vmap."
         )
     if keys:
         error.add_note(

@@ -75,14 +75,15 @@ def refusal(name: str, tag: str, *, whole: bool) -> str:
         f"Return Stack(x) and {_OF_A_STACK[tag]}, or Mean(x, 1) for the mean over microbatches."
     )
     untagged = (
-        "It depends only on arguments that are not cut into microbatches, so return it without a "
-        "tag."
+        "The output depends only on arguments that are not cut into microbatches, so return it "
+        "without a tag."
     )
     mend = untagged if whole else stacked
     return (
-        f"the derivative of {name} is needed, and its tag {tag} passes none: the gradient would "
-        f"miss what goes through it. {mend} Where no derivative is meant, return it as auxiliary "
-        "output (has_aux), or read it under jax.lax.stop_gradient."
+        f"a derivative of {name} is needed, but its tag {tag} passes no derivative, so the part of "
+        f"the gradient that goes through this output would be lost. {mend} If you do not want this "
+        "derivative, return the output as auxiliary output (has_aux=True), or wrap it in "
+        "jax.lax.stop_gradient."
     )
 
 

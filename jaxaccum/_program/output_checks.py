@@ -35,15 +35,15 @@ def check_array(name: str, x: Any) -> None:
         )
     if not is_array(x) and not isinstance(x, bool | int | float | complex):
         raise TypeError(
-            f"{name} is no array but {type(x).__name__}; return arrays and scalars only."
+            f"{name} is not an array: it is a {type(x).__name__}; return arrays and scalars only."
         )
 
 
 def check_combines_keys(name: str, tag: Tag) -> None:
     if not tag.reduction.moves:
         raise TypeError(
-            f"{name} is a PRNG key, and keys are no numbers that a {type(tag).__name__} could "
-            "combine; return it as Concat, Stack, Last or in the Carry."
+            f"{name} is a PRNG key, and a {type(tag).__name__} combines numbers, not keys; return "
+            "it as Concat, Stack, Last or in the Carry."
         )
 
 
@@ -66,8 +66,9 @@ def untagged_refused(name: str, x: Any, size: int) -> str:
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
         f"microbatches. Wrap it in {first}, in {second}, or in another of jaxaccum's tags: "
-        f"{_TAGS}. Two things need no tag: a mean over examples, a floating scalar, and what is "
-        "computed only from arguments that are not cut. Sums and extrema do need one."
+        f"{_TAGS}. Only two kinds of output need no tag: a floating-point scalar, which is taken "
+        "as a mean over examples, and a value computed only from arguments that are not cut. A "
+        "sum, a maximum or a minimum needs a tag, even if it is a scalar."
         f"{_OF_GRADIENT if name.startswith('output[1]') else ''}"
     )
 

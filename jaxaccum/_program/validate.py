@@ -148,8 +148,8 @@ def differentiable(leaf: Any, name: str, *, library: str | None = None) -> None:
         )
     if not is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
         raise TypeError(
-            f"{name} is to be differentiated, and is no array but {type(leaf).__name__}; leave it "
-            "out of argnums."
+            f"{name} is to be differentiated, but it is not an array: it is a "
+            f"{type(leaf).__name__}; leave it out of argnums."
         )
     if not is_inexact(leaf):
         raise TypeError(
@@ -176,7 +176,7 @@ def key(leaf: Any, name: str, sentinel: Sentinel) -> None:
     if is_key(leaf) or (sentinel is BATCH_KEY and key_impl(leaf) is not None):
         return
     raise TypeError(
-        f"in_axes declares {name} {sentinel!r}, and it is no single PRNG key but "
+        f"in_axes declares {name} {sentinel!r}, but it is not a single PRNG key: it is "
         f"{dtype_of(leaf)}{list(jnp.shape(leaf))}; pass jax.random.key(seed), or declare the "
         "argument None or an int."
     )
@@ -296,9 +296,9 @@ def undivided(arrays: Sequence[tuple[str, frozenset[str]]], axes: frozenset[str]
         if others := own - axes:
             raise NotImplementedError(
                 f"{name} differs between the devices along {', '.join(map(repr, sorted(others)))}, "
-                "which the batch does not, and the loss has collectives over microbatches: "
-                "parameters divided inside shard_map need a loss without them. Divide them on an "
-                "explicit mesh instead, outside shard_map."
+                "the batch does not, and the loss has collectives over microbatches. Inside "
+                "shard_map this is not supported. Divide the parameters on an explicit mesh "
+                "instead, outside shard_map."
             )
 
 

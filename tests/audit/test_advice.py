@@ -106,7 +106,7 @@ def test_a_batch_norm_is_told_to_add_the_loops_axis_to_its_own(make):
     assert 'axis_name="microbatch":' in alone.findings[0].fix
     at_once = 'model.set_attributes(nnx.BatchNorm, axis_name="microbatch");'
     assert (at_once in alone.findings[0].fix) == (make is of_nnx)
-    in_vmap = 'axis_name="example"), ("example", "microbatch"))'
+    in_vmap = 'axis_name="example") write axis_name=("example", "microbatch"))'
     assert in_vmap in alone.findings[0].fix
     assert 'axis_name=("batch", "microbatch"):' in shared.findings[0].fix
     assert "example" not in shared.findings[0].fix
@@ -189,7 +189,7 @@ def test_a_model_of_nnx_that_draws_is_told_of_its_streams():
     of_model = jaxaccum.audit(loss, state, X).findings[0]
     by_hand = jaxaccum.audit(lambda w, x: jnp.mean(noisy(x @ w)), W, X).findings[0]
     assert of_model.kind == by_hand.kind == "random"
-    assert "by jaxaccum.nnx.value_and_grad" in of_model.fix
+    assert "with jaxaccum.nnx.value_and_grad" in of_model.fix
     assert "BATCH_KEY" in by_hand.fix
     assert "example_streams" not in by_hand.fix
 

@@ -334,7 +334,10 @@ def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
         return Settled([never])
     if walk.may_be_nan():
         return combine(walk, op, [x])
-    note = "exact where no value is NaN: each microbatch counts its own"
+    note = (
+        "exact only if no value is NaN: with NaN, each microbatch would count only its own values "
+        "that are not NaN"
+    )
     assumed = faulty(walk, op, FaultKind.ASSUMPTION, note)
     return Settled([with_faults(never, x.faults | assumed)])
 

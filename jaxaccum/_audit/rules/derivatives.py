@@ -110,15 +110,16 @@ def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> Faults:
     except Exception as error:  # the user's rule may fail here in any way; the answer is the same
         reason = type(error).__name__
         if isinstance(error, ProgramsDifferError):
-            reason = "differs between the sizes"
-        note = f"its backward pass could not be followed ({reason})"
+            reason = "it differs between the two batch sizes"
+        note = f"the backward pass of a custom derivative rule could not be followed ({reason})"
         return faulty(walk, op, FaultKind.UNKNOWN, note)
     finally:
         walk.checks_derivatives = True
 
 
 _NOT_LINEAR = (
-    "its backward pass is not linear in the cotangent, which here depends on the microbatch"
+    "the backward pass of a custom derivative rule is not linear in the cotangent, and here the "
+    "cotangent depends on the microbatch"
 )
 
 
@@ -150,7 +151,10 @@ class _Backward:
         # Under differentiation the forward rule runs instead of the function.
         values = results[count:]
         if list(map(_dependence, self.values)) != list(map(_dependence, values)):
-            note = "its forward rule is another function of the batch"
+            note = (
+                "a custom derivative rule's forward pass depends on the batch in another way than "
+                "the function itself"
+            )
             return faulty(walk, op, FaultKind.UNKNOWN, note)
         found = faults_of(values)
         for (v, x), result in zip(self.primals.items(), results[:count], strict=True):
@@ -183,7 +187,7 @@ class _Backward:
         return frozenset(map(self._mixes, kinds))
 
     def _mixes(self, kind: FaultKind) -> Fault:
-        note = f"its backward pass mixes the examples ({kind})"
+        note = f"the backward pass of a custom derivative rule mixes the examples ({kind})"
         return self.walk.fault(self.op, kind, note, origin=self.origin)
 
 

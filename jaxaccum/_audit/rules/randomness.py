@@ -114,7 +114,10 @@ def _mixed_keys(walk: Walk, op: Op) -> Faults:
     apart = _FOR_EACH_KEY.get(name, _WITHOUT_BITS)
     if apart is None or op.name in apart:
         return frozenset()
-    note = f"under jax.vmap, keys of the generator {name!r} draw together, by the split"
+    note = (
+        f"under jax.vmap, the generator {name!r} draws for all keys at once, so the numbers depend "
+        "on how the batch is split"
+    )
     return frozenset([walk.fault(op, FaultKind.RANDOM, note, fix=fixes.ONE_BY_ONE)])
 
 
