@@ -39,8 +39,8 @@ def value_and_grad(
     """``flax.nnx.value_and_grad`` of the loss on the whole batch, accumulated over microbatches.
 
     Parameters are differentiated; all other variables (batch statistics, counters) run from
-    microbatch to microbatch, and the model holds the last ones afterwards. Except
-    for its random streams, which are described below, it equals::
+    microbatch to microbatch, and the model holds the last ones afterwards. Except for its
+    random streams, which are described below, it equals::
 
         def accumulated(model, batch):
             grads = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import linecache
-import re
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
@@ -32,7 +31,7 @@ from jaxaccum._base.types import Array, Fun
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._jaxpr.variables import operands_of, variables
+from jaxaccum._jaxpr.variables import taken_by
 from jaxaccum._program import closures
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call
@@ -140,7 +139,7 @@ def _reads_another_batch(call: _Call) -> str:
     names = [name for name, _ in closures.of_length(call.fun, size)]
     if not names:
         return ""
-    roots = dict.fromkeys(re.split(r"[.\[]", name)[0] for name in names)
+    roots = closures.roots_of(names)
     return (
         f"{_name(call.fun)} reads no argument that is cut into microbatches. It closes over "
         f"{' and '.join(names)}, {size} rows: every microbatch computes all of them, so no memory "
@@ -154,7 +153,7 @@ def _reads_another_batch(call: _Call) -> str:
 def _reads(trace: Trace, places: Sequence[int]) -> bool:
     """Whether a program reads one of its arguments at these places."""
     arguments = trace.jaxpr.invars[1 + trace.num_consts :]
-    read = {*operands_of(trace.jaxpr.eqns), *variables(trace.jaxpr.outvars)}
+    read = set(taken_by(trace.jaxpr.eqns, trace.jaxpr.outvars))
     return any(arguments[i] in read for i in places)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dis
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -100,14 +100,18 @@ def _is_decorated(fun: Fun) -> bool:
     return hasattr(fun, "__wrapped__") and not module.startswith("jaxaccum.")
 
 
+def roots_of(names: Iterable[str]) -> list[str]:
+    """The variables that arrays are parts of, each once: ``batch`` of ``batch['x']``."""
+    return list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in names))
+
+
 def as_arguments(fun: Fun | None) -> str:
     """What to say where arguments are missing: what `fun` closes over, and how to pass it; "" if it
     is nothing."""
     arrays = [(name, x) for name, x in closed_over(fun) if x.shape]
     if not arrays:
         return ""
-    first_words = (re.split(r"[.\[]", name)[0] for name, _ in arrays)
-    roots = filter(str.isidentifier, dict.fromkeys(first_words))
+    roots = filter(str.isidentifier, roots_of(name for name, _ in arrays))
     shown = [f"{name} ({x.dtype}{list(x.shape)})" for name, x in arrays[:_SHOWN]]
     more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
     name, own = getattr(fun, "__name__", "fun"), [p.name for p in parameters_of(fun)]

@@ -89,7 +89,7 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
             continue
         if y.known == 0:  # as JAX writes the index along several axes
             return Settled([x])
-        if y.index is None and y.fixed and y.scale == _OF_A_DEVICE:
+        if not y.placed and y.fixed and y.scale == _OF_A_DEVICE:
             return Settled([with_faults(x, y.faults)])
     return added(walk, op, ins)
 

@@ -63,9 +63,9 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
         if walk.mesh_axes | walk.outer_axes <= axes:
             return None
         return walk.unknown(op, f"{op.name} over the loop, on each device apart")
-    if x.fixed and x.index is None:
+    if x.fixed and not x.placed:
         return x.but()
-    if not axes & walk.mesh_axes and op.name.startswith("psum") and not x.summary:
+    if not axes & walk.mesh_axes and op.name.startswith("psum") and not (x.summary or x.placed):
         return x.but()
     if axes >= walk.mesh_axes and op.name.startswith("psum") and x.kind is Kind.TOTAL:
         return x.but(scalar=x.scalar)
@@ -126,7 +126,7 @@ def psum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
             return out
-        if x.fixed and x.index is None:
+        if x.fixed and not x.placed:
             return fixed(x.scale * _EACH, scalar=x.scalar)
         if x.kind is not Kind.TOTAL or is_weighted(x):
             return _unlike(walk, op, x)
@@ -149,7 +149,7 @@ def extremum(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     def one(x: Value) -> Value:
         if (out := _over_devices(walk, op, x)) is not None:
             return out
-        if x.fixed and x.index is None:
+        if x.fixed and not x.placed:
             return fixed(x.scale if x.scale.trivial else IRREGULAR, scalar=x.scalar)
         if x.extremum != op.name[1:]:
             return _unlike(walk, op, x)
@@ -188,7 +188,7 @@ def exchange(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return out
         if op.name == "ppermute" and not _reaches_all(walk, op):
             return _unlike(walk, op, x)
-        if op.name == "ppermute" and x.fixed and x.index is None:
+        if op.name == "ppermute" and x.fixed and not x.placed:
             return x.but()
         note = f"{op.name} over {walk.axis_name!r}: the analysis does not follow which rows meet"
         return walk.unknown(op, note)

@@ -99,9 +99,9 @@ class _Gather:
         if self.op.params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP:
             return False
         axes = set(self.numbers.start_index_map) & set(varying(self.op.shapes()))
-        own = x.layout is not None and len(axes) == 1 and axes == set(x.layout.axes)
-        read = own and x.layout is not None and self.indexed_by_place(x.layout, indices)
-        return bool(axes) and not read
+        if x.layout is None or len(axes) != 1 or axes != set(x.layout.axes):
+            return bool(axes)
+        return not self.indexed_by_place(x.layout, indices)
 
 
 @rule("gather", uniform=True)
