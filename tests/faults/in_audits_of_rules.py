@@ -176,7 +176,7 @@ FAULTS = [
     Fault(
         "rows that go around are as they were",
         "exchange.one",
-        'op.name == "ppermute" and x.fixed and x.index is None',
+        'op.name == "ppermute" and x.fixed and not x.placed',
         'op.name == "ppermute"',
         "audit/test_collectives.py::test_what_every_microbatch_has_alike_may_go_around",
     ),
