@@ -53,8 +53,8 @@ def run(
     """Compare the gradients of every way, compile each for growing batches, and check the exact
     one."""
     del full  # neither gradients nor compiled sizes depend on how long one waits
-    rows, scales = gradients_of_each(width, layers, batch_size, k, track)
-    memory = memory_of_each(width, layers, batches, microbatch_size, track)
+    rows, scales = gradients_of_each(width, layers, batch_size, k, track=track)
+    memory = memory_of_each(width, layers, batches, microbatch_size, track=track)
     largest = max(batches)
     rows.append({**dict.fromkeys(rows[0]), "way": "full batch"})
     for row in rows:
@@ -85,7 +85,7 @@ def run(
 
 
 def gradients_of_each(
-    width: int, layers: int, batch_size: int, k: int, track: _report.Track
+    width: int, layers: int, batch_size: int, k: int, *, track: _report.Track
 ) -> tuple[list[Row], dict[str, float]]:
     """How far each way's gradient, in float64, is from the full batch's; and that of the logit
     scale."""
@@ -103,7 +103,12 @@ def gradients_of_each(
 
 
 def memory_of_each(
-    width: int, layers: int, batches: tuple[int, ...], microbatch_size: int, track: _report.Track
+    width: int,
+    layers: int,
+    batches: tuple[int, ...],
+    microbatch_size: int,
+    *,
+    track: _report.Track,
 ) -> dict[str, dict[int, int]]:
     """The temporary bytes of each way's gradient, compiled for each batch size."""
     memory: dict[str, dict[int, int]] = {}
