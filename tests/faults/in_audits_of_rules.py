@@ -181,6 +181,20 @@ FAULTS = [
         "audit/test_collectives.py::test_what_every_microbatch_has_alike_may_go_around",
     ),
     Fault(
+        "the greatest place of the batch is that of a microbatch",
+        "extremum.one",
+        "if x.fixed and not x.placed:",
+        "if x.fixed and x.index is None:",
+        "audit/test_places.py::test_no_collective_hides_a_place[table-pmax]",
+    ),
+    Fault(
+        "places summed over microbatches are a number alike in all",
+        "psum.one",
+        "if x.fixed and not x.placed:",
+        "if x.fixed and x.index is None:",
+        "audit/test_places.py::test_no_collective_hides_a_place[table-pmean]",
+    ),
+    Fault(
         "bits of integers are their maximum",
         "_extremum",
         "if op.eqn.invars[0].aval.dtype == bool:",
