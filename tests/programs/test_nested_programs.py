@@ -1,7 +1,9 @@
 """The law of nested programs: every engine gives the gradient that JAX gives for the whole batch.
 
-The oracle is `jax.value_and_grad` under `jax.disable_jit`: its loops are Python loops, so that it
-shares no transposed loop with what it judges. `HYPOTHESIS_PROFILE=deep` runs 5000 programs.
+The oracle is `jax.value_and_grad`, compiled. It takes a third of the time of the same under
+`jax.disable_jit`, whose loops are Python loops, so that it shares no transposed loop with what it
+judges: this one has the last word where the two differ, and every word under
+`HYPOTHESIS_PROFILE=deep`, which runs 5000 programs.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ CHECKED = itertools.count(1)
 
 @functools.cache
 def whole(text: str) -> Any:
-    """The oracle."""
+    """The oracle of Python loops."""
     return _whole(text, BATCH)
 
 
@@ -129,8 +131,11 @@ def check(program: Program, engine: Any, **options: Any) -> None:
     """The law."""
     if next(CHECKED) % 200 == 0:
         jax.clear_caches()  # 2500 compiled programs at once are more than Linux maps (see conftest)
+    actual = engine(program, **options)
+    if PROFILE <= 100 and agrees_with_compiled(actual, program):
+        return
     expected = whole(repr(program))
-    error = excess(engine(program, **options), expected)
+    error = excess(actual, expected)
     if not error <= 1:
         with optimized():
             error = excess(engine(program, **options), expected)
@@ -151,8 +156,18 @@ def optimized() -> Iterator[None]:
         jax.config.update(setting, before)
 
 
+def agrees_with_compiled(actual: Any, program: Program) -> bool:
+    """Whether the compiled oracle says the same; some programs of custom rules have none."""
+    try:
+        return excess(actual, compiled_whole(program)) <= 1
+    except TypeError as error:
+        if not _is_forward_mode(error):
+            raise
+        return False
+
+
 def compiled_whole(program: Program) -> Any:
-    """The whole batch by compiled loops, which round otherwise than the oracle.
+    """The whole batch by compiled loops, which round otherwise than Python loops.
 
     It says what rounding does where terms cancel, as in the mean of `h - pmean(h.mean(0))`: such
     values and gradients are much smaller than what they are made of.
