@@ -357,7 +357,9 @@ def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if which.compares and which.scalar:
         return _guard(walk, op, ins)
     if which.fixed and not which.faults and not any_rows(cases):
-        return added(walk, op, cases) if which.scale.trivial else combine(walk, op, ins)
+        if not which.scale.trivial:
+            return combine(walk, op, ins)
+        return added(walk, op, cases).like(scalar=all_scalar(ins))
     if not any_summary(ins):
         return _select_rows(walk, op, ins)
     return combine(walk, op, ins)
@@ -388,5 +390,5 @@ def _select_rows(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if not same_layout(ins) or not which.scale.trivial:
         return combine(walk, op, ins)
     if layout is None:
-        return _added_fixed(op, cases)
+        return _added_fixed(op, cases).like(scalar=all_scalar(ins))
     return rows(layout, terms=terms_of(cases), origin=origin_of(ins))

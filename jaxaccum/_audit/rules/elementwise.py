@@ -16,7 +16,7 @@ from jaxaccum._audit.lattice import (
     rows,
     statistic,
 )
-from jaxaccum._audit.registry import rule
+from jaxaccum._audit.registry import RULES, rule
 from jaxaccum._audit.rules.operands import (
     Faults,
     all_scalar,
@@ -53,7 +53,8 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if summaries := summaries_among(ins):
         return walk.couple(op, summaries, layout=layout)
     if layout is None:
-        return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=all_scalar(ins))
+        scalar = RULES[op.name].uniform and all_scalar(ins)  # a convolution has borders
+        return fixed(UNIT if _constant(op, ins) else IRREGULAR, scalar=scalar)
     if not same_layout(parts):
         note = "different examples are combined"
         return walk.couple(op, parts, kind=FaultKind.PAIRWISE, note=note, layout=layout)

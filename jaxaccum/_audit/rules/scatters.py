@@ -23,6 +23,7 @@ from jaxaccum._audit.rules.operands import (
     all_unscaled,
     any_rows,
     any_summary,
+    array_of,
     axes_except,
     example_axes,
     layout_of,
@@ -49,7 +50,7 @@ def scatter(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return RULES["*"].apply(walk, op, ins)
     if any_summary(ins):
         if linear and indices.fixed and not any_rows(ins):
-            return added(walk, op, [x, updates]).like(weight=None)
+            return array_of(added(walk, op, [x, updates]))
         return RULES["*"].apply(walk, op, ins)
     if all_fixed(ins):
         return _into_fixed(walk, op, ins)

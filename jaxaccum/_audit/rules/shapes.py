@@ -7,7 +7,14 @@ import math
 
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
-from jaxaccum._audit.rules.operands import faulty, lengths, lengths_along, relocated, without
+from jaxaccum._audit.rules.operands import (
+    example_axes,
+    faulty,
+    lengths,
+    lengths_along,
+    relocated,
+    without,
+)
 from jaxaccum._audit.walk import Op, Shape, Walk, beyond, varying
 
 Shapes = tuple[Shape, Shape]
@@ -58,12 +65,12 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if x.fixed and x.layout is None:
         return _reshaped_fixed(walk, op, x)
     if x.layout is None:
-        kept = x.kind is Kind.STATISTIC or x.scalar or _kept_apart(shapes, outs, varying(shapes))
+        kept = x.kind is Kind.STATISTIC or x.scalar or _stays_uniform(x, shapes, outs)
         return reshaped(x) if kept else walk.unknown(op, _MERGED)
     if x.index is Index.GATHERED:
         return _gathered(walk, op, x)
     layout = relaid(x.layout, shapes, outs, walk.sizes)
-    if x.rows and not _kept_apart(shapes, outs, beyond(shapes, x)):
+    if x.rows and not _stays_uniform(x, shapes, outs):
         return walk.unknown(op, _MERGED)
     entries = Index.ENTRY in (x.index, *x.columns)
     if layout is None or (entries and layout.inner != x.layout.inner):
@@ -85,43 +92,68 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
     return Settled([fixed(faults=x.faults)]) if joined else reshaped(x)
 
 
-def _kept_apart(shapes: Shapes, outs: Shapes, axes: list[int]) -> bool:
-    """Whether a reshape keeps each of these axes whole and by itself, so still uniform."""
-    for axis in axes:
-        first, second = _whole(shapes[0], outs[0], axis), _whole(shapes[1], outs[1], axis)
-        if first is None or first != second:
+def _stays_uniform(x: Value, shapes: Shapes, outs: Shapes) -> bool:
+    """Whether a reshape leaves a value uniform along each axis of the batch's size that holds no
+    examples.
+
+    Such axes may merge with each other and split, but not merge with an axis of other entries:
+    ``[[a, a, a], [b, b, b]]``, uniform along its rows, becomes ``[a, a, a, b, b, b]``.
+    """
+    uniform, own, grown = set(beyond(shapes, x)), set(example_axes(x)), set(varying(outs))
+    for group, result in _groups(shapes[0], outs[0]):
+        long = {axis for axis in group if lengths(shapes, axis) != (1, 1)}
+        matters = long & uniform or (grown & set(result) and not long & own)
+        if matters and not long <= uniform:
+            return False
+        after = math.prod(lengths_along(outs[1], result))
+        if after != math.prod(lengths_along(shapes[1], group)):
             return False
     return True
 
 
-def _whole(shape: Shape, out: Shape, axis: int) -> int | None:
-    """The axis of the result that an axis of the operand is."""
-    around = _entries_around(shape, axis)
-    return next((b for b in range(len(out)) if _entries_around(out, b) == around), None)
+def _groups(shape: Shape, out: Shape) -> list[tuple[list[int], list[int]]]:
+    """The axes that a reshape turns into one another, from left to right: as few as hold equally
+    many entries.
 
-
-def _entries_around(shape: Shape, axis: int) -> tuple[int, int]:
-    """How many entries the axes before an axis have, and how many those after it."""
-    return math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    Example:
+        (2, 3, 4) to (6, 2, 2): axes 0 and 1 become axis 0, and axis 2 becomes axes 1 and 2.
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = before = after = 0
+    while i < len(shape) or j < len(out):
+        if before == after:
+            groups.append(([], []))
+            before = after = 1
+        if j == len(out) or (i < len(shape) and before <= after):
+            groups[-1][0].append(i)
+            before, i = before * shape[i], i + 1
+        else:
+            groups[-1][1].append(j)
+            after, j = after * out[j], j + 1
+    return groups
 
 
 def _reshaped_fixed(walk: Walk, op: Op, x: Value) -> Value:
     """A varying axis that merges with one along which the value is not uniform has rows."""
     axes = varying(op.shapes())
-    if x.scalar or not axes:
+    if x.scalar or _stays_uniform(x, op.shapes(), op.out_shapes()):
         return reshaped(x)
-    layouts = [_relaid_uniform(op, a, walk.sizes) for a in axes]
-    if all(layout is not None and layout.plain for layout in layouts):
-        return reshaped(x)
-    if len(layouts) == 1 and layouts[0] is not None:
-        return rows(layouts[0], terms=x.terms)
+    layout = _relaid_uniform(walk, op, axes[0]) if len(axes) == 1 else None
+    if layout is not None:
+        return rows(layout, terms=x.terms)
     note = "a table over the places of the batch is reshaped"
     return reshaped(x).like(faults=faulty(walk, op, FaultKind.POSITION, note))
 
 
-def _relaid_uniform(op: Op, axis: int, sizes: Sizes) -> Layout | None:
-    """Where an axis along which a value is uniform lies after a reshape."""
-    outer = max(op.shapes()[0][axis] // sizes.first, 1)
+def _relaid_uniform(walk: Walk, op: Op, axis: int) -> Layout | None:
+    """Where an axis along which a value is uniform lies after a reshape; None where it holds less
+    than the batch."""
+    sizes, (first, second) = walk.sizes, lengths(op.shapes(), axis)
+    outer = first // sizes.first
+    if outer == 0 and sizes.first % first == 0:
+        walk.groups.add(sizes.first // first)
+    if outer == 0 or (first, second) != (outer * sizes.first, outer * sizes.second):
+        return None
     return relaid(Layout((axis,), outer), op.shapes(), op.out_shapes(), sizes)
 
 
