@@ -5,6 +5,7 @@ is looked for here, so that a careless rule errs on the safe side:
 
 - a value that is wrong makes what is computed from it wrong;
 - what was uniform along an axis of the batch's length must stay so (``x[0]`` of a table is not);
+- a part of an array must be the same part at every batch size (``table[n - 1]`` is not);
 - a factor such as 1 / batch_size must not get lost;
 - rows must be as many as there are examples.
 """
@@ -31,9 +32,11 @@ from jaxaccum._audit.lattice import (
 )
 from jaxaccum._audit.notes import Notes
 from jaxaccum._audit.registry import Rule
+from jaxaccum._audit.windows import changes_with_the_batch
 
 _NONE: frozenset[Fault] = frozenset()
 _PLACE = "the result depends on the position of an example in its microbatch"
+_PART = "which part of an array is read or written changes with the batch size"
 _REPEATED = "the row of one example is repeated to the length of another array"
 
 
@@ -60,6 +63,8 @@ def checked(notes: Notes, result: Result) -> Value:
     """The result with its faults, its number, and all else that it has from its operands."""
     out, ins = result.out, result.ins
     faults = out.faults if result.settled else _faults(notes, result)
+    if not is_wrong(faults) and changes_with_the_batch(result.op, ins):
+        faults |= {notes.fault(result.op, FaultKind.BATCH_SIZE, _PART)}
     if out.rows and not is_wrong(faults) and not _fits(result.shapes, out.layout, notes.sizes):
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     number = out.number if out.number >= 0 else _number(notes, result)

@@ -69,9 +69,15 @@ def _agree(name: str, eqn: jex.JaxprEqn, other: jex.JaxprEqn) -> bool:
     first, second = eqn.params[name], other.params[name]
     if first is second or name in _SIZES or not _is_plain(first):
         return True
-    if name in _BY_AXIS and first is not None and second is not None:
+    if name in _BY_AXIS and _has_entry_for_each_axis(first, second, eqn):
         return _agree_by_axis(first, second, eqn, other)
     return _equal(first, second)
+
+
+def _has_entry_for_each_axis(first: object, second: object, eqn: jex.JaxprEqn) -> bool:
+    """Whether a parameter is about all axes: the padding of a convolution is about some."""
+    axes = len(_shape(eqn.invars[0]))
+    return all(isinstance(x, tuple | list) and len(x) == axes for x in (first, second))
 
 
 def _agree_by_axis(

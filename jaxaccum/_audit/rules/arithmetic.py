@@ -308,7 +308,7 @@ def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
 def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
-    if op.name == "lt" and x.index is not None and y.zero:  # a place is never negative
+    if op.name == "lt" and _is_place(x) and y.zero:  # which is never negative
         return _never(walk)
     if op.name == "ne" and x.number == y.number and (x.summary or (x.rows and x.params)):
         return _is_nan(walk, op, x)
@@ -322,6 +322,10 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     return combine(walk, op, ins)
 
 
+def _is_place(x: Value) -> bool:
+    return x.index not in (None, Index.GATHERED)
+
+
 def _never(walk: Walk) -> Value:
     """A condition that is false everywhere."""
     return fixed(known=False, number=walk.fresh())
@@ -330,8 +334,6 @@ def _never(walk: Walk) -> Value:
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
     """``x != x``, which is true of a NaN alone: an empty mean and `jnp.nanmean` ask it."""
     never = _never(walk)
-    if x.summary:
-        return Settled([never])
     if walk.may_be_nan():
         return combine(walk, op, [x])
     note = (
@@ -353,7 +355,9 @@ def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """One of the cases, by a condition."""
     which, *cases = ins
     if which.known is not None:
-        return Settled([cases[int(which.known)]])
+        chosen = cases[int(which.known)]
+        # Rows that are NaN are replaced one by one, with no assumption.
+        return Settled([with_faults(chosen, which.faults) if chosen.summary else chosen])
     if which.compares and which.scalar:
         return _guard(walk, op, ins)
     if which.fixed and not which.faults and not any_rows(cases):

@@ -252,7 +252,7 @@ class _Loop:
             return _shifted(y, Layout((0,)))
         if not layout.looped:
             return _shifted(y, with_new_axis(layout, 0))
-        if layout.axes == (0,):
+        if layout == Layout((0,), looped=True):
             return _shifted(y, Layout((0, 1)))
         return statistic(self.walk.site(self.op), faults=y.faults)
 
