@@ -10,8 +10,8 @@ are walked, 10 with 4 and 10 with 2, and the worst answer counts.
 Two programs may differ and yet mean the same. So what does not come out exact is tried again:
 
 - With one example, JAX leaves out the equations that would move nothing, such as a broadcast from
-  1 to 1. So a larger microbatch is walked instead, if it computes with the same primitives. Or the
-  loss is written for one example, and reads it as ``x[0]``.
+  1 to 1. So a larger microbatch is walked instead, if it foretells the program for one (`of_one`).
+  Or the loss is written for one example, and reads it as ``x[0]``.
 - The loss may read adjacent examples together, as pairs. Then a group counts as one example.
 
 The cost. One trace for the whole batch, one per size of microbatch, and a walk of each pair. Only
@@ -33,10 +33,10 @@ from jaxaccum._audit.inputs import input_values
 from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Sizes, Value
 from jaxaccum._audit.nans import any_nan, constants
+from jaxaccum._audit.of_one import same_work
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site, line_of
 from jaxaccum._audit.traces import Subject, Traced
-from jaxaccum._audit.twins import same_work
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._base.types import Fun
 from jaxaccum._program.closures import ROWS_ARGUMENT, is_array_of, name_of, of_length
@@ -95,6 +95,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     pair = _Pair(subject, whole, part)
     walk.name_of = functools.partial(name_of, subject.fun)
     walk.may_be_nan = functools.cache(pair.has_nan)
+    walk.keeps_groups = subject.keeps_groups
     judged = pair.judged(walk)
     if not _all_accumulate(judged):
         judged = _for_one_example(pair, walk) or _in_groups(pair, walk) or judged
@@ -186,11 +187,12 @@ def _for_one_example(pair: _Pair, walk: Walk) -> list[Judged] | None:
     except Exception:  # of the user's function
         return None
     instead = dataclasses.replace(pair, part=more)
+    foretold = same_work(pair.part.closed, more.closed, pair.whole.closed, Sizes(first, larger))
     for one_by_one in (False, True):
         again = walk.again(Sizes(first, larger))
         again.one_by_one, again.axis_sizes = one_by_one, (1, count)
         judged = instead.judged(again)
-        if _all_accumulate(judged) and same_work(pair.part.closed, more.closed):
+        if _all_accumulate(judged) and foretold:
             return judged
     return None
 

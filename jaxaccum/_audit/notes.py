@@ -53,6 +53,9 @@ class Notes(Constants):
         self.groups: set[int] = set()
         """How many adjacent rows the program itself takes together: its batch axis is divided by
         them."""
+        self.keeps_groups: Callable[[int], bool] = lambda size: True
+        """Whether microbatches hold whole groups of so many adjacent rows: a strided split does
+        not."""
         self.mesh_axes: frozenset[str] = frozenset()
         """Inside a program for one device, the mesh axes over which the batch is sharded."""
         self.outer_axes: frozenset[str] = frozenset()

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax.extend.core as jex
-import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._jaxpr.compat import opened
 from jaxaccum._program.batch_keys import is_batch_key
 
 _Atom = jex.Var | jex.Literal
@@ -107,30 +104,3 @@ def _is_plain(x: object) -> bool:
 def _equal(x: object, y: object) -> bool:
     both_nan = isinstance(x, float) and isinstance(y, float) and x != x and y != y
     return both_nan or bool(x == y)
-
-
-_MOVES = {
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather",
-    "select_n", "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit",
-    "pjit",
-}  # fmt: skip
-"""Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
-1."""
-
-
-def same_work(first: object, second: object) -> bool:
-    """Whether two programs compute with the same primitives, as often, but for what only moves
-    numbers."""
-    return Counter(_computing(opened(first)[0])) == Counter(_computing(opened(second)[0]))
-
-
-def _computing(jaxpr: jex.Jaxpr) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name not in _MOVES and any(map(_is_inexact, eqn.outvars)):
-            yield eqn.primitive.name
-        for inner in jex.jaxprs_in_params(eqn.params):
-            yield from _computing(inner)
-
-
-def _is_inexact(v: jex.Var) -> bool:
-    return jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact)

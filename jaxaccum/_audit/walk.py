@@ -76,6 +76,7 @@ class Walk(Notes):
         other.outer_axes = self.outer_axes
         other.name_of = self.name_of
         other.may_be_nan = self.may_be_nan
+        other.keeps_groups = self.keeps_groups
         return other
 
     def body(

@@ -111,7 +111,7 @@ FAULTS = [
     Fault(
         "every function of an extremum is one",
         "_extremum_of",
-        "return kind if op.name in _INCREASING or op.name == kind else None",
+        "return kind if increasing or op.name == kind else None",
         "return kind",
         "audit/test_losses.py::test_a_function_of_an_extremum_is_one_where_it_increases",
     ),

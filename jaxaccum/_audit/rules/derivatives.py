@@ -52,6 +52,7 @@ from jaxaccum._audit.rules.operands import (
     both,
     common,
     faulty,
+    is_weighted,
     kinds_of,
     params_at_both,
 )
@@ -75,7 +76,21 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     wrong = all(map(_is_wrong, outs))  # whatever its derivative
     if not walk.checks_derivatives or not moved or wrong or _is_jaxs_own(op):
         return outs
-    return all_with_faults(outs, _faults(walk, op, ins, outs))
+    faults = _faults(walk, op, ins, outs)
+    return all_with_faults([_by_a_rule(walk, op, x) for x in outs], faults)
+
+
+def _by_a_rule(walk: Walk, op: Op, x: Value) -> Value:
+    """A result whose gradient is what the rule says: it cancels with nothing, as ``f(t) / t``
+    does where f returns t."""
+    if not x.params:
+        return x
+    if is_weighted(x):
+        return walk.couple(op, [x], note=_SCALED, layout=x.layout)
+    return x.like(number=walk.fresh(), root=None, weight=None)
+
+
+_SCALED = "a ratio over one microbatch has a derivative of the user's own"
 
 
 def _is_wrong(x: Value) -> bool:

@@ -75,12 +75,20 @@ _INCREASING = frozenset(
 
 
 def _extremum_of(op: Op, ins: list[Value]) -> str | None:
-    """The extremum that it is too: an increasing function of one, or the larger of two maxima."""
-    kinds = {v.extremum for v in ins}
+    """The extremum that it is too: an increasing function of one, or the larger of two maxima;
+    with a constant, the smaller one too."""
+    live = [v for v in ins if not (op.name in ("max", "min", "clamp") and _is_constant(v))]
+    kinds = {v.extremum for v in live}
     if len(kinds) != 1 or faults_of(ins):
         return None
     (kind,) = kinds
-    return kind if op.name in _INCREASING or op.name == kind else None
+    increasing = op.name in _INCREASING or len(live) < len(ins)
+    return kind if increasing or op.name == kind else None
+
+
+def _is_constant(x: Value) -> bool:
+    """Whether it is the same for every microbatch and at every batch size."""
+    return x.fixed and x.scale.trivial and not x.placed
 
 
 def _constant(op: Op, ins: list[Value]) -> bool:

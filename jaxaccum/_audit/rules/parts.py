@@ -25,6 +25,7 @@ from jaxaccum._audit.rules.arithmetic import added
 from jaxaccum._audit.rules.elementwise import combine
 from jaxaccum._audit.rules.operands import (
     all_fixed,
+    all_unscaled,
     any_rows,
     any_summary,
     array_of,
@@ -178,7 +179,8 @@ def _lengths_of_pieces(op: Op, axis: int) -> list[int]:
 def _indices(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A table of indices with a column that is the example's own place."""
     layouts = layouts_of(ins) | {v.layout for v in compress(ins, _places(ins))}
-    if len(layouts) != 1 or any_summary(ins):
+    others = [v for v in ins if not v.placed]
+    if len(layouts) != 1 or any_summary(ins) or not all_unscaled(others):
         return combine(walk, op, ins)
     kind = (rows_among(ins) or ins)[0].kind
     return Settled([Value(kind, layouts.pop(), columns=_places(ins), faults=faults_of(ins))])

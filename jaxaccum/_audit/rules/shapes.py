@@ -55,6 +55,7 @@ def _columns(x: Value, out: Shape) -> Columns:
 
 
 _MERGED = "a reshape merges an axis of the batch's size that holds no examples"
+_BY_PLACE = "a reshape takes examples together by their place in the microbatch"
 _DIVIDED = "a reshape divides the batch axis in a way that the analysis cannot follow"
 
 
@@ -79,8 +80,10 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     out = moved(x, layout, columns=_columns(x, outs[0]) or kept)
     if len(layout.axes) != 2 or x.layout == layout:
         return out
-    walk.groups.add(outs[0][layout.axes[1]])
-    return out.like(origin=walk.site(op))
+    walk.groups.add(group := outs[0][layout.axes[1]])
+    together = layout.axes[0] in varying(outs) and walk.keeps_groups(group)
+    faults = frozenset() if together else faulty(walk, op, FaultKind.POSITION, _BY_PLACE)
+    return out.like(origin=walk.site(op), faults=faults)
 
 
 def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:

@@ -1,0 +1,134 @@
+"""Whether a loss does the same work on one example as on several.
+
+The problem. JAX leaves out what moves nothing along an axis of length 1. So the program for one
+example has other equations than that for the batch, and cannot be walked side by side with it. A
+program for more examples can. But does it say what the program for one will do? With
+``jnp.squeeze(x)`` the next axis becomes the first, and a mean over examples is one over features.
+
+The idea. Equations that compute are in both programs, in the same order. What their shapes and
+numbers are at two sizes tells what they must be at 1::
+
+    batch of 12        2 examples        so at 1        found at 1
+    (12, 4)            (2, 4)            (1, 4)         (4,), the same but for axes of length 1
+    12.0               2.0               1.0            4.0, the number of features: another loss
+
+The cost. One more trace, of a loss that is not exact otherwise and whose microbatches hold one
+example.
+
+The weakness. Functions of integers are not compared, since JAX leaves out many of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from jaxaccum._audit.sizes import Sizes
+from jaxaccum._jaxpr.compat import opened
+
+_MOVES = {
+    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather",
+    "select_n", "transpose", "copy", "convert_element_type", "concatenate", "pad", "rev", "jit",
+    "pjit",
+}  # fmt: skip
+"""Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
+1."""
+
+
+def same_work(one: object, more: object, whole: object, sizes: Sizes) -> bool:
+    """Whether a program for one example is what two programs of the same equations foretell.
+
+    `whole` is the program for ``sizes.first`` examples, and `more` that for ``sizes.second``.
+    """
+    programs = [_Program.of(jaxpr) for jaxpr in (one, more, whole)]
+    if len({len(program.computing) for program in programs}) > 1:
+        return False
+    found, few, many = programs
+    if not _are_foretold(found.moved, few.moved, many.moved, sizes):
+        return False
+    steps = zip(found.computing, few.computing, many.computing, strict=True)
+    return all(_is_foretold(*step, sizes) for step in steps)
+
+
+class _Program(NamedTuple):
+    """What a program computes, and the numbers that it moves."""
+
+    computing: list[jex.JaxprEqn]
+    moved: list[jex.Literal]
+
+    @classmethod
+    def of(cls, jaxpr: object) -> _Program:
+        """The program of a jaxpr, closed or open."""
+        equations = list(_equations(opened(jaxpr)[0]))
+        moves = [eqn for eqn in equations if eqn.primitive.name in _MOVES]
+        computing = [eqn for eqn in equations if eqn.primitive.name not in _MOVES]
+        return cls(computing, [x for eqn in moves for x in _numbers(eqn)])
+
+
+def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+    """The equations whose results are not integers, inner ones after the one that holds them."""
+    for eqn in jaxpr.eqns:
+        if any(map(_is_inexact, eqn.outvars)):
+            yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
+
+
+def _is_inexact(v: jex.Var) -> bool:
+    return jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact)
+
+
+def _numbers(eqn: jex.JaxprEqn) -> list[jex.Literal]:
+    """The numbers that are written in an equation."""
+    return [x for x in eqn.invars if isinstance(x, jex.Literal)]
+
+
+def _is_foretold(found: jex.JaxprEqn, few: jex.JaxprEqn, many: jex.JaxprEqn, sizes: Sizes) -> bool:
+    """Whether an equation is what those at two sizes foretell for one example."""
+    if not found.primitive is few.primitive is many.primitive:
+        return False
+    numbers, others, more = _numbers(found), _numbers(few), _numbers(many)
+    if not len(numbers) == len(others) == len(more):
+        return False
+    if not all(_is_number(*x, sizes) for x in zip(numbers, others, more, strict=True)):
+        return False
+    results = zip(found.outvars, few.outvars, many.outvars, strict=True)
+    return all(_is_shape(_shape(v), _shape(w), _shape(u), sizes) for v, w, u in results)
+
+
+def _shape(v: jex.Var) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())
+
+
+def _is_shape(found: Sequence[int], few: Sequence[int], many: Sequence[int], sizes: Sizes) -> bool:
+    """Whether a shape is the foretold one, but for axes of length 1."""
+    foretold = [_length_at_one(*each, sizes) for each in zip(few, many, strict=True)]
+    return [a for a in foretold if a != 1] == [a for a in found if a != 1]
+
+
+def _length_at_one(few: int, many: int, sizes: Sizes) -> float:
+    """The length of an axis for one example, as it grows by the same with each."""
+    each = (many - few) / (sizes.first - sizes.second)
+    return few - each * (sizes.second - 1)
+
+
+def _is_number(found: jex.Literal, few: jex.Literal, many: jex.Literal, sizes: Sizes) -> bool:
+    """Whether a number follows, down to one example, the power of the batch's size that it
+    follows at the two sizes."""
+    of_one = dataclasses.replace(sizes, second=1)
+    return of_one.power(many.val, found.val) == sizes.power(many.val, few.val)
+
+
+def _are_foretold(
+    found: Sequence[jex.Literal], few: Sequence[jex.Literal], many: Sequence[jex.Literal],
+    sizes: Sizes,
+) -> bool:  # fmt: skip
+    """Whether every number that is moved is a foretold one: JAX may have left out some moves."""
+    if len(few) != len(many):
+        return False
+    foretold = list(zip(few, many, strict=True))
+    return all(any(_is_number(x, *pair, sizes) for pair in foretold) for x in found)
