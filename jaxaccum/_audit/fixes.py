@@ -64,6 +64,10 @@ BATCH_SIZE = (
     "jaxaccum.Mean(total, weight), and the library divides; for a sum return jaxaccum.Sum(x); "
     "where another value needs the size, pass the whole batch's size as an argument"
 )
+ADJACENT = (
+    "take adjacent examples together, k at a time: x.reshape(-1, k, …), with whole groups of k in "
+    "every microbatch and split='contiguous'; where every part is treated alike, pass audit=None"
+)
 _NNX_STREAMS = (
     "let the layer draw from a random stream that the model holds before the call, and take the "
     "gradient with jaxaccum.nnx.value_and_grad: each example then draws what it draws in the whole "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
@@ -55,7 +56,10 @@ def _columns(x: Value, out: Shape) -> Columns:
 
 
 _MERGED = "a reshape merges an axis of the batch's size that holds no examples"
-_BY_PLACE = "a reshape takes examples together by their place in the microbatch"
+_BY_PLACE = (
+    "a reshape divides the batch by place, and the parts of a microbatch hold other examples than "
+    "those of the batch: exact only if every part is treated alike"
+)
 _DIVIDED = "a reshape divides the batch axis in a way that the analysis cannot follow"
 
 
@@ -82,8 +86,11 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return out
     walk.groups.add(group := outs[0][layout.axes[1]])
     together = layout.axes[0] in varying(outs) and walk.keeps_groups(group)
-    faults = frozenset() if together else faulty(walk, op, FaultKind.POSITION, _BY_PLACE)
-    return out.like(origin=walk.site(op), faults=faults)
+    out = out.like(origin=walk.site(op))
+    if together:
+        return out
+    fault = walk.fault(op, FaultKind.POSITION, _BY_PLACE, fix=fixes.ADJACENT)
+    return out.like(faults=frozenset([fault]))
 
 
 def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
