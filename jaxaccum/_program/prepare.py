@@ -46,6 +46,7 @@ def prepare(
         audited=validate.audit(options.audit) is not None,
         num_shards=varying.num_shards(arguments.mesh_axes),
     )  # fmt: skip
+    arguments = _as_the_value_varies(flat, options, partition, arguments, call.arrays)
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
     slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
@@ -90,6 +91,29 @@ def _on_mesh(call: Call) -> OnMesh:
     given_axes = list(map(varying.varying_axes, arrays))
     axes = _loop_axes(call.tree.slots, given_axes, mesh_axes)
     return OnMesh(varying.vary(arrays, axes), given_axes, axes, mesh_axes)
+
+
+def _as_the_value_varies(
+    flat: FlatFunction, options: Options, partition: Partition, arguments: OnMesh,
+    given: Sequence[Array],
+) -> OnMesh:  # fmt: skip
+    """The arguments, cast over further axes only where the value varies over them too.
+
+    With tokens divided over "seq" and a loss that sums over "seq", all devices have one loss. Cast
+    to vary, its labels would make it one loss per device, and the gradient that of their sum.
+    """
+    further = arguments.axes.difference(arguments.mesh_axes)
+    if not further:
+        return arguments
+    own = frozenset(arguments.mesh_axes)
+    plain = arguments._replace(arrays=varying.vary(given, own), axes=own)
+    other = flat.elsewhere()
+    Tracing(other, options, partition, plain).group(partition.groups[0])
+    outputs, types, _ = other.returned[0]
+    leaves = outputs.leaves[: other.num_terms] if other.loss else outputs.leaves
+    of_value = [varying.varying_axes(types[leaf.part]) for leaf in leaves if not leaf.whole]
+    axes = own | further.intersection(frozenset().union(*of_value))
+    return plain._replace(arrays=varying.vary(given, axes), axes=axes)
 
 
 def _with_closed_over(

@@ -87,4 +87,11 @@ FAULTS = [
         "return jaxpr",
         "coupled/test_on_meshes.py::test_gathered_losses_are_transformed_from_outside",
     ),
+    Fault(
+        "a loss that devices share is counted once per device",
+        "_as_the_value_varies",
+        "    if not further:\n",
+        "    if True:\n",
+        "meshes/test_further_axes.py::test_tokens_divided_over_devices",
+    ),
 ]
