@@ -187,12 +187,13 @@ def _for_one_example(pair: _Pair, walk: Walk) -> list[Judged] | None:
     except Exception:  # of the user's function
         return None
     instead = dataclasses.replace(pair, part=more)
-    foretold = same_work(pair.part.closed, more.closed, pair.whole.closed, Sizes(first, larger))
+    if not same_work(pair.part.closed, more.closed, pair.whole.closed, Sizes(first, larger)):
+        return None
     for one_by_one in (False, True):
         again = walk.again(Sizes(first, larger))
         again.one_by_one, again.axis_sizes = one_by_one, (1, count)
         judged = instead.judged(again)
-        if _all_accumulate(judged) and foretold:
+        if _all_accumulate(judged):
             return judged
     return None
 

@@ -78,7 +78,13 @@ def _side_by_side(
 def _written(op: Op) -> Iterator[tuple[Lengths, Lengths]]:
     """The windows of a scatter: axes of the updates, and those of the array that they lie along."""
     numbers = op.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    kept = [axis for axis in range(len(op.shapes()[0])) if axis not in gone]
-    for window, axis in zip(numbers.update_window_dims, kept, strict=True):
+    for window, axis in zip(numbers.update_window_dims, written_axes(op), strict=True):
         yield lengths(op.shapes(2), [window]), lengths(op.shapes(), [axis])
+
+
+def written_axes(op: Op) -> list[int]:
+    """The axes of a scatter's operand along which its windows extend, in the order of the
+    windows'."""
+    numbers = op.params["dimension_numbers"]
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    return [axis for axis in range(len(op.shapes()[0])) if axis not in gone]

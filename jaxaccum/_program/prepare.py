@@ -97,7 +97,7 @@ def _as_the_value_varies(
     flat: FlatFunction, options: Options, partition: Partition, arguments: OnMesh,
     given: Sequence[Array],
 ) -> OnMesh:  # fmt: skip
-    """The arguments, cast over further axes only where the value varies over them too.
+    """The arguments, cast over further axes only where every value varies over them too.
 
     With tokens divided over "seq" and a loss that sums over "seq", all devices have one loss. Cast
     to vary, its labels would make it one loss per device, and the gradient that of their sum.
@@ -112,7 +112,7 @@ def _as_the_value_varies(
     outputs, types, _ = other.returned[0]
     leaves = outputs.leaves[: other.num_terms] if other.loss else outputs.leaves
     of_value = [varying.varying_axes(types[leaf.part]) for leaf in leaves if not leaf.whole]
-    axes = own | further.intersection(frozenset().union(*of_value))
+    axes = own | further.intersection(*of_value) if of_value else own
     return plain._replace(arrays=varying.vary(given, axes), axes=axes)
 
 

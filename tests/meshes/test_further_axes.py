@@ -58,6 +58,17 @@ def test_tokens_divided_over_devices(options):
     assert normwise(2 * grads, grads) > EXACT  # what was given
 
 
+@pytest.mark.parametrize("options", RUNS[:2])
+def test_a_shared_loss_beside_an_output_of_each_device(options):
+    def both(w, batch):
+        return OF_TOKENS(w, batch), jnp.mean(batch[0] @ w)
+
+    spread = jaxaccum.microbatch(both, **options)
+    own = jax.grad(lambda w, batch: spread(w, batch)[0])
+    ours = on(mesh_of(seq=2), own, (P(), (P(None, "seq"), P())), P(), W, (TEXTS, LABELS))
+    assert normwise(ours, jax.grad(WHOLE)(W, (TEXTS, LABELS))) <= EXACT
+
+
 def test_a_leaf_that_nothing_reads_changes_nothing():
     loss = lambda w, b: jnp.mean((b["x"] @ w) ** 2)
     batch = {"x": data(8, 3, seed=4), "unread": jnp.ones((8, 4))}

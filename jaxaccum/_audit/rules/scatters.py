@@ -33,6 +33,7 @@ from jaxaccum._audit.rules.operands import (
     with_faults,
 )
 from jaxaccum._audit.walk import Op, Walk, beyond, varying
+from jaxaccum._audit.windows import written_axes
 
 
 @rule(
@@ -152,14 +153,7 @@ def _owned(op: Op, layout: Layout, indices: Value) -> bool:
 
 def _inside(op: Op) -> set[int]:
     """The axes of the operand that lie inside the written windows, where no index reaches."""
-    return set(_windows(op)) - set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
-
-
-def _windows(op: Op) -> list[int]:
-    """The axes of the operand along which the windows extend, in the order of the windows'."""
-    numbers = op.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    return axes_except(range(len(op.shapes()[0])), gone)
+    return set(written_axes(op)) - set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
 
 
 def _by_place(op: Op, axis: int, indices: Value, layout: Layout) -> bool:
@@ -170,7 +164,7 @@ def _by_place(op: Op, axis: int, indices: Value, layout: Layout) -> bool:
 
 def _wide(op: Op, axis: int) -> int:
     """How many entries of an axis of the operand one update writes."""
-    numbers, kept = op.params["dimension_numbers"], _windows(op)
+    numbers, kept = op.params["dimension_numbers"], written_axes(op)
     return op.shapes(2)[0][numbers.update_window_dims[kept.index(axis)]] if axis in kept else 1
 
 
@@ -178,7 +172,7 @@ def _of_updates(op: Op, axis: int, indices: Value) -> int | None:
     """The axis of the operand that an axis of the updates is written to."""
     windows = list(op.params["dimension_numbers"].update_window_dims)
     if axis in windows:
-        return _windows(op)[windows.index(axis)]
+        return written_axes(op)[windows.index(axis)]
     outer = axes_except(range(len(op.shapes(2)[0])), windows)
     return _of_indices(op, outer.index(axis), indices)
 
