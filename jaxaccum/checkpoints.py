@@ -11,13 +11,14 @@ import json
 import os
 import pathlib
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._base.trees import as_key, key_data, key_impl, leaves_with_names
+from jaxaccum._base.trees import as_key, dtype_of, key_data, key_impl, leaves_with_names
 from jaxaccum._base.types import PyTree
 
 try:
@@ -39,7 +40,7 @@ def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
 
     Args:
         directory: of all checkpoints of the run.
-        step: the number that names this one; one that is there already is replaced.
+        step: the number that names this one, from 0; one that is there already is replaced.
         state: a pytree of arrays, PRNG keys and numbers.
 
     Example:
@@ -51,10 +52,12 @@ def save(directory: str | os.PathLike[str], step: int, state: PyTree) -> None:
         >>> checkpoints.steps(directory), checkpoints.restore(directory, state)["next"].item()
         ([1], 7)
     """
+    if step < 0:
+        raise ValueError(f"step must not be negative; got {step}.")
     folder, note = _paths(directory, step)
     note.unlink(missing_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _arrays(state), force=True)
+        checkpointer.save(folder, _written(map(_array, jax.tree.leaves(state))), force=True)
     leaves = [leaf._asdict() for leaf in _leaves(state)]
     partial = note.with_suffix(".partial")
     partial.write_text(json.dumps({"leaves": leaves, "files": _checksums(folder)}))
@@ -74,7 +77,9 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
     Args:
         directory: of all checkpoints of the run.
         like: a state of the same structure, shapes and dtypes, such as the one a new run starts
-            with. A PRNG key must be of the kind that was saved: neither another kind nor an array.
+            with, or its shapes from ``jax.eval_shape``. Numbers and numpy arrays come back as numpy
+            arrays, which keep 64 bits. A PRNG key must be of the kind that was saved: neither
+            another kind nor an array.
         step: which checkpoint; None is the newest that was finished.
 
     Raises:
@@ -104,11 +109,10 @@ def restore(directory: str | os.PathLike[str], like: PyTree, *, step: int | None
             raise ValueError(
                 f"checkpoint {step} is damaged: its file {name} is not what was written. {older}"
             )
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(like))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_with_kind, like))
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder, template)
-    leaves, treedef = jax.tree.flatten(like)
-    values = [as_key(jnp.asarray(arrays[str(i)]), x) for i, x in enumerate(leaves)]
+        arrays = checkpointer.restore(folder, _written(map(_shape, leaves)))
+    values = [_restored(arrays.get(str(i)), x) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, values)
 
 
@@ -152,10 +156,42 @@ def _paths(directory: str | os.PathLike[str], step: int) -> tuple[pathlib.Path, 
     return folder, folder.with_suffix(".json")
 
 
-def _arrays(state: PyTree) -> dict[str, np.ndarray]:
-    """The leaves by their places, keys as their data."""
-    leaves = jax.tree.leaves(state)
-    return {str(i): np.asarray(key_data(x)) for i, x in enumerate(leaves)}
+def _written(leaves: Iterable[Any]) -> dict[str, Any]:
+    """What Orbax writes: arrays by their places. It writes no empty array, no float0, and not
+    nothing."""
+    held = {str(i): x for i, x in enumerate(leaves) if x.size and x.dtype != jax.dtypes.float0}
+    return held or {"nothing": np.zeros(1, np.int8)}
+
+
+def _array(leaf: Any) -> np.ndarray:
+    """The array that is written for a leaf; for a key its data."""
+    return np.asarray(key_data(leaf))
+
+
+def _shape(leaf: PyTree) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of that array."""
+    if key_impl(leaf) is not None:
+        return jax.eval_shape(jax.random.key_data, leaf)
+    x = _with_shape(leaf)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _restored(written: np.ndarray | None, like: PyTree) -> PyTree:
+    """A leaf of the state, from the array that was written; None where nothing was."""
+    x = np.zeros(like.shape, like.dtype) if written is None else written
+    of_jax = isinstance(like, jax.Array | jax.ShapeDtypeStruct)
+    return as_key(jnp.asarray(x), like) if of_jax and x.dtype != jax.dtypes.float0 else x
+
+
+def _with_kind(leaf: PyTree) -> PyTree:
+    """A leaf of which JAX tells the kind of key, which it does not of a key's shape alone."""
+    is_key = jnp.issubdtype(dtype_of(leaf), jax.dtypes.prng_key)
+    return jnp.empty(leaf.shape, leaf.dtype) if is_key else leaf
+
+
+def _with_shape(leaf: Any) -> Any:
+    """A leaf that has a shape and a dtype: a number as an array."""
+    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
 def _leaves(state: PyTree) -> list[_Leaf]:
@@ -163,7 +199,7 @@ def _leaves(state: PyTree) -> list[_Leaf]:
 
 
 def _leaf(name: str, leaf: PyTree) -> _Leaf:
-    x = np.asarray(leaf) if key_impl(leaf) is None else leaf
+    x = _with_shape(leaf)
     return _Leaf(name, list(x.shape), str(x.dtype))
 
 

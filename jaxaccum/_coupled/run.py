@@ -13,6 +13,7 @@ from jaxaccum._coupled.cut import Cuts, cut, moved_by
 from jaxaccum._coupled.execute import StagedProgram, Sweep
 from jaxaccum._coupled.gradient import Reverse
 from jaxaccum._coupled.schedule import Schedule, choose
+from jaxaccum._coupled.schedule import schedule as described
 from jaxaccum._coupled.trace import opened
 from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
@@ -25,7 +26,7 @@ def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) 
     """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes
     every pass."""
     cuts = _cuts(program)
-    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, ()).stored)
+    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, ()))
     sweep = Sweep.begin(staged, checkpoint=checkpoint)
     for level in range(len(cuts.stages)):
         sweep.enter(level)
@@ -40,7 +41,7 @@ def run_with_gradient(
     gradient's parts."""
     cuts = _cuts(program)
     moved = _moved(program, cuts, gradient.wrt)
-    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved).stored)
+    staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved))
     sweep = Sweep.begin(staged, moved)
     for level in range(cuts.last):
         sweep.enter(level)
@@ -55,7 +56,7 @@ def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:
     if not program.coupled:
         return None
     cuts = _cuts(program)
-    return choose(cuts, program.memory, _moved(program, cuts, wrt))
+    return described(cuts, program.memory, _moved(program, cuts, wrt))
 
 
 def _moved(program: Program, cuts: Cuts, wrt: Sequence[int]) -> set[Var]:

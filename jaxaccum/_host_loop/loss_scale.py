@@ -96,7 +96,7 @@ def dynamic_loss_scale(
 
         grads = jax.tree.map(unscaled, updates)
         finite = _all_finite(grads)
-        like = updates if params is None else jax.tree.map(_not_narrower, updates, params)
+        like = _in_dtypes_of(params, updates)
         old = state.inner_opt_state
         dtypes, _ = jax.eval_shape(lambda: _update(inner, like, old, params, extra_args))
 
@@ -151,6 +151,14 @@ def _wide(x: Array) -> Array:
     return cast(x, widen(dtype_of(x))) if is_inexact(x) else x
 
 
+def _in_dtypes_of(params: PyTree, grads: PyTree) -> PyTree:
+    """Gradients in the dtypes of the parameters; as they are for an optimizer whose parameters are
+    another tree, as those of ``optax.lookahead`` are."""
+    if jax.tree.structure(params) != jax.tree.structure(grads):
+        return grads
+    return jax.tree.map(_not_narrower, grads, params)
+
+
 def _not_narrower(grad: Array, parameter: Array) -> Array:
     """The gradient in its parameter's dtype, or in its own where that is wider."""
     wider = dtype_of(grad).itemsize > dtype_of(parameter).itemsize
@@ -159,7 +167,7 @@ def _not_narrower(grad: Array, parameter: Array) -> Array:
 
 def _all_finite(grads: PyTree) -> Array:
     finite = [jnp.all(jnp.isfinite(grad)) for grad in jax.tree.leaves(grads) if not is_float0(grad)]
-    return jnp.all(jnp.stack(finite))
+    return jnp.all(jnp.stack([jnp.array(True), *finite]))
 
 
 def _as(x: ArrayLike, like: Array) -> Array:

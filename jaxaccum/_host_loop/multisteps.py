@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote
+from jaxaccum._base.trees import cast, dtype_of, is_inexact, promote, widen
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._host_loop.step_if import is_float0, step_if
 from jaxaccum._host_loop.window_checks import (
@@ -157,8 +157,8 @@ class MultiSteps(optax.MultiSteps):
         state = _extended(state)
         check_tree(updates, state.acc_grads)
         k = checked_k(self._every_k_schedule(state.gradient_step))
-        step, floating = state.gradient_step, _floating(updates)
-        skip, skip_state = self._should_skip_update_fn(floating, step, params)
+        step, grads = state.gradient_step, jax.tree.map(_looked_at, updates, state.acc_grads)
+        skip, skip_state = self._should_skip_update_fn(grads, step, params)
         check_skip(skip)
         window = _Window.of(state)
         added = self._added(window, updates, checked_weight(weight, window.total_weight))
@@ -224,12 +224,14 @@ class MultiSteps(optax.MultiSteps):
         def added(acc: Array, grad: Array) -> Array:
             if is_float0(grad):
                 return acc
-            grad, w = cast(grad, acc.dtype), cast(weight, jnp.finfo(acc.dtype).dtype)
+            wide = widen(acc.dtype)  # a weight can be past the range of float16
+            old, grad = cast(acc, wide), cast(grad, wide)
+            w = cast(weight, jnp.finfo(wide).dtype)
             if self._use_grad_mean:
-                new = acc + (grad - acc) * w / cast(divisor, w.dtype)
+                new = old + (grad - old) * w / cast(divisor, w.dtype)
             else:
-                new = acc + grad * w
-            return jnp.where(w == 0, acc, new)  # a choice: 0 · NaN is NaN
+                new = old + grad * w
+            return jnp.where(w == 0, acc, cast(new, acc.dtype))  # a choice: 0 · NaN is NaN
 
         acc_grads = jax.tree.map(added, window.acc_grads, grads)
         return _Window(jnp.add(window.mini_step, 1), acc_grads, total)
@@ -302,9 +304,9 @@ def _gradient(acc: Array, like: ArrayLike) -> Array | np.ndarray:
     return cast(acc, dtype_of(like))
 
 
-def _floating(updates: PyTree) -> PyTree:
-    """The gradients that can be looked at: None in the place of those of integers."""
-    return jax.tree.map(lambda x: None if is_float0(x) else x, updates)
+def _looked_at(grad: Array, acc: Array) -> Array:
+    """A gradient as `should_skip_update_fn` sees it: that of integers is integers, as in `init`."""
+    return jnp.zeros_like(acc, jnp.int32) if is_float0(grad) else grad
 
 
 def _plain(state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:

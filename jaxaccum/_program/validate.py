@@ -201,6 +201,12 @@ def batch_size(sizes: Sequence[tuple[str, int]], keywords: Sequence[str] = ()) -
                 f"{other}. Every leaf with a batch axis needs one row per example; give a leaf "
                 "that is not batched None in in_axes."
             )
+    if not isinstance(first, int):
+        raise ValueError(
+            f"the batch axis of {first_name} has the symbolic size {first}, and a partition into "
+            "microbatches needs a number. Export one program per batch size, or one for the "
+            "largest: pad the batch, and count its examples with num_examples_argnum."
+        )
     return first
 
 

@@ -24,6 +24,8 @@ from jaxaccum._program.tags import Stack
 from jaxaccum._transforms import cotangents, over_shards
 from jaxaccum.accumulators._record import AccumulatorLike, accepted_by, in_place, returned
 
+Handed = Callable[[list[Array], Array, Array], tuple[list[Array], Array]]
+"""Of shares, divisor and weight, the gradients and the weight that the accumulator takes."""
 Assemble = Callable[[Sequence[Array]], PyTree]
 """The differentiated arguments' own structure, around one array per slot."""
 
@@ -58,6 +60,8 @@ def value_and_grad(
     params = assemble(step.parameters)
     state = jax.tree.map(_strong, accumulator.init(params))
     selective = getattr(accumulator, "accepts", None) is not None
+    linear = getattr(accumulator, "linear", False) and not selective
+    handed = _equally_weighted(program) if linear else _with_own_weight
 
     def visit(
         g: int,
@@ -71,10 +75,11 @@ def value_and_grad(
         parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
         total = parts[total_part]
         weight = cast(parts[weight_part], total.dtype)
-        divisor = _divisor(weight_of_batch, weight)
+        divisor = weight_of_batch if linear else _divisor(weight_of_batch, weight)
         cotangent = ratio(jnp.ones_like(total), divisor)
         shares, _ = pull([varying.vary(cotangent, varying.varying_axes(outs[0]))])
-        grads = assemble([_mean_gradient(share, divisor, weight) for share in shares])
+        own, weight = handed(shares, divisor, weight)
+        grads = assemble(own)
         if selective:
             weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
         new = accumulator.update(sums, grads, weight, index)
@@ -92,7 +97,13 @@ def value_and_grad(
     entries = safe_map(lambda *groups: jnp.concatenate(groups), *by_group)
     grads, report = _finalized(accumulator, _with_entries(scanned.sums, entries), params)
     own = _loop.Result(scanned.parts, grads)
-    parts, grads = _over_shards(program, arrays, wrt, weight_part, own)
+    if linear:
+        visited = jnp.concatenate([accepted for accepted, _ in scanned.written])
+        shares = safe_map(functools.partial(_of_all, visited), grads)
+        summed = _loop.Result(scanned.parts, shares)
+        parts, grads = over_shards.combined(program, arrays, wrt, summed, {})
+    else:
+        parts, grads = _over_shards(program, arrays, wrt, weight_part, own)
     if program.mesh_axes:
         # Each device has its own report, and along a leading axis there is room for all.
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
@@ -111,11 +122,38 @@ def _divisor(weight_of_batch: Array, weight: Array) -> Array:
     return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)
 
 
+def _with_own_weight(
+    shares: list[Array], divisor: Array, weight: Array
+) -> tuple[list[Array], Array]:
+    """What an accumulator takes: a microbatch's mean gradient, and its weight."""
+    return [_mean_gradient(share, divisor, weight) for share in shares], weight
+
+
+def _equally_weighted(program: Program) -> Handed:
+    """What a linear accumulator takes: the share times the number of microbatches, and weight 1."""
+    count = program.partition.num_microbatches
+
+    def handed(shares: list[Array], divisor: Array, weight: Array) -> tuple[list[Array], Array]:
+        del divisor
+        return [cast(share, widen(share.dtype)) * count for share in shares], jnp.ones_like(weight)
+
+    return handed
+
+
+def _of_all(visited: Array, mean: Array) -> Array:
+    """The sum of the shares, of the mean over the microbatches that were visited: those of padding
+    are not."""
+    return mean * cast(jnp.mean(visited, dtype=jnp.finfo(mean.dtype).dtype), mean.dtype)
+
+
 def _mean_gradient(share: Array, divisor: Array, weight: Array) -> Array:
-    """A microbatch's mean gradient, of its share ``g / divisor`` of the batch's."""
+    """A microbatch's mean gradient, of its share ``g / divisor`` of the batch's; infinite where a
+    weight of 0 would lose a share."""
     dtype = widen(share.dtype)
     scale = jnp.where(divisor == weight, jnp.ones_like(weight), ratio(divisor, weight))
-    return cast(share, dtype) * cast(scale, dtype)
+    mean = cast(share, dtype) * cast(scale, dtype)
+    lost = (weight == 0) & (share != 0)
+    return jnp.where(lost, jnp.full_like(mean, jnp.inf), mean)
 
 
 def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:

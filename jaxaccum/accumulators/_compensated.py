@@ -93,7 +93,7 @@ def compensated(dtype: DTypeLike | None = None) -> Accumulator:
         mean = lambda pair: ratio(value(pair), value(total))
         return jax.tree.map(mean, pairs, is_leaf=is_pair), None
 
-    return Accumulator(init, update, finalize, dtype=dtype)
+    return Accumulator(init, update, finalize, dtype=dtype, linear=True)
 
 
 def value(pair: Pair) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxaccum._base.trees import cast
+from jaxaccum._base.trees import cast, widen
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._program.tags import Stack
 from jaxaccum.accumulators._record import (
@@ -68,7 +68,9 @@ def noise_scale(inner: AccumulatorLike | None = None) -> Accumulator:
             return sum(w * norm(g - mean) ** 2 for w, g in zip(weights, grads)) / (len(grads) - 1)
 
     Args:
-        inner: the accumulator of the gradient, a weighted mean; None is ``in_place()``.
+        inner: the accumulator of the gradient, a weighted mean; None is ``in_place()``. S is a
+            small difference of large numbers, and a sum in bfloat16 or float16 is too coarse for
+            it: use ``compensated(jnp.bfloat16)``.
 
     Returns:
         An accumulator whose report is a `NoiseScale`; with fewer than two microbatches it is NaN.
@@ -118,9 +120,13 @@ def noise_scale(inner: AccumulatorLike | None = None) -> Accumulator:
     )
 
 
+def _wide(x: Array) -> Array:
+    return cast(x, widen(x.dtype))
+
+
 def squared(tree: PyTree, dtype: DTypeLike) -> Array:
     """The squared norm over all leaves."""
     return sum(
-        (cast(jnp.sum(jnp.square(jnp.abs(x))), dtype) for x in jax.tree.leaves(tree)),
+        (cast(jnp.sum(jnp.square(jnp.abs(_wide(x)))), dtype) for x in jax.tree.leaves(tree)),
         jnp.zeros((), dtype),
     )

@@ -22,6 +22,10 @@ class Accumulator(NamedTuple):
     """How gradients combine: a record of pure functions that take each microbatch's mean gradient
     and its weight.
 
+    A microbatch of weight 0 that has a gradient all the same, as one without positives has in a
+    loss that is divided by their number, has no mean gradient: it comes as infinity, so that it is
+    not lost in silence. A `linear` accumulator has no such case.
+
     ``value_and_grad(accumulator=…)`` takes any object with `init`, `update` and `finalize`. It
     equals::
 
@@ -46,6 +50,9 @@ class Accumulator(NamedTuple):
         dtype: None if gradients are returned in the dtype of their parameters, as ``jax.grad``
             does. Any other value says that `finalize` returns gradients in the dtype that the
             caller receives.
+        linear: whether `finalize` returns ``Σ w g / Σ w`` of all microbatches, as `compensated`
+            does. They then come with weight 1, and in the place of its mean gradient each has its
+            share of the batch's gradient times their number, which has the same mean.
 
     Example:
         The median over microbatches, entry by entry:
@@ -67,6 +74,7 @@ class Accumulator(NamedTuple):
     finalize: Callable[[PyTree], tuple[PyTree, PyTree]]
     accepts: Callable[[PyTree, Array], Array] | None = None
     dtype: DTypeLike | None = None
+    linear: bool = False
 
 
 class Record(Protocol):
@@ -126,18 +134,25 @@ class GradientSum:
     def update(
         self, state: tuple[PyTree, Array], mean_grads: PyTree, weight: Array, index: Array
     ) -> tuple[PyTree, Array]:
-        """Add ``w g`` and ``w``."""
+        """Add ``w g`` and ``w``; in low precision, whose range ``w g`` may leave, keep the mean."""
         del index
         sums, total = state
-        added = jax.tree.map(
-            lambda x, g: x + cast(g, x.dtype) * cast(weight, x.dtype), sums, mean_grads
-        )
-        return added, total + cast(weight, total.dtype)
+        whole = total + cast(weight, total.dtype)
+
+        def added(x: Array, g: Array) -> Array:
+            wide = widen(x.dtype)
+            if wide == x.dtype:
+                return x + cast(g, x.dtype) * cast(weight, x.dtype)
+            mean, share = cast(x, wide), cast(ratio(weight, cast(whole, weight.dtype)), wide)
+            return cast(mean + (cast(g, wide) - mean) * share, x.dtype)
+
+        return jax.tree.map(added, sums, mean_grads), whole
 
     def finalize(self, state: tuple[PyTree, Array]) -> tuple[PyTree, None]:
         """``Σ w g / Σ w``."""
         sums, total = state
-        return jax.tree.map(lambda x: ratio(x, total), sums), None
+        is_mean = lambda x: widen(x.dtype) != x.dtype
+        return jax.tree.map(lambda x: x if is_mean(x) else ratio(x, total), sums), None
 
 
 def returned(accumulator: AccumulatorLike, grad: Array, parameter: Array) -> Array:

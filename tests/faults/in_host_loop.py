@@ -41,8 +41,8 @@ FAULTS = [
     Fault(
         "zero times NaN is NaN",
         "MultiSteps._added.added",
-        "return jnp.where(w == 0, acc, new)",
-        "return new",
+        "return jnp.where(w == 0, acc, cast(new, acc.dtype))",
+        "return cast(new, acc.dtype)",
         "host_loop/test_multisteps.py::test_a_weight_of_zero_hides_what_is_not_finite",
     ),
     Fault(
@@ -141,7 +141,7 @@ FAULTS = [
     Fault(
         "a key is no more than its numbers",
         "_leaf",
-        "x = np.asarray(leaf) if key_impl(leaf) is None else leaf",
+        "x = _with_shape(leaf)",
         "x = np.asarray(key_data(leaf))",
         "host_loop/test_resume.py::test_a_key_comes_back_as_the_kind_that_was_saved",
     ),
@@ -151,5 +151,28 @@ FAULTS = [
         "jnp.arange(capacity) < count",
         "jnp.arange(capacity) <= count",
         "plain/test_partition.py::test_pad_batch_fills_with_zeros_and_masks_them",
+    ),
+    Fault(
+        "the weight of a microbatch is cast to the gradient's dtype",
+        "MultiSteps._added",
+        "wide = widen(acc.dtype)",
+        "wide = acc.dtype",
+        "host_loop/test_trees_and_ranges.py::"
+        "test_weights_past_the_range_of_the_sums[float16-float16-70000]",
+    ),
+    Fault(
+        "a skip function sees no integers in update",
+        "_looked_at",
+        "jnp.zeros_like(acc, jnp.int32) if is_float0(grad) else grad",
+        "None if is_float0(grad) else grad",
+        "host_loop/test_trees_and_ranges.py::"
+        "test_a_skip_function_sees_integers_as_integers_in_init_and_update",
+    ),
+    Fault(
+        "what was no array of JAX's comes back as one",
+        "_restored",
+        "of_jax = isinstance(like, jax.Array | jax.ShapeDtypeStruct)",
+        "of_jax = True",
+        "host_loop/test_resume.py::test_numbers_of_64_bits_come_back_whole",
     ),
 ]

@@ -198,3 +198,46 @@ def test_the_key_of_an_optimizer_comes_back(tmp_path):
         assert same(multi.update(params, back, params)[0], multi.update(params, state, params)[0])
     other = ja.MultiSteps(noisy("unsafe_rbg"), 2).init(params)
     refused(lambda: checkpoints.restore(tmp_path, other), "key<rbg>", "key<urbg>", "impl=")
+
+
+def test_numbers_of_64_bits_come_back_whole(tmp_path):
+    state = {"tokens": 2**40 + 3, "rows": np.array([2**33, 2**33 + 1]), "rate": np.float64(0.1)}
+    with jax.enable_x64(False):
+        checkpoints.save(tmp_path, 0, state)
+        found = checkpoints.restore(tmp_path, state)
+        assert (
+            jnp.asarray(found["rows"]).tolist() != found["rows"].tolist()
+        )  # as JAX would cut them
+    assert found["tokens"].item() == 2**40 + 3
+    assert found["rows"].tolist() == [2**33, 2**33 + 1]
+    assert found["rate"].item() == 0.1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"w": jnp.zeros((0, 3))},
+        {"w": jnp.ones(2), "of integers": np.zeros(2, jax.dtypes.float0)},
+    ],
+    ids=["nothing", "no entries", "float0"],
+)
+def test_what_is_empty_comes_back(state, tmp_path):
+    checkpoints.save(tmp_path, 3, state)
+    found = checkpoints.restore(tmp_path, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+
+
+def test_a_state_is_restored_from_its_shapes(tmp_path):
+    make = lambda: {"w": jnp.arange(3.0), "key": jax.random.key(1)}
+    checkpoints.save(tmp_path, 1, make())
+    found = checkpoints.restore(tmp_path, jax.eval_shape(make))
+    assert found["w"].tolist() == [0.0, 1.0, 2.0]
+    assert (jax.random.key_data(found["key"]) == jax.random.key_data(make()["key"])).all()
+
+
+def test_a_negative_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must not be negative; got -1"):
+        checkpoints.save(tmp_path, -1, {"w": jnp.ones(2)})

@@ -5,6 +5,7 @@ import sys
 import types
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_an_index_inside_a_custom_rule_is_refused():
         "argument",
         error=NotImplementedError,
     )
+
+
+def test_a_batch_of_symbolic_size_is_refused():
+    (size,) = jax.export.symbolic_shape("b")
+    exported = jax.export.export(jax.jit(ja.value_and_grad(mean, microbatch_size=2)))
+    with jax.enable_x64(False):
+        whole, rows = (jax.ShapeDtypeStruct(s, jnp.float32) for s in [(3,), (size, 3)])
+        refused(lambda: exported(whole, rows), "argument 1", "symbolic size b", "pad the batch")
+        exported(whole, jax.ShapeDtypeStruct((6, 3), jnp.float32))
 
 
 STATE = {"mean": jnp.ones(16), "count": jnp.int32(3)}
