@@ -13,7 +13,8 @@ leaves. The way through the room::
     fixes      what to write instead
     report     how it is printed
 
-It may import what is below: `_base`, `_jaxpr`, `_program`. It runs nothing and changes no program.
+It may import what is below: `_base`, `_jaxpr`, `_devices`, `_program`. It runs nothing and changes
+no program.
 """
 
 from jaxaccum._audit import at_call as at_call

@@ -39,6 +39,7 @@ from jaxaccum._audit.sources import Site, line_of
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._base.types import Fun
+from jaxaccum._devices import varying
 from jaxaccum._program.closures import ROWS_ARGUMENT, is_array_of, name_of, of_length
 from jaxaccum._program.microbatches import Partition
 from jaxaccum._program.named_outputs import Output
@@ -51,7 +52,7 @@ def report_on(
     partition: Partition,
     axis_name: str,
     *,
-    mesh_axes: Iterable[str] = (),
+    mesh_axes: Sequence[str] = (),
     whole_runs: bool = True,
 ) -> AuditReport:
     """The report on a loss that runs under a partition.
@@ -75,6 +76,8 @@ def report_on(
     for group in partition.groups:
         walk = Walk(Sizes(size, group.size), axis_name, (1, number))
         walk.outer_axes = frozenset(mesh_axes)
+        if mesh_axes and not varying.checked(mesh_axes):
+            walk.untyped_axes = walk.outer_axes
         judged += _at(subject, whole, walk)
         counts += walk.counts
     if len(partition.groups) > 1:

@@ -210,6 +210,10 @@ OUTSIDE = (
     'whose values value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add '
     "it outside of the function"
 )
+DIVIDED = (
+    "pass check_vma=True, the default, to jax.shard_map, and use it in the place of pmap; if every "
+    "device does have the whole parameter, pass audit=None"
+)
 TERMS = (
     'give each term its own denominator: return a dict, whose values value_and_grad adds: {"mean": '
     'jaxaccum.Mean(jnp.sum(x), len(x)), "masked": 0.1 * jaxaccum.Mean(jnp.sum(y * mask), '

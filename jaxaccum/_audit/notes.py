@@ -61,6 +61,8 @@ class Notes(Constants):
         self.outer_axes: frozenset[str] = frozenset()
         """Around the program, the mesh axes over which the batch is sharded too: it sees one
         device's share."""
+        self.untyped_axes: frozenset[str] = frozenset()
+        """Those of `outer_axes` along which JAX does not track what differs between devices."""
         self.calls: tuple[Enclosing, ...] = ()
         self.counts: Counter[str] = Counter()
         self.sites: dict[Addend, Site] = {}

@@ -138,3 +138,45 @@ def test_a_loss_that_differs_between_devices_is_one_for_each():
         own = jaxaccum.grad(loss, num_microbatches=n)
         ours = on(mesh_of(seq=2), own, (P(), P("seq")), P(), W, batch)
         assert normwise(ours, halves[0] + halves[1]) <= EXACT
+
+
+@pytest.mark.parametrize("mapped", ["shard_map", "pmap", "typed"])
+def test_a_gathered_parameter_of_no_type_is_told(mapped):
+    """Where JAX tracks no types, parts of a parameter look like a whole one."""
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ lax.all_gather(w, "data", tiled=True)) ** 2)
+    step = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="data")
+    w, x = data(4, 3, seed=4), data(8, 4, seed=5)
+    expected = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
+
+    def run():
+        if mapped == "pmap":
+            parts = w.reshape(2, 2, 3), x.reshape(2, 4, 4)
+            return jax.pmap(step, axis_name="data")(*parts).reshape(4, 3)
+        spread = jax.shard_map(
+            step, mesh=mesh_of(data=2), in_specs=P("data"), out_specs=P("data"),
+            check_vma=mapped == "typed",
+        )  # fmt: skip
+        return jax.jit(spread)(w, x)
+
+    if mapped == "typed":
+        assert normwise(run(), expected) <= EXACT
+        return
+    said = "(?s)may not be exact.*a parameter is gathered where JAX.*fix: pass check_vma=True"
+    with pytest.warns(jaxaccum.InexactWarning, match=said):
+        found = run()
+    assert normwise(found, expected) > EXACT
+
+
+def test_what_devices_gather_of_their_rows_is_not_told():
+    def loss(w, x):
+        z = jnp.tanh(x @ w)
+        others = lax.all_gather(z, ("data", "microbatch"), tiled=True)
+        return jnp.mean(jnp.sum(z @ others.T, axis=1) ** 2)
+
+    w, x = data(4, 3, seed=4), data(8, 4, seed=5)
+    step = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="data", audit="raise")
+    spread = jax.shard_map(
+        step, mesh=mesh_of(data=2), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
+    )
+    whole = lambda w: jnp.mean(jnp.sum(jnp.tanh(x @ w) @ jnp.tanh(x @ w).T, axis=1) ** 2)
+    assert normwise(jax.jit(spread)(w, x), jax.grad(whole)(w)) <= EXACT

@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -64,13 +65,30 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
             return None
         return walk.unknown(op, f"{op.name} over the loop, on each device apart")
     if x.fixed and not x.placed:
-        return x.but()
+        return _of_shared(walk, op, x)
     if not axes & walk.mesh_axes and op.name.startswith("psum") and not (x.summary or x.placed):
         return x.but()
     if axes >= walk.mesh_axes and op.name.startswith("psum") and x.kind is Kind.TOTAL:
         return x.but(scalar=x.scalar)
     kind = FaultKind.UNKNOWN if x.fixed else FaultKind.COUPLING
     return walk.couple(op, [x], kind=kind, note=f"{op.name} between devices mixes examples")
+
+
+def _of_shared(walk: Walk, op: Op, x: Value) -> Value:
+    """A collective over devices of what is the same in every microbatch.
+
+    Where JAX tracks no types, a parameter that a loss gathers looks like one that all devices have.
+    """
+    if op.name != "all_gather" or not x.params or not axes_of(op) & walk.untyped_axes:
+        return x.but()
+    fault = walk.fault(op, FaultKind.UNKNOWN, _GATHERED, fix=fixes.DIVIDED)
+    return x.but(faults=x.faults | {fault})
+
+
+_GATHERED = (
+    "a parameter is gathered where JAX does not track what differs between devices, so its "
+    "gradient is summed over them, as if each had the whole parameter"
+)
 
 
 def _declared(walk: Walk, op: Op, scale: Scale = UNIT, **fields: Any) -> Value:
