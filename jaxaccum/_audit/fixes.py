@@ -59,6 +59,10 @@ _STATISTIC = (
     '"{axis}"), or jax.lax.psum(sum, "{axis}"); where the loss is only divided by it, return '
     "jaxaccum.Mean(total, weight)"
 )
+_GRADIENT = (
+    'make the inner gradient the full batch\'s: jax.lax.pmean(jax.grad(f)(params), "{axis}"), or '
+    "psum where f is a sum; f itself has neither"
+)
 BATCH_SIZE = (
     "do not use the microbatch's size, such as len(x), in the loss: for a mean return "
     "jaxaccum.Mean(total, weight), and the library divides; for a sum return jaxaccum.Sum(x); "
@@ -120,6 +124,8 @@ def fix_of(
             return _for_batch_norm(layer, axis_name, _axes_at(fault, summed_axes))
         if fault.hoistable:
             return _ONCE
+        if of_statistic and fault.origin is not None and fault.origin.is_transposed:
+            return _GRADIENT.format(axis=axis_name)
     if fault.kind is FaultKind.RANDOM and _is_of_nnx(fault.origin):
         return _NNX_STREAMS
     return _FIXES.get(fault.kind, _STATISTIC).format(axis=axis_name)

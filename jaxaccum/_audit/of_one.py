@@ -37,6 +37,8 @@ _MOVES = {
 }  # fmt: skip
 """Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
 1."""
+_REDUCES = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
+"""Primitives that compute nothing along axes of length 1."""
 
 
 def same_work(one: object, more: object, whole: object, sizes: Sizes) -> bool:
@@ -44,14 +46,17 @@ def same_work(one: object, more: object, whole: object, sizes: Sizes) -> bool:
 
     `whole` is the program for ``sizes.first`` examples, and `more` that for ``sizes.second``.
     """
-    programs = [_Program.of(jaxpr) for jaxpr in (one, more, whole)]
-    if len({len(program.computing) for program in programs}) > 1:
+    found, few, many = [_Program.of(jaxpr) for jaxpr in (one, more, whole)]
+    if len(few.computing) != len(many.computing):
         return False
-    found, few, many = programs
     if not _are_foretold(found.moved, few.moved, many.moved, sizes):
         return False
-    steps = zip(found.computing, few.computing, many.computing, strict=True)
-    return all(_is_foretold(*step, sizes) for step in steps)
+    pairs = list(zip(few.computing, many.computing, strict=True))
+    left = [eqn for eqn in found.computing if not _reduces_ones(_lengths(eqn), eqn)]
+    expected = [pair for pair in pairs if not _reduces_ones(_lengths_at_one(*pair, sizes), *pair)]
+    if len(left) != len(expected):
+        return False
+    return all(_is_foretold(eqn, *pair, sizes) for eqn, pair in zip(left, expected, strict=True))
 
 
 class _Program(NamedTuple):
@@ -98,6 +103,25 @@ def _is_foretold(found: jex.JaxprEqn, few: jex.JaxprEqn, many: jex.JaxprEqn, siz
         return False
     results = zip(found.outvars, few.outvars, many.outvars, strict=True)
     return all(_is_shape(_shape(v), _shape(w), _shape(u), sizes) for v, w, u in results)
+
+
+def _reduces_ones(lengths: Sequence[float], *eqns: jex.JaxprEqn) -> bool:
+    """Whether an equation reduces axes of length 1 alone; JAX leaves out such a sum where it
+    transposes a broadcast."""
+    if any(eqn.primitive.name not in _REDUCES for eqn in eqns):
+        return False
+    axes = [eqn.params["axes"] for eqn in eqns]
+    return all(each == axes[0] for each in axes) and all(lengths[axis] == 1 for axis in axes[0])
+
+
+def _lengths(eqn: jex.JaxprEqn) -> Sequence[int]:
+    return _shape(eqn.invars[0])
+
+
+def _lengths_at_one(few: jex.JaxprEqn, many: jex.JaxprEqn, sizes: Sizes) -> list[float]:
+    """The lengths that the first operand of an equation must have for one example."""
+    pairs = zip(_lengths(few), _lengths(many), strict=False)
+    return [_length_at_one(*pair, sizes) for pair in pairs]
 
 
 def _shape(v: jex.Var) -> tuple[int, ...]:

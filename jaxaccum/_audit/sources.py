@@ -77,6 +77,12 @@ class Site:
         """What the equation does."""
         return self.eqn.primitive.name
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it belongs to a backward pass inside the user's function."""
+        eqns = [self.eqn, *[call.eqn for call in self.calls]]
+        return any("transpose(" in str(eqn.source_info.name_stack) for eqn in eqns)
+
     def __str__(self) -> str:
         return str(self.frame) if self.frame is not None else "an unknown line"
 

@@ -329,3 +329,22 @@ def test_a_rule_without_a_file_of_the_users_is_told_of_where_it_is_called():
 def test_a_report_says_fix_with_a_colon():
     report = jaxaccum.audit(lambda w, x: jnp.sum(x @ w), W, X)
     assert f"    fix: {report.findings[0].fix}" in str(report).splitlines()
+
+
+# -- an inner gradient -----------------------------------------------------------------------------
+
+
+def sharpness_aware(w, x, over=lambda g: g):
+    own = lambda w: jnp.mean(jnp.tanh(x @ w) ** 2)
+    return own(w + 0.5 * over(jax.grad(own)(w)))
+
+
+def test_an_inner_gradient_is_made_the_batchs():
+    step = functools.partial(jaxaccum.grad, num_microbatches=2)
+    advice = r'jax\.lax\.pmean\(jax\.grad\(f\)\(params\), "microbatch"\)'
+    expected = jax.grad(sharpness_aware)(W, X)
+    with pytest.warns(jaxaccum.InexactWarning, match=advice):
+        assert normwise(step(sharpness_aware)(W, X), expected) > EXACT
+    over = lambda g: jax.lax.pmean(g, "microbatch")
+    mended = functools.partial(sharpness_aware, over=over)
+    assert normwise(step(mended, audit="raise")(W, X), expected) <= EXACT

@@ -161,6 +161,21 @@ def test_what_only_looks_like_it_stays_exact(name, n):
     assert apart(loss, W, BATCH, n) <= EXACT
 
 
+def test_an_inner_gradient_of_one_example_lacks_a_sum_over_one_example():
+    """JAX sums a cotangent only along axes that were broadcast."""
+
+    def penalized(params, x, over):
+        own = lambda params: jnp.mean((x @ params["w"] + params["b"]) ** 2)
+        grads = over(jax.grad(own)(params))
+        return own(params) + jnp.sum(grads["b"] ** 2) + jnp.sum(grads["w"] ** 2)
+
+    params = {"w": W[:, None], "b": jnp.ones((1, 1))}
+    whole = lambda params, x: penalized(params, x, lambda g: g)
+    loss = lambda params, x: penalized(params, x, lambda g: lax.pmean(g, "microbatch"))
+    step = jaxaccum.grad(loss, num_microbatches=12, audit="raise")
+    assert normwise(step(params, BATCH), jax.grad(whole)(params, BATCH)) <= EXACT
+
+
 def test_a_rule_of_the_users_own_cancels_with_nothing():
     """Its value is that of its operand; its gradient is not."""
 

@@ -127,4 +127,34 @@ FAULTS = [
         "audit/test_parts_that_change.py::"
         "test_a_comparison_of_gathered_values_with_zero_is_no_comparison_of_places",
     ),
+    Fault(
+        "a sum over one example is looked for",
+        "_reduces_ones",
+        "if any(eqn.primitive.name not in _REDUCES for eqn in eqns):",
+        "if True:",
+        "audit/test_parts_that_change.py::"
+        "test_an_inner_gradient_of_one_example_lacks_a_sum_over_one_example",
+    ),
+    Fault(
+        "any sum may be missing for one example",
+        "_reduces_ones",
+        "all(lengths[axis] == 1 for axis in axes[0])",
+        "True",
+        "audit/test_parts_that_change.py::"
+        "test_a_program_for_one_example_is_not_taken_for_another[a sum over features]",
+    ),
+    Fault(
+        "an inner gradient is advised as a value",
+        "Site.is_transposed",
+        'any("transpose(" in str(eqn.source_info.name_stack) for eqn in eqns)',
+        "False",
+        "audit/test_advice.py::test_an_inner_gradient_is_made_the_batchs",
+    ),
+    Fault(
+        "a gathered parameter of no type is taken for whole",
+        "_of_shared",
+        "not axes_of(op) & walk.untyped_axes",
+        "True",
+        "meshes/test_further_axes.py::test_a_gathered_parameter_of_no_type_is_told[shard_map]",
+    ),
 ]
