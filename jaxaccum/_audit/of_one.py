@@ -124,7 +124,7 @@ def _lengths_at_one(few: jex.JaxprEqn, many: jex.JaxprEqn, sizes: Sizes) -> list
     return [_length_at_one(*pair, sizes) for pair in pairs]
 
 
-def _shape(v: jex.Var) -> tuple[int, ...]:
+def _shape(v: jex.Var | jex.Literal) -> tuple[int, ...]:
     return getattr(v.aval, "shape", ())
 
 
