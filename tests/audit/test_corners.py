@@ -357,3 +357,34 @@ def test_at_the_call_a_tag_that_the_audit_does_not_know_is_undecided(monkeypatch
     step = jaxaccum.value_and_grad(loss, has_aux=True, num_microbatches=2, audit="raise")
     with pytest.raises(jaxaccum.InexactError, match=r"may not be exact.*Count"):
         step(W, BATCH)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_backward_rule_that_adds_up_in_a_while(start):
+    """From 0 it is a sum over examples; from 1, each microbatch adds the 1 once more."""
+
+    @jax.custom_vjp
+    def decayed(w, x):
+        return x * (1 - w[None]) ** 3
+
+    def forward(w, x):
+        return decayed(w, x), (w, x)
+
+    def backward(residuals, g):
+        w, x = residuals
+
+        def step(state):
+            total, adjoint, i = state
+            return total + jnp.sum(adjoint * x, axis=0), adjoint * (1 - w[None]), i + 1
+
+        begin = jnp.full_like(w, start), -g * (1 - w[None]) ** 2, 0
+        total, adjoint, _ = lax.while_loop(lambda state: state[2] < 3, step, begin)
+        return total, adjoint
+
+    decayed.defvjp(forward, backward)
+    w, x = data(3), data(8, 3, seed=1)
+    loss = lambda w, x: jaxaccum.Sum(jnp.sum(decayed(w, x) ** 2))
+    grads = jaxaccum.grad(loss, num_microbatches=2, audit=None)(w, x)
+    whole = jax.grad(lambda w: jnp.sum(decayed(w, x) ** 2))(w)
+    exact = jaxaccum.audit(loss, w, x).exact
+    assert exact == (normwise(grads, whole) <= EXACT) == (start == 0.0)

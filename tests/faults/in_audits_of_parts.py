@@ -157,4 +157,11 @@ FAULTS = [
         "True",
         "meshes/test_further_axes.py::test_a_gathered_parameter_of_no_type_is_told[shard_map]",
     ),
+    Fault(
+        "what starts at 0 in a while starts anywhere",
+        "while_loop",
+        "next_state(all_numbered(walk, initial))",
+        "next_state(all_numbered(walk, map(_unknown_number, initial)))",
+        "audit/test_corners.py::test_a_backward_rule_that_adds_up_in_a_while[0.0]",
+    ),
 ]

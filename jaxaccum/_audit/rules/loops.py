@@ -320,12 +320,16 @@ def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A loop that ends by a condition: of the batch's, unless each example ends by its own."""
     n, k = op.params["cond_nconsts"], op.params["body_nconsts"]
     of_test, of_body, initial = ins[:n], ins[n : n + k], ins[n + k :]
-    state = all_numbered(walk, map(_unknown_number, initial))
-    for _ in range(_ROUNDS):
+
+    def next_state(state: list[Value]) -> list[Value]:
         outs = walk.body(op, params_at_both(op, "body_jaxpr"), [*of_body, *state])
         (holds,) = walk.body(op, params_at_both(op, "cond_jaxpr"), [*of_test, *state])
-        after = functools.partial(_after, walk, op, holds)
-        new = list(map(after, state, outs))
+        return list(map(functools.partial(_after, walk, op, holds), state, outs))
+
+    # What starts at 0 and is added to is a sum; of what starts at any number, one is left over.
+    state = list(map(_unknown_number, next_state(all_numbered(walk, initial))))
+    for _ in range(_ROUNDS):
+        new = next_state(state)
         if _same_signatures(new, state):
             return all_numbered(walk, state)
         state = new
