@@ -1,20 +1,23 @@
 """Value and gradient where the user says how gradients combine: each microbatch's mean gradient,
 handed to a record.
 
-It is the same scan over microbatches, in which each microbatch returns its gradients as a tree.
+It is the same scan over microbatches, in which each microbatch returns its gradients as a tree. An
+accumulator that is linear takes shares of the batch's gradient in the place of means.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxaccum import _loop
+from jaxaccum._base.entries import entries
 from jaxaccum._base.trees import cast, dtype_of, leaves_with_names, ratio, safe_map, widen
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._devices import varying
@@ -24,10 +27,12 @@ from jaxaccum._program.tags import Stack
 from jaxaccum._transforms import cotangents, over_shards
 from jaxaccum.accumulators._record import AccumulatorLike, accepted_by, in_place, returned
 
-Handed = Callable[[list[Array], Array, Array], tuple[list[Array], Array]]
-"""Of shares, divisor and weight, the gradients and the weight that the accumulator takes."""
 Assemble = Callable[[Sequence[Array]], PyTree]
 """The differentiated arguments' own structure, around one array per slot."""
+Handed = tuple[list[Array], Array]
+"""What an accumulator takes of a microbatch: gradients, one per slot, and their weight."""
+Hand = Callable[[list[Array], Any, list[Array]], Handed]
+"""Of a microbatch's parts, the pullback, and what is pulled back: what the accumulator takes."""
 
 
 class Accumulated(NamedTuple):
@@ -46,69 +51,128 @@ def value_and_grad(
     assemble: Assemble,
     arrays: Sequence[Array],
 ) -> Accumulated:
-    """The value's parts over all shards, and what `accumulator` makes of the microbatches' mean
+    """The value's parts over all shards, and what `accumulator` makes of the microbatches'
     gradients.
 
     A report stays the device's own, its scalars with an axis, so that ``out_specs=P(axes)`` puts
     all of them together.
     """
-    total_part, weight_part = _one_denominator(program, wrt)
-    weight_of_batch = cotangents.known_first(program, arrays, wrt)[weight_part]
-    step = _loop.Derivative(
-        program, _loop.Gradient(wrt, (total_part,), in_place()), list(arrays), []
-    )
-    params = assemble(step.parameters)
-    state = jax.tree.map(_strong, accumulator.init(params))
-    selective = getattr(accumulator, "accepts", None) is not None
-    linear = getattr(accumulator, "linear", False) and not selective
-    handed = _equally_weighted(program) if linear else _with_own_weight
-
-    def visit(
-        g: int,
-        sums: PyTree,
-        rows: list[Array],
-        carry: list[Array],
-        index: Array,
-        extra: list[Array],
-    ) -> tuple[list[Array], PyTree, PyTree]:
-        del extra
-        parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
-        total = parts[total_part]
-        weight = cast(parts[weight_part], total.dtype)
-        divisor = weight_of_batch if linear else _divisor(weight_of_batch, weight)
-        cotangent = ratio(jnp.ones_like(total), divisor)
-        shares, _ = pull([varying.vary(cotangent, varying.varying_axes(outs[0]))])
-        own, weight = handed(shares, divisor, weight)
-        grads = assemble(own)
-        if selective:
-            weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
-        new = accumulator.update(sums, grads, weight, index)
-        return parts, _checked(new, sums), (accepted_by(accumulator, grads, weight), _entries(new))
-
-    scanned = _loop.scan(
-        program,
-        arrays,
-        visit,
-        sums=state,
-        idle=lambda g: (jnp.array(False), list(map(jnp.zeros_like, _entries(state)))),
-        keep=(lambda written: written[0]) if selective else None,
-    )
-    by_group = [entries for _, entries in scanned.written]
-    entries = safe_map(lambda *groups: jnp.concatenate(groups), *by_group)
-    grads, report = _finalized(accumulator, _with_entries(scanned.sums, entries), params)
-    own = _loop.Result(scanned.parts, grads)
-    if linear:
-        visited = jnp.concatenate([accepted for accepted, _ in scanned.written])
-        shares = safe_map(functools.partial(_of_all, visited), grads)
-        summed = _loop.Result(scanned.parts, shares)
-        parts, grads = over_shards.combined(program, arrays, wrt, summed, {})
-    else:
-        parts, grads = _over_shards(program, arrays, wrt, weight_part, own)
+    _check_shared(program, wrt)
+    own = _Pass(program, wrt, accumulator, assemble, arrays)
+    (parts, grads), report = own.of_shares() if own.linear else own.of_means()
     if program.mesh_axes:
         # Each device has its own report, and along a leading axis there is room for all.
         report = jax.tree.map(lambda x: x[None] if jnp.ndim(x) == 0 else x, report)
-    grads = safe_map(functools.partial(returned, accumulator), grads, step.parameters)
+    grads = safe_map(functools.partial(returned, accumulator), grads, entries(arrays, wrt))
     return Accumulated(parts, assemble(grads), report)
+
+
+class _Scanned(NamedTuple):
+    """What the loop leaves on one device."""
+
+    own: _loop.Result
+    report: PyTree
+    visited: Array
+    """bool, one entry per microbatch: whether it was accepted, and not of padding alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One pass over the microbatches; its fields are the arguments of `value_and_grad`."""
+
+    program: Program
+    wrt: tuple[int, ...]
+    accumulator: AccumulatorLike
+    assemble: Assemble
+    arrays: Sequence[Array]
+
+    @property
+    def selective(self) -> bool:
+        """Whether the accumulator may leave a microbatch out."""
+        return getattr(self.accumulator, "accepts", None) is not None
+
+    @property
+    def linear(self) -> bool:
+        """Whether it returns a weighted mean of all gradients."""
+        return getattr(self.accumulator, "linear", False) and not self.selective
+
+    def of_shares(self) -> tuple[_loop.Result, PyTree]:
+        """Each microbatch's share of the batch's gradient, times their number, with weight 1.
+
+        The mean of these is the batch's gradient, whatever the loss's terms and their weights.
+        """
+        known = cotangents.known_first(self.program, self.arrays, self.wrt)
+        seeds = cotangents.of_terms(self.program, self.wrt, known)
+        step = self._derivative(seeds.parts, seeds.values)
+        count = self.program.partition.num_microbatches
+
+        def hand(parts: list[Array], pull: Any, outs: list[Array]) -> Handed:
+            shares, _ = pull(step.cotangents(outs, {}))
+            weight = jnp.ones_like(parts[self.program.terms[0].total])
+            return [cast(share, widen(share.dtype)) * count for share in shares], weight
+
+        own, report, visited = self._scan(step, hand)
+        shares = safe_map(functools.partial(_of_all, visited), own.grads)
+        own = _loop.Result(own.parts, shares)
+        return over_shards.combined(self.program, self.arrays, self.wrt, own, known), report
+
+    def of_means(self) -> tuple[_loop.Result, PyTree]:
+        """Each microbatch's mean gradient, with its own weight."""
+        total_part, weight_part = _one_denominator(self.program, self.wrt)
+        known = cotangents.known_first(self.program, self.arrays, self.wrt)
+        step = self._derivative((total_part,), [])
+
+        def hand(parts: list[Array], pull: Any, outs: list[Array]) -> Handed:
+            total = parts[total_part]
+            weight = cast(parts[weight_part], total.dtype)
+            divisor = _divisor(known[weight_part], weight)
+            cotangent = ratio(jnp.ones_like(total), divisor)
+            shares, _ = pull([varying.vary(cotangent, varying.varying_axes(outs[0]))])
+            means = [_mean_gradient(share, divisor, weight) for share in shares]
+            if self.selective:
+                weight = jnp.where(jnp.isfinite(total), weight, jnp.full_like(weight, jnp.nan))
+            return means, weight
+
+        own, report, _ = self._scan(step, hand)
+        return _over_shards(self.program, self.arrays, self.wrt, weight_part, own), report
+
+    def _derivative(self, parts: tuple[int, ...], seeds: list[Array]) -> _loop.Derivative:
+        gradient = _loop.Gradient(self.wrt, parts, in_place())
+        return _loop.Derivative(self.program, gradient, list(self.arrays), seeds)
+
+    def _scan(self, step: _loop.Derivative, hand: Hand) -> _Scanned:
+        """The loop, in which the accumulator takes what `hand` makes of each microbatch."""
+        accumulator = self.accumulator
+        params = self.assemble(step.parameters)
+        state = jax.tree.map(_strong, accumulator.init(params))
+
+        def visit(
+            g: int,
+            sums: PyTree,
+            rows: list[Array],
+            carry: list[Array],
+            index: Array,
+            extra: list[Array],
+        ) -> tuple[list[Array], PyTree, PyTree]:
+            del extra
+            parts, pull, outs = step.at(g, rows=rows, carry=carry, index=index)
+            own, weight = hand(parts, pull, outs)
+            grads = self.assemble(own)
+            new = _checked(accumulator.update(sums, grads, weight, index), sums)
+            return parts, new, (accepted_by(accumulator, grads, weight), _entries(new))
+
+        scanned = _loop.scan(
+            self.program,
+            self.arrays,
+            visit,
+            sums=state,
+            idle=lambda g: (jnp.array(False), list(map(jnp.zeros_like, _entries(state)))),
+            keep=(lambda written: written[0]) if self.selective else None,
+        )
+        joined = lambda *groups: jnp.concatenate(groups)
+        visited, written = jax.tree.map(joined, *scanned.written)
+        grads, report = _finalized(accumulator, _with_entries(scanned.sums, written), params)
+        return _Scanned(_loop.Result(scanned.parts, grads), report, visited)
 
 
 def _divisor(weight_of_batch: Array, weight: Array) -> Array:
@@ -120,24 +184,6 @@ def _divisor(weight_of_batch: Array, weight: Array) -> Array:
     """
     whole = cast(weight_of_batch, weight.dtype)
     return jnp.where(jnp.isfinite(whole) & (whole != 0), whole, weight)
-
-
-def _with_own_weight(
-    shares: list[Array], divisor: Array, weight: Array
-) -> tuple[list[Array], Array]:
-    """What an accumulator takes: a microbatch's mean gradient, and its weight."""
-    return [_mean_gradient(share, divisor, weight) for share in shares], weight
-
-
-def _equally_weighted(program: Program) -> Handed:
-    """What a linear accumulator takes: the share times the number of microbatches, and weight 1."""
-    count = program.partition.num_microbatches
-
-    def handed(shares: list[Array], divisor: Array, weight: Array) -> tuple[list[Array], Array]:
-        del divisor
-        return [cast(share, widen(share.dtype)) * count for share in shares], jnp.ones_like(weight)
-
-    return handed
 
 
 def _of_all(visited: Array, mean: Array) -> Array:
@@ -156,9 +202,9 @@ def _mean_gradient(share: Array, divisor: Array, weight: Array) -> Array:
     return jnp.where(lost, jnp.full_like(mean, jnp.inf), mean)
 
 
-def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
-    """Total and weight of the loss's one term: a microbatch's mean gradient and weight then make
-    the batch's."""
+def _check_shared(program: Program, wrt: tuple[int, ...]) -> None:
+    """Each microbatch has a gradient of its own, with respect to what all examples and devices
+    share."""
     if program.coupled:
         raise ValueError(
             "a custom accumulator sees each microbatch's own gradient, and a loss with a "
@@ -169,20 +215,25 @@ def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
         _check_shared_by_examples(program.slots[i])
     for i in wrt:
         _check_shared_by_devices(program, program.slots[i].name, program.given_axes[i])
+
+
+def _one_denominator(program: Program, wrt: tuple[int, ...]) -> tuple[int, int]:
+    """Total and weight of the loss's one term: a microbatch's mean gradient and weight then make
+    the batch's."""
     terms = program.terms
     weight = terms[0].weight
     if len(terms) != 1 or weight is None:
         found = f"{len(terms)} terms" if len(terms) != 1 else "a Sum, which has none"
         raise ValueError(
-            f"a custom accumulator needs a loss with one denominator, and this loss is {found}; "
-            "return one scalar or one Mean(total, weight) whose total adds the terms up, or use "
-            "in_place() or tree()."
+            "a custom accumulator that sees each microbatch's mean gradient needs a loss with one "
+            f"denominator, and this loss is {found}; return one scalar or one Mean(total, weight) "
+            "whose total adds the terms up, or use in_place(), tree() or compensated()."
         )
     if program.depends([weight], wrt):
         raise ValueError(
             "a custom accumulator needs a loss whose denominator is given, and the weight of this "
             "Mean depends on what is differentiated; stop its gradient, as in Mean(total, "
-            "jax.lax.stop_gradient(weight)), or use in_place()."
+            "jax.lax.stop_gradient(weight)), or use in_place(), tree() or compensated()."
         )
     return terms[0].total, weight
 

@@ -96,7 +96,8 @@ def value_and_grad(
             the loop: inside ``shard_map`` each layer's gradient can then be sent while the layers
             below are differentiated. Beside `num_examples_argnum` it changes nothing.
         accumulator: how gradients add up: one of ``jaxaccum.accumulators``, or an `Accumulator` of
-            your own, which needs a loss with one denominator; None is ``in_place()``.
+            your own; None is ``in_place()``. One that sees each microbatch's mean gradient needs a
+            loss with one denominator.
         gather: on an explicit mesh, when parameters divided over the batch's axes are gathered.
             ``"each"``: at every microbatch, and its gradients are scattered, so that the sums are
             sharded like the parameters: n gathers and n scatters. ``"once"``: before the loop; the

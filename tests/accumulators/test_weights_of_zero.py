@@ -64,6 +64,45 @@ def test_it_counts_with_padding_and_on_devices_of_weight_zero():
     assert normwise(grad, jax.grad(whole)(W, rows, masked)) < EXACT
 
 
+TERMS = {
+    "several terms": lambda w, x, m: {
+        "masked": loss(w, x, m), "mean": jnp.mean(jnp.sin(x @ w)), "penalty": 0.1 * jnp.sum(w**2),
+    },
+    "a sum": lambda w, x, m: ja.Sum(jnp.sum((x @ w) ** 2 * m)),
+    "a weight of parameters": lambda w, x, m: ja.Mean(
+        jnp.sum((x @ w) ** 2 * m), jnp.sum(jnp.exp(x @ w))
+    ),
+}  # fmt: skip
+WHOLE = {
+    "several terms": lambda w, x, m: (
+        whole(w, x, m) + jnp.mean(jnp.sin(x @ w)) + 0.1 * jnp.sum(w**2)
+    ),
+    "a sum": lambda w, x, m: jnp.sum((x @ w) ** 2 * m),
+    "a weight of parameters": lambda w, x, m: jnp.sum((x @ w) ** 2 * m) / jnp.sum(jnp.exp(x @ w)),
+}
+
+
+@pytest.mark.parametrize("on_devices", [False, True])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_linear_accumulator_takes_any_loss(name, on_devices):
+    fun = TERMS[name]
+    options = {"in_axes": (None, 0, 0), "microbatch_size": 2, "accumulator": acc.compensated()}
+    if on_devices:
+        options["mesh_axes"] = "data"
+    step = ja.value_and_grad(fun, **options)
+    if on_devices:
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        specs = P(), P("data"), P("data")
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+    value, grad = jax.jit(step)(W, X, POSITIVE)
+    expected, same = jax.value_and_grad(WHOLE[name])(W, X, POSITIVE)
+    assert normwise(value, expected) < EXACT
+    assert normwise(grad, same) < EXACT
+    parts = zip(jnp.split(X, 4), jnp.split(POSITIVE, 4), strict=True)
+    means = [jax.grad(WHOLE[name])(W, x, m) for x, m in parts]
+    assert not normwise(sum(means) / 4, same) < EXACT  # the mean of means
+
+
 def test_a_mean_of_it_is_infinite_and_so_it_is_reported():
     (value, report), grad = call(acc.skip_nonfinite(), audit=None)(W, X, POSITIVE)
     kept = jnp.asarray([0, 1, 4, 5, 6, 7])

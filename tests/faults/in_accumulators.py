@@ -42,9 +42,9 @@ FAULTS = [
     ),
     Fault(
         "a linear accumulator sees weights that can be 0",
-        "value_and_grad",
-        'linear = getattr(accumulator, "linear", False) and not selective',
-        "linear = False",
+        "_Pass.linear",
+        'return getattr(self.accumulator, "linear", False) and not self.selective',
+        "return False",
         "accumulators/test_weights_of_zero.py::"
         "test_its_gradient_counts[compensated-none is positive]",
     ),
