@@ -35,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())
+    chosen: dict[str, Any] = {"probe": True} if options.probe else {}
+    if options.num_microbatches is not None:
+        chosen["num_microbatches"] = options.num_microbatches
     try:
         given = _load(options.target)()
-    except (ImportError, AttributeError, ValueError) as error:
-        parser.error(f"{options.target}: {error}")
-    chosen = {"num_microbatches": options.num_microbatches, "probe": options.probe}
-    report = _report(given, {name: value for name, value in chosen.items() if value})
+        report = _report(given, chosen)
+    except Exception as error:  # of the user's code, or of a call that does not fit it
+        parser.error(f"{options.target}: {type(error).__name__}: {error}")
     if report is None:
         parser.error(
             f"{options.target} returned {type(given).__name__}; return (loss, *arguments), or a "
@@ -65,9 +67,13 @@ def _load(target: str) -> Callable[[], object]:
 def _report(given: Any, chosen: dict[str, Any]) -> AuditReport | None:
     """The report on what the user's function returned; None where that is not a loss."""
     if isinstance(given, AuditReport):
+        if chosen:
+            raise ValueError(f"it returned a report; pass {', '.join(chosen)} to audit there.")
         return given
     if isinstance(given, dict):
         options = dict(given)
+        if missing := {"fun", "args"} - set(options):
+            raise ValueError(f"the dict lacks {', '.join(map(repr, sorted(missing)))}.")
         return audit(options.pop("fun"), *options.pop("args"), **(options | chosen))
     if isinstance(given, tuple | list) and given and callable(given[0]):
         return audit(*given, **chosen)

@@ -14,8 +14,10 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.types import Array
 from jaxaccum._coupled.cut import Fragment
 from jaxaccum._devices.without_checks import exchanged
@@ -48,9 +50,34 @@ def _resolved(eqn: jex.JaxprEqn, operands: list[Array]) -> list[Array] | None:
         return [_OVER_SEVERAL_AXES[name](eqn, operands[0])]
     if name == "psum" and _explicit():
         return [_summed(x, axes_of(eqn)) for x in operands]
+    if name == "ppermute" and not _manual(*axes_of(eqn)):
+        return [_permuted(eqn, x) for x in operands]
     if name in _EXTREMA:
         return [_extremum(*_EXTREMA[name], axes_of(eqn), operands[0])]
     return None
+
+
+def _permuted(eqn: jex.JaxprEqn, x: Array) -> Array:
+    """What each microbatch receives: zeros where nothing is sent, as between devices.
+
+    `jax.vmap` wants every one to receive, so that the permutation is completed first.
+    """
+    (name,), sent = axes_of(eqn), dict(eqn.params["perm"])
+    size = lax.axis_size(name)
+    if max([*sent, *sent.values()], default=0) >= size:
+        raise ValueError(
+            f"ppermute over {name!r} (at {frame_of(eqn)}) names microbatches up to "
+            f"{max([*sent, *sent.values()])}, and there are {size}; write the permutation for "
+            f"lax.axis_size({name!r}) microbatches."
+        )
+    idle = [i for i in range(size) if i not in sent]
+    empty = [i for i in range(size) if i not in sent.values()]
+    received = lax.ppermute(x, name, [*sent.items(), *zip(idle, empty, strict=True)])
+    if not empty:
+        return received
+    receives = np.isin(np.arange(size), list(sent.values()))
+    own = jnp.asarray(receives)[lax.axis_index(name)]
+    return jnp.where(own, received, jnp.zeros_like(received))
 
 
 def _explicit() -> bool:

@@ -24,7 +24,7 @@ from jaxaccum._devices.without_checks import unchecked, untyped_shard_index, wit
 from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace, trace
-from jaxaccum._jaxpr.variables import Type, types_of
+from jaxaccum._jaxpr.variables import Type, taken_by, types_of
 from jaxaccum._program import batch_keys, microbatches, validate
 from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.call import Options
@@ -156,9 +156,21 @@ def traced(fun: Fun, types: list[Type], axis: tuple[str, int]) -> Traced:
             except Exception:  # of the user's function: what JAX said first is about the program
                 raise error from None
         if one.coupling is None:
+            _explain_index(one, axis[0], error)
             raise
         changed = dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0]))
         return Traced(changed, one, consts, checked=False)
+
+
+def _explain_index(one: Trace, axis_name: str, error: Exception) -> None:
+    """An error for a loss on a mesh that reads its place in the loop, and has no collectives."""
+    if one.jaxpr.invars[0] in taken_by(one.jaxpr.eqns, one.jaxpr.outvars):
+        raise NotImplementedError(
+            f"fun reads lax.axis_index({axis_name!r}), and JAX, which tracks here what varies over "
+            "the mesh, knows no axis of a loop. For a key of each microbatch's own declare the key "
+            "jaxaccum.KEY in in_axes; for another use pass the place with the batch, a row for "
+            "each example, or check_vma=False to jax.shard_map."
+        ) from error
 
 
 def types_in_loop(

@@ -218,21 +218,21 @@ class _Sizes(NamedTuple):
 def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> _Sizes:
     """Trace `fun` at one size after the other, the smallest first.
 
-    A function of groups of examples does not accept a single example. So where the smallest size is
-    accepted, all are, and no other is traced.
+    A function of groups of examples does not accept a single example, and some accept no large
+    number. Where the smallest size and the largest are accepted, all are, and no other is traced.
     """
     found: dict[int, bool] = {}
     errors: dict[int, Exception] = {}
-    for size in sizes:
+    for size in [sizes[0], *reversed(sizes[1:])]:
         try:
             found[size] = couples(size)
         except Exception as error:  # of the user's function
             errors[size] = error
-        if found and not errors:
+        if not errors and {sizes[0], sizes[-1]} <= set(found):
             return _Sizes(sizes, (), found[size])
     if not found:
         raise errors[sizes[-1]]
-    return _Sizes(list(found), tuple(errors), any(found.values()))
+    return _Sizes(sorted(found), tuple(sorted(errors)), any(found.values()))
 
 
 def _accepts(couples: Callable[[int], bool], size: int) -> bool:

@@ -434,6 +434,9 @@ good = lambda: (lambda w, x: jnp.mean(x @ w), w, x)
 bad = lambda: {"fun": lambda w, x: jnp.std(x @ w), "args": (w, x), "num_microbatches": 4}
 report = lambda: jaxaccum.audit(*good())
 number = lambda: 7
+without = lambda: {"args": (w, x)}
+def fails():
+    raise RuntimeError("no data")
 unsure = lambda: (lambda w, x: jnp.mean(x @ w) if len(x) > 4 else jnp.mean(x), w, x)
 """
 
@@ -466,6 +469,10 @@ def test_the_command_line_exits_by_verdict(tmp_path):
         ("train:number", 2, "returned int; return (loss, *arguments)"),
         ("train", 2, "name a function"),
         ("missing:good", 2, "missing"),
+        ("train:without", 2, "lacks 'fun'"),
+        ("train:fails", 2, "RuntimeError: no data"),
+        ("train:good --num-microbatches=0", 2, "at least 1; got 0"),
+        ("train:report --probe", 2, "pass probe to audit there"),
     ],
 )
 def test_a_wrong_call_has_a_status_of_its_own(target, status, says, tmp_path, monkeypatch, capsys):
@@ -474,7 +481,7 @@ def test_a_wrong_call_has_a_status_of_its_own(target, status, says, tmp_path, mo
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "train", raising=False)
     try:
-        found = main(["audit", target])
+        found = main(["audit", *target.split()])
     except SystemExit as stopped:
         found = stopped.code
     assert found == status

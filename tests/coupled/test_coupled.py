@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import jaxaccum as ja
-from tests.support.helpers import EXACT, INEXACT, UNDECIDED, data, normwise
+from tests.support.helpers import EXACT, INEXACT, UNDECIDED, data, normwise, refused
 
 AXIS = "microbatch"
 W = {"a": data(4, 5), "b": data(5, 5), "scale": data(5)}
@@ -110,6 +110,26 @@ def collectives(w, x):
     index = 1.0 + lax.axis_index(AXIS).astype(z.dtype)
     loss = lax.pmean(jnp.sum(scattered**2) + jnp.sum(exchanged * shifted), AXIS) + logsum
     return loss + index * jnp.sum(gathered * z), index * jnp.sum(shifted, axis=(1, 2))
+
+
+@pytest.mark.parametrize("memory", ["min", "store"])
+def test_who_receives_nothing_in_a_permutation_has_zeros(memory):
+    def fun(w, x):
+        z = jnp.tanh(x @ w)
+        return jnp.mean((z - lax.ppermute(z, AXIS, [(0, 2), (3, 1)])) ** 2)
+
+    def truth(w, x):
+        z = jnp.tanh(x @ w).reshape(N, -1, *x.shape[1:-1], w.shape[-1])
+        received = jnp.zeros_like(z).at[2].set(z[0]).at[1].set(z[3])
+        return jnp.mean((z - received) ** 2)
+
+    ours = ja.value_and_grad(fun, num_microbatches=N, memory=memory, audit=None)(W["a"], Y)
+    wanted = jax.value_and_grad(truth)(W["a"], Y)
+    assert normwise(ours, wanted) < EXACT
+    refused(
+        lambda: ja.grad(fun, num_microbatches=2, memory=memory, audit=None)(W["a"], Y),
+        "ppermute over 'microbatch'", "microbatches up to 3", "there are 2",
+    )  # fmt: skip
 
 
 @UNDECIDED

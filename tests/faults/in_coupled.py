@@ -90,4 +90,11 @@ FAULTS = [
         "for name in axes:",
         "coupled/test_on_meshes.py::test_a_contrastive_loss_gathers_from_devices_and_microbatches",
     ),
+    Fault(
+        "who receives nothing in a permutation has what somebody else sent",
+        "_permuted",
+        "return jnp.where(own, received, jnp.zeros_like(received))",
+        "return received",
+        "coupled/test_coupled.py::test_who_receives_nothing_in_a_permutation_has_zeros[store]",
+    ),
 ]

@@ -168,4 +168,18 @@ FAULTS = [
         "test_it_is_the_host_loop_of_nnx_with_all_of_its_state["
         "jit-{'num_microbatches': 3}]",
     ),
+    Fault(
+        "large aux hides what is wrong with small aux",
+        "_apart",
+        "return parts | dict(aux)",
+        'return parts | ({"aux": result["aux"]} if "aux" in result else {})',
+        "testing/test_assert_exact.py::test_wrong_aux_is_not_hidden_by_larger_aux_beside_it",
+    ),
+    Fault(
+        "what accepts one example accepts any number",
+        "_accepted",
+        "{sizes[0], sizes[-1]} <= set(found)",
+        "found",
+        "tools/test_plan.py::test_a_function_of_few_examples_is_planned_at_sizes_that_it_accepts",
+    ),
 ]

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum.testing.bounds import normwise
-from tests.support.helpers import EXACT, data
+from tests.support.helpers import EXACT, data, refused
 
 TEXTS, LABELS = data(8, 4, 3, seed=1), data(8, seed=2)
 W = data(3, seed=3)
@@ -180,3 +180,22 @@ def test_what_devices_gather_of_their_rows_is_not_told():
     )
     whole = lambda w: jnp.mean(jnp.sum(jnp.tanh(x @ w) @ jnp.tanh(x @ w).T, axis=1) ** 2)
     assert normwise(jax.jit(spread)(w, x), jax.grad(whole)(w)) <= EXACT
+
+
+def test_a_place_in_the_loop_is_refused_where_types_are_tracked():
+    """JAX's own error has no words."""
+    loss = lambda w, x: jaxaccum.Sum(
+        jnp.sum((x @ w) ** 2) * (1.0 + lax.axis_index("microbatch").astype(x.dtype))
+    )
+    step = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="data", audit=None)
+    spread = lambda **options: jax.shard_map(
+        step, mesh=mesh_of(data=2), in_specs=(P(), P("data")), out_specs=P(), **options
+    )
+    x = data(8, 3, seed=4)
+    refused(
+        lambda: spread()(W, x), "lax.axis_index('microbatch')", "jaxaccum.KEY", "check_vma=False",
+        error=NotImplementedError,
+    )  # fmt: skip
+    weights = jnp.asarray([1.0, 1, 2, 2, 1, 1, 2, 2])
+    expected = jax.grad(lambda w: jnp.sum((x @ w) ** 2 * weights))(W)
+    assert normwise(spread(check_vma=False)(W, x), expected) <= EXACT

@@ -180,6 +180,16 @@ def test_wrong_aux_is_named():
         assert_exact(fun, PARAMS, a_batch(), has_aux=True, partitions=[2])
 
 
+def test_wrong_aux_is_not_hidden_by_larger_aux_beside_it():
+    def fun(params, batch):
+        wrong = errors(params, batch)
+        ids = jaxaccum.Concat(50_000.0 + jnp.arange(1.0 * len(wrong)) * 0)
+        return jnp.mean(wrong), {"ids": ids, "accuracy": jaxaccum.Sum(jnp.mean(wrong > 0.5))}
+
+    with pytest.raises(AssertionError, match=r"aux\['accuracy'\]\n(.*\n)+.*Mean\(total, weight\)"):
+        assert_exact(fun, PARAMS, a_batch(), has_aux=True, partitions=[2])
+
+
 def test_batch_norm_without_its_axis_is_caught():
     model = nn.BatchNorm(use_running_average=False)
     batch = a_batch()["x"]

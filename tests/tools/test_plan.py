@@ -325,6 +325,17 @@ def test_the_whole_batch_may_fit_where_no_loop_does():
     assert not any(row.fits for row in plan.rows if row.microbatch_size in (2, 4, 8))
 
 
+def test_a_function_of_few_examples_is_planned_at_sizes_that_it_accepts():
+    def few(params, x):
+        if len(x) > 2:
+            raise ValueError("at most 2")
+        return loss(params, x)
+
+    plan = ja.plan(few, *shapes(8), memory_bytes=10**7)
+    assert [row.microbatch_size for row in plan.rows] == [1, 2]
+    assert plan.refused == (4, 8)
+
+
 def centred(params, x):
     """The rewards of four adjacent examples, centred."""
     groups = (x @ params[0, :, :1]).reshape(-1, 4)
