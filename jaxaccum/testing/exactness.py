@@ -146,7 +146,7 @@ def default_sizes(batch_size: int) -> list[int]:
 
 
 def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
-    return {"microbatch_size": partition} if isinstance(partition, int) else dict(partition)
+    return dict(partition) if isinstance(partition, Mapping) else {"microbatch_size": partition}
 
 
 def _comparable(fun: Fun) -> Fun:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxaccum
+from jaxaccum._base.trees import key_data
 from jaxaccum._base.types import Array, Axes, Fun, PyTree
 from jaxaccum._host_loop.partition import in_axes_of_parts
 
@@ -37,7 +38,8 @@ class LossCall(NamedTuple):
         if not self.has_aux:
             return {"value": value, "gradient": gradient}
         value, aux = value
-        return {"value": value, "gradient": gradient, "aux": aux["kept"]}
+        kept = jax.tree.map(key_data, aux["kept"])  # keys are compared by their numbers
+        return {"value": value, "gradient": gradient, "aux": kept}
 
 
 def oracle(loss: LossCall, *, float64: bool = True) -> Result:

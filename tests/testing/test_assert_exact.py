@@ -180,6 +180,20 @@ def test_wrong_aux_is_named():
         assert_exact(fun, PARAMS, a_batch(), has_aux=True, partitions=[2])
 
 
+def test_keys_in_aux_are_compared_by_their_numbers():
+    def fun(params, batch, keys):
+        return jnp.mean(errors(params, batch)), jaxaccum.Concat(keys)
+
+    key, axes = jax.random.key(0), (None, 0, jaxaccum.EXAMPLE_KEY)
+    sizes = [np.int64(2)]
+    assert_exact(fun, PARAMS, a_batch(), key, in_axes=axes, has_aux=True, partitions=sizes)
+    mean = lambda params, batch, keys: (fun(params, batch, keys)[0], jaxaccum.Max(
+        jax.random.key_data(keys)[0]
+    ))  # fmt: skip
+    with pytest.raises(AssertionError, match="aux"):
+        assert_exact(mean, PARAMS, a_batch(), key, in_axes=axes, has_aux=True, partitions=sizes)
+
+
 def test_wrong_aux_is_not_hidden_by_larger_aux_beside_it():
     def fun(params, batch):
         wrong = errors(params, batch)
