@@ -28,12 +28,20 @@ def closed_over(fun: Fun | None) -> Iterator[tuple[str, Any]]:
     seen, queue = {id(fun)}, [fun]
     while queue:
         for name, value in _variables(queue.pop(0)):
-            for leaf_name, leaf in leaves_with_names(value, name):
+            for leaf_name, leaf in _leaves(value, name):
                 if is_array(leaf):
                     yield leaf_name, leaf
                 elif callable(leaf) and id(leaf) not in seen:
                     seen.add(id(leaf))
                     queue.append(leaf)
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, Any]]:
+    """The leaves of a value; none of one that is no pytree, as a dict with keys of two kinds."""
+    try:
+        return leaves_with_names(value, name)
+    except (TypeError, ValueError):  # of the value's own keys or its flattening
+        return []
 
 
 def of_length(fun: Fun, size: int) -> list[tuple[str, Any]]:

@@ -248,3 +248,17 @@ def test_a_lambda_and_nothing_closed_over():
         jaxaccum.grad((lambda x: lambda w: jnp.mean(x @ w))(X), num_microbatches=2)(W)
     with pytest.raises(ValueError, match="pass one entry per argument"):
         jaxaccum.grad(lambda w: jnp.mean(w), num_microbatches=2)(W)
+
+
+def test_what_is_no_pytree_hides_no_error_of_the_loss():
+    """A dict whose keys have no order, beside an array that is named."""
+    table, rows = {None: X, "a": X}, jnp.arange(6.0)
+
+    def loss(w, x):
+        return jnp.mean(x @ w * rows) * len(table)
+
+    with pytest.raises(TypeError, match="incompatible shapes") as caught:
+        jaxaccum.grad(loss, num_microbatches=2)(W, X)
+    assert "It closes over rows" in " ".join(caught.value.__notes__)
+    shared = lambda w, x: jnp.sum(w) * len(table)
+    assert jaxaccum.grad(shared, num_microbatches=2)(W, X).tolist() == [2.0, 2.0, 2.0]
