@@ -21,6 +21,7 @@ The weakness. Functions of integers are not compared, since JAX leaves out many 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -52,8 +53,8 @@ def same_work(one: object, more: object, whole: object, sizes: Sizes) -> bool:
     if not _are_foretold(found.moved, few.moved, many.moved, sizes):
         return False
     pairs = list(zip(few.computing, many.computing, strict=True))
-    left = [eqn for eqn in found.computing if not _reduces_ones(_lengths(eqn), eqn)]
-    expected = [pair for pair in pairs if not _reduces_ones(_lengths_at_one(*pair, sizes), *pair)]
+    left = [eqn for eqn in found.computing if not _reduces_ones(eqn)]
+    expected = [pair for pair in pairs if not _reduces_foretold_ones(*pair, sizes)]
     if len(left) != len(expected):
         return False
     return all(_is_foretold(eqn, *pair, sizes) for eqn, pair in zip(left, expected, strict=True))
@@ -105,23 +106,26 @@ def _is_foretold(found: jex.JaxprEqn, few: jex.JaxprEqn, many: jex.JaxprEqn, siz
     return all(_is_shape(_shape(v), _shape(w), _shape(u), sizes) for v, w, u in results)
 
 
-def _reduces_ones(lengths: Sequence[float], *eqns: jex.JaxprEqn) -> bool:
+def _reduces_ones(eqn: jex.JaxprEqn) -> bool:
     """Whether an equation reduces axes of length 1 alone; JAX leaves out such a sum where it
     transposes a broadcast."""
-    if any(eqn.primitive.name not in _REDUCES for eqn in eqns):
+    return all(length == 1 for (length,) in _reduced(eqn))
+
+
+def _reduces_foretold_ones(few: jex.JaxprEqn, many: jex.JaxprEqn, sizes: Sizes) -> bool:
+    """Whether it will reduce axes of length 1 alone for one example."""
+    if few.primitive is not many.primitive or few.params.get("axes") != many.params.get("axes"):
         return False
-    axes = [eqn.params["axes"] for eqn in eqns]
-    return all(each == axes[0] for each in axes) and all(lengths[axis] == 1 for axis in axes[0])
+    return all(_length_at_one(a, b, sizes) == 1 for a, b in _reduced(few, many))
 
 
-def _lengths(eqn: jex.JaxprEqn) -> Sequence[int]:
-    return _shape(eqn.invars[0])
-
-
-def _lengths_at_one(few: jex.JaxprEqn, many: jex.JaxprEqn, sizes: Sizes) -> list[float]:
-    """The lengths that the first operand of an equation must have for one example."""
-    pairs = zip(_lengths(few), _lengths(many), strict=False)
-    return [_length_at_one(*pair, sizes) for pair in pairs]
+def _reduced(*eqns: jex.JaxprEqn) -> list[tuple[float, ...]]:
+    """The lengths of the axes that a reduction reduces, in each program; of any other equation NaN,
+    which is no length."""
+    if eqns[0].primitive.name not in _REDUCES:
+        return [(math.nan,) * len(eqns)]
+    shapes = [_shape(eqn.invars[0]) for eqn in eqns]
+    return [tuple(shape[axis] for shape in shapes) for axis in eqns[0].params["axes"]]
 
 
 def _shape(v: jex.Var | jex.Literal) -> tuple[int, ...]:
@@ -134,7 +138,7 @@ def _is_shape(found: Sequence[int], few: Sequence[int], many: Sequence[int], siz
     return [a for a in foretold if a != 1] == [a for a in found if a != 1]
 
 
-def _length_at_one(few: int, many: int, sizes: Sizes) -> float:
+def _length_at_one(few: float, many: float, sizes: Sizes) -> float:
     """The length of an axis for one example, as it grows by the same with each."""
     each = (many - few) / (sizes.first - sizes.second)
     return few - each * (sizes.second - 1)

@@ -62,7 +62,13 @@ def _permuted(eqn: jex.JaxprEqn, x: Array) -> Array:
 
     `jax.vmap` wants every one to receive, so that the permutation is completed first.
     """
-    (name,), sent = axes_of(eqn), dict(eqn.params["perm"])
+    (name,), pairs = axes_of(eqn), eqn.params["perm"]
+    sent = dict(pairs)
+    if len(set(sent)) < len(pairs) or len(set(sent.values())) < len(pairs):
+        raise ValueError(
+            f"ppermute over {name!r} (at {frame_of(eqn)}): each microbatch sends to one and "
+            f"receives from one at most; got {pairs}."
+        )
     size = lax.axis_size(name)
     if max([*sent, *sent.values()], default=0) >= size:
         raise ValueError(

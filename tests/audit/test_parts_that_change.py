@@ -176,6 +176,14 @@ def test_an_inner_gradient_of_one_example_lacks_a_sum_over_one_example():
     assert normwise(step(params, BATCH), jax.grad(whole)(params, BATCH)) <= EXACT
 
 
+def test_an_equation_without_operands_is_no_sum():
+    loss = lambda w, x: jnp.sum((x @ (w * lax.iota(float, 4))) ** 2)
+    assert not jaxaccum.audit(loss, W, BATCH, num_microbatches=12).exact
+    mean = lambda w, x: jnp.mean(jnp.squeeze(x * (w * lax.iota(float, 4))[None]).sum(-1))
+    assert apart(mean, W, BATCH, 12) <= EXACT
+    jaxaccum.grad(mean, num_microbatches=12)(W, BATCH)
+
+
 def test_a_rule_of_the_users_own_cancels_with_nothing():
     """Its value is that of its operand; its gradient is not."""
 

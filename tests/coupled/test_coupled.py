@@ -128,8 +128,12 @@ def test_who_receives_nothing_in_a_permutation_has_zeros(memory):
     assert normwise(ours, wanted) < EXACT
     refused(
         lambda: ja.grad(fun, num_microbatches=2, memory=memory, audit=None)(W["a"], Y),
-        "ppermute over 'microbatch'", "microbatches up to 3", "there are 2",
-    )  # fmt: skip
+        "ppermute over 'microbatch'",
+        "microbatches up to 3",
+        "there are 2",
+    )
+    twice = lambda w, x: jnp.mean(lax.ppermute(jnp.tanh(x @ w), AXIS, [(0, 1), (0, 2)]))
+    refused(lambda: ja.grad(twice, num_microbatches=N, audit=None)(W["a"], Y), "sends to one")
 
 
 @UNDECIDED

@@ -130,16 +130,16 @@ FAULTS = [
     Fault(
         "a sum over one example is looked for",
         "_reduces_ones",
-        "if any(eqn.primitive.name not in _REDUCES for eqn in eqns):",
-        "if True:",
+        "all(length == 1 for (length,) in _reduced(eqn))",
+        "True",
         "audit/test_parts_that_change.py::"
         "test_an_inner_gradient_of_one_example_lacks_a_sum_over_one_example",
     ),
     Fault(
         "any sum may be missing for one example",
-        "_reduces_ones",
-        "all(lengths[axis] == 1 for axis in axes[0])",
-        "True",
+        "_reduced",
+        'return [tuple(shape[axis] for shape in shapes) for axis in eqns[0].params["axes"]]',
+        "return []",
         "audit/test_parts_that_change.py::"
         "test_a_program_for_one_example_is_not_taken_for_another[a sum over features]",
     ),
