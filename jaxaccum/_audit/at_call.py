@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import linecache
 import warnings
 import weakref
@@ -22,12 +23,14 @@ import numpy as np
 from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
 from jaxaccum._audit.folding import LARGEST, Constant, is_numeric
+from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.adapted import adapted
 from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
+from jaxaccum._devices import varying
 from jaxaccum._jaxpr import structure
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._jaxpr.traces import Trace
@@ -44,12 +47,15 @@ def check(call: Call, program: Program, arrays: Sequence[Array]) -> None:
     `program` and `arrays` are those that the call was prepared to.
     """
     fun, options = call.fun, call.options
-    if options.audit is None or _is_whole(program):
+    whole = _is_whole(program)
+    if options.audit is None or (whole and not _gathers_untyped(program)):
         return
     known = adapted(fun)
     fun = known.fun
     subject = _Call(fun, program, arrays, call.argnums, known.draws_declared)
     report = _report(subject, options.axis_name)
+    if whole:
+        report = _of_gathers(report)
     unread = _reads_another_batch(subject)
     if not report.causes:
         if unread:
@@ -84,6 +90,23 @@ def _spans_devices(program: Program) -> bool:
 
 def _is_exchange(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name not in _ON_ONE_DEVICE
+
+
+def _gathers_untyped(program: Program) -> bool:
+    """Whether the loss gathers over devices where JAX does not track what differs between them:
+    rows, which is right, or a parameter, which is not."""
+    axes = program.mesh_axes
+    if not axes or varying.checked(axes):
+        return False
+    found = [mentions(one.jaxpr, axis) for one in program.traces for axis in axes]
+    return any(eqn.primitive.name == "all_gather" for eqn in itertools.chain(*found))
+
+
+def _of_gathers(report: AuditReport) -> AuditReport:
+    """What a report says of gathered parameters alone, the one thing that is wrong with one
+    microbatch too."""
+    gathered = [finding for finding in report.findings if finding.kind == FaultKind.GATHERED]
+    return dataclasses.replace(report, causes=tuple(gathered))
 
 
 _ON_ONE_DEVICE = ("pvary", "pcast", "pbroadcast", "axis_index")
@@ -230,7 +253,7 @@ def message(fun: Fun, report: AuditReport, slots: Sequence[Slot] = ()) -> str:
     """Three lines: what is inexact, where, and what to write. Of several outputs the first; the
     others are named."""
     finding = report.causes[0]
-    may = "may not be" if finding.kind == "unknown" else "is not"
+    may = "may not be" if finding.kind in ("unknown", "gathered") else "is not"
     named = "" if finding.output == "the loss" else f"{finding.output} of "
     where = _line_of(finding) or _definition(fun)
     fix = finding.fix or "see jaxaccum.audit"

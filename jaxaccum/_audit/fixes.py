@@ -106,6 +106,10 @@ _FIXES = {
     FaultKind.UNKNOWN: (
         "compare numerically: audit(…, probe=True), or jaxaccum.testing.assert_exact"
     ),
+    FaultKind.GATHERED: (
+        "pass check_vma=True, the default, to jax.shard_map, and use it in the place of pmap; if "
+        "every device does have the whole parameter, pass audit=None"
+    ),
     FaultKind.COLLECTIVE: "",
     FaultKind.ASSUMPTION: "if the data may contain NaN, count the values that are not NaN: "
     "return jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
@@ -215,10 +219,6 @@ OUTSIDE = (
     "a term that does not depend on the batch would count once per microbatch: return a dict, "
     'whose values value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add '
     "it outside of the function"
-)
-DIVIDED = (
-    "pass check_vma=True, the default, to jax.shard_map, and use it in the place of pmap; if every "
-    "device does have the whole parameter, pass audit=None"
 )
 TERMS = (
     'give each term its own denominator: return a dict, whose values value_and_grad adds: {"mean": '

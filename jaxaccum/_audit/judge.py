@@ -43,7 +43,8 @@ _VERDICT_OF = {
     FaultKind.COUPLING: Verdict.COUPLED, FaultKind.PAIRWISE: Verdict.COUPLED,
     FaultKind.SELECTION: Verdict.COUPLED, FaultKind.STATE: Verdict.COUPLED,
     FaultKind.BATCH_SIZE: Verdict.MIS_SCALED, FaultKind.DERIVATIVE: Verdict.MIS_SCALED,
-    FaultKind.UNKNOWN: Verdict.UNKNOWN, FaultKind.POSITION: Verdict.POSITION,
+    FaultKind.UNKNOWN: Verdict.UNKNOWN, FaultKind.GATHERED: Verdict.UNKNOWN,
+    FaultKind.POSITION: Verdict.POSITION,
 }  # fmt: skip
 """What a fault makes of the verdict; of the others, the verdict stays what it is."""
 SEVERITY = [

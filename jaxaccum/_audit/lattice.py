@@ -193,6 +193,7 @@ class FaultKind(enum.StrEnum):
     POSITION = "position"
     RANDOM = "random"
     UNKNOWN = "unknown"
+    GATHERED = "gathered"
     COLLECTIVE = "collective"
     ASSUMPTION = "assumption"
 

@@ -56,8 +56,8 @@ class Finding:
 
     Attributes:
         kind: coupling, pairwise, selection, state, batch_size, derivative, position, random,
-            closure, unknown, collective, scale, tag; in an exact report, what it rests on:
-            collective, assumption.
+            closure, unknown, gathered, collective, scale, tag; in an exact report, what it rests
+            on: collective, assumption.
         origin: the line where examples first meet, or None.
         use: the line that makes it matter, or None.
         fix: what to write instead.

@@ -155,7 +155,21 @@ FAULTS = [
         "_of_shared",
         "not axes_of(op) & walk.untyped_axes",
         "True",
-        "meshes/test_further_axes.py::test_a_gathered_parameter_of_no_type_is_told[shard_map]",
+        "meshes/test_further_axes.py::test_a_gathered_parameter_of_no_type_is_told[shard_map-2]",
+    ),
+    Fault(
+        "with one microbatch, a gathered parameter makes the loss whole",
+        "check",
+        "whole and not _gathers_untyped(program)",
+        "whole",
+        "meshes/test_further_axes.py::test_a_gathered_parameter_of_no_type_is_told[shard_map-1]",
+    ),
+    Fault(
+        "with one microbatch, statistics over the devices are told",
+        "_of_gathers",
+        "finding.kind == FaultKind.GATHERED",
+        "True",
+        "meshes/test_further_axes.py::test_what_devices_gather_of_their_rows_is_not_told[1]",
     ),
     Fault(
         "what starts at 0 in a while starts anywhere",

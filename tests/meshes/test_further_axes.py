@@ -140,11 +140,12 @@ def test_a_loss_that_differs_between_devices_is_one_for_each():
         assert normwise(ours, halves[0] + halves[1]) <= EXACT
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("mapped", ["shard_map", "pmap", "typed"])
-def test_a_gathered_parameter_of_no_type_is_told(mapped):
+def test_a_gathered_parameter_of_no_type_is_told(mapped, num_microbatches):
     """Where JAX tracks no types, parts of a parameter look like a whole one."""
     loss = lambda w, x: jnp.mean(jnp.tanh(x @ lax.all_gather(w, "data", tiled=True)) ** 2)
-    step = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="data")
+    step = jaxaccum.grad(loss, num_microbatches=num_microbatches, mesh_axes="data")
     w, x = data(4, 3, seed=4), data(8, 4, seed=5)
     expected = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
 
@@ -167,14 +168,18 @@ def test_a_gathered_parameter_of_no_type_is_told(mapped):
     assert normwise(found, expected) > EXACT
 
 
-def test_what_devices_gather_of_their_rows_is_not_told():
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_what_devices_gather_of_their_rows_is_not_told(num_microbatches):
+    axes = ("data", "microbatch") if num_microbatches > 1 else "data"
+
     def loss(w, x):
         z = jnp.tanh(x @ w)
-        others = lax.all_gather(z, ("data", "microbatch"), tiled=True)
+        others = lax.all_gather(z, axes, tiled=True)
         return jnp.mean(jnp.sum(z @ others.T, axis=1) ** 2)
 
     w, x = data(4, 3, seed=4), data(8, 4, seed=5)
-    step = jaxaccum.grad(loss, num_microbatches=2, mesh_axes="data", audit="raise")
+    options = {"num_microbatches": num_microbatches, "mesh_axes": "data", "audit": "raise"}
+    step = jaxaccum.grad(loss, **options)
     spread = jax.shard_map(
         step, mesh=mesh_of(data=2), in_specs=(P(), P("data")), out_specs=P(), check_vma=False
     )

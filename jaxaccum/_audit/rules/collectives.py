@@ -10,7 +10,6 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -81,7 +80,7 @@ def _of_shared(walk: Walk, op: Op, x: Value) -> Value:
     """
     if op.name != "all_gather" or not x.params or not axes_of(op) & walk.untyped_axes:
         return x.but()
-    fault = walk.fault(op, FaultKind.UNKNOWN, _GATHERED, fix=fixes.DIVIDED)
+    fault = walk.fault(op, FaultKind.GATHERED, _GATHERED)
     return x.but(faults=x.faults | {fault})
 
 
