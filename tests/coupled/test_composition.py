@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise
 
 AXIS = "microbatch"
@@ -96,11 +97,7 @@ def around_the_full_batch(name):
     return AROUND[name](of(ja.full_batch(loss)))
 
 
-CASES = [(ours, name) for ours in OURS for name in AROUND]
-CASES.remove(("grad of microbatch", "gradient of the batch"))  # that of value_and_grad once more
-
-
-@pytest.mark.parametrize(("ours", "name"), CASES)
+@pytest.mark.parametrize(("ours", "name"), covering(list(OURS), list(AROUND)))
 def test_around(ours, name):
     assert normwise(AROUND[name](OURS[ours]), around_the_full_batch(name)) < EXACT
 

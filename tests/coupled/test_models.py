@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, UNDECIDED, data, mean_of_means, normwise, parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:memory='min' takes")
@@ -208,22 +209,22 @@ CASES = [
     Case(token_ratio_over_microbatches, token_ratio),
     Case(policy_over_microbatches, policy),
 ]
-EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.fun.__name__)
+BY_NAME = {case.fun.__name__: case for case in CASES}
+WAYS = [(2, None), (2, "min"), (4, "store"), (4, 2048), (8, "min"), (8, None)]
+IN_TWO_WAYS = covering(2 * list(BY_NAME), WAYS)
 
 
 @UNDECIDED
-@EACH
-@pytest.mark.parametrize(
-    ("n", "memory"), [(2, None), (2, "min"), (4, "store"), (4, 2048), (8, "min"), (8, None)]
-)
-def test_value_and_gradient_are_those_of_the_definition(case, n, memory):
+@pytest.mark.parametrize(("name", "way"), IN_TWO_WAYS, ids=str)
+def test_value_and_gradient_are_those_of_the_definition(name, way):
+    case, (n, memory) = BY_NAME[name], way
     step = ja.value_and_grad(case.fun, num_microbatches=n, memory=memory)
     expected = jax.value_and_grad(case.definition)(PARAMS, BATCH)
     assert normwise(jax.jit(step)(PARAMS, BATCH), expected) < EXACT
 
 
-@EACH
-@pytest.mark.parametrize("n", [2, 4])
-def test_naive_accumulation_is_far_off(case, n):
+@pytest.mark.parametrize(("name", "n"), covering(list(BY_NAME), [2, 4]))
+def test_naive_accumulation_is_far_off(name, n):
+    case = BY_NAME[name]
     naive = mean_of_means(case.definition, PARAMS, parts_of(BATCH, [EXAMPLES // n] * n))
     assert normwise(naive, jax.grad(case.definition)(PARAMS, BATCH)) > 0.02
