@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from tests.support import jitted
 from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise
 
@@ -51,7 +52,7 @@ def square(tree):
 
 def of(tagged):
     """Value and gradient by JAX of a function that returns finalized terms."""
-    return jax.value_and_grad(lambda w, x: total(tagged(w, x)))
+    return jitted.value_and_grad(lambda w, x: total(tagged(w, x)))
 
 
 OURS = {
@@ -171,7 +172,7 @@ def test_devices_and_time(check_vma, memory):
     assert (
         normwise(
             jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED),
-            jax.value_and_grad(whole)(W, SHARDED),
+            jitted.value_and_grad(whole)(W, SHARDED),
         )
         < EXACT
     )
@@ -196,8 +197,8 @@ def test_gradient_under_an_outer_mapped_axis(rows):
         return ja.Concat(jnp.mean(h**3, axis=1)) if rows else ja.Mean(jnp.sum(h**3), h.size)
 
     mapped = jax.vmap(ja.microbatch(fun, num_microbatches=2), (None, 0), axis_name="data")
-    actual = jax.value_and_grad(lambda w: jnp.mean(mapped(w, SHARDED.reshape(2, 4, 4))))(W)
-    assert normwise(actual, jax.value_and_grad(whole)(W, SHARDED)) < EXACT
+    actual = jitted.value_and_grad(lambda w: jnp.mean(mapped(w, SHARDED.reshape(2, 4, 4))))(W)
+    assert normwise(actual, jitted.value_and_grad(whole)(W, SHARDED)) < EXACT
 
 
 @pytest.mark.parametrize("check_vma", [False, True], ids=["unchecked", "checked"])
@@ -220,12 +221,12 @@ def test_jax_differentiates_on_devices_with_keys(check_vma):
         return jnp.mean((h - jnp.mean(h, axis=0)[None]) ** 3)
 
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    step = jax.value_and_grad(
+    step = jitted.value_and_grad(
         ja.microbatch(fun, in_axes=axes, num_microbatches=2, mesh_axes="data")
     )
     specs = {"in_specs": (P(), P("data"), P()), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(W, SHARDED, jax.random.key(5))
-    assert normwise(actual, jax.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT
+    assert normwise(actual, jitted.value_and_grad(truth)(W, SHARDED, jax.random.key(5))) < EXACT
 
 
 @pytest.mark.optimized

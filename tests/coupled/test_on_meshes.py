@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 import jaxaccum.nnx
+from tests.support import jitted
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, UNDECIDED, normwise, refused
 from tests.support.meshes import EXPLICIT, W, X, laid_out, mesh_of, on_mesh
 
@@ -45,7 +47,7 @@ def test_batch_normalization_over_devices_and_microbatches():
         normalized(("data", "microbatch")), num_microbatches=2, mesh_axes="data"
     )
     over = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
-    right = jax.value_and_grad(whole_norm)(W, X)
+    right = jitted.value_and_grad(whole_norm)(W, X)
     assert normwise(over(W, X), right) < EXACT
     own = ja.value_and_grad(normalized("microbatch"), num_microbatches=2, mesh_axes="data")
     alone = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P())))
@@ -62,14 +64,14 @@ def test_values_and_gradients_of_a_coupled_loss_are_differentiated_from_outside(
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     over = jax.shard_map(step, mesh=mesh, **specs)
     norm = lambda grads: sum(jnp.sum(g**3) for g in jax.tree.leaves(grads))
-    right = jax.grad(whole_norm)(W, X)
+    right = jitted.grad(whole_norm)(W, X)
     assert normwise(jax.jit(jax.grad(lambda w: over(w, X)[0]))(W), right) < EXACT
-    second = jax.grad(lambda w: norm(jax.grad(whole_norm)(w, X)))(W)
+    second = jitted.grad(lambda w: norm(jitted.grad(whole_norm)(w, X)))(W)
     assert normwise(jax.jit(jax.grad(lambda w: norm(over(w, X)[1])))(W), second) < EXACT
 
 
 def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
-    right = jax.value_and_grad(whole_norm)(W, X)
+    right = jitted.value_and_grad(whole_norm)(W, X)
     assert (
         normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right)
         < EXACT
@@ -120,33 +122,33 @@ def tensor_parallel(layout, step):
     return w, jax.jit(step)(w, put(X, P("data")))
 
 
-@pytest.mark.parametrize("memory", ["min", "store"])
-@pytest.mark.parametrize(
-    "axes", ["microbatch", ("data", "microbatch")], ids=["global", "by device"]
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
+AXES = {"global": "microbatch", "by device": ("data", "microbatch")}
+DIVIDED = covering(2 * list(LAYOUTS), list(AXES), ["min", "store"])
+
+
+@pytest.mark.parametrize(("layout", "axes", "memory"), DIVIDED)
 def test_a_coupled_loss_of_divided_parameters(layout, axes, memory):
     """Statistics, their cotangents and stored boundaries are laid out as what they are of."""
-    step = ja.value_and_grad(normalized(axes), num_microbatches=2, memory=memory)
+    step = ja.value_and_grad(normalized(AXES[axes]), num_microbatches=2, memory=memory)
     w, (value, grads) = tensor_parallel(layout, step)
-    right = jax.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X)
+    right = jitted.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X)
     assert normwise((value, grads), right) < EXACT
     assert all(grads[name].sharding.is_equivalent_to(w[name].sharding, w[name].ndim) for name in w)
-    each = [jax.value_and_grad(whole_norm)({"a": W["a"], "b": W["b"]}, X[i::2]) for i in range(2)]
-    assert (
-        normwise(jax.tree.map(lambda x, y: (x + y) / 2, *each), right) > 1e-3
-    )  # each microbatch by itself
+    own = jitted.value_and_grad(whole_norm)
+    each = [own({"a": W["a"], "b": W["b"]}, X[i::2]) for i in range(2)]
+    # each microbatch by itself
+    assert normwise(jax.tree.map(lambda x, y: (x + y) / 2, *each), right) > 1e-3
 
 
 def test_derivatives_of_a_coupled_loss_of_divided_parameters():
     step = ja.value_and_grad(normalized(("data", "microbatch")), num_microbatches=2)
     norm = lambda grads: sum(jnp.sum(g**3) for g in jax.tree.leaves(grads))
-    second = lambda f: jax.grad(lambda w, x: norm(f(w, x)[1]))
-    right = second(jax.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
+    second = lambda f: jitted.grad(lambda w, x: norm(f(w, x)[1]))
+    right = second(jitted.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
     with jax.set_mesh(EXPLICIT):
         assert normwise(tensor_parallel("columns", second(step))[1], right) < EXACT
         tangent = lambda f: lambda w, x: jax.jvp(lambda w: f(w, x), (w,), (w,))
-        right = tangent(jax.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
+        right = tangent(jitted.value_and_grad(whole_norm))({"a": W["a"], "b": W["b"]}, X)
         assert normwise(tensor_parallel("columns", tangent(step))[1], right) < EXACT
 
 
@@ -175,7 +177,7 @@ def contrastive(axes, *, global_labels=True):
 @pytest.mark.parametrize("memory", ["min", None, "store"])
 def test_a_contrastive_loss_gathers_from_devices_and_microbatches(memory):
     right, mesh, both = (
-        jax.value_and_grad(whole_contrastive)(W, X),
+        jitted.value_and_grad(whole_contrastive)(W, X),
         mesh_of((4, 2), "manual"),
         ("data", "microbatch"),
     )
@@ -210,7 +212,7 @@ def test_features_are_gathered_beside_a_second_explicit_axis(layout):
         picked = jnp.take_along_axis(scores, own[:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(scores, axis=1) - picked)
 
-    right = jax.value_and_grad(whole_contrastive)({"a": W["a"], "b": W["b"]}, X)
+    right = jitted.value_and_grad(whole_contrastive)({"a": W["a"], "b": W["b"]}, X)
     _, got = tensor_parallel(layout, ja.value_and_grad(fun, num_microbatches=2))
     assert normwise(got, right) < EXACT
 
@@ -237,7 +239,7 @@ def test_collectives_over_devices_and_microbatches(name):
     """The oracle is one axis of 16 that `jax.vmap` maps over."""
     mesh = mesh_of((4, 2), "manual")
     fun = lambda axes: lambda w, x: jnp.mean(jnp.tanh(EXCHANGES[name](x @ w["a"], axes)))
-    right = jax.value_and_grad(
+    right = jitted.value_and_grad(
         lambda w: jnp.mean(
             jax.vmap(functools.partial(fun("all"), w), axis_name="all")(X.reshape(16, 2, 3))
         )
@@ -259,22 +261,22 @@ def gathered_twice(w, x):
     )
 
 
+GATHERED = {"at once": contrastive(("data", "microbatch")), "axis by axis": gathered_twice}
+
+
 @INEXACT
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize(
-    "fun", [contrastive(("data", "microbatch")), gathered_twice], ids=["at once", "axis by axis"]
-)
-def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
+@pytest.mark.parametrize(("name", "check_vma"), covering(list(GATHERED), [True, False]))
+def test_gathered_losses_are_transformed_from_outside(name, check_vma):
     """Gradients of values and of gradients, tangents and a mapped axis, taken over the
     `shard_map`."""
     specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
-    step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
+    step = ja.value_and_grad(GATHERED[name], num_microbatches=4, mesh_axes="data")
     ours = jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs)
-    full = jax.value_and_grad(whole_contrastive)
+    full = jitted.value_and_grad(whole_contrastive)
     scaled, tangents = lambda c: jax.tree.map(lambda x: c * x, W), jax.tree.map(jnp.cos, W)
     transformed = {
-        "grad": lambda f: jax.grad(lambda w: f(w, X)[0])(W),
-        "grad of grad": lambda f: jax.grad(
+        "grad": lambda f: jitted.grad(lambda w: f(w, X)[0])(W),
+        "grad of grad": lambda f: jitted.grad(
             lambda w: sum(jnp.sum(g**3) for g in f(w, X)[1].values())
         )(W),
         "jvp": lambda f: jax.jvp(lambda w: f(w, X), (W,), (tangents,)),
@@ -282,25 +284,23 @@ def test_gathered_losses_are_transformed_from_outside(fun, check_vma):
     }
     for name, how in transformed.items():
         assert normwise(jax.jit(lambda how=how: how(ours))(), how(full)) < EXACT, name
-    each = jax.grad(lambda w: sum(f(w, X)[0] for f in [full] * 4))(W)
+    each = jitted.grad(lambda w: sum(f(w, X)[0] for f in [full] * 4))(W)
     assert normwise(each, transformed["grad"](full)) > 1  # counted once per device
 
 
-@pytest.mark.parametrize("memory", ["min", "store"])
-@pytest.mark.parametrize("kind", ["manual", "explicit"])
-@pytest.mark.parametrize(
-    ("collective", "whole"), [(lax.pmax, jnp.max), (lax.pmin, jnp.min)], ids=["pmax", "pmin"]
-)
-def test_extrema_over_devices_and_microbatches_are_differentiated(collective, whole, kind, memory):
+EXTREMA = {"pmax": (lax.pmax, jnp.max), "pmin": (lax.pmin, jnp.min)}
+IN_EACH_WAY = covering(2 * list(EXTREMA), ["manual", "explicit"], ["min", "store"])
+
+
+@pytest.mark.parametrize(("extremum", "kind", "memory"), IN_EACH_WAY)
+def test_extrema_over_devices_and_microbatches_are_differentiated(extremum, kind, memory):
     """By `reduce_max`'s rule on the whole batch; the extremum's own example carries its gradient,
     on one device."""
-    mesh, both, h = (
-        mesh_of((8,), kind),
-        ("data", "microbatch"),
-        lambda w, x: jnp.tanh(x @ w["a"]) * w["b"][None],
-    )
+    collective, whole = EXTREMA[extremum]
+    mesh, both = mesh_of((8,), kind), ("data", "microbatch")
+    h = lambda w, x: jnp.tanh(x @ w["a"]) * w["b"][None]
     fun = lambda w, x: jnp.mean((h(w, x) - collective(whole(h(w, x), axis=0), both)[None]) ** 3)
-    right = jax.value_and_grad(
+    right = jitted.value_and_grad(
         lambda w, x: jnp.mean((h(w, x) - whole(h(w, x), axis=0)[None]) ** 3)
     )(W, X)
     step = ja.value_and_grad(
@@ -317,7 +317,7 @@ def test_extrema_over_devices_and_microbatches_are_differentiated(collective, wh
         (h(w, x) - lax.stop_gradient(whole(h(w, x), axis=0))[None]) ** 3
     )
     assert (
-        normwise(jax.value_and_grad(constant)(W, X), right) > 1e-3
+        normwise(jitted.value_and_grad(constant)(W, X), right) > 1e-3
     )  # an extremum without a gradient
 
 
@@ -328,8 +328,10 @@ def test_other_collectives_over_several_axes_are_refused():
         )
 
     step = ja.value_and_grad(fun, num_microbatches=4, mesh_axes="data")
-    over = jax.shard_map(
-        step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P())
+    over = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh_of((4, 2), "manual"), in_specs=(P(), P("data")), out_specs=(P(), P())
+        )
     )
     says = ["all_to_all", "psum_scatter", "one axis per call", __file__]
     refused(lambda: over(W, X), *says, error=NotImplementedError)
@@ -370,7 +372,6 @@ def test_streams_of_a_coupled_model_differ_between_devices_and_microbatches(chec
 
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P()), "check_vma": check_vma}
     actual = jax.jit(jax.shard_map(step, mesh=mesh_of((4, 2), "manual"), **specs))(params, rest, X)
-    assert normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: n * d + m)) < EXACT
-    assert (
-        normwise(actual, jax.value_and_grad(expected)(params, lambda d, m: m)) > 1e-2
-    )  # the same on every device
+    whole = lambda place: jitted.value_and_grad(lambda params: expected(params, place))(params)
+    assert normwise(actual, whole(lambda d, m: n * d + m)) < EXACT
+    assert normwise(actual, whole(lambda d, m: m)) > 1e-2  # the same on every device

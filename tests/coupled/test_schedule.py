@@ -15,6 +15,7 @@ import jaxaccum as ja
 from jaxaccum import _coupled
 from jaxaccum._program.call import Options, read
 from jaxaccum._program.prepare import prepare
+from tests.support import jitted
 from tests.support.helpers import refused
 
 pytestmark = pytest.mark.optimized
@@ -134,7 +135,7 @@ def matrix_flops(text):
 def full():
     found = {}
     for name, (loss, params, batch, _) in LOSSES.items():
-        found[name] = compiled(jax.value_and_grad(ja.full_batch(loss)), params, batch)
+        found[name] = compiled(jitted.value_and_grad(ja.full_batch(loss)), params, batch)
     return found
 
 

@@ -15,8 +15,8 @@ EVERY = 1000
 def covering(*axes: Sequence[Any], every: bool | None = None) -> list[tuple[Any, ...]]:
     """Rows with one value of each axis, as many as the longest axis is long.
 
-    Each value is in one row at least. A shorter axis starts anew one place further on each time, so
-    that its values do not always meet the same ones.
+    Each value is in one row at least. Whenever a shorter axis starts anew, the second does so one
+    place further on, the third two, so that their values do not always meet the same ones.
 
     Example:
         >>> covering("abcd", [1, 2])
@@ -25,9 +25,10 @@ def covering(*axes: Sequence[Any], every: bool | None = None) -> list[tuple[Any,
     if hypothesis.settings.default.max_examples >= EVERY if every is None else every:
         return list(itertools.product(*axes))
     longest = max(map(len, axes))
-    return [tuple(_value(axis, i) for axis in axes) for i in range(longest)]
+    columns = [_column(axis, step, longest) for step, axis in enumerate(axes)]
+    return list(zip(*columns, strict=True))
 
 
-def _value(axis: Sequence[Any], i: int) -> Any:
-    rounds, place = divmod(i, len(axis))
-    return axis[(place + rounds) % len(axis)]
+def _column(axis: Sequence[Any], step: int, length: int) -> list[Any]:
+    """The values of one axis, row by row; it starts anew `step` places further on."""
+    return [axis[(i + step * (i // len(axis))) % len(axis)] for i in range(length)]

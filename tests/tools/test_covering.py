@@ -19,6 +19,8 @@ def test_every_value_is_met(axes):
 
 def test_a_shorter_axis_does_not_always_meet_the_same_values():
     assert covering("abcd", [1, 2], every=False) == [("a", 1), ("b", 2), ("c", 2), ("d", 1)]
+    rows = covering("abcdef", [1, 2], "xy", every=False)
+    assert len({row[1:] for row in rows}) == 4
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)
