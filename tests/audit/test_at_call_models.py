@@ -20,6 +20,7 @@ from tests.audit.test_at_call import (
     token_mean,
     token_mean_mended,
 )
+from tests.support import jitted
 from tests.support.helpers import EXACT, data, normwise
 
 IMAGES = data(8, 4, seed=3, dtype=jnp.float32)
@@ -114,7 +115,7 @@ def test_inside_pmap_and_shard_map():
             )[0]
         ),
     }
-    expected = jax.grad(token_mean)(W, BATCH)
+    expected = jitted.grad(token_mean)(W, BATCH)
     for run in over.values():
         with pytest.warns(InexactWarning, match="token_mean is not exact"):
             run(token_mean)(W, BATCH)
@@ -129,7 +130,7 @@ def test_a_statistic_of_one_device_is_warned_of_even_without_microbatches():
     spec = {"mesh": mesh, "in_specs": (P(), P("devices")), "out_specs": P()}
     grad = jaxaccum.grad(root_mean_square, num_microbatches=1, mesh_axes="devices")
     with pytest.warns(InexactWarning, match="root_mean_square is not exact"):
-        jax.shard_map(grad, **spec)(W, BATCH)
+        jax.jit(jax.shard_map(grad, **spec))(W, BATCH)
 
 
 def test_one_microbatch_on_each_device_of_a_loss_that_spans_the_devices_is_the_whole_batch():
@@ -143,9 +144,10 @@ def test_one_microbatch_on_each_device_of_a_loss_that_spans_the_devices_is_the_w
 
     def grad(count, audit):
         own = jaxaccum.grad(centred, num_microbatches=count, mesh_axes="devices", audit=audit)
-        return jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
+        spread = jax.shard_map(own, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
+        return jax.jit(spread)
 
-    expected = jax.grad(lambda w: jnp.var(X @ w))(W)
+    expected = jitted.grad(lambda w: jnp.var(X @ w))(W)
     assert normwise(grad(1, "raise")(W, X), expected) <= EXACT
     with pytest.warns(InexactWarning, match="centred is not exact"):
         assert normwise(grad(2, "warn")(W, X), expected) > EXACT

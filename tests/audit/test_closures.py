@@ -11,6 +11,7 @@ import pytest
 import jaxaccum
 from jaxaccum import Mean, Sum
 from jaxaccum._program.closures import closed_over, name_of
+from tests.support import jitted
 from tests.support.helpers import EXACT, data, normwise
 
 W, X = data(3), data(6, 3, seed=1)
@@ -76,7 +77,7 @@ def test_a_loss_that_reads_an_outer_batch_in_place_of_its_argument_is_told(tagge
     (warning,) = told
     assert "batch['weight'] and batch['x'], 6 rows" in str(warning.message)
     assert "fix: make batch an argument of the loss with 0" in str(warning.message)
-    expected = jax.grad(jaxaccum.full_batch(loss))(W, batch)
+    expected = jitted.grad(jaxaccum.full_batch(loss))(W, batch)
     assert (normwise(grads, expected) <= EXACT) == (tagged is not Sum)
 
 

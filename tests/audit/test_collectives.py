@@ -86,7 +86,7 @@ def test_declared_statistics_equal_the_batchs_by_vmap_over_microbatches():
             loss(*args).x if isinstance(loss(*args), Sum) else loss(*args)
         )
         combine = jnp.sum if name == "total" else jnp.mean
-        spread = jax.vmap(lambda x, f=plain: f(W, x), axis_name="microbatch")
+        spread = jax.jit(jax.vmap(lambda x, f=plain: f(W, x), axis_name="microbatch"))
         values = [combine(spread(x.reshape(n, 8 // n, 3))) for n in (1, 4)]
         assert np.isclose(*values, rtol=1e-9) == exact, name
 

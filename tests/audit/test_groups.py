@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum
 import jaxaccum.linen
 from jaxaccum import Concat, InexactWarning, Mean
+from tests.support import jitted
 from tests.support.helpers import EXACT, data, normwise, same
 
 W = data(3, 5)
@@ -87,7 +88,7 @@ SPLITS = ["contiguous", "strided"]
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_the_audit_says_is_what_the_numbers_say(name, split):
     loss, group = LOSSES[name]
-    expected = jax.grad(lambda w: jaxaccum.full_batch(loss)(w, BATCH))(W)
+    expected = jitted.grad(lambda w: jaxaccum.full_batch(loss)(w, BATCH))(W)
     for number in (2, 4):
         whole_groups = bool(group) and split == "contiguous" and 16 // number % group == 0
         options = {"num_microbatches": number, "split": split}
@@ -184,7 +185,7 @@ def test_a_loss_that_is_written_for_one_example(name):
         return total / 6 if kind == "mean" else total
 
     grad = jaxaccum.grad(loss, microbatch_size=1, audit="raise")
-    assert normwise(grad(w, ROWS), jax.grad(looped)(w)) <= EXACT
+    assert normwise(grad(w, ROWS), jitted.grad(looped)(w)) <= EXACT
     if name != "squeezed":
         with pytest.warns(InexactWarning, match="examples are picked by their place"):
             jaxaccum.grad(loss, microbatch_size=2)(w, ROWS)
@@ -235,7 +236,7 @@ def test_microbatches_of_one_example():
     """JAX writes another program where an axis has size 1; a program that computes something else
     is another one."""
     w = data(3, 5)
-    expected = jax.grad(cross_entropy)(w, TOKENS)
+    expected = jitted.grad(cross_entropy)(w, TOKENS)
     grad = jaxaccum.grad(cross_entropy, microbatch_size=1, audit="raise")
     assert normwise(grad(w, TOKENS), expected) <= EXACT
     with pytest.warns(InexactWarning, match="may not be exact .* are not the same"):
