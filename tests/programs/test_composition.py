@@ -10,6 +10,8 @@ from jax import lax
 
 import jaxaccum as ja
 from jaxaccum._jaxpr.equations import equations_inside
+from tests.support import jitted
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise
 
 W, X, M = {"w": data(3, 3, 3)}, data(6, 3, seed=1), jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -93,8 +95,7 @@ def around_the_full_batch(name):
     return AROUND[name](jax.value_and_grad(expected))
 
 
-@pytest.mark.parametrize("name", AROUND)
-@pytest.mark.parametrize("ours", OURS)
+@pytest.mark.parametrize(("name", "ours"), covering(list(AROUND), list(OURS)))
 def test_around(name, ours):
     assert normwise(AROUND[name](OURS[ours]), around_the_full_batch(name)) < EXACT
 
@@ -115,7 +116,7 @@ def test_forward_mode_of_one_scalar():
 
 def test_terms_outside_count_once():
     f = ja.microbatch(loss, in_axes=AXES, num_microbatches=4)
-    outside = lambda f: jax.grad(lambda w: f(w, X, M) + square(w))(W)
+    outside = lambda f: jitted.grad(lambda w: f(w, X, M) + square(w))(W)
     assert normwise(outside(f), outside(expected)) < EXACT
 
 
@@ -133,10 +134,10 @@ def test_embeddings_of_the_whole_batch(options):
     actual = jax.jit(jax.value_and_grad(lambda w, x: contrast(rows(w, x)["z"]), argnums=(0, 1)))(
         W, X
     )
-    truth = jax.value_and_grad(lambda w, x: contrast(encode(w, x)), argnums=(0, 1))(W, X)
+    truth = jitted.value_and_grad(lambda w, x: contrast(encode(w, x)), argnums=(0, 1))(W, X)
     assert normwise(actual, truth) < EXACT
     apart = lambda w: sum(contrast(encode(w, part)) for part in (X[:3], X[3:])) / 2
-    assert normwise(jax.grad(apart)(W), truth[1][0]) > 0.01
+    assert normwise(jitted.grad(apart)(W), truth[1][0]) > 0.01
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
@@ -154,12 +155,12 @@ def test_mapped_embeddings_are_differentiable(axes):
 
 def test_stacked_outputs_are_differentiable():
     f = ja.microbatch(lambda w, x: ja.Stack(jnp.sum(jnp.tanh(x @ w["w"][0]))), num_microbatches=3)
-    truth = jax.grad(
+    truth = jitted.grad(
         lambda w: sum(
             (i + 1) * jnp.sum(jnp.tanh(X[2 * i : 2 * i + 2] @ w["w"][0])) for i in range(3)
         )
     )(W)
-    assert normwise(jax.grad(lambda w: jnp.dot(f(w, X), jnp.arange(1.0, 4.0)))(W), truth) < EXACT
+    assert normwise(jitted.grad(lambda w: jnp.dot(f(w, X), jnp.arange(1.0, 4.0)))(W), truth) < EXACT
 
 
 def test_a_custom_vjp_inside_keeps_its_rule():
@@ -170,7 +171,7 @@ def test_a_custom_vjp_inside_keeps_its_rule():
     straight.defvjp(lambda x: (jnp.round(x), None), lambda _, ct: (3 * ct,))
     fun = lambda w, x: jnp.mean(straight(x @ w["w"][0]) ** 2)
     assert (
-        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X))
+        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jitted.value_and_grad(fun)(W, X))
         < EXACT
     )
 
@@ -183,7 +184,7 @@ def test_slices_of_parameters_add_in_place(inner):
     halves = inner(lambda w, x: jnp.tanh(x @ lax.slice(w, (0, 0), (3, 2))) * jnp.sum(w[1:, 2]))
     fun = lambda w, x: jnp.mean(halves(w["w"][0], x) ** 2)
     assert (
-        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jax.value_and_grad(fun)(W, X))
+        normwise(ja.value_and_grad(fun, num_microbatches=4)(W, X), jitted.value_and_grad(fun)(W, X))
         < EXACT
     )
 
