@@ -107,12 +107,17 @@ def likely_cause(
 def _evidence(
     loss: LossCall, actual: Result, expected: Result, options: Mapping[str, Any]
 ) -> _Evidence:
-    microbatches = jaxaccum.partition(*loss.args, in_axes=loss.in_axes, **options)
+    own = {name: options[name] for name in _OF_PARTITION if name in options}
+    microbatches = jaxaccum.partition(*loss.args, in_axes=loss.in_axes, **own)
     calls = [loss.of_part(args) for args in microbatches]
     sizes = [num_examples(call.args, call.in_axes) for call in calls]
     shares = np.asarray(sizes) / num_examples(loss.args, loss.in_axes)
     parts = [jax.tree.map(wide, _pick(oracle(call))) for call in calls]
     return _Evidence(_pick(actual), _pick(expected), parts, shares.tolist())
+
+
+_OF_PARTITION = ("num_microbatches", "microbatch_size", "split")
+"""The options that say which examples are in which microbatch."""
 
 
 def _pick(result: Result) -> Result:

@@ -30,6 +30,7 @@ def assert_exact(
     *args: PyTree,
     in_axes: InAxes = (None, 0),
     has_aux: bool = False,
+    axis_name: str = "microbatch",
     partitions: Iterable[int | Mapping[str, Any]] | None = None,
     audit: bool = False,
     **kwargs: PyTree,
@@ -56,15 +57,16 @@ def assert_exact(
         the dtypes of `args`, because `jax.random` draws others in float64.
       has_aux: whether `fun` returns `(loss, aux)`; aux is compared too, except what is tagged
         `Stack`, `Last` or `Carry`, which depends on the partition by its meaning.
-      partitions: microbatch sizes, or dicts of keyword arguments of `jaxaccum.value_and_grad`. By
-        default 1, 2, half, all but one, and all of the batch. Coupled losses need sizes that divide
-        the batch.
+      axis_name: the name of the loop's axis, as in `jaxaccum.value_and_grad`.
+      partitions: microbatch sizes, or dicts of keyword arguments of `jaxaccum.value_and_grad`, such
+        as `num_microbatches`, `split`, `memory` and `accumulator`. By default 1, 2, half, all but
+        one, and all of the batch. Coupled losses need sizes that divide the batch.
       audit: whether to let `jaxaccum.audit` read the loss first.
       **kwargs: the keyword arguments of `fun`.
 
     Raises:
       AssertionError: naming the leaf, the partition, the error, the bound and the likely cause.
-      ValueError: `partitions` is empty.
+      ValueError: `partitions` is empty, or one of them has an option that is not the partition's.
 
     >>> def loss(params, batch):
     ...     errors = (batch["x"] @ params - batch["y"]) ** 2
@@ -75,7 +77,8 @@ def assert_exact(
     check_keywords(kwargs, in_axes, "testing.assert_exact", fun)
     fun, args, own = by_position(fun, args, kwargs, assigned(in_axes, args, kwargs, fun))
     if audit:
-        jaxaccum.audit(fun, *args, in_axes=own, has_aux=has_aux).raise_if_inexact()
+        report = jaxaccum.audit(fun, *args, in_axes=own, has_aux=has_aux, axis_name=axis_name)
+        report.raise_if_inexact()
     batch_size = num_examples(args, own)
     given = default_sizes(batch_size) if partitions is None else partitions
     chosen = list(map(_as_options, given))
@@ -84,7 +87,7 @@ def assert_exact(
             "partitions is empty: assert_exact would compare nothing; pass microbatch sizes, such "
             "as [1, 2]"
         )
-    loss = LossCall(_comparable(fun) if has_aux else fun, args, own, has_aux)
+    loss = LossCall(_comparable(fun) if has_aux else fun, args, own, has_aux, axis_name)
     random = draws_random_numbers(loss)
     expected = _apart(oracle(loss, float64=not random))
     bounds = _bounds(loss, expected, random=random)
@@ -117,9 +120,18 @@ def _apart(result: Result) -> Result:
 def _accumulated(loss: LossCall, options: Mapping[str, Any]) -> Result:
     """What `value_and_grad` gives under one partition."""
     transformed = jaxaccum.value_and_grad(
-        loss.fun, in_axes=loss.in_axes, has_aux=loss.has_aux, audit=None, **options
-    )
-    return loss.named(*jax.jit(transformed)(*loss.args))
+        loss.fun, has_aux=loss.has_aux, in_axes=loss.in_axes, axis_name=loss.axis_name, audit=None,
+        **options,
+    )  # fmt: skip
+    value, gradient = jax.jit(transformed)(*loss.args)
+    return loss.named(_without_report(value, has_aux=loss.has_aux), gradient)
+
+
+def _without_report(value: PyTree, *, has_aux: bool) -> PyTree:
+    """The value and its aux, without what the accumulator reports after them."""
+    if not isinstance(value, tuple):
+        return value
+    return value[:2] if has_aux else value[0]
 
 
 def _bounds(loss: LossCall, expected: Result, *, random: bool) -> dict[str, float]:
@@ -146,7 +158,21 @@ def default_sizes(batch_size: int) -> list[int]:
 
 
 def _as_options(partition: int | Mapping[str, Any]) -> dict[str, Any]:
-    return dict(partition) if isinstance(partition, Mapping) else {"microbatch_size": partition}
+    """The partition as options of `value_and_grad`."""
+    if not isinstance(partition, Mapping):
+        return {"microbatch_size": partition}
+    for name in partition:
+        if name in _OF_ALL:
+            raise ValueError(f"partitions has {dict(partition)!r}: {_OF_ALL[name]}")
+    return dict(partition)
+
+
+_PASS = "pass {} to assert_exact itself, for all partitions"
+_OF_ALL = {name: _PASS.format(name) for name in ("in_axes", "has_aux", "axis_name", "audit")}
+_OF_ALL["argnums"] = (
+    "the gradient is that of the first argument; make the one to differentiate the first"
+)
+"""Options of `value_and_grad` that no partition has for itself, and what to do."""
 
 
 def _comparable(fun: Fun) -> Fun:

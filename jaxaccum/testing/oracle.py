@@ -28,6 +28,11 @@ class LossCall(NamedTuple):
     args: tuple[PyTree, ...]
     in_axes: tuple[Axes, ...]
     has_aux: bool
+    axis_name: str = "microbatch"
+
+    def full_batch(self) -> Fun:
+        """The loss in one pass over the whole batch."""
+        return jaxaccum.full_batch(self.fun, self.in_axes, self.axis_name)
 
     def of_part(self, args: tuple[PyTree, ...]) -> LossCall:
         """The same loss of one microbatch, as `partition` returns its arguments."""
@@ -53,12 +58,11 @@ def oracle(loss: LossCall, *, float64: bool = True) -> Result:
 
 def draws_random_numbers(loss: LossCall) -> bool:
     """Whether the loss draws from `jax.random`, whose numbers depend on the dtype."""
-    full = jaxaccum.full_batch(loss.fun, in_axes=loss.in_axes)
-    return "random_bits" in str(jax.make_jaxpr(full)(*loss.args))
+    return "random_bits" in str(jax.make_jaxpr(loss.full_batch())(*loss.args))
 
 
 def _evaluated(loss: LossCall, args: tuple[PyTree, ...]) -> Result:
-    full = jaxaccum.full_batch(loss.fun, in_axes=loss.in_axes)
+    full = loss.full_batch()
 
     def total(*args: PyTree) -> PyTree:
         """The loss as one number, the sum of its terms."""

@@ -240,3 +240,43 @@ def test_the_audit_reads_the_loss_first():
 @pytest.mark.parametrize(("size", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 7, 8])])
 def test_default_sizes(size, expected):
     assert default_sizes(size) == expected
+
+
+# -- options of the partitions ---------------------------------------------------------------------
+
+OPTIONS = {
+    "unrolled": {"unroll": True},
+    "strided": {"split": "strided"},
+    "another sum": {"accumulator": jaxaccum.accumulators.tree()},
+    "with a report": {"accumulator": jaxaccum.accumulators.noise_scale()},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_partition_may_have_any_option_that_leaves_the_loss_as_it_is(name):
+    partitions = [{"num_microbatches": 2, **OPTIONS[name]}]
+    w, x = jnp.ones(3), jnp.arange(12.0).reshape(4, 3)
+    assert_exact(lambda w, x: jnp.mean((x @ w) ** 2), w, x, partitions=partitions)
+    with pytest.raises(AssertionError, match="averaged over examples"):
+        assert_exact(lambda w, x: jnp.sqrt(jnp.mean((x @ w) ** 2)), w, x, partitions=partitions)
+
+
+def test_the_axis_of_the_loop_has_any_name():
+    def loss(w, x, axis="batch"):
+        return jnp.mean((x @ w - jax.lax.pmean(jnp.mean(x @ w), axis)) ** 2)
+
+    w, x = jnp.ones(3), jnp.arange(12.0).reshape(4, 3)
+    assert_exact(loss, w, x, axis_name="batch", partitions=[1, 2], audit=True)
+    with pytest.raises(NameError, match="batch"):
+        assert_exact(loss, w, x, partitions=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [({"axis_name": "batch"}, "axis_name to assert_exact"), ({"argnums": 1}, "the first argument")],
+    ids=str,
+)
+def test_an_option_that_concerns_all_partitions_is_refused(option, says):
+    loss = lambda w, x: jnp.mean(x @ w)
+    with pytest.raises(ValueError, match=says):
+        assert_exact(loss, jnp.ones(3), jnp.ones((4, 3)), partitions=[option])
