@@ -3,6 +3,7 @@ float64."""
 
 import contextlib
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jaxaccum.testing import Layer, build_model, linen_model, normwise
 from jaxaccum.testing.language import BLOCKS, CLASSES, block
 from jaxaccum.testing.strategies import model_batches, models
+from tests.support.covering import EVERY
 from tests.support.nnx_builder import nnx_model
 from tests.support.tagged_losses import LOSSES, Loss, loss_terms, losses
 
@@ -20,6 +22,7 @@ with contextlib.suppress(ModuleNotFoundError):
     from torch_ref import losses as torch_losses
 
 WIDTH = 4
+EXAMPLES = hypothesis.settings.default.max_examples
 EVERY_TERM = LOSSES[-1]
 HEAD = Layer("dense", "head", size=CLASSES)
 EMBEDDING = Layer("embedding", "embedding", size=WIDTH)
@@ -79,6 +82,7 @@ def test_every_layer_is_the_same_in_each_framework(name):
     assert_same(build_model(MODELS[name], WIDTH, seed=1), EVERY_TERM, a_batch())
 
 
+@hypothesis.settings(max_examples=EXAMPLES if EXAMPLES >= EVERY else 25)
 @given(st.data())
 def test_compositions_are_the_same_in_each_framework(data):
     model = data.draw(models(kinds=UNROLLED, widths=(4,)))
