@@ -1,11 +1,12 @@
-"""A training run that may be killed at any point: ``python -m tests.host_loop.resumable scan|host
-DIRECTORY OUTPUT``.
+"""Training runs that may be killed at any point: ``python -m tests.host_loop.resumable DIRECTORY
+MODE...``, where a mode is scan or host.
 
-It saves after every batch (scan) or microbatch (host, in the middle of windows too), resumes from
-the newest checkpoint, and writes its end state. Data order and dropout come from a key that is part
-of the state.
+Each saves after every batch (scan) or microbatch (host, in the middle of windows too), resumes from
+the newest checkpoint, and writes its end state as DIRECTORY/MODE.npz. Data order and dropout come
+from a key that is part of the state.
 """
 
+import pathlib
 import sys
 
 import jax
@@ -68,7 +69,12 @@ def steps(mode):
     return jax.jit(step), (12 if mode == "scan" else 4), BATCHES * (1 if mode == "scan" else K) - 1
 
 
-def main(mode, directory, output):
+def main(root, *modes):
+    for mode in modes:
+        run(mode, pathlib.Path(root, mode), pathlib.Path(root, f"{mode}.npz"))
+
+
+def run(mode, directory, output):
     state, (step, size, total) = start(mode), steps(mode)
     if checkpoints.steps(directory):
         state = checkpoints.restore(directory, state)

@@ -3,6 +3,8 @@
 The oracle is `jax.value_and_grad` of the same function, whose key is an ordinary one.
 """
 
+import itertools
+
 import hypothesis
 import jax
 import jax.extend.core as jex
@@ -17,10 +19,13 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from jaxaccum.testing.strategies import partitions
 from tests.plain.test_batch_keys import keys_of
+from tests.support.covering import EVERY as EVERY_COMBINATION
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise, refused, same
 
 X, W = data(12, 3), data(3, 3, seed=1)
 AXES = (None, 0, ja.BATCH_KEY)
+EXAMPLES = hypothesis.settings.default.max_examples
 IMPLS = ["threefry2x32", "rbg", "unsafe_rbg"]
 OPTIONS = [
     {"num_microbatches": 1},
@@ -120,7 +125,7 @@ def loss_of(*layers):
 
 
 def error(loss, key, args=(W, X), in_axes=AXES, **options):
-    expected = jax.value_and_grad(loss)(*args, key)
+    expected = jax.jit(jax.value_and_grad(loss))(*args, key)
     actual = jax.jit(ja.value_and_grad(loss, in_axes=in_axes, **options))(*args, key)
     return normwise(actual, expected)
 
@@ -132,7 +137,7 @@ layers = st.builds(
 )
 
 
-@hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 5)
+@hypothesis.settings(max_examples=EXAMPLES // 5 if EXAMPLES >= EVERY_COMBINATION else 10)
 @given(st.lists(layers, min_size=1, max_size=2), partitions(12), st.integers(0, 3))
 def test_the_gradient_is_that_of_the_whole_batch_with_its_numbers(layers, options, seed):
     loss = loss_of(*(layer for _, layer in layers))
@@ -146,10 +151,11 @@ def test_the_gradient_is_that_of_the_whole_batch_with_its_numbers(layers, option
     assert refusal is None or "cannot be told apart" in refusal
 
 
-@EVERY
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("legacy", [False, True], ids=["typed", "legacy"])
-def test_every_generator_draws_the_whole_batch(legacy, impl, options):
+@pytest.mark.parametrize(
+    ("kind", "options"), covering(list(itertools.product(IMPLS, [False, True])), OPTIONS)
+)
+def test_every_generator_draws_the_whole_batch(kind, options):
+    impl, legacy = kind
     loss = loss_of(dropout, noise)
     with jax.default_prng_impl(impl):
         key = jax.random.PRNGKey(3) if legacy else jax.random.key(3)
@@ -168,12 +174,13 @@ def test_another_key_draws_other_numbers(sentinel):
 def test_the_function_of_the_whole_batch_draws_its_numbers(options):
     loss, key = loss_of(dropout), jax.random.key(3)
     whole = ja.microbatch(loss, in_axes=AXES, **options)
-    expected = jax.value_and_grad(loss)(W, X, key)
+    oracle = jax.jit(jax.value_and_grad(loss))
+    expected = oracle(W, X, key)
     assert normwise(jax.jit(jax.value_and_grad(whole))(W, X, key), expected) < EXACT
-    assert normwise(ja.full_batch(loss, AXES)(W, X, key), expected[0]) < EXACT
+    assert normwise(jax.jit(ja.full_batch(loss, AXES))(W, X, key), expected[0]) < EXACT
     seeds = jax.random.split(key, 2)
-    both = jax.vmap(jax.grad(whole), (None, None, 0))(W, X, seeds)
-    assert normwise(both[1], jax.grad(loss)(W, X, seeds[1])) < EXACT
+    both = jax.jit(jax.vmap(jax.grad(whole), (None, None, 0)))(W, X, seeds)
+    assert normwise(both[1], oracle(W, X, seeds[1])[1]) < EXACT
 
 
 @EVERY
@@ -198,7 +205,7 @@ def test_padding_that_is_skipped_leaves_the_numbers_of_the_batch(options):
     key, axes, batch = jax.random.key(3), (*AXES, None), {"x": X, "i": jnp.arange(12)}
     whole = lambda w: ja.full_batch(loss, axes)(w, batch, key, 7)
     step = ja.value_and_grad(loss, in_axes=axes, num_examples_argnum=3, **options)
-    assert normwise(step(W, batch, key, 7), jax.value_and_grad(whole)(W)) < EXACT
+    assert normwise(step(W, batch, key, 7), jax.jit(jax.value_and_grad(whole))(W)) < EXACT
 
 
 @EVERY
@@ -232,7 +239,7 @@ def normalized(axis):
 @pytest.mark.parametrize("memory", ["min", "store"])
 def test_a_coupled_loss_draws_the_numbers_of_the_batch(memory):
     key = jax.random.key(3)
-    expected = jax.value_and_grad(normalized(None))(W, X, key)
+    expected = jax.jit(jax.value_and_grad(normalized(None)))(W, X, key)
     for options in OPTIONS[0], OPTIONS[1], OPTIONS[3]:
         step = ja.value_and_grad(normalized("microbatch"), in_axes=AXES, memory=memory, **options)
         assert normwise(jax.jit(step)(W, X, key), expected) < EXACT
@@ -242,13 +249,14 @@ MESH = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 EXPLICIT = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("coupled", [False, True], ids=["plain", "coupled"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_devices_draw_the_numbers_of_the_whole_batch(n, coupled, check_vma):
-    key = jax.random.key(3)
+@pytest.mark.parametrize(
+    ("case", "check_vma"),
+    covering(list(itertools.product([1, 3], [False, True])), [True, False]),
+)
+def test_devices_draw_the_numbers_of_the_whole_batch(case, check_vma):
+    (n, coupled), key = case, jax.random.key(3)
     loss = normalized(("data", "microbatch")) if coupled else loss_of(dropout, a_key_per_example)
-    expected = jax.value_and_grad(normalized(None) if coupled else loss)(W, X, key)
+    expected = jax.jit(jax.value_and_grad(normalized(None) if coupled else loss))(W, X, key)
     step = ja.value_and_grad(loss, num_microbatches=n, in_axes=AXES, mesh_axes="data")
     specs = {"mesh": MESH, "in_specs": (P(), P("data"), P()), "out_specs": P()}
     actual = jax.jit(jax.shard_map(step, check_vma=check_vma, **specs))(W, X, key)
@@ -263,7 +271,8 @@ def test_an_explicit_mesh_draws_the_numbers_of_the_whole_batch(options):
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
     with jax.set_mesh(EXPLICIT):
         actual = jax.jit(ja.value_and_grad(loss, in_axes=AXES, **options))(W, x, key)
-    assert normwise(jax.device_get(actual), jax.value_and_grad(loss)(W, X, key)) < EXACT
+    expected = jax.jit(jax.value_and_grad(loss))(W, X, key)
+    assert normwise(jax.device_get(actual), expected) < EXACT
 
 
 # -- what it costs ----------
@@ -279,8 +288,9 @@ def test_a_microbatch_draws_its_own_rows_alone():
         step = ja.grad(loss, num_microbatches=64, in_axes=(None, 0, sentinel), audit=None)
         return jax.jit(step).lower(w, x, key).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(ja.BATCH_KEY) < 1.1 * temporary(ja.KEY)
-    assert temporary(ja.BATCH_KEY) < x.nbytes
+    of_batch = temporary(ja.BATCH_KEY)
+    assert of_batch < 1.1 * temporary(ja.KEY)
+    assert of_batch < x.nbytes
 
 
 # -- what cannot be told ----------

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from jaxaccum._program import batch_keys
 from jaxaccum._program.batch_keys import Drawn, Larger, Rows
+from tests.support.covering import covering
 from tests.support.helpers import data, same
 
 SIZE, BATCH = 4, 10
 ADJACENT, STRIDED = (0, 1, 2, 3), (0, 2, 4, 6)
 SHARED = [(), (2,), (3,), (1, 3), (4, 5), (4, 4), (2, 3)]
 """What as many examples and twice as many draw alike."""
-OFFSETS = pytest.mark.parametrize("offsets", [ADJACENT, STRIDED], ids=["adjacent", "strided"])
-IMPLS = pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+IMPLS = ["threefry2x32", "rbg", "unsafe_rbg"]
 DTYPES = [jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64]
 BITS = [("threefry2x32", True, dtype, ADJACENT) for dtype in DTYPES]
 BITS += [("threefry2x32", True, dtype, STRIDED) for dtype in DTYPES]
@@ -78,8 +78,7 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-@OFFSETS
+@pytest.mark.parametrize(("name", "offsets"), covering(list(DISTRIBUTIONS), [ADJACENT, STRIDED]))
 def test_numbers_of_any_distribution_are_those_of_the_batch(offsets, name):
     draw = DISTRIBUTIONS[name]
     whole, key = keys_of("threefry2x32", (8, 3), (8, 3, 5), (8,), offsets=offsets)
@@ -116,8 +115,7 @@ WAYS = {
 }
 
 
-@IMPLS
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "impl"), covering(list(WAYS), IMPLS))
 def test_what_acts_on_a_key_acts_on_the_key_of_the_batch(name, impl):
     whole, key = keys_of(impl, (8, 3))
     through = lambda size: jax.jit(
@@ -138,7 +136,7 @@ def test_a_map_over_keys_draws_the_rows_from_each():
     assert same(heads(SIZE)(key), heads(BATCH)(whole)[:, rows()])
 
 
-@IMPLS
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_key_of_the_batch_comes_out(impl):
     whole, key = keys_of(impl)
     assert batch_keys.is_batch_key(key.dtype)

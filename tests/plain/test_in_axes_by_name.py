@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 import jaxaccum.nnx
 from jaxaccum.testing import assert_exact
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, mean_of_means, normwise, parts_of, refused
 
 W, V = data(3), data(2, seed=5)
@@ -74,8 +75,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("call", "transformation"), covering(list(CALLS), list(TRANSFORMATIONS)))
 def test_an_entry_by_name_holds_wherever_the_argument_stands(call, transformation):
     fun, called = CALLS[call]
     ours = TRANSFORMATIONS[transformation](fun, in_axes={"batch": 0}, num_microbatches=3)

@@ -1,12 +1,15 @@
 """Keys and carried state: randomness that no partition changes, and state that runs in the batch's
 order."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise, refused, same
 
 X, W = data(7, 3), data(3, seed=1)
@@ -14,6 +17,7 @@ OPTIONS = [{"num_microbatches": n} for n in (1, 3, 7)] + [
     {"microbatch_size": 3},
     {"num_microbatches": 7, "split": "strided"},
 ]
+IMPLS = ["threefry2x32", "rbg", "unsafe_rbg"]
 KEYS = [jax.random.key(0), jax.random.PRNGKey(0)]
 
 
@@ -23,14 +27,13 @@ def dropped(w, x, keys):
     return jnp.where(keep, x, 0.0) @ w
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("key", KEYS, ids=["typed", "legacy"])
+@pytest.mark.parametrize(("options", "key"), covering(OPTIONS, KEYS))
 def test_example_keys_make_dropout_independent_of_the_partition(options, key):
     loss = lambda w, x, keys: jnp.mean(dropped(w, x, keys) ** 2)
     keys = jnp.stack([jax.random.fold_in(key, i) for i in range(7)])
     actual = ja.value_and_grad(loss, in_axes=(None, 0, ja.EXAMPLE_KEY), **options)(W, X, key)
-    assert normwise(actual, jax.value_and_grad(loss)(W, X, keys)) < EXACT
-    oracle = ja.full_batch(loss, (None, 0, ja.EXAMPLE_KEY))
+    assert normwise(actual, jax.jit(jax.value_and_grad(loss))(W, X, keys)) < EXACT
+    oracle = jax.jit(ja.full_batch(loss, (None, 0, ja.EXAMPLE_KEY)))
     assert normwise(oracle(W, X, key), actual[0]) < EXACT
 
 
@@ -40,10 +43,11 @@ def drawn_one_by_one(w, x, keys):
     return jnp.mean((jnp.where(keep, x, 0.0) @ w - 1) ** 2)
 
 
-@pytest.mark.parametrize("options", OPTIONS[2:4], ids=str)
-@pytest.mark.parametrize("typed", [True, False], ids=["typed", "legacy"])
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_example_keys_of_every_generator_depend_on_the_example_alone(impl, typed, options):
+@pytest.mark.parametrize(
+    ("kind", "options"), covering(list(itertools.product(IMPLS, [True, False])), OPTIONS[2:4])
+)
+def test_example_keys_of_every_generator_depend_on_the_example_alone(kind, options):
+    impl, typed = kind
     with jax.default_prng_impl(impl):
         key = jax.random.key(7) if typed else jax.random.PRNGKey(7)
         keys = jax.random.split(key, 7)
@@ -53,18 +57,21 @@ def test_example_keys_of_every_generator_depend_on_the_example_alone(impl, typed
         cut = [own for _, own in ja.partition(X, key, in_axes=axes[1:], num_microbatches=3)]
         assert same(jax.random.key_data(jnp.concatenate(cut)), jax.random.key_data(keys))
         actual = ja.value_and_grad(drawn_one_by_one, in_axes=axes, **options)(W, X, key)
-        assert normwise(actual, jax.value_and_grad(drawn_one_by_one)(W, X, keys)) < EXACT
-        assert normwise(ja.full_batch(drawn_one_by_one, axes)(W, X, key), actual[0]) < EXACT
+        expected = jax.jit(jax.value_and_grad(drawn_one_by_one))(W, X, keys)
+        assert normwise(actual, expected) < EXACT
+        oracle = jax.jit(ja.full_batch(drawn_one_by_one, axes))
+        assert normwise(oracle(W, X, key), actual[0]) < EXACT
         if impl == "unsafe_rbg":  # which makes other keys where it folds the example's index
             folded = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(7))
             assert not same(jax.random.key_data(folded), jax.random.key_data(keys))
 
 
-@pytest.mark.parametrize("options", OPTIONS[3:], ids=str)
-@pytest.mark.parametrize("partitionable", [True, False])
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_example_keys_are_those_of_split(impl, partitionable, options):
+@pytest.mark.parametrize(
+    ("kind", "options"), covering(list(itertools.product(IMPLS, [True, False])), OPTIONS[3:])
+)
+def test_example_keys_are_those_of_split(kind, options):
     """So that the one line changed draws what ``jax.random.split(key, batch_size)`` drew before."""
+    impl, partitionable = kind
     with jax.threefry_partitionable(partitionable):
         key = jax.random.key(7, impl=impl)
         expected = jax.random.key_data(jax.random.split(key, 7))
@@ -92,7 +99,7 @@ def test_the_masks_of_a_loss_that_split_its_key_itself_are_kept():
 
     after = lambda w, x, keys: jnp.mean(dropped(w, x, keys) ** 2)
     key, axes = jax.random.key(3), (None, 0, ja.EXAMPLE_KEY)
-    expected = jax.value_and_grad(before)(W, X, key)
+    expected = jax.jit(jax.value_and_grad(before))(W, X, key)
     for options in OPTIONS:
         assert (
             normwise(ja.value_and_grad(after, in_axes=axes, **options)(W, X, key), expected) < EXACT
@@ -106,10 +113,16 @@ def differentiated(fun, **options):
     return jax.grad(ja.microbatch(fun, **options))
 
 
-@pytest.mark.parametrize("make", [ja.value_and_grad, differentiated])
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("role", [ja.KEY, ja.EXAMPLE_KEY], ids=str)
-def test_folded_keys_pass_the_check_for_keys_used_twice(role, n, make):
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    covering(
+        list(itertools.product([ja.KEY, ja.EXAMPLE_KEY], [1, 3])),
+        [ja.value_and_grad, differentiated],
+    ),
+)
+def test_folded_keys_pass_the_check_for_keys_used_twice(kind, make):
+    role, n = kind
+
     def loss(w, x, key):
         keys = key if role is ja.EXAMPLE_KEY else jax.random.split(key, len(x))
         return ja.Mean(jnp.sum(dropped(w, x, keys) ** 2), len(x))
@@ -126,15 +139,12 @@ def test_folded_keys_pass_the_check_for_keys_used_twice(role, n, make):
 @pytest.mark.parametrize("key", KEYS, ids=["typed", "legacy"])
 def test_a_key_is_folded_with_the_microbatch_and_so_depends_on_the_partition(key):
     fun = lambda x, key: ja.Stack(jax.random.uniform(key))
+    drawn = jax.jit(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
     for options in OPTIONS:
         draws = ja.microbatch(fun, in_axes=(0, ja.KEY), **options)(X, key)
-        assert draws.tolist() == [
-            float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(len(draws))
-        ]
+        assert draws.tolist() == [float(drawn(i)) for i in range(len(draws))]
         assert len(set(draws.tolist())) == len(draws)  # a shared key would repeat itself
-    assert ja.full_batch(fun, (0, ja.KEY))(X, key).tolist() == [
-        float(jax.random.uniform(jax.random.fold_in(key, 0)))
-    ]
+    assert ja.full_batch(fun, (0, ja.KEY))(X, key).tolist() == [float(drawn(0))]
 
 
 def test_keys_in_a_pytree_are_each_folded():
@@ -169,8 +179,9 @@ def test_state_runs_from_microbatch_to_microbatch(options):
         W, X, state
     )
     expected, total, grads = state, 0.0, jnp.zeros(3)
+    part = jax.jit(jax.value_and_grad(running, has_aux=True))
     for w, rows, _ in ja.partition(W, X, state, in_axes=axes, **options):
-        (loss, new), own = jax.value_and_grad(running, has_aux=True)(w, rows, expected)
+        (loss, new), own = part(w, rows, expected)
         total, grads, expected = (
             total + loss * len(rows) / 7,
             grads + own * len(rows) / 7,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused, sizes_of
 
 CONTIGUOUS = st.integers(1, 40).flatmap(
@@ -65,12 +66,11 @@ def test_the_loop_sees_what_partition_says(batch_size, options, axis):
     assert sums.tolist() == host
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2, -1])
-@pytest.mark.parametrize(
-    "options",
-    [{"num_microbatches": 3, "split": "strided"}, {"num_microbatches": 3}, {"microbatch_size": 4}],
-    ids=str,
-)
+CUTS = [{"num_microbatches": 3, "split": "strided"}, {"num_microbatches": 3}]
+CUTS += [{"microbatch_size": 4}]
+
+
+@pytest.mark.parametrize(("axis", "options"), covering([1, 0, 2, -1], CUTS))
 def test_rows_return_to_their_places_along_any_axis(options, axis):
     """Rows of the output and gradients of the batch; all sizes differ, so that no axis is
     another."""

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxaccum._base import trees
 from jaxaccum._program import microbatches, reductions
 from jaxaccum._program.reductions import Reduction
+from tests.support.covering import covering
 from tests.support.helpers import data
 
 PARTITIONS = {
@@ -49,8 +50,7 @@ def test_the_examples_of_each_microbatch(case):
     assert sum(group.examples for group in partition.groups) == partition.batch_size
 
 
-@of_partitions
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(("case", "axis"), covering(list(PARTITIONS.values()), [0, 1, 2]))
 def test_rows_are_cut_along_their_axis_and_put_back(case, axis):
     """All axes differ in length, so that another axis in the place of this one is another shape."""
     partition, expected = case

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise, parts_of, refused, sizes_of
 
 W, X = data(3), data(12, 3, seed=1)
@@ -62,15 +63,18 @@ def by_hand(weight_of, sizes):
 
 
 @INEXACT
-@pytest.mark.parametrize("options", [{"num_microbatches": 4}, {"microbatch_size": 5}], ids=str)
-@pytest.mark.parametrize("name", OF_INDEX)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    covering(list(OF_INDEX), [{"num_microbatches": 4}, {"microbatch_size": 5}]),
+)
 def test_a_weight_of_the_index_is_that_of_each_microbatch(name, options):
     weight_of, sizes = OF_INDEX[name], sizes_of(12, **options)
-    expected = jax.value_and_grad(by_hand(weight_of, sizes))(W, X)
+    expected = jax.jit(jax.value_and_grad(by_hand(weight_of, sizes)))(W, X)
     loss = weighted(weight_of)
     assert normwise(ja.value_and_grad(loss, **options)(W, X), expected) < EXACT
     assert normwise(jax.value_and_grad(ja.microbatch(loss, **options))(W, X), expected) < EXACT
-    of_the_first = jax.value_and_grad(by_hand(lambda i: weight_of(0 * i), sizes))(W, X)
+    first = by_hand(lambda i: weight_of(0 * i), sizes)
+    of_the_first = jax.jit(jax.value_and_grad(first))(W, X)
     assert normwise(of_the_first, expected) > EXACT
 
 
@@ -95,8 +99,7 @@ def test_a_weight_of_the_index_in_a_coupled_loss():
     assert normwise(actual, jax.value_and_grad(lambda w, x: jnp.var(x @ w))(W, X)) > EXACT
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize(("coupled", "check_vma"), covering([False, True], [True, False]))
 def test_a_weight_of_the_device_is_that_of_each_device(coupled, check_vma):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     both = ("data", "microbatch")
@@ -126,10 +129,10 @@ PADDED, MASK = ja.pad_batch(X[:5], to=12)
 PADDING = {"in_axes": (None, 0, 0, None), "num_examples_argnum": 3}
 
 
-@pytest.mark.parametrize(
-    "tag", [lambda x, mask: ja.Mean(x, jnp.sum(mask)), lambda x, mask: ja.Sum(x / 5)]
-)
-@pytest.mark.parametrize("n", [1, 3, 6, 12])
+TAGS = [lambda x, mask: ja.Mean(x, jnp.sum(mask)), lambda x, mask: ja.Sum(x / 5)]
+
+
+@pytest.mark.parametrize(("n", "tag"), covering([1, 3, 6, 12], TAGS))
 def test_constant_weights_count_as_often_as_their_totals_do(n, tag):
     """A regularizer is a term with a constant weight, which padding does not add either."""
 

@@ -3,6 +3,7 @@ float64."""
 
 import contextlib
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jaxaccum.testing import Layer, build_model, linen_model, normwise
 from jaxaccum.testing.language import BLOCKS, CLASSES, block
 from jaxaccum.testing.strategies import model_batches, models
+from tests.support.covering import EVERY
 from tests.support.nnx_builder import nnx_model
 from tests.support.tagged_losses import LOSSES, Loss, loss_terms, losses
 
@@ -20,6 +22,7 @@ with contextlib.suppress(ModuleNotFoundError):
     from torch_ref import losses as torch_losses
 
 WIDTH = 4
+EXAMPLES = hypothesis.settings.default.max_examples
 EVERY_TERM = LOSSES[-1]
 HEAD = Layer("dense", "head", size=CLASSES)
 EMBEDDING = Layer("embedding", "embedding", size=WIDTH)
@@ -52,19 +55,21 @@ def a_batch(size=5, seed=0):
     }
 
 
-def value_and_gradient(apply, model, loss, batch):
+def value_and_gradient(apply, model, loss, batch, *, compiled):
     """In one pass, with the terms divided by hand: nothing of jaxaccum's core."""
 
     def fun(weights):
         terms = loss_terms(loss, apply(weights, model.state, batch)[0], batch)
         return sum(total / weight for total, weight in terms.values())
 
-    return jax.value_and_grad(fun)(model.weights)
+    step = jax.value_and_grad(fun)
+    return (jax.jit(step) if compiled else step)(model.weights)
 
 
-def assert_same(model, loss, batch):
-    linen = value_and_gradient(linen_model(model.layers), model, loss, batch)
-    nnx = value_and_gradient(nnx_model(model.layers, model.width), model, loss, batch)
+def assert_same(model, loss, batch, *, compiled=True):
+    options = {"model": model, "loss": loss, "batch": batch, "compiled": compiled}
+    linen = value_and_gradient(linen_model(model.layers), **options)
+    nnx = value_and_gradient(nnx_model(model.layers, model.width), **options)
     assert normwise(nnx, linen) <= 1e-12
     if "torch_losses" in globals():
         torch = torch_losses.value_and_gradient(model, loss, batch)
@@ -77,10 +82,12 @@ def test_every_layer_is_the_same_in_each_framework(name):
     assert_same(build_model(MODELS[name], WIDTH, seed=1), EVERY_TERM, a_batch())
 
 
+@hypothesis.settings(max_examples=EXAMPLES if EXAMPLES >= EVERY else 25)
 @given(st.data())
 def test_compositions_are_the_same_in_each_framework(data):
     model = data.draw(models(kinds=UNROLLED, widths=(4,)))
-    assert_same(model, data.draw(losses()), data.draw(model_batches(model.width, sizes=(4,))))
+    batch = data.draw(model_batches(model.width, sizes=(4,)))
+    assert_same(model, data.draw(losses()), batch, compiled=False)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
@@ -90,7 +97,7 @@ def test_every_loss_is_the_same_in_each_framework(loss):
 
 def outputs(name, batch, seed=1):
     model = build_model(MODELS[name], WIDTH, seed=seed)
-    return linen_model(model.layers)(model.weights, model.state, batch)[0]
+    return jax.jit(linen_model(model.layers))(model.weights, model.state, batch)[0]
 
 
 def test_attention_reads_no_masked_token():
@@ -129,10 +136,10 @@ def test_training_batch_norm_couples_examples_and_moves_its_state():
         "features": np.concatenate([batch["features"][:1], 2 * batch["features"][1:]])
     }
     before, after = (
-        linen_model(model.layers)(model.weights, model.state, each)
+        jax.jit(linen_model(model.layers))(model.weights, model.state, each)
         for each in (batch, others_changed)
     )
-    nnx = nnx_model(model.layers, WIDTH)(model.weights, model.state, batch)
+    nnx = jax.jit(nnx_model(model.layers, WIDTH))(model.weights, model.state, batch)
     assert model.coupled
     assert not build_model(MODELS["batch_norm"], WIDTH, seed=1).coupled
     assert normwise(before[0][0], after[0][0]) > 1e-3
