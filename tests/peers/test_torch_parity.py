@@ -208,6 +208,7 @@ def test_optax_multi_steps_is_the_full_batch_when_the_weights_are_known(data):
     assert normwise(updates, expected) <= 1e-6  # optax accumulates in float32
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
     """In PyTorch alone: the right loop is the full batch, and each wrong one fails the very same
@@ -234,6 +235,7 @@ def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
     )
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_a_tail_over_k_and_the_last_microbatch_alone_are_wrong(data):
     model, loss = data.draw(models()), data.draw(losses())
