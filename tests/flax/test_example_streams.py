@@ -1,5 +1,7 @@
 """Streams of a model from which each example draws as in the whole batch, under every partition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from tests.flax.streaming import state, step
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
 WIDE = {"param_dtype": jnp.float64}
@@ -19,7 +22,7 @@ OPTIONS = [{"num_microbatches": n} for n in (1, 4, 8)] + [
     {"num_microbatches": 2, "split": "strided"},
 ]
 EQUAL = [options for options in OPTIONS if "microbatch_size" not in options]
-EVERY = pytest.mark.parametrize("options", OPTIONS, ids=str)
+COUPLED = [options | {"memory": memory} for options, memory in covering(EQUAL, ["min", "store"])]
 
 
 class Net(nnx.Module):
@@ -40,6 +43,12 @@ class Net(nnx.Module):
 
 def loss(model, batch):
     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+
+@functools.cache
+def compiled(**options):
+    """The step of all tests with these options, whose programs are compiled once."""
+    return nnx.jit(step(loss, **options))
 
 
 def keeps(model, size, width):
@@ -65,7 +74,7 @@ def by_hand(model):
             x = jnp.where(keep, 2 * x, 0.0)
         return jnp.mean((x @ params["last"]["kernel"] + params["last"]["bias"][None] - Y) ** 2)
 
-    return jax.value_and_grad(whole)(params)
+    return jax.jit(jax.value_and_grad(whole))(params)
 
 
 def pure(result):
@@ -73,39 +82,48 @@ def pure(result):
     return value, nnx.to_pure_dict(grads)
 
 
-@EVERY
-@pytest.mark.parametrize("compiled", [nnx.jit, lambda f: f], ids=["jit", "eager"])
-def test_every_example_has_its_mask_of_the_whole_batch(compiled, options):
-    model, twin = Net(), Net()
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_example_has_its_mask_of_the_whole_batch(options):
+    model = Net()
+    for count in (2, 4):  # the second call draws other masks
+        expected = by_hand(model)
+        assert normwise(pure(compiled(**options)(model, BATCH)), expected) < EXACT
+        assert model.dropout.rngs.count.get_value() == count
+
+
+def test_without_nnx_jit_too():
+    model = Net()
+    for count in (2, 4):
+        expected = by_hand(model)
+        assert normwise(pure(step(loss, num_microbatches=4)(model, BATCH)), expected) < EXACT
+        assert model.dropout.rngs.count.get_value() == count
+
+
+@pytest.mark.parametrize("options", COUPLED, ids=str)
+def test_a_coupled_model_is_exact_with_its_masks(options):
+    model = Net("microbatch")
     expected = by_hand(model)
-    assert normwise(pure(compiled(step(loss, **options))(model, BATCH)), expected) < EXACT
-    if options != {"num_microbatches": 1}:
-        threaded = step(loss, **options, example_streams=False)
-        assert normwise(pure(threaded(twin, BATCH)), expected) > 1e-2
-    expected = by_hand(model)  # the second call draws other masks
-    assert normwise(pure(compiled(step(loss, **options))(model, BATCH)), expected) < EXACT
+    assert normwise(pure(compiled(**options)(model, BATCH)), expected) < EXACT
 
 
-@pytest.mark.parametrize("options", EQUAL, ids=str)
-@pytest.mark.parametrize("memory", ["min", "store"])
-def test_a_coupled_model_is_exact_with_its_masks(memory, options):
-    model, twin = Net("microbatch"), Net("microbatch")
-    expected = by_hand(model)
-    assert normwise(pure(step(loss, **options, memory=memory)(model, BATCH)), expected) < EXACT
-    if options["num_microbatches"] > 1:
-        threaded = step(loss, **options, example_streams=False)
-        assert normwise(pure(threaded(twin, BATCH)), expected) > 1e-2
+@pytest.mark.parametrize(
+    ("norm", "options"), [(None, {"microbatch_size": 3}), ("microbatch", EQUAL[1])], ids=str
+)
+def test_masks_of_each_microbatchs_own_are_others(norm, options):
+    """The negative control: a stream that runs through the microbatches."""
+    threaded = step(loss, **options, example_streams=False, audit=None)
+    assert normwise(pure(threaded(Net(norm), BATCH)), by_hand(Net(norm))) > 1e-2
 
 
-@EVERY
-@pytest.mark.parametrize("norm", [None, "microbatch"])
+CASES = [(None, options) for options in OPTIONS] + [("microbatch", options) for options in COUPLED]
+
+
+@pytest.mark.parametrize(("norm", "options"), CASES, ids=str)
 def test_the_state_afterwards_is_that_of_the_full_batch(norm, options):
     """The streams advance once, by as many draws as the model makes, and hold ordinary keys."""
-    if norm and options not in EQUAL:
-        return
     model, whole = Net(norm), Net(norm)
     structure, key = jax.tree.structure(nnx.state(model)), model.dropout.rngs.key.get_value()
-    step(loss, **options)(model, BATCH)
+    compiled(**options)(model, BATCH)
     loss(whole, BATCH)
     assert normwise(state(model)["dropout"], state(whole)["dropout"]) == 0
     assert normwise(state(model), state(whole)) < EXACT
@@ -115,12 +133,11 @@ def test_the_state_afterwards_is_that_of_the_full_batch(norm, options):
     assert model.dropout.rngs.count.get_value().dtype == jnp.uint32
 
 
-@pytest.mark.parametrize("norm", [None, "microbatch"])
-def test_other_generators_draw_the_masks_of_the_whole_batch(norm):
-    for options in EQUAL[1:3]:
-        model = Net(norm, impl="rbg")
-        expected = by_hand(model)
-        assert normwise(pure(step(loss, **options)(model, BATCH)), expected) < EXACT
+@pytest.mark.parametrize(("norm", "options"), covering([None, "microbatch"], EQUAL[1:3]), ids=str)
+def test_other_generators_draw_the_masks_of_the_whole_batch(norm, options):
+    model = Net(norm, impl="rbg")
+    expected = by_hand(model)
+    assert normwise(pure(step(loss, **options)(model, BATCH)), expected) < EXACT
 
 
 # -- devices ----------
@@ -130,8 +147,10 @@ MESH = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 EXPLICIT = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("norm", [None, ("data", "microbatch")], ids=["plain", "coupled"])
+NORM = ("data", "microbatch")
+
+
+@pytest.mark.parametrize(("norm", "check_vma"), [(None, True), (NORM, True), (NORM, False)])
 def test_devices_and_microbatches_draw_the_masks_of_the_full_batch(norm, check_vma):
     model = Net(norm)
     expected = by_hand(model)
@@ -147,21 +166,20 @@ def test_devices_and_microbatches_draw_the_masks_of_the_full_batch(norm, check_v
     assert normwise(actual, expected) < EXACT
     loss(whole := Net(), BATCH)
     assert normwise(streams, state(whole)["dropout"]) == 0
-    if norm:  # without statistics of all devices, a state that is carried is refused on a mesh
+    if (
+        norm and check_vma
+    ):  # without statistics of all devices, a state that is carried is refused on a mesh
         threaded = lambda variables, batch: own(variables, batch, n=1, example_streams=False)
         actual, _ = jax.jit(jax.shard_map(threaded, **specs))(variables, BATCH)
         assert normwise(actual, expected) > 1e-2
 
 
-@pytest.mark.parametrize("norm", [None, "microbatch"], ids=["plain", "coupled"])
-def test_an_explicit_mesh_draws_the_masks_of_the_full_batch(norm):
+@pytest.mark.parametrize(("norm", "n"), [(None, 1), (None, 2), ("microbatch", 2)])
+def test_an_explicit_mesh_draws_the_masks_of_the_full_batch(norm, n):
     model, batch = Net(norm), jax.device_put(BATCH, NamedSharding(EXPLICIT, P("data")))
     expected = by_hand(model)
     with jax.set_mesh(EXPLICIT):
-        for n in (1, 2):
-            assert (
-                normwise(pure(step(loss, num_microbatches=n)(Net(norm), batch)), expected) < EXACT
-            )
+        assert normwise(pure(step(loss, num_microbatches=n)(model, batch)), expected) < EXACT
 
 
 def test_gathered_parameters_keep_the_streams_of_the_examples():
@@ -180,8 +198,7 @@ def test_gathered_parameters_keep_the_streams_of_the_examples():
 
 def test_keys_pass_the_check_for_keys_used_twice():
     with jax.debug_key_reuse(True):
-        for options in (OPTIONS[1], OPTIONS[3]):
-            step(loss, **options)(Net(), BATCH)
+        step(loss, **OPTIONS[3])(Net(), BATCH)
         step(loss, **OPTIONS[1])(Net("microbatch"), BATCH)
 
 
@@ -193,12 +210,10 @@ def test_padding_that_is_skipped_leaves_the_streams_as_they_were():
 
     batch = BATCH | {"i": jnp.arange(8)}
     options = {"in_axes": (None, 0, None), "num_examples_argnum": 2}
+    cut, uncut = (nnx.jit(step(fun, num_microbatches=n, **options)) for n in (4, 1))
     for count in (8, 5, 0):
         model, whole = Net(), Net()
-        actual = step(fun, num_microbatches=4, **options)(model, batch, count)
-        assert (
-            normwise(actual, step(fun, num_microbatches=1, **options)(whole, batch, count)) < EXACT
-        )
+        assert normwise(cut(model, batch, count), uncut(whole, batch, count)) < EXACT
         assert normwise(state(model), state(whole)) == 0
         assert model.dropout.rngs.count.get_value() == (2 if count else 0)
         assert same(state(model)["dropout"]["rngs"]["key"], state(Net())["dropout"]["rngs"]["key"])

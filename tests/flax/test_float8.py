@@ -1,6 +1,8 @@
 """Flax's float8 layers send their next scales and maxima through the gradient: over microbatches
 these are maxima."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import normwise, refused
 
 MODEL = nn.Dense(16, dot_general_cls=nn.Fp8DotGeneralOp, dtype=jnp.float32)
@@ -31,14 +34,22 @@ def loss(variables, x):
     return jnp.mean((MODEL.apply(variables, x) - 1.0) ** 2)
 
 
+@functools.cache
+def initial():
+    return jax.jit(MODEL.init)(jax.random.key(1), X)
+
+
 def trained(grad, steps=6):
-    state = TrainState.create(
-        apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(1), X), tx=optax.sgd(1e-2)
-    )
+    state = TrainState.create(apply_fn=MODEL.apply, params=initial(), tx=optax.sgd(1e-2))
     step = jax.jit(lambda state: state.apply_gradients(grads=grad(state.params, X)))
     for _ in range(steps):
         state = step(state)
     return state.params
+
+
+@functools.cache
+def trained_on_the_full_batch():
+    return trained(jax.grad(loss))
 
 
 WAYS = {
@@ -48,10 +59,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("n", [1, 3, 4])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "n"), [*covering(list(WAYS), [1, 3, 4]), ("in_place", 3)])
 def test_scales_and_maxima_are_those_of_the_full_batch(way, n):
-    ours, full = trained(WAYS[way](n)), trained(jax.grad(loss))
+    ours, full = trained(WAYS[way](n)), trained_on_the_full_batch()
     eps = float(jnp.finfo(jnp.float32).eps)
     assert normwise(ours[STATE], full[STATE]) < 64 * eps
     assert (
@@ -65,11 +75,11 @@ def test_summed_they_are_the_classic_wrong_answer():
     usual = lambda v, _: jax.tree.map(
         lambda *g: sum(g) / 1.0, *[jax.grad(loss)(v, part) for part in parts]
     )
-    assert normwise(trained(usual)[STATE], trained(jax.grad(loss))[STATE]) > 0.5
+    assert normwise(trained(usual)[STATE], trained_on_the_full_batch()[STATE]) > 0.5
 
 
 def test_a_custom_accumulator_would_average_them():
-    variables, skip = MODEL.init(jax.random.key(1), X), ja.accumulators.skip_nonfinite()
+    variables, skip = initial(), ja.accumulators.skip_nonfinite()
     refused(
         lambda: ja.grad(loss, num_microbatches=2, accumulator=skip)(variables, X),
         STATE,
@@ -113,17 +123,22 @@ def declared(loss, n, in_axes=(DECLARED, 0), **options):
     return ja.grad(loss, num_microbatches=n, in_axes=in_axes, **options)
 
 
+@functools.cache
+def full_gradient(loss):
+    return jax.jit(jax.grad(loss))(PARAMS, X)
+
+
 def close(actual, expected):
     eps = float(jnp.finfo(jnp.float32).eps)
     return all(normwise(actual[name], expected[name]) < 64 * eps for name in PARAMS)
 
 
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize(
-    "accumulator", [None, ja.accumulators.tree(), ja.accumulators.in_place(jnp.float32)]
-)
+ACCUMULATORS = [None, ja.accumulators.tree(), ja.accumulators.in_place(jnp.float32)]
+
+
+@pytest.mark.parametrize(("accumulator", "n"), [*covering(ACCUMULATORS, [1, 3]), (None, 3)])
 def test_a_declared_maximum_is_the_full_batchs(accumulator, n):
-    full = jax.grad(saturated_loss)(PARAMS, X)
+    full = full_gradient(saturated_loss)
     assert close(declared(saturated_loss, n, accumulator=accumulator)(PARAMS, X), full)
     through_jax = jax.grad(ja.microbatch(saturated_loss, num_microbatches=n, in_axes=(DECLARED, 0)))
     assert close(through_jax(PARAMS, X), full)
@@ -132,12 +147,13 @@ def test_a_declared_maximum_is_the_full_batchs(accumulator, n):
         assert not close(summed(PARAMS, X), full)
 
 
-@pytest.mark.parametrize("memory", ["min", "store"])
-@pytest.mark.parametrize("accumulator", [None, ja.accumulators.tree()])
+@pytest.mark.parametrize(
+    ("accumulator", "memory"), covering([None, ja.accumulators.tree()], ["min", "store"])
+)
 def test_of_a_coupled_loss_too(accumulator, memory):
     loss = lambda params, x: normalized_loss(params, x, "microbatch")
     options = {"accumulator": accumulator, "memory": memory}
-    full = jax.grad(normalized_loss)(PARAMS, X)
+    full = full_gradient(normalized_loss)
     assert close(declared(loss, 4, **options)(PARAMS, X), full)
     assert not close(ja.grad(loss, num_microbatches=4, audit=None, **options)(PARAMS, X), full)
 
@@ -151,8 +167,8 @@ def test_flaxs_layer_behind_a_batch_norm():
         apply = lambda v, x: net(axis_name).apply(v, x, mutable=["batch_stats"])[0]
         return lambda v, x: jnp.mean((apply(v, x) - 1.0) ** 2)
 
-    variables = net(None).init(jax.random.key(1), X)
-    full = jax.grad(loss(None))(variables, X)
+    variables = jax.jit(net(None).init)(jax.random.key(1), X)
+    full = jax.jit(jax.grad(loss(None)))(variables, X)
     ours = ja.grad(loss("microbatch"), num_microbatches=4)(variables, X)
     eps = float(jnp.finfo(jnp.float32).eps)
     assert normwise(ours[STATE], full[STATE]) < 64 * eps
@@ -177,7 +193,7 @@ def test_over_devices_it_is_the_largest_of_all():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = declared(saturated_loss, 2, mesh_axes="data")
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    assert close(jax.jit(sharded)(PARAMS, X), jax.grad(saturated_loss)(PARAMS, X))
+    assert close(jax.jit(sharded)(PARAMS, X), full_gradient(saturated_loss))
 
 
 def test_other_sentinels_are_for_whole_arguments():

@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise, refused
 
 WIDE = {"param_dtype": jnp.float64}
@@ -106,12 +107,11 @@ def loss_through(name):
 
 
 @INEXACT
-@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
-@pytest.mark.parametrize("name", THROUGH)
+@pytest.mark.parametrize(("name", "options"), covering(list(THROUGH), OPTIONS[1:]), ids=str)
 def test_a_model_goes_through_transformations_of_nnx(name, options):
     loss, model, twin = loss_through(name), Model(), Model()
     actual = ja.nnx.value_and_grad(loss, **options)(model, X)
-    expected = nnx.value_and_grad(loss)(twin, X)
+    expected = nnx.jit(nnx.value_and_grad(loss))(twin, X)
     assert same_structure(actual, expected)
     assert normwise(actual, expected) < EXACT
     assert int(model.calls.get_value()) == (4 if "num_microbatches" in options else 3)
@@ -175,17 +175,14 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_gradients_are_those_of_nnx_for_whatever_holds_variables(name):
+@pytest.mark.parametrize(("name", "options"), covering(list(ARGUMENTS), OPTIONS), ids=str)
+def test_gradients_are_those_of_nnx_for_whatever_holds_variables(name, options):
     make, run = ARGUMENTS[name]
     loss = lambda arg, x: jnp.mean(jnp.sin(run(arg, x)))
-    for options in OPTIONS:
-        actual, expected = (
-            ja.nnx.value_and_grad(loss, **options)(make(), X),
-            nnx.value_and_grad(loss)(make(), X),
-        )
-        assert same_structure(actual, expected)
-        assert normwise(actual, expected) < EXACT
+    actual = ja.nnx.value_and_grad(loss, **options)(make(), X)
+    expected = nnx.value_and_grad(loss)(make(), X)
+    assert same_structure(actual, expected)
+    assert normwise(actual, expected) < EXACT
 
 
 def test_an_argument_without_anything_to_differentiate_is_refused():
@@ -247,8 +244,7 @@ LOSING = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
-@pytest.mark.parametrize("name", LOSING)
+@pytest.mark.parametrize(("name", "dtype"), covering(list(LOSING), [jnp.float32, jnp.int32]))
 def test_an_assignment_that_would_be_lost_is_refused(name, dtype):
     says = "argument 0.count", "jaxaccum.nnx.value_and_grad("
     refused(lambda: LOSING[name](loss_of)(Counting(dtype), X), *says)
@@ -274,7 +270,7 @@ def test_a_batch_norm_is_told_both_lines_at_once():
         step(normalized("microbatch"), X)
     assert "BatchNorm" not in str(told.value)
     mended = ja.nnx.value_and_grad(bent, num_microbatches=2)(normalized("microbatch"), X)
-    full = nnx.value_and_grad(bent)(normalized(None), X)
+    full = nnx.jit(nnx.value_and_grad(bent))(normalized(None), X)
     assert normwise(mended, full) < EXACT
     half = ja.nnx.value_and_grad(bent, num_microbatches=2, audit=None)(normalized(None), X)
     assert normwise(half, full) > 1e3 * EXACT  # the first line alone is not enough
@@ -313,8 +309,7 @@ def test_variables_of_flaxs_own_type_may_be_closed_over():
         own = nnx.merge(graphdef, params, rest)
         return jnp.mean((own(batch["x"]) - batch["y"]) ** 2)
 
-    expected = jax.value_and_grad(loss)(params, batch)
-    for options in ({"num_microbatches": 1}, {"microbatch_size": 3}):
-        for audit in ("warn", None):
-            step = ja.value_and_grad(loss, audit=audit, **options)
-            assert normwise(jax.jit(step)(params, batch), expected) < EXACT
+    expected = jax.jit(jax.value_and_grad(loss))(params, batch)
+    for options, audit in covering([OPTIONS[0], OPTIONS[2]], [None, "warn"]):
+        step = ja.value_and_grad(loss, audit=audit, **options)
+        assert normwise(jax.jit(step)(params, batch), expected) < EXACT

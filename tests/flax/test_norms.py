@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum.linen
 import jaxaccum.nnx
 from jaxaccum._flax import batch_moments
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused
 
 STANDARD = functools.partial(jax.numpy_dtype_promotion, "standard")  # Flax's own layers need it
@@ -30,7 +31,7 @@ def linen(layer=jaxaccum.linen.BatchNorm, **options):
     options = {"use_running_average": False, "momentum": 0.9, "param_dtype": jnp.float64} | options
     model = layer(**options)
     with STANDARD():
-        variables = model.init(jax.random.key(0), X)
+        variables = jax.jit(model.init)(jax.random.key(0), X)
     params = jax.tree.map(lambda x: x + data(*x.shape, seed=1, dtype=x.dtype), variables["params"])
 
     def fn(params, stats, x, mask=None):
@@ -62,7 +63,8 @@ def of_nnx(layer=jaxaccum.nnx.BatchNorm, **options):
     return (params, nnx.to_pure_dict(stats)), fn
 
 
-LAYERS = pytest.mark.parametrize("layer", [linen, of_nnx], ids=["linen", "nnx"])
+BOTH = [linen, of_nnx]
+LAYERS = pytest.mark.parametrize("layer", BOTH, ids=["linen", "nnx"])
 OPTIONS = [{}, {"use_scale": False, "epsilon": 1e-3}, {"use_bias": False, "momentum": 0.5}]
 
 
@@ -78,7 +80,7 @@ def over_microbatches(fn, n):
         y, stats = one(params, stats, cut(x, n), cut(mask, n))
         return y.reshape(x.shape), stats
 
-    return whole
+    return jax.jit(whole)
 
 
 def whole_batch(params, stats, x, mask, *, momentum=0.9, epsilon=1e-5, unbiased=False):
@@ -103,12 +105,15 @@ def normalized(x, mean, var, params):
 def value_and_gradients(fn, params, stats, x, mask):
     """Output, new statistics, and the gradient of a loss of the entries that are kept."""
     cotangent = jnp.where(mask, data(*x.shape, seed=2), 0.0)
-    loss = lambda params, x: jnp.sum(fn(params, stats, x, mask)[0] * cotangent)
-    return fn(params, stats, x, mask), jax.grad(loss, argnums=(0, 1))(params, x)
+
+    def both(params, x):
+        loss = lambda params, x: jnp.sum(fn(params, stats, x, mask)[0] * cotangent)
+        return fn(params, stats, x, mask), jax.grad(loss, argnums=(0, 1))(params, x)
+
+    return jax.jit(both)(params, x)
 
 
-@LAYERS
-@pytest.mark.parametrize("n", [2, 3, 12])
+@pytest.mark.parametrize(("n", "layer"), covering([2, 3, 12], BOTH))
 def test_masked_microbatches_have_the_statistics_of_the_whole_batch(layer, n):
     (params, stats), fn = layer()
     arguments = params, stats, X, jnp.asarray(MASK)
@@ -126,22 +131,23 @@ def test_flax_averages_means_of_shards_and_is_wrong(layer, flax):
     )
     stats = jax.tree.map(lambda x: x.astype(jnp.float64), stats)
     with STANDARD():
-        (y, _), _ = value_and_gradients(over_microbatches(fn, 3), params, stats, X, mask)
+        y, _ = over_microbatches(fn, 3)(params, stats, X, mask)
     assert normwise(y, whole_batch(params, stats, X, mask)[0]) > 1e-2
 
 
 @LAYERS
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("options", "n"), covering(OPTIONS, [1, 4]), ids=str)
 def test_without_a_mask_it_is_flax_on_the_whole_batch(layer, options, n):
     flax = nn.BatchNorm if layer is linen else nnx.BatchNorm
     (params, stats), ours = layer(**options)
     (_, expected_stats), theirs = layer(flax, use_fast_variance=False, **options)
     assert jax.tree.map(jnp.shape, stats) == jax.tree.map(jnp.shape, expected_stats)
     with STANDARD():
-        expected = theirs(params, jax.tree.map(lambda x: x.astype(jnp.float64), expected_stats), X)
+        expected = jax.jit(theirs)(
+            params, jax.tree.map(lambda x: x.astype(jnp.float64), expected_stats), X
+        )
     one = jax.vmap(ours, in_axes=(None, None, 0), out_axes=(0, None), axis_name="microbatch")
-    y, new = one(params, stats, cut(X, n))
+    y, new = jax.jit(one)(params, stats, cut(X, n))
     assert normwise((y.reshape(X.shape), new), expected) < EXACT
 
 
@@ -154,7 +160,8 @@ def test_variables_have_the_names_shapes_and_first_values_of_flax():
         {"use_bias": False, "scale_init": nn.initializers.normal()},
     ):
         ours, theirs = (
-            L(use_running_average=False, **options).init(jax.random.key(0), x) for L in LINEN
+            jax.jit(L(use_running_average=False, **options).init)(jax.random.key(0), x)
+            for L in LINEN
         )
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         assert all(
@@ -179,7 +186,8 @@ def test_a_model_names_it_as_it_names_flax():
             return self.norm(use_running_average=False)(nn.Dense(2)(x))
 
     ours, theirs = (
-        Model(norm).init(jax.random.key(0), jnp.ones((2, 3), jnp.float32)) for norm in LINEN
+        jax.eval_shape(Model(norm).init, jax.random.key(0), jnp.ones((2, 3), jnp.float32))
+        for norm in LINEN
     )
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
 
@@ -189,7 +197,7 @@ def test_features_may_lie_along_any_axis(layer):
     x = jnp.moveaxis(X, -1, 1)
     (params, stats), last = layer()
     _, second = layer(axis=1) if layer is of_nnx else ((), _linen_at(1, x))
-    expected, actual = last(params, stats, X), second(params, stats, x)
+    expected, actual = jax.jit(last)(params, stats, X), jax.jit(second)(params, stats, x)
     assert normwise((jnp.moveaxis(actual[0], 1, -1), actual[1]), expected) < EXACT
 
 
@@ -209,7 +217,7 @@ def _linen_at(axis, x):
 def test_running_statistics_normalize_where_asked_and_stay(layer):
     (params, _), fn = layer(use_running_average=True)
     stats = {"mean": data(3, seed=3), "var": jnp.exp(data(3, seed=4))}
-    y, new = fn(params, stats, X)
+    y, new = jax.jit(fn)(params, stats, X)
     expected = normalized(X, stats["mean"], stats["var"] + 1e-5, params)
     assert normwise((y, new), (expected, stats)) < EXACT
     assert "all_gather" not in str(
@@ -225,8 +233,7 @@ def test_one_gather_a_layer_so_one_cut(layer):
     assert "psum" not in jaxpr
 
 
-@LAYERS
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("layer", "n"), covering(BOTH, [1, 4]))
 def test_the_variance_does_not_cancel_far_from_zero(layer, n):
     """Within eps · |mean| / deviation, the rounding of the mean itself; Flax subtracts squares, and
     keeps no digit."""
@@ -238,7 +245,7 @@ def test_the_variance_does_not_cancel_far_from_zero(layer, n):
         (params, stats), fn = layer(*[flax] if flax else [], **options)
         with STANDARD():
             one = jax.vmap(fn, in_axes=(None, None, 0), axis_name="microbatch")
-            _, new = one(params, stats, cut(far, n))
+            _, new = jax.jit(one)(params, stats, cut(far, n))
         assert bool(np.max(np.abs(np.asarray(new["var"][0]) / expected - 1)) < bound) is holds
 
 
@@ -246,21 +253,21 @@ def test_the_rounding_of_the_mean_leaves_the_variance():
     """2²⁴ + 7 is no float32: about the next one the mean square of these eight is 22, and their
     variance 21."""
     x = jnp.asarray(2.0**24 + 2 * np.arange(8), jnp.float32)
+    whole = lambda x: batch_moments.moments(x, (0,)).variance
     parts = jax.vmap(
-        lambda x: batch_moments.over_axes(batch_moments.moments(x, (0,)), ("parts",)),
+        lambda x: batch_moments.over_axes(batch_moments.moments(x, (0,)), ("parts",)).variance,
         axis_name="parts",
     )
-    assert float(batch_moments.moments(x, (0,)).variance) == 21
-    assert parts(cut(x, 4)).variance.tolist() == [21] * 4
+    assert float(jax.jit(whole)(x)) == 21
+    assert jax.jit(parts)(cut(x, 4)).tolist() == [21] * 4
     assert float(jnp.mean((x - jnp.mean(x)) ** 2)) == 22
 
 
-@LAYERS
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("dtype", "layer"), covering([jnp.bfloat16, jnp.float16], BOTH))
 def test_statistics_of_low_precision_are_float32(layer, dtype):
     (params, stats), fn = layer(dtype=dtype, param_dtype=jnp.float32)
     x = X.astype(dtype)
-    y, new = fn(params, stats, x)
+    y, new = jax.jit(fn)(params, stats, x)
     assert y.dtype == dtype
     wide = whole_batch(params, stats, x.astype(jnp.float32), np.ones((12, 4, 1), bool))
     assert {k: v.dtype for k, v in new.items()} == {"mean": jnp.float32, "var": jnp.float32}
@@ -272,9 +279,8 @@ def test_statistics_of_low_precision_are_float32(layer, dtype):
 def test_what_is_masked_leaves_no_trace(layer):
     (params, stats), fn = layer()
     poisoned = jnp.where(jnp.asarray(MASK), X, jnp.nan)
-    clean, dirty = (
-        over_microbatches(fn, 3)(params, stats, x, jnp.asarray(MASK)) for x in (X, poisoned)
-    )
+    over = over_microbatches(fn, 3)
+    clean, dirty = (over(params, stats, x, jnp.asarray(MASK)) for x in (X, poisoned))
     assert normwise(jnp.where(MASK, dirty[0], 0.0), jnp.where(MASK, clean[0], 0.0)) == 0
     assert normwise(dirty[1], clean[1]) == 0
 

@@ -69,7 +69,7 @@ def test_who_asks_for_errors_gets_the_reason(how):
 
 def test_one_microbatch_draws_what_the_full_batch_draws():
     for how in set(DRAWS) - {"of one size"}:
-        expected = nnx.value_and_grad(loss)(Drawing(how), X)
+        expected = nnx.jit(nnx.value_and_grad(loss))(Drawing(how), X)
         assert normwise(step(loss, num_microbatches=1)(Drawing(how), X), expected) < EXACT
 
 

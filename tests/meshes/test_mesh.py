@@ -1,6 +1,7 @@
 """Devices and microbatches together: inside shard_map, every device gets the whole batch's value
 and gradient."""
 
+import itertools
 import re
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from jaxaccum._devices import varying
+from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused, same
 from tests.support.meshes import mesh_of
 
@@ -42,8 +44,7 @@ def sharded(fun, out_specs, check_vma):
     )
 
 
-@CHECKED
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize(("n", "check_vma"), covering([2, 3], [False, True]))
 def test_value_and_gradient_of_the_whole_batch(n, check_vma):
     fun = ja.value_and_grad(loss, argnums=(0, 1), num_microbatches=n, mesh_axes="data")
     actual = sharded(fun, (P(), (P(), P("data"))), check_vma)(W, BATCH)
@@ -76,8 +77,7 @@ def test_parameters_that_the_compiler_divides_over_another_axis(kind):
     )
 
 
-@CHECKED
-@pytest.mark.parametrize("name", ["token", None])
+@pytest.mark.parametrize(("name", "check_vma"), covering(["token", None], [False, True]))
 def test_microbatch_is_differentiated_by_jax(name, check_vma):
     """One scalar and several: the two derivatives of the loop, with a regularizer that counts
     once."""
@@ -102,8 +102,7 @@ def test_without_mesh_axes_it_is_jax_grad_there(check_vma):
 
 
 @pytest.mark.optimized
-@CHECKED
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize(("n", "check_vma"), covering([1, 2, 4], [False, True]))
 def test_one_all_reduce_a_step(n, check_vma):
     mean = lambda w, batch: jnp.mean(rows(w, batch[0]))
     fun = sharded(
@@ -199,26 +198,24 @@ def test_keys_rows_and_extrema_over_shards(check_vma):
     assert normwise(actual["sum"], jnp.sum(x)) < EXACT
 
 
-@CHECKED
-@pytest.mark.parametrize("partitionable", [True, False])
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_example_keys_on_a_mesh_are_those_of_split_over_all_shards(impl, partitionable, check_vma):
+KEYS = itertools.product(["threefry2x32", "rbg", "unsafe_rbg"], [True, False])
+LOOPS = itertools.product([True, False], ["contiguous", "strided"])
+
+
+@pytest.mark.parametrize(("keys", "loops"), covering(list(KEYS), list(LOOPS)), ids=str)
+def test_example_keys_on_a_mesh_are_those_of_split_over_all_shards(keys, loops):
+    (impl, partitionable), (check_vma, split) = keys, loops
+    options = {"num_microbatches": 2, "mesh_axes": "data", "split": split}
     with jax.threefry_partitionable(partitionable):
         key, x = jax.random.key(5, impl=impl), data(16)
-        for split in ("contiguous", "strided"):
-            options = {"num_microbatches": 2, "mesh_axes": "data", "split": split}
-            loop = ja.microbatch(
-                lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options
-            )
-            whole = lambda x, loop=loop: jax.random.key_data(loop(x, key))
-            over = jax.shard_map(
-                whole, mesh=MESH, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
-            )
-            assert same(jax.jit(over)(x), jax.random.key_data(jax.random.split(key, 16)))
-            own = jax.random.key_data(jax.random.split(key, 4))
-            assert not same(
-                jax.jit(over)(x), jnp.tile(own, (4, 1))
-            )  # as if each shard split the key anew
+        loop = ja.microbatch(
+            lambda x, keys: ja.Concat(keys), in_axes=(0, ja.EXAMPLE_KEY), **options
+        )
+        whole = lambda x: jax.random.key_data(loop(x, key))
+        found = sharded(lambda _, x: whole(x), P("data"), check_vma)(W, x)
+        assert same(found, jax.random.key_data(jax.random.split(key, 16)))
+        own = jax.random.key_data(jax.random.split(key, 4))
+        assert not same(found, jnp.tile(own, (4, 1)))  # as if each shard split the key anew
 
 
 @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "legacy"])

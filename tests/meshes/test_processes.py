@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.meshes import process_worker as worker
 from tests.support.helpers import EXACT, normwise
@@ -66,22 +67,27 @@ def result(folder):
         return int(saved["first"]), tuple(trees)
 
 
-def test_two_processes_compute_one_processs_gradients(tmp_path):
-    codes, outputs = finished(start(tmp_path, STEPS))
-    assert codes == [0, 0], "\n".join(outputs)
-    assert normwise(result(tmp_path)[1], one_process()) < EXACT
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run whose second process died before the third step."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *finished(start(folder, STEPS, 2))
 
 
-def test_a_death_is_clear_and_the_run_resumes_from_the_last_checkpoint(tmp_path):
-    codes, outputs = finished(start(tmp_path, STEPS, 2))
+def test_a_death_is_clear(run):
+    folder, codes, outputs = run
     assert codes[1] == 17
     assert codes[0] not in (0, 17)
     says = ("task", "peer", "connection", "heartbeat", "coordination", "gloo")
     assert any(word in outputs[0].lower() for word in says), outputs[0]
-    assert not (tmp_path / "result.npz").exists()
-    codes, outputs = finished(start(tmp_path, STEPS))
+    assert not (folder / "result.npz").exists()
+
+
+def test_the_run_resumes_and_two_processes_compute_one_processs_gradients(run):
+    folder, *_ = run
+    codes, outputs = finished(start(folder, STEPS))
     assert codes == [0, 0], "\n".join(outputs)
-    first, trees = result(tmp_path)
+    first, trees = result(folder)
     assert first == 2  # two steps were saved before the death
     assert normwise(trees, one_process()) < EXACT
 

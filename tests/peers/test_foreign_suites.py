@@ -93,7 +93,16 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def _quick():
+    """Each run is a process, which loads no plugin but ours and optimizes no program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, _quick):
     """The records of each run, by the name of the test."""
     checkout = tmp_path_factory.mktemp("checkout")
     (checkout / "tests").mkdir()
@@ -150,6 +159,7 @@ def test_the_report_counts_and_explains(runs, capsys, monkeypatch):
     assert "failed test_wrong: not linear" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_quick")
 def test_a_file_that_cannot_load_is_an_error(tmp_path):
     (tmp_path / "broken_test.py").write_text("import nothing_of_this_name")
     settings = Settings(1, False, tmp_path / "log", None)

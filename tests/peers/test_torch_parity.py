@@ -22,6 +22,7 @@ import jaxaccum
 from jaxaccum.testing import build_model, linen_model, normwise
 from jaxaccum.testing.language import BLOCKS
 from jaxaccum.testing.strategies import compose, model_batches, models, partitions
+from tests.support.examples import part_of_the_examples
 from tests.support.nnx_builder import nnx_model
 from tests.support.tagged_losses import LOSSES, loss_fun, loss_terms, losses
 from torch_ref import losses as torch_losses
@@ -51,7 +52,7 @@ class Program(NamedTuple):
         )
 
 
-def programs(share=5, kinds=tuple(BLOCKS)):
+def programs(share=10, kinds=tuple(BLOCKS)):
     """One of the first programs of an endless random list: the more examples a profile runs, the
     longer the list."""
     count = max(5, settings.default.max_examples // share)
@@ -114,6 +115,7 @@ def drawn(data, each, dtype=np.float64):
     return model, data.draw(model_batches(WIDTH, sizes=(each.size,), dtype=dtype))
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_any_partition_is_the_full_batch_in_torch(data):
     each = data.draw(programs())
@@ -148,6 +150,7 @@ def sensitivity(model, loss, batch, eps):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@part_of_the_examples(4)
 @given(data=st.data())
 def test_narrow_parameters_stay_within_a_few_roundings_of_their_data(dtype, data):
     """What is computed is exact for data a few roundings away; a wrong rule is wrong by parts of
@@ -185,6 +188,7 @@ def multi_steps(count):
     return optimizer.init, jax.jit(optimizer.update)
 
 
+@part_of_the_examples(4)
 @given(st.data())
 def test_optax_multi_steps_is_the_full_batch_when_the_weights_are_known(data):
     each = data.draw(programs(share=20))
@@ -204,6 +208,7 @@ def test_optax_multi_steps_is_the_full_batch_when_the_weights_are_known(data):
     assert normwise(updates, expected) <= 1e-6  # optax accumulates in float32
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
     """In PyTorch alone: the right loop is the full batch, and each wrong one fails the very same
@@ -230,6 +235,7 @@ def test_only_totals_over_the_whole_weight_are_the_full_batch(data):
     )
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_a_tail_over_k_and_the_last_microbatch_alone_are_wrong(data):
     model, loss = data.draw(models()), data.draw(losses())
@@ -268,9 +274,8 @@ def test_a_regularizer_outside_is_counted_once():
     def penalty(weights):
         return 0.1 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(weights))
 
-    value, grads = jax.value_and_grad(lambda w: added(spread(w, model.state, batch)) + penalty(w))(
-        model.weights
-    )
+    penalized = lambda w: added(spread(w, model.state, batch)) + penalty(w)
+    value, grads = jax.jit(jax.value_and_grad(penalized))(model.weights)
     expected_value, expected = torch_losses.value_and_gradient(model, each.loss, batch)
     expected = jax.tree.map(lambda grad, weight: grad + 0.2 * weight, expected, model.weights)
     assert_equal((value, grads), (expected_value + penalty(model.weights), expected))

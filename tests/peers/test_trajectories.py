@@ -30,6 +30,7 @@ from jaxaccum.testing import (
     normwise,
 )
 from jaxaccum.testing.language import CLASSES, LENGTH, block
+from tests.support.examples import part_of_the_examples
 from tests.support.helpers import INEXACT
 from tests.support.nnx_builder import nnx_model
 from tests.support.tagged_losses import Loss, loss_fun
@@ -137,6 +138,7 @@ def clip_as_optax(built, clip):
             parameter.grad *= min(1.0, clip / norm) * (norm + 1e-6) / clip
 
 
+@part_of_the_examples(2)
 @given(st.data())
 def test_trajectories_are_those_of_torch(data):
     name = data.draw(st.sampled_from(sorted(OPTIMIZERS)))
@@ -195,6 +197,7 @@ def carried(builder, microbatch_size):
 
 
 @INEXACT
+@part_of_the_examples(2)
 @given(st.data())
 def test_carried_running_statistics_are_those_of_a_naive_torch_loop(data):
     builder = data.draw(st.sampled_from(["linen", "nnx"]))
