@@ -166,9 +166,8 @@ def test_devices_and_microbatches_draw_the_masks_of_the_full_batch(norm, check_v
     assert normwise(actual, expected) < EXACT
     loss(whole := Net(), BATCH)
     assert normwise(streams, state(whole)["dropout"]) == 0
-    if (
-        norm and check_vma
-    ):  # without statistics of all devices, a state that is carried is refused on a mesh
+    # Without statistics of all devices, a state that is carried is refused on a mesh.
+    if norm and check_vma:
         threaded = lambda variables, batch: own(variables, batch, n=1, example_streams=False)
         actual, _ = jax.jit(jax.shard_map(threaded, **specs))(variables, BATCH)
         assert normwise(actual, expected) > 1e-2
