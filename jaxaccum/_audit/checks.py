@@ -7,6 +7,7 @@ is looked for here, so that a careless rule errs on the safe side:
 - what was uniform along an axis of the batch's length must stay so (``x[0]`` of a table is not);
 - a part of an array must be the same part at every batch size (``table[n - 1]`` is not);
 - a factor such as 1 / batch_size must not get lost;
+- parts of the batch that a reshape cuts by place must be treated alike;
 - rows must be as many as there are examples.
 """
 
@@ -17,6 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
@@ -31,6 +33,7 @@ from jaxaccum._audit.lattice import (
     is_wrong,
 )
 from jaxaccum._audit.notes import Notes
+from jaxaccum._audit.parts_alike import BY_PLACE, treats_parts_alike
 from jaxaccum._audit.registry import Rule
 from jaxaccum._audit.windows import changes_with_the_batch
 
@@ -67,6 +70,8 @@ def checked(notes: Notes, result: Result) -> Value:
         faults |= {notes.fault(result.op, FaultKind.BATCH_SIZE, _PART)}
     if out.rows and not is_wrong(faults) and not _fits(result.shapes, out.layout, notes.sizes):
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
+    if not is_wrong(faults) and not treats_parts_alike(result.op, ins, result.rule):
+        faults |= {notes.fault(result.op, FaultKind.POSITION, BY_PLACE, fix=fixes.ADJACENT)}
     number = out.number if out.number >= 0 else _number(notes, result)
     return out.like(
         faults=faults, number=number, params=out.params or any_params(ins),

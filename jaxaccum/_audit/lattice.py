@@ -78,17 +78,19 @@ class Layout:
     or in a loop.
 
     No axis: one example's part, inside a loop over the examples. `looped`, with an axis: one chunk
-    of examples.
+    of examples. `by_place`: the first axis holds parts of the batch (see `parts_alike`), or the
+    chunk is one.
     """
 
     axes: tuple[int, ...]
     outer: int = 1
     inner: int = 1
     looped: bool = False
+    by_place: bool = False
 
     def at(self, *axes: int) -> Layout:
         """The same examples on other axes."""
-        return Layout(axes, self.outer, self.inner, self.looped)
+        return dataclasses.replace(self, axes=axes)
 
     @property
     def plain(self) -> bool:

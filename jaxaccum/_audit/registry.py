@@ -29,6 +29,8 @@ class Rule:
     """It walks a body: faults, numbers and all else are already those of its results."""
     uniform: bool = False
     """Applied to what is uniform along an axis, it gives what is uniform along that axis."""
+    pointwise: bool = False
+    """An entry of its result depends on the same entry of each operand alone."""
     scales: bool = False
     """It may turn scaled operands into a result without a scale."""
 

@@ -78,7 +78,7 @@ def guarded(x: Value, ins: list[Value]) -> Value:
 # -- sums ------------------------------------------------------------------------------------------
 
 
-@rule("add add_any", uniform=True)
+@rule("add add_any", uniform=True, pointwise=True)
 def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x + y. The first example of the microbatch plus a row is the example's place in the batch."""
     for x, y in (ins, ins[::-1]):
@@ -99,7 +99,7 @@ _OF_A_DEVICE = Scale(Fraction(-1))
 counted."""
 
 
-@rule("sub complex", uniform=True)
+@rule("sub complex", uniform=True, pointwise=True)
 def sub(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """x - y, or x + iy."""
     return added(walk, op, ins)
@@ -163,7 +163,7 @@ def _addends(walk: Walk, op: Op, ins: list[Value], *, apart: bool) -> Addends:
 # -- products --------------------------------------------------------------------------------------
 
 
-@rule("mul", uniform=True, scales=True)
+@rule("mul", uniform=True, pointwise=True, scales=True)
 def mul(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x · y. The microbatch's place times its size is the place of its first example."""
     if ins[0].root is not None and ins[0].number == ins[1].number:
@@ -236,7 +236,7 @@ def _scaled(walk: Walk, op: Op, x: Value, factor: Value) -> Value:
     return x.scaled(factor.scale).like(scalar=scalar, known=known, weight=weight)
 
 
-@rule("div", uniform=True, scales=True)
+@rule("div", uniform=True, pointwise=True, scales=True)
 def div(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """x / y; of integers it is rounded, and so linear in neither."""
     x, y = ins
@@ -265,7 +265,7 @@ _EXPONENTS = {
 }
 
 
-@rule("pow", uniform=True)
+@rule("pow", uniform=True, pointwise=True)
 def power_of(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x to the power y; to the power 2.0, a root is the total again."""
     x, y = ins
@@ -274,7 +274,7 @@ def power_of(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     return combine(walk, op, ins)
 
 
-@rule("square sqrt rsqrt reciprocal integer_pow", uniform=True, scales=True)
+@rule("square sqrt rsqrt reciprocal integer_pow", uniform=True, pointwise=True, scales=True)
 def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """x to a constant power; the square of a total's root is the total."""
     (x,) = ins
@@ -295,7 +295,7 @@ def power(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 # -- guards against an empty weight ----------------------------------------------------------------
 
 
-@rule("max", uniform=True)
+@rule("max", uniform=True, pointwise=True)
 def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """max(x, y): with a constant, it keeps a weight from 0."""
     for x, y in (ins, ins[::-1]):
@@ -304,7 +304,7 @@ def maximum(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return combine(walk, op, ins)
 
 
-@rule("eq ne gt ge lt le and or", uniform=True)
+@rule("eq ne gt ge lt le and or", uniform=True, pointwise=True)
 def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
@@ -350,7 +350,7 @@ def _compared(x: Value) -> frozenset[int]:
     return x.compares or (frozenset() if weight is None else _numbers(weight))
 
 
-@rule("select_n", uniform=True)
+@rule("select_n", uniform=True, pointwise=True)
 def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """One of the cases, by a condition."""
     which, *cases = ins

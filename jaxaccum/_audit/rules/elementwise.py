@@ -44,7 +44,7 @@ _IDENTITY = (
 )
 
 
-@rule(_NONLINEAR, uniform=True)
+@rule(_NONLINEAR, uniform=True, pointwise=True)
 def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A function of its operands that is linear in none of them."""
     parts, layout = rows_among(ins), layout_of(ins)
@@ -118,7 +118,7 @@ def text_of(body: object) -> object:
     return body if has_constants else str(open_)
 
 
-@rule(_LINEAR, uniform=True)
+@rule(_LINEAR, uniform=True, pointwise=True)
 def linear(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A linear function of one operand; that turns its sign makes a minimum of a maximum."""
     (x,) = ins
@@ -132,7 +132,7 @@ def identity(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     return list(ins)
 
 
-@rule("stop_gradient", uniform=True)
+@rule("stop_gradient", uniform=True, pointwise=True)
 def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """The same number without a gradient: it cancels with nothing that has one."""
     (x,) = ins
@@ -146,7 +146,7 @@ def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 _STOPPED = "a ratio over one microbatch is taken without its gradient"
 
 
-@rule("convert_element_type", uniform=True)
+@rule("convert_element_type", uniform=True, pointwise=True)
 def convert(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A change of dtype: linear, except from inexact to integer and to boolean."""
     old, new = op.eqn.invars[0].aval.dtype, op.eqn.outvars[0].aval.dtype

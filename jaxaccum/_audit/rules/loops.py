@@ -7,6 +7,7 @@ import functools
 
 import jax.extend.core as jex
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     ONE_EXAMPLE,
@@ -24,6 +25,7 @@ from jaxaccum._audit.lattice import (
     statistic,
     total,
 )  # fmt: skip
+from jaxaccum._audit.parts_alike import BY_PLACE, are_parts
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.carried_values import Role, RoleName, Scan, roles_of
 from jaxaccum._audit.rules.control import join
@@ -36,6 +38,7 @@ from jaxaccum._audit.rules.operands import (
     any_along,
     any_place,
     common_scale,
+    example_axes,
     faulty,
     numbered,
     once,
@@ -74,6 +77,8 @@ class _Loop:
         self.over_examples = lengths == (self.walk.sizes.first, self.walk.sizes.second)
         self.examples = self.over_examples or any_along(self.given, 0)
         """Whether its steps are the examples, or chunks of them."""
+        self.takes_parts = any(are_parts(x) and example_axes(x)[0] == 0 for x in self.given)
+        """Whether its steps are parts of the batch, which were cut by place."""
         mine, others = roles_of(self.scan), roles_of(self.other)
         self.roles = self.roles_at_both(mine, others)
         self.bodies = self.body(self.scan, mine), self.body(self.other, others)
@@ -106,7 +111,12 @@ class _Loop:
         carried = all_numbered(self.walk, map(self.final, self.roles, self.initial, state, outs))
         changes = any(map(self.changes, self.roles, state, outs))
         stacked = [self.stacked(y, changes=changes) for y in outs[len(state) :]]
-        return [*carried, *all_numbered(self.walk, stacked)]
+        results = [*carried, *all_numbered(self.walk, stacked)]
+        if self.takes_parts and not self.treats_parts_alike(state, outs):
+            walk, op = self.walk, self.op
+            fault = walk.fault(op, FaultKind.POSITION, BY_PLACE, fix=fixes.ADJACENT)
+            return all_with_faults(results, frozenset([fault]))
+        return results
 
     def settled(self, xs: list[Value]) -> tuple[list[Value], list[Value]]:
         """The carried values as they are at every step, and the results of that step."""
@@ -128,6 +138,16 @@ class _Loop:
         closed_over = list(map(self.walk.constant, self.scan.closed_over, self.other.closed_over))
         with self.walk.inside(self.op, self.bodies[0]):
             return self.walk.run(*self.bodies, closed_over, [*self.consts, *state, *xs])
+
+    def treats_parts_alike(self, state: list[Value], outs: list[Value]) -> bool:
+        """Whether its steps differ in nothing but the rows of their parts, and only add up what
+        they make of them, or return rows."""
+        if any(0 not in example_axes(x) for x in self.given):
+            return False
+        for role, x, out in zip(self.roles, state, outs, strict=False):
+            if role != "sum" and out.number != x.number:
+                return False
+        return not any(y.summary for y in outs[len(state) :])
 
     def given_up(self, note: str) -> list[Value]:
         """The results of a loop that the analysis cannot follow."""
@@ -252,8 +272,8 @@ class _Loop:
             return _shifted(y, Layout((0,)))
         if not layout.looped:
             return _shifted(y, with_new_axis(layout, 0))
-        if layout == Layout((0,), looped=True):
-            return _shifted(y, Layout((0, 1)))
+        if layout.axes == (0,) and (layout.outer, layout.inner) == (1, 1):
+            return _shifted(y, Layout((0, 1), by_place=layout.by_place))
         return statistic(self.walk.site(self.op), faults=y.faults)
 
 
@@ -265,7 +285,7 @@ def _of_an_element(layout: Layout) -> Layout | None:
         return ONE_EXAMPLE
     first, *others = layout.axes
     if first == 0 and len(others) == 1:  # chunks of examples
-        return Layout((others[0] - 1,), looped=True)
+        return Layout((others[0] - 1,), looped=True, by_place=layout.by_place)
     return None
 
 

@@ -176,7 +176,8 @@ def summed(walk: Walk, op: Op, x: Value, axes: Collection[int]) -> Value:
     """Rows summed over axes: a total where all examples are, and else a statistic."""
     assert x.layout is not None
     site = walk.site(op)
-    if x.layout.looped or not set(x.layout.axes) <= set(axes):
+    chunk = x.layout.looped and not x.layout.by_place  # its examples may be any
+    if chunk or not set(x.layout.axes) <= set(axes):
         return statistic(x.origin or site)
     note_terms(walk, x.terms, site)
     return total(site, x.terms)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
@@ -56,10 +55,6 @@ def _columns(x: Value, out: Shape) -> Columns:
 
 
 _MERGED = "a reshape merges an axis of the batch's size that holds no examples"
-_BY_PLACE = (
-    "a reshape divides the batch by place, and the parts of a microbatch hold other examples than "
-    "those of the batch: exact only if every part is treated alike"
-)
 _DIVIDED = "a reshape divides the batch axis in a way that the analysis cannot follow"
 
 
@@ -86,11 +81,8 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return out
     walk.groups.add(group := outs[0][layout.axes[1]])
     together = layout.axes[0] in varying(outs) and walk.keeps_groups(group)
-    out = out.like(origin=walk.site(op))
-    if together:
-        return out
-    fault = walk.fault(op, FaultKind.POSITION, _BY_PLACE, fix=fixes.ADJACENT)
-    return out.like(faults=frozenset([fault]))
+    by_place = dataclasses.replace(layout, by_place=not together)
+    return out.like(origin=walk.site(op), layout=by_place)
 
 
 def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
@@ -190,7 +182,8 @@ def _relaid(layout: Layout, shape: Shape, out: Shape, size: int, ones: set[int])
     for axis, length in enumerate(out):
         if (inner := _inner(out, axis, stride)) and length and length % (size * inner) == 0:
             outer = length // (size * inner)
-            return dataclasses.replace(layout.at(axis), outer=outer, inner=inner)
+            by_place = layout.by_place and layout.looped  # parts that are merged are none
+            return Layout((axis,), outer, inner, layout.looped, by_place)
         if not layout.looped and axis not in ones and _splits(out, axis, size, stride):
             return Layout((axis, axis + 1))
     return None

@@ -1,0 +1,58 @@
+"""Parts of the batch that are cut by place: what may be done with them.
+
+The problem. ``x.reshape(4, -1, d)`` cuts the batch in four, and each microbatch in four as well.
+The first parts of all microbatches hold other examples, together, than the first part of the batch.
+
+The idea. A loss is exact all the same where it treats the four alike, as one that adds up chunks of
+the batch in a loop, to save memory::
+
+    add = lambda total, chunk: (total + jnp.sum(loss(chunk)), None)
+    total, _ = lax.scan(add, 0.0, x.reshape(4, -1, d))
+
+So a layout knows that its first axis holds parts (`Layout.by_place`), and until they are merged
+again, or summed over, only this may happen to them: functions of single entries, together with one
+number or with parts of the same rows; changes of shape that keep the order; and a loop over the
+parts whose steps differ in nothing but the rows.
+
+The weakness. Whatever else treats all parts alike is not followed: a product with a matrix outside
+of a loop, or one total for each part, ``jnp.sum(lax.map(total_of, parts))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxaccum._audit.equation import Op
+from jaxaccum._audit.lattice import Layout, Value
+from jaxaccum._audit.registry import Rule
+
+BY_PLACE = (
+    "a reshape divides the batch by place, and the parts of a microbatch hold other examples than "
+    "those of the batch: exact only if every part is treated alike"
+)
+_IN_ORDER = ("reshape", "expand_dims", "squeeze", "broadcast_in_dim")
+_TOTALS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or")
+
+
+def are_parts(x: Value) -> bool:
+    """Whether a value has the rows of several parts, along the first of its axes of examples."""
+    return x.layout is not None and x.layout.by_place and not x.layout.looped
+
+
+def treats_parts_alike(op: Op, ins: Sequence[Value], rule: Rule) -> bool:
+    """Whether an equation does the same with all parts, as far as its primitive tells."""
+    layouts = {x.layout for x in ins if are_parts(x)}
+    if not layouts:
+        return True
+    if op.name in _IN_ORDER:
+        return True
+    if op.name in _TOTALS:
+        return _takes_all_or_none(op, ins[0].layout)
+    return rule.pointwise and len(layouts) == 1 and all(are_parts(x) or x.scalar for x in ins)
+
+
+def _takes_all_or_none(op: Op, layout: Layout | None) -> bool:
+    """Whether a reduction is over the rows of all parts, or over other axes."""
+    assert layout is not None
+    taken = set(layout.axes) & set(op.params["axes"])
+    return not taken or taken == set(layout.axes)

@@ -1,0 +1,140 @@
+"""Parts of the batch that a reshape cuts by place: exact where all are treated alike, by the
+numbers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxaccum
+from jaxaccum import Mean, Sum
+from tests.support import jitted
+from tests.support.helpers import EXACT, data, normwise
+
+W = data(3, 4)
+MASK = jnp.asarray(jnp.arange(24) % 3 > 0, jnp.float64)
+BATCH = {"x": data(24, 3, seed=1), "y": jnp.arange(24) % 4, "mask": MASK}
+THREE = jnp.asarray([1.0, 2.0, 3.0])
+
+
+def nll(w, rows):
+    log_probs = jax.nn.log_softmax(jnp.tanh(rows["x"] @ w))
+    return -jnp.take_along_axis(log_probs, rows["y"][:, None], axis=1)[:, 0]
+
+
+def parts(batch):
+    """Three parts, whatever the size of the batch."""
+    return jax.tree.map(lambda x: x.reshape(3, -1, *x.shape[1:]), batch)
+
+
+def each(w, batch):
+    """The losses of all examples, three parts after one another."""
+    return lax.map(lambda rows: nll(w, rows), parts(batch))
+
+
+def added(add, start=0.0, wrap=lambda f: f):
+    """A loss that a loop over the parts adds up; `add` makes the new state of the old one."""
+    step = lambda w: lambda state, rows: (add(w, state, rows), None)
+    return lambda w, batch: lax.scan(wrap(step(w)), start, parts(batch))[0]
+
+
+def of_totals(w, state, rows):
+    return state[0] + jnp.sum(nll(w, rows) * rows["mask"]), state[1] + jnp.sum(rows["mask"])
+
+
+total = added(lambda w, state, rows: state + jnp.sum(nll(w, rows)))
+remat = added(lambda w, state, rows: state + jnp.sum(nll(w, rows)), wrap=jax.checkpoint)
+ALIKE = {
+    "a total": lambda w, b: Sum(total(w, b)),
+    "a mean": lambda w, b: total(w, b) / len(b["x"]),
+    "checkpointed": lambda w, b: remat(w, b) / len(b["x"]),
+    "a total and its weight": lambda w, b: Mean(*added(of_totals, (0.0, 0.0))(w, b)),
+    "a mean of means": lambda w, b: (
+        added(lambda w, state, rows: state + jnp.mean(nll(w, rows)))(w, b) / 3
+    ),
+    "a mean of all": lambda w, b: jnp.mean(each(w, b)),
+    "merged": lambda w, b: Mean(jnp.sum(each(w, b).reshape(-1) * b["mask"]), jnp.sum(b["mask"])),
+    "masked": lambda w, b: Mean(jnp.sum(each(w, b) * b["mask"].reshape(3, -1)), jnp.sum(b["mask"])),
+    "in groups of three": lambda w, b: jnp.mean(each(w, b).reshape(-1, 3) * THREE[None]),
+}
+UNLIKE = {
+    "a factor for each": lambda w, b: jnp.mean(each(w, b) * THREE[:, None]),
+    "a weight for each": lambda w, b: jnp.mean(
+        lax.map(lambda rows: nll(w * rows[1], rows[0]), (parts(b), THREE))
+    ),
+    "a matrix for each": lambda w, b: jnp.mean(
+        jnp.einsum("knd,kde->kne", parts(b["x"]), jnp.stack([w, 2 * w, 3 * w])) ** 2
+    ),
+    "a count": lambda w, b: (
+        lax.fori_loop(
+            0, 3, lambda i, state: state + (i + 1.0) * jnp.sum(each(w, b)[i]), jnp.float64(0)
+        )
+        / len(b["x"])
+    ),
+    "a decay": added(lambda w, state, rows: 0.9 * state + jnp.sum(nll(w, rows)) / len(rows["x"])),
+    "a state beside": lambda w, b: (
+        added(
+            lambda w, state, rows: (state[0] / 2, state[1] + state[0] * jnp.sum(nll(w, rows))),
+            (1.0, 0.0),
+        )(w, b)[1]
+        / len(b["x"])
+    ),
+    "squares": lambda w, b: (
+        added(lambda w, state, rows: state + jnp.sum(nll(w, rows)) ** 2)(w, b) / len(b["x"])
+    ),
+    "ratios": added(
+        lambda w, state, rows: state + jnp.sum(nll(w, rows) * rows["mask"]) / jnp.sum(rows["mask"])
+    ),
+    "the largest": added(lambda w, state, rows: jnp.maximum(state, jnp.mean(nll(w, rows)))),
+    "the first": lambda w, b: jnp.mean(each(w, b)[0]),
+    "one another": lambda w, b: jnp.mean(each(w, b) * each(w, b)[::-1]),
+    "the best of the parts": lambda w, b: jnp.mean(jnp.max(each(w, b), axis=0)),
+    "sums so far": lambda w, b: jnp.mean(jnp.cumsum(each(w, b), axis=0)),
+    "totals so far": lambda w, b: (
+        jnp.sum(lax.scan(lambda t, rows: (t + jnp.sum(nll(w, rows)), t), 0.0, parts(b))[1])
+        / len(b["x"])
+    ),
+    "totals weighed": lambda w, b: jnp.sum(
+        lax.map(lambda rows: jnp.mean(nll(w, rows)), parts(b)) * THREE
+    ),
+    "in another order": lambda w, b: jnp.mean(each(w, b).T.reshape(-1) * b["mask"]),
+    "places in a part": lambda w, b: jnp.mean(
+        lax.map(lambda rows: nll(w, rows) * jnp.arange(1.0, 1 + len(rows["y"])), parts(b))
+    ),
+}
+
+
+def off(loss):
+    """How far the gradient of two microbatches is from that of the whole batch."""
+    ours = jax.jit(jaxaccum.grad(loss, num_microbatches=2, audit=None))
+    whole = jitted.grad(jaxaccum.full_batch(loss))
+    return normwise(ours(W, BATCH), whole(W, BATCH))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_parts_that_are_treated_alike_are_exact(name):
+    report = jaxaccum.audit(ALIKE[name], W, BATCH)
+    assert report.exact, report
+    assert off(ALIKE[name]) < EXACT
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_tells_parts_apart_is_found(name):
+    assert not jaxaccum.audit(UNLIKE[name], W, BATCH).exact
+    assert off(UNLIKE[name]) > 1e-3
+
+
+def test_a_strided_split_may_take_neighbours_together_and_add_them_up():
+    """Chunks of two neighbours hold other examples where microbatches are strided."""
+
+    def chunks(w, b, of_two=lambda x: x):
+        twos = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), b)
+        return lax.map(lambda rows: of_two(nll(w, rows)), twos)
+
+    options = {"num_microbatches": 2, "split": "strided", "audit": "raise"}
+    alike = lambda w, b: jnp.mean(chunks(w, b))
+    ours = jax.jit(jaxaccum.grad(alike, **options))(W, BATCH)
+    assert normwise(ours, jitted.grad(alike)(W, BATCH)) < EXACT
+    apart = lambda w, b: jnp.mean(chunks(w, b, lambda losses: losses - losses[::-1]) ** 2)
+    with pytest.raises(jaxaccum.InexactError):
+        jaxaccum.grad(apart, **options)(W, BATCH)
