@@ -63,6 +63,8 @@ class Notes(Constants):
         device's share."""
         self.untyped_axes: frozenset[str] = frozenset()
         """Those of `outer_axes` along which JAX does not track what differs between devices."""
+        self.in_parts = False
+        """Whether the program is a step of a loop over parts of the batch that are cut by place."""
         self.calls: tuple[Enclosing, ...] = ()
         self.counts: Counter[str] = Counter()
         self.sites: dict[Addend, Site] = {}
@@ -93,6 +95,16 @@ class Notes(Constants):
             yield
         finally:
             self.calls = before
+
+    @contextlib.contextmanager
+    def over_parts(self, *, taken: bool) -> Iterator[None]:
+        """Walk a step of a loop, which may be one over parts of the batch."""
+        before = self.in_parts
+        self.in_parts = before or taken
+        try:
+            yield
+        finally:
+            self.in_parts = before
 
     def note_axes(self, op: Op, axes: Iterable[object]) -> None:
         """Note the axes that a collective names, for what is said of its line."""

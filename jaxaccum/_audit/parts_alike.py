@@ -12,7 +12,9 @@ the batch in a loop, to save memory::
 So a layout knows that its first axis holds parts (`Layout.by_place`), and until they are merged
 again, or summed over, only this may happen to them: functions of single entries, together with one
 number or with parts of the same rows; changes of shape that keep the order; and a loop over the
-parts whose steps differ in nothing but the rows.
+parts whose steps differ in nothing but the rows. In such a loop no collective over the microbatches
+is followed: it would combine the first parts of all microbatches, which are no first part of the
+batch.
 
 The weakness. Whatever else treats all parts alike is not followed: a product with a matrix outside
 of a loop, or one total for each part, ``jnp.sum(lax.map(total_of, parts))``.
@@ -20,7 +22,7 @@ of a loop, or one total for each part, ``jnp.sum(lax.map(total_of, parts))``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxaccum._audit.equation import Op
 from jaxaccum._audit.lattice import Layout, Value
@@ -48,7 +50,18 @@ def treats_parts_alike(op: Op, ins: Sequence[Value], rule: Rule) -> bool:
         return True
     if op.name in _TOTALS:
         return _takes_all_or_none(op, ins[0].layout)
-    return rule.pointwise and len(layouts) == 1 and all(are_parts(x) or x.scalar for x in ins)
+    return rule.pointwise and len(layouts) == 1 and are_alike(ins)
+
+
+def are_alike(values: Iterable[Value]) -> bool:
+    """Whether no value tells parts apart, if there are parts among them: an array that is the same
+    at every batch size may hold another number for each."""
+    values = list(values)
+    return not any(map(are_parts, values)) or all(map(_is_alike, values))
+
+
+def _is_alike(x: Value) -> bool:
+    return are_parts(x) or x.scalar or x.known is not None
 
 
 def _takes_all_or_none(op: Op, layout: Layout | None) -> bool:

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxaccum
+import jaxaccum.linen
 from jaxaccum import Mean, Sum
 from tests.support import jitted
 from tests.support.helpers import EXACT, data, normwise
@@ -44,6 +46,17 @@ def of_totals(w, state, rows):
 
 total = added(lambda w, state, rows: state + jnp.sum(nll(w, rows)))
 remat = added(lambda w, state, rows: state + jnp.sum(nll(w, rows)), wrap=jax.checkpoint)
+
+
+def table(losses):
+    """A number for each part."""
+    return jnp.broadcast_to(THREE[:, None], losses.shape)
+
+
+def centred(losses):
+    return losses - lax.pmean(jnp.mean(losses), "microbatch")
+
+
 ALIKE = {
     "a total": lambda w, b: Sum(total(w, b)),
     "a mean": lambda w, b: total(w, b) / len(b["x"]),
@@ -55,6 +68,10 @@ ALIKE = {
     "a mean of all": lambda w, b: jnp.mean(each(w, b)),
     "merged": lambda w, b: Mean(jnp.sum(each(w, b).reshape(-1) * b["mask"]), jnp.sum(b["mask"])),
     "masked": lambda w, b: Mean(jnp.sum(each(w, b) * b["mask"].reshape(3, -1)), jnp.sum(b["mask"])),
+    "named": lambda w, b: jnp.mean(checkpoint_name(each(w, b), "losses")),
+    "in a branch": lambda w, b: jnp.mean(
+        lax.cond(jnp.sum(w) > 0, lambda losses: 2 * losses, jnp.zeros_like, each(w, b))
+    ),
     "in groups of three": lambda w, b: jnp.mean(each(w, b).reshape(-1, 3) * THREE[None]),
 }
 UNLIKE = {
@@ -97,6 +114,41 @@ UNLIKE = {
     "totals weighed": lambda w, b: jnp.sum(
         lax.map(lambda rows: jnp.mean(nll(w, rows)), parts(b)) * THREE
     ),
+    "rows added up": lambda w, b: (
+        jnp.sum(
+            added(lambda w, state, rows: state + nll(w, rows), jnp.zeros(len(b["y"]) // 3))(w, b)
+            ** 2
+        )
+        / len(b["x"])
+    ),
+    "a table in a branch": lambda w, b: jnp.mean(
+        each(w, b) * lax.cond(jnp.sum(w) > -1e9, table, lambda losses: losses, each(w, b))
+    ),
+    "a table at first": lambda w, b: jnp.mean(
+        each(w, b) * lax.scan(lambda _, x: (each(w, b), x), table(each(w, b)), None, length=0)[0]
+    ),
+    "a table carried": lambda w, b: (
+        lax.scan(
+            lambda state, _: ((each(w, b), state[1] + jnp.sum(state[0] * each(w, b))), None),
+            (table(each(w, b)), 0.0),
+            None,
+            length=2,
+        )[0][1]
+        / len(b["x"])
+    ),
+    "a statistic of parts": lambda w, b: (
+        added(lambda w, state, rows: state + jnp.sum(centred(nll(w, rows)) ** 2))(w, b)
+        / len(b["x"])
+    ),
+    "statistics for each": lambda w, b: (
+        jnp.sum(
+            lax.map(lambda rows: lax.pmean(jnp.mean(nll(w, rows)), "microbatch"), parts(b)) * THREE
+        )
+        + jnp.mean(nll(w, b))
+    ),
+    "parts of groups": lambda w, b: jnp.mean(
+        nll(w, b).reshape(-1, 2).reshape(3, -1) * THREE[:, None]
+    ),
     "in another order": lambda w, b: jnp.mean(each(w, b).T.reshape(-1) * b["mask"]),
     "places in a part": lambda w, b: jnp.mean(
         lax.map(lambda rows: nll(w, rows) * jnp.arange(1.0, 1 + len(rows["y"])), parts(b))
@@ -138,3 +190,34 @@ def test_a_strided_split_may_take_neighbours_together_and_add_them_up():
     apart = lambda w, b: jnp.mean(chunks(w, b, lambda losses: losses - losses[::-1]) ** 2)
     with pytest.raises(jaxaccum.InexactError):
         jaxaccum.grad(apart, **options)(W, BATCH)
+
+
+def test_as_many_totals_as_the_batch_is_long_are_not_totals_of_the_batch():
+    """The loop has one step for each two examples, and a total of two is none of the batch."""
+
+    def squared(w, b):
+        twos = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), b)
+        step = lambda state, rows: (state + jnp.sum(nll(w, rows)), None)
+        return lax.scan(step, 0.0, twos)[0] / len(b["x"]) ** 2
+
+    options = {"num_microbatches": 2, "split": "strided"}
+    with pytest.raises(jaxaccum.InexactError):
+        jaxaccum.grad(squared, **options, audit="raise")(W, BATCH)
+    ours = jax.jit(jaxaccum.grad(squared, **options, audit=None))(W, BATCH)
+    assert normwise(ours, jitted.grad(squared)(W, BATCH)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["microbatch", ("microbatch",)])
+def test_our_batch_norm_of_a_chunk_has_no_statistics_of_the_batch(name):
+    norm = jaxaccum.linen.BatchNorm(
+        use_running_average=False, axis_name=name, param_dtype=jnp.float64
+    )
+    variables = norm.init(jax.random.key(0), BATCH["x"] @ W)
+
+    def chunked(w, b):
+        normalized = lambda rows: norm.apply(variables, rows["x"] @ w, mutable=["batch_stats"])[0]
+        step = lambda state, rows: (state + jnp.sum(jnp.tanh(normalized(rows))), None)
+        return lax.scan(step, 0.0, parts(b))[0] / len(b["x"])
+
+    assert not jaxaccum.audit(chunked, W, BATCH).exact
+    assert off(chunked) > 1e-3

@@ -24,6 +24,7 @@ from jaxaccum._audit.lattice import (
     faults_of,
     fixed,
 )
+from jaxaccum._audit.parts_alike import are_parts
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
     all_numbered,
@@ -60,6 +61,10 @@ def _over_devices(walk: Walk, op: Op, x: Value) -> Value | None:
         return walk.unknown(op, f"{op.name} over groups has no rule")
     walk.note_axes(op, axes)
     if walk.axis_name in axes:
+        if walk.in_parts and not x.fixed:
+            return walk.unknown(
+                op, f"{op.name} over the microbatches' parts, which are cut by place"
+            )
         if walk.mesh_axes | walk.outer_axes <= axes:
             return None
         return walk.unknown(op, f"{op.name} over the loop, on each device apart")
@@ -236,7 +241,8 @@ def whole_batch_moments(walk: Walk, op: Op, body: jex.Jaxpr, ins: list[Value]) -
     jaxpr = opened(body)[0]
     named = set(axes_in(jaxpr))
     followed = walk.axis_name in named and not _is_grouped(jaxpr, named)
-    if not followed or not ins[0].rows or any_summary(ins):
+    parts = walk.in_parts or any(map(are_parts, ins))
+    if not followed or parts or not ins[0].rows or any_summary(ins):
         return walk.body(op, params_at_both(op, "jaxpr"), ins)
     if apart := (walk.mesh_axes | walk.outer_axes) - named:
         kind = FaultKind.COUPLING

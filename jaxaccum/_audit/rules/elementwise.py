@@ -126,7 +126,7 @@ def linear(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return x.but(scalar=x.scalar, extremum=opposite if op.name == "neg" else None)
 
 
-@rule(_IDENTITY, uniform=True)
+@rule(_IDENTITY, uniform=True, pointwise=True)
 def identity(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The operands themselves."""
     return list(ins)

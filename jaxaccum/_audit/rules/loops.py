@@ -25,7 +25,7 @@ from jaxaccum._audit.lattice import (
     statistic,
     total,
 )  # fmt: skip
-from jaxaccum._audit.parts_alike import BY_PLACE, are_parts
+from jaxaccum._audit.parts_alike import BY_PLACE, are_alike, are_parts
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.carried_values import Role, RoleName, Scan, roles_of
 from jaxaccum._audit.rules.control import join
@@ -136,7 +136,8 @@ class _Loop:
     def step(self, state: list[Value], xs: list[Value]) -> list[Value]:
         """The results of the body; of a sum, what is added."""
         closed_over = list(map(self.walk.constant, self.scan.closed_over, self.other.closed_over))
-        with self.walk.inside(self.op, self.bodies[0]):
+        parts = self.walk.over_parts(taken=self.takes_parts)
+        with self.walk.inside(self.op, self.bodies[0]), parts:
             return self.walk.run(*self.bodies, closed_over, [*self.consts, *state, *xs])
 
     def treats_parts_alike(self, state: list[Value], outs: list[Value]) -> bool:
@@ -144,10 +145,19 @@ class _Loop:
         they make of them, or return rows."""
         if any(0 not in example_axes(x) for x in self.given):
             return False
-        for role, x, out in zip(self.roles, state, outs, strict=False):
-            if role != "sum" and out.number != x.number:
-                return False
+        if not all(map(self.carries_alike, self.roles, state, outs)):
+            return False
         return not any(y.summary for y in outs[len(state) :])
+
+    def carries_alike(self, role: RoleName, x: Value, out: Value) -> bool:
+        """Whether a carried value stays as it is, or adds up what all examples of a part make.
+
+        A constant number of totals is a total. If the number of parts grows with the batch, theirs
+        would be counted as totals of the whole batch.
+        """
+        if role != "sum":
+            return out.number == x.number
+        return out.fixed or (out.kind is Kind.TOTAL and self.repeats == 0)
 
     def given_up(self, note: str) -> list[Value]:
         """The results of a loop that the analysis cannot follow."""
@@ -363,6 +373,8 @@ def _after(walk: Walk, op: Op, holds: Value, x: Value, out: Value) -> Value:
     joined = _carried(joined, x)
     if x.number == out.number:
         return joined
+    if not are_alike([holds, joined]):
+        return walk.unknown(op, BY_PLACE)
     if holds.rows and joined.fixed and joined.scale.trivial:
         joined = joined.like(kind=Kind.ROWS, layout=holds.layout)
     # In a vmapped loop JAX holds the rows still that are finished.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
@@ -77,12 +78,17 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return walk.unknown(op, _DIVIDED)
     kept = x.columns if shapes[0][-1:] == outs[0][-1:] else ()
     out = moved(x, layout, columns=_columns(x, outs[0]) or kept)
-    if len(layout.axes) != 2 or x.layout == layout:
+    if len(layout.axes) != 2 or (x.layout == layout and _same_lengths(shapes, outs, layout.axes)):
         return out
     walk.groups.add(group := outs[0][layout.axes[1]])
     together = layout.axes[0] in varying(outs) and walk.keeps_groups(group)
     by_place = dataclasses.replace(layout, by_place=not together)
     return out.like(origin=walk.site(op), layout=by_place)
+
+
+def _same_lengths(shapes: Shapes, outs: Shapes, axes: Sequence[int]) -> bool:
+    """Whether axes have the lengths after a reshape that they had before."""
+    return all(map(lambda a, b: lengths_along(a, axes) == lengths_along(b, axes), shapes, outs))
 
 
 def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
