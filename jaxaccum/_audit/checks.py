@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 
 from jaxaccum._audit import fixes
+from jaxaccum._audit.cut_by_place import BY_PLACE, treats_parts_alike
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
@@ -33,7 +34,6 @@ from jaxaccum._audit.lattice import (
     is_wrong,
 )
 from jaxaccum._audit.notes import Notes
-from jaxaccum._audit.parts_alike import BY_PLACE, treats_parts_alike
 from jaxaccum._audit.registry import Rule
 from jaxaccum._audit.windows import changes_with_the_batch
 

@@ -78,7 +78,7 @@ class Layout:
     or in a loop.
 
     No axis: one example's part, inside a loop over the examples. `looped`, with an axis: one chunk
-    of examples. `by_place`: the first axis holds parts of the batch (see `parts_alike`), or the
+    of examples. `by_place`: the first axis holds parts of the batch (see `cut_by_place`), or the
     chunk is one.
     """
 

@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._audit.cut_by_place import are_parts
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -24,7 +25,6 @@ from jaxaccum._audit.lattice import (
     faults_of,
     fixed,
 )
-from jaxaccum._audit.parts_alike import are_parts
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
     all_numbered,

@@ -8,6 +8,7 @@ import jax
 import jax.extend.core as jex
 
 from jaxaccum._audit import fixes
+from jaxaccum._audit.cut_by_place import BY_PLACE, are_alike
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -21,7 +22,6 @@ from jaxaccum._audit.lattice import (
     origin_of,
     statistic,
 )
-from jaxaccum._audit.parts_alike import BY_PLACE, are_alike
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.collectives import whole_batch_moments
 from jaxaccum._audit.rules.elementwise import text_of

@@ -8,6 +8,7 @@ import functools
 import jax.extend.core as jex
 
 from jaxaccum._audit import fixes
+from jaxaccum._audit.cut_by_place import BY_PLACE, are_alike, are_parts
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     ONE_EXAMPLE,
@@ -25,7 +26,6 @@ from jaxaccum._audit.lattice import (
     statistic,
     total,
 )  # fmt: skip
-from jaxaccum._audit.parts_alike import BY_PLACE, are_alike, are_parts
 from jaxaccum._audit.registry import rule
 from jaxaccum._audit.rules.carried_values import Role, RoleName, Scan, roles_of
 from jaxaccum._audit.rules.control import join
