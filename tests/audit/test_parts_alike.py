@@ -53,6 +53,16 @@ def table(losses):
     return jnp.broadcast_to(THREE[:, None], losses.shape)
 
 
+def thrice(w, rows):
+    """As many entries as the batch has examples, of a third of them."""
+    return lax.map(lambda factor: factor * nll(w, rows), THREE).reshape(-1)
+
+
+def halves(number):
+    """The two halves of its bits, which are different numbers."""
+    return lax.bitcast_convert_type(number, jnp.uint32).astype(float)
+
+
 def centred(losses):
     return losses - lax.pmean(jnp.mean(losses), "microbatch")
 
@@ -148,6 +158,17 @@ UNLIKE = {
     ),
     "parts of groups": lambda w, b: jnp.mean(
         nll(w, b).reshape(-1, 2).reshape(3, -1) * THREE[:, None]
+    ),
+    "columns first": lambda w, b: jnp.mean(nll(w, b) * jnp.ravel(each(w, b), order="F")),
+    "columns of a batch first": lambda w, b: jnp.mean(
+        jnp.ravel(b["x"] @ w, order="F") * jnp.tanh(jnp.ravel(b["x"] @ w))
+    ),
+    "stacked in a step": lambda w, b: (
+        added(lambda w, state, rows: state + jnp.sum(thrice(w, rows) * nll(w, b)))(w, b)
+        / len(b["x"])
+    ),
+    "bits of a number": lambda w, b: jnp.mean(
+        nll(w, b).reshape(2, -1) * halves(w[0, 0])[:, None] / 2.0**32
     ),
     "in another order": lambda w, b: jnp.mean(each(w, b).T.reshape(-1) * b["mask"]),
     "places in a part": lambda w, b: jnp.mean(

@@ -36,7 +36,7 @@ _NONLINEAR = """
     atan sinh cosh asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac
     igamma_grad_a random_gamma_grad polygamma zeta regularized_incomplete_beta bessel_i0e bessel_i1e
     cbrt is_finite not xor rem min clamp shift_left mulhi shift_right_logical shift_right_arithmetic
-    bitcast_convert_type population_count clz lt_to le_to eq_to log2 one_minus_square polynomial
+    population_count clz lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
 _IDENTITY = (
@@ -116,6 +116,13 @@ def text_of(body: object) -> object:
     open_ = getattr(body, "jaxpr", body)
     has_constants = getattr(body, "consts", ()) or getattr(open_, "constvars", ())
     return body if has_constants else str(open_)
+
+
+@rule("bitcast_convert_type", uniform=True)
+def bits(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """The same bits in another dtype: of a wider one, several numbers along a new last axis."""
+    value, one_to_one = combine(walk, op, ins), op.shapes() == op.out_shapes()
+    return value if one_to_one else value.like(scalar=False, known=None)
 
 
 @rule(_LINEAR, uniform=True, pointwise=True)

@@ -280,7 +280,8 @@ class _Loop:
         """Rows of every step: examples, chunks of them, or views of all."""
         if layout == ONE_EXAMPLE and self.over_examples:
             return _shifted(y, Layout((0,)))
-        if not layout.looped:
+        of_a_loop_around = layout.looped and not self.examples
+        if of_a_loop_around or not layout.looped:
             return _shifted(y, with_new_axis(layout, 0))
         if layout.axes == (0,) and (layout.outer, layout.inner) == (1, 1):
             return _shifted(y, Layout((0, 1), by_place=layout.by_place))

@@ -6,9 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.extend.core as jex
+from jax import lax
+
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
+    avals_of,
+    both,
     example_axes,
     faulty,
     lengths,
@@ -17,6 +23,7 @@ from jaxaccum._audit.rules.operands import (
     without,
 )
 from jaxaccum._audit.walk import Op, Shape, Walk, beyond, varying
+from jaxaccum._jaxpr.compat import ClosedJaxpr
 
 Shapes = tuple[Shape, Shape]
 """Those of one array, at each size."""
@@ -62,6 +69,8 @@ _DIVIDED = "a reshape divides the batch axis in a way that the analysis cannot f
 @rule("reshape expand_dims", uniform=True)
 def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """The same entries in the same order: the batch axis may merge with others, or split in two."""
+    if op.params.get("dimensions") is not None:
+        return _transposed_first(walk, op, ins)
     x, shapes, outs = ins[0], op.shapes(), op.out_shapes()
     if x.fixed and x.layout is None:
         return _reshaped_fixed(walk, op, x)
@@ -84,6 +93,17 @@ def reshape(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     together = layout.axes[0] in varying(outs) and walk.keeps_groups(group)
     by_place = dataclasses.replace(layout, by_place=not together)
     return out.like(origin=walk.site(op), layout=by_place)
+
+
+def _transposed_first(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
+    """A reshape in another order of the axes, as of ``ravel(order="F")``."""
+
+    def program(eqn: jex.JaxprEqn) -> ClosedJaxpr:
+        order, sizes = eqn.params["dimensions"], eqn.params["new_sizes"]
+        in_order = lambda x: lax.reshape(lax.transpose(x, order), sizes)
+        return jax.make_jaxpr(in_order)(*avals_of(eqn.invars))
+
+    return Settled(walk.body(op, both(op, program), ins))
 
 
 def _same_lengths(shapes: Shapes, outs: Shapes, axes: Sequence[int]) -> bool:
