@@ -18,8 +18,7 @@ import functools
 import math
 from collections.abc import Sequence
 
-from jaxaccum._audit import fixes
-from jaxaccum._audit.cut_by_place import BY_PLACE, treats_parts_alike
+from jaxaccum._audit.cut_by_place import told_apart, treats_parts_alike
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
@@ -71,7 +70,7 @@ def checked(notes: Notes, result: Result) -> Value:
     if out.rows and not is_wrong(faults) and not _fits(result.shapes, out.layout, notes.sizes):
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     if not is_wrong(faults) and not treats_parts_alike(result.op, ins, result.rule):
-        faults |= {notes.fault(result.op, FaultKind.POSITION, BY_PLACE, fix=fixes.ADJACENT)}
+        faults |= {told_apart(notes, result.op)}
     number = out.number if out.number >= 0 else _number(notes, result)
     return out.like(
         faults=faults, number=number, params=out.params or any_params(ins),

@@ -24,16 +24,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.equation import Op
-from jaxaccum._audit.lattice import Layout, Value
+from jaxaccum._audit.lattice import Fault, FaultKind, Layout, Value
+from jaxaccum._audit.notes import Notes
 from jaxaccum._audit.registry import Rule
 
-BY_PLACE = (
+_BY_PLACE = (
     "a reshape divides the batch by place, and the parts of a microbatch hold other examples than "
     "those of the batch: exact only if every part is treated alike"
 )
 _IN_ORDER = ("reshape", "expand_dims", "squeeze", "broadcast_in_dim")
 _TOTALS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or")
+
+
+def told_apart(notes: Notes, op: Op) -> Fault:
+    """The fault of an equation that does not treat all parts alike, as far as is known."""
+    return notes.fault(op, FaultKind.POSITION, _BY_PLACE, fix=fixes.ADJACENT)
 
 
 def are_parts(x: Value) -> bool:

@@ -7,8 +7,7 @@ import functools
 import jax
 import jax.extend.core as jex
 
-from jaxaccum._audit import fixes
-from jaxaccum._audit.cut_by_place import BY_PLACE, are_alike
+from jaxaccum._audit.cut_by_place import are_alike, told_apart
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -175,8 +174,8 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
     if all_fixed(either):
         return _joined_fixed(walk, op, joined, x, y)
     if not are_alike(either):
-        fault = walk.fault(op, FaultKind.POSITION, BY_PLACE, fix=fixes.ADJACENT)
-        return joined.like(kind=Kind.STATISTIC, faults=joined.faults | {fault}, scalar=False)
+        faults = joined.faults | {told_apart(walk, op)}
+        return joined.like(kind=Kind.STATISTIC, faults=faults, scalar=False)
     kinds, layouts, places = {x.kind, y.kind}, layouts_of(either), any_place(either)
     if kinds <= {Kind.FIXED, Kind.ROWS} and len(layouts) == 1 and not places:
         return joined.like(kind=Kind.ROWS, layout=layouts.pop(), terms=terms_of(either))

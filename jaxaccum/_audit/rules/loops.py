@@ -7,8 +7,7 @@ import functools
 
 import jax.extend.core as jex
 
-from jaxaccum._audit import fixes
-from jaxaccum._audit.cut_by_place import BY_PLACE, are_alike, are_parts
+from jaxaccum._audit.cut_by_place import are_alike, are_parts, told_apart
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     ONE_EXAMPLE,
@@ -113,9 +112,7 @@ class _Loop:
         stacked = [self.stacked(y, changes=changes) for y in outs[len(state) :]]
         results = [*carried, *all_numbered(self.walk, stacked)]
         if self.takes_parts and not self.treats_parts_alike(state, outs):
-            walk, op = self.walk, self.op
-            fault = walk.fault(op, FaultKind.POSITION, BY_PLACE, fix=fixes.ADJACENT)
-            return all_with_faults(results, frozenset([fault]))
+            return all_with_faults(results, frozenset([told_apart(self.walk, self.op)]))
         return results
 
     def settled(self, xs: list[Value]) -> tuple[list[Value], list[Value]]:
@@ -375,7 +372,7 @@ def _after(walk: Walk, op: Op, holds: Value, x: Value, out: Value) -> Value:
     if x.number == out.number:
         return joined
     if not are_alike([holds, joined]):
-        return walk.unknown(op, BY_PLACE)
+        return statistic(walk.site(op), faults=joined.faults | {told_apart(walk, op)})
     if holds.rows and joined.fixed and joined.scale.trivial:
         joined = joined.like(kind=Kind.ROWS, layout=holds.layout)
     # In a vmapped loop JAX holds the rows still that are finished.
