@@ -15,7 +15,7 @@ from tests.support.covering import EVERY, covering
 from tests.support.helpers import refused, same
 
 DEEP = hypothesis.settings.default.max_examples >= EVERY
-K, WINDOWS = 2, 2
+K, WINDOWS = 2, 3 if DEEP else 2
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MASK = {"w": True, "b": False}
 LABELS = {"w": "adam", "b": "zero"}

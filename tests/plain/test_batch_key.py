@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from jaxaccum.testing.strategies import partitions
 from tests.plain.test_batch_keys import keys_of
-from tests.support.covering import EVERY as EVERY_COMBINATION
 from tests.support.covering import covering
 from tests.support.helpers import EXACT, INEXACT, data, normwise, refused, same
 
@@ -137,7 +136,7 @@ layers = st.builds(
 )
 
 
-@hypothesis.settings(max_examples=EXAMPLES // 5 if EXAMPLES >= EVERY_COMBINATION else 10)
+@hypothesis.settings(max_examples=EXAMPLES // 5)
 @given(st.lists(layers, min_size=1, max_size=2), partitions(12), st.integers(0, 3))
 def test_the_gradient_is_that_of_the_whole_batch_with_its_numbers(layers, options, seed):
     loss = loss_of(*(layer for _, layer in layers))

@@ -185,7 +185,7 @@ def test_an_array_of_numpy_may_change_in_place(rows):
     inner = lambda w, x: jax.jit(lambda y: y * jnp.asarray(table)[2, 1])(direct(w, x))
     for loss in (direct, looped, inner):
         step = ja.microbatch(loss, **OPTIONS)
-        for factor in (1.0, -3.0):
+        for factor in (1.0, 2.0, -3.0):
             table[:] = factor
             assert normwise(step(W, X), loss(W, X)) < EXACT
 
