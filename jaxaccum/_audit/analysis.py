@@ -99,6 +99,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     walk.name_of = functools.partial(name_of, subject.fun)
     walk.may_be_nan = functools.cache(pair.has_nan)
     walk.keeps_groups = subject.keeps_groups
+    walk.in_order = subject.keeps_order
     judged = pair.judged(walk)
     if not _all_accumulate(judged):
         judged = _for_one_example(pair, walk) or _in_groups(pair, walk) or judged

@@ -8,6 +8,7 @@ is all that the audit needs; nothing is computed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import linecache
@@ -138,6 +139,10 @@ class _Call:
     def keeps_groups(self, size: int) -> bool:
         return self.program.partition.keeps_groups(size)
 
+    @property
+    def keeps_order(self) -> bool:
+        return self.program.partition.keeps_order
+
     def trace(self, size: int, count: int) -> Traced:
         """The program for one of `count` microbatches of `size` examples; the call's own is at
         hand."""
@@ -230,20 +235,27 @@ def _signature(call: _Call) -> Hashable:
     holds."""
     types = tuple(map(jax.typeof, call.arrays))
     roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
-    return types, roles, tuple(map(_program_key, call.program.observed.values()))
+    programs = list(call.program.observed.values())
+    held = [set(map(id, seen.consts)) for seen in programs]
+    shared = set.intersection(*held) if len(held) > 1 else set()
+    return types, roles, tuple(_program_key(seen, shared) for seen in programs)
 
 
-def _program_key(seen: Observed) -> Hashable:
+def _program_key(seen: Observed, shared: set[int]) -> Hashable:
     """The program at one size, with its constants and its outputs."""
-    return structure.key_of(seen.trace.jaxpr), tuple(map(_content, seen.consts)), seen.outputs
+    contents = tuple(_content(x, shared=id(x) in shared) for x in seen.consts)
+    return structure.key_of(seen.trace.jaxpr), contents, seen.outputs
 
 
-def _content(constant: Constant) -> Hashable:
-    """The numbers of a small constant, which the audit may look at; of any other its type."""
+def _content(constant: Constant, *, shared: bool) -> Hashable:
+    """The numbers of a constant that the audit may look at: of a small one, and of one that the
+    program makes for each size. Of any other its type."""
     aval = jax.typeof(constant)
-    if isinstance(constant, jax.core.Tracer) or not is_numeric(constant) or aval.size > LARGEST:
+    if isinstance(constant, jax.core.Tracer) or not is_numeric(constant):
         return aval
-    return aval, np.asarray(constant).tobytes()
+    if shared and aval.size > LARGEST:
+        return aval
+    return aval, hashlib.sha256(np.asarray(constant).tobytes()).digest()
 
 
 # -- what is said ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from jaxaccum._audit.cut_by_place import told_apart, treats_parts_alike
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
+from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
 from jaxaccum._audit.lattice import (
     CONSEQUENCES,
     Fault,
@@ -71,9 +72,13 @@ def checked(notes: Notes, result: Result) -> Value:
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     if not is_wrong(faults) and not treats_parts_alike(result.op, ins, result.rule):
         faults |= {told_apart(notes, result.op)}
+    order = GatheredOrder.of(notes, result.op, ins)
+    if order is not None and not is_wrong(faults) and order.matters(result.rule):
+        faults |= {out_of_order(notes, result.op)}
+    by_order = out.by_order if order is None else order.is_kept(result.i)
     number = out.number if out.number >= 0 else _number(notes, result)
     return out.like(
-        faults=faults, number=number, params=out.params or any_params(ins),
+        faults=faults, number=number, params=out.params or any_params(ins), by_order=by_order,
         closure=out.closure or closure_of(ins), scalar=out.scalar or _has_one_entry(result),
     )  # fmt: skip
 

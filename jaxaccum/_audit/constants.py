@@ -127,4 +127,5 @@ def _constant_if(alike: bool) -> Scale:
 
 
 def _is_uniform(x: np.ndarray) -> bool:
-    return bool(np.all(x == x.flat[0]))
+    """Whether all entries are one number; 0.0 is not -0.0."""
+    return x.tobytes() == x.flat[0].tobytes() * x.size

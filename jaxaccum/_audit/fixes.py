@@ -72,6 +72,14 @@ ADJACENT = (
     "take adjacent examples together, k at a time: x.reshape(-1, k, …), with whole groups of k in "
     "every microbatch and split='contiguous'; where every part is treated alike, pass audit=None"
 )
+PLACE = (
+    "compute it from the examples; a number for each place in the batch can be an array of the "
+    "batch, which is cut like the rest"
+)
+IN_ORDER = (
+    "sum over the gathered rows, or pick a microbatch's own by lax.axis_index(axis) * len(x) + "
+    "jnp.arange(len(x)); for places in the batch use split='contiguous', or an array of the batch"
+)
 _NNX_STREAMS = (
     "let the layer draw from a random stream that the model holds before the call, and take the "
     "gradient with jaxaccum.nnx.value_and_grad: each example then draws what it draws in the whole "

@@ -260,11 +260,12 @@ class Value:
     """The number that it holds everywhere, at both sizes."""
     at: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, compare=False)
     """Its numbers at each of the two sizes, where they follow from shapes alone and are few."""
+    by_order: bool = False
+    """Whether it has, or is, places in an order that is not the batch's (`gathered_order`)."""
     closure: str = ""
     """The name of the key that it is made of, where `fun` closes over one."""
     overwritten: bool = False
-    """Whether it is an argument whose "gradients" combine by maximum, so that no rule can mix
-    them."""
+    """Whether it is an argument whose "gradients" combine by maximum: no rule can mix them."""
     scalar: bool = False
     """Whether all of its entries are one number."""
     weight: Scale | None = None
@@ -340,8 +341,6 @@ _UNIDENTIFIED: dict[str, Any] = {
     "overwritten": False,
 }  # fmt: skip
 """What a value is called, or known to be, before a rule says so."""
-
-
 _ANY = Value()
 
 

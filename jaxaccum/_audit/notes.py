@@ -37,6 +37,9 @@ _OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the who
 _CAUSES = {FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN}
 """Faults of a statistic after which a further meeting of examples is not reported."""
 
+GIVEN = ("outer_axes", "untyped_axes", "name_of", "may_be_nan", "keeps_groups", "in_order")
+"""What a walk is told about its programs, and another walk of the same programs is told too."""
+
 
 class Notes(Constants):
     """What is known around the current equation, and what was found so far."""
@@ -56,6 +59,8 @@ class Notes(Constants):
         self.keeps_groups: Callable[[int], bool] = lambda size: True
         """Whether microbatches hold whole groups of so many adjacent rows: a strided split does
         not."""
+        self.in_order = True
+        """Whether the microbatches' rows, one microbatch after the other, are the batch."""
         self.mesh_axes: frozenset[str] = frozenset()
         """Inside a program for one device, the mesh axes over which the batch is sharded."""
         self.outer_axes: frozenset[str] = frozenset()

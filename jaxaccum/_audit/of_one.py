@@ -15,13 +15,15 @@ numbers are at two sizes tells what they must be at 1::
 The cost. One more trace, of a loss that is not exact otherwise and whose microbatches hold one
 example.
 
-The weakness. Functions of integers are not compared, since JAX leaves out many of them.
+The weakness. JAX leaves out many functions of integers, so of these it only matters that the
+program for one has no other primitive, and none more often: not which numbers they read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -48,6 +50,8 @@ def same_work(one: object, more: object, whole: object, sizes: Sizes) -> bool:
     `whole` is the program for ``sizes.first`` examples, and `more` that for ``sizes.second``.
     """
     found, few, many = [_Program.of(jaxpr) for jaxpr in (one, more, whole)]
+    if not found.of_integers <= many.of_integers:
+        return False
     if len(few.computing) != len(many.computing):
         return False
     if not _are_foretold(found.moved, few.moved, many.moved, sizes):
@@ -65,23 +69,31 @@ class _Program(NamedTuple):
 
     computing: list[jex.JaxprEqn]
     moved: list[jex.Literal]
+    of_integers: Counter[str]
+    """How often each primitive computes integers or conditions."""
 
     @classmethod
     def of(cls, jaxpr: object) -> _Program:
         """The program of a jaxpr, closed or open."""
-        equations = list(_equations(opened(jaxpr)[0]))
+        every = list(_equations(opened(jaxpr)[0]))
+        equations = [eqn for eqn in every if _computes_numbers(eqn)]
+        others = Counter(eqn.primitive.name for eqn in every if not _computes_numbers(eqn))
         moves = [eqn for eqn in equations if eqn.primitive.name in _MOVES]
         computing = [eqn for eqn in equations if eqn.primitive.name not in _MOVES]
-        return cls(computing, [x for eqn in moves for x in _numbers(eqn)])
+        return cls(computing, [x for eqn in moves for x in _numbers(eqn)], others)
 
 
 def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
-    """The equations whose results are not integers, inner ones after the one that holds them."""
+    """Its equations, inner ones after the one that holds them."""
     for eqn in jaxpr.eqns:
-        if any(map(_is_inexact, eqn.outvars)):
-            yield eqn
+        yield eqn
         for inner in jex.jaxprs_in_params(eqn.params):
             yield from _equations(inner)
+
+
+def _computes_numbers(eqn: jex.JaxprEqn) -> bool:
+    """Whether a result of an equation is inexact: no integer, and no condition."""
+    return any(map(_is_inexact, eqn.outvars))
 
 
 def _is_inexact(v: jex.Var) -> bool:

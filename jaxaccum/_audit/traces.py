@@ -71,6 +71,11 @@ class Subject(Protocol):
         """Whether every microbatch holds whole groups of `size` adjacent examples."""
         ...
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the microbatches' rows, one microbatch after the other, are the batch."""
+        ...
+
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""
         ...
@@ -173,6 +178,11 @@ class Loss:
     def keeps_groups(self, size: int) -> bool:
         """Whether every microbatch holds whole groups of `size` adjacent examples."""
         return self.arguments.partition.keeps_groups(size)
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the microbatches' rows, one microbatch after the other, are the batch."""
+        return self.arguments.partition.keeps_order
 
     def trace(self, size: int, count: int) -> Traced:
         """Its program for one of `count` microbatches of `size` examples."""

@@ -42,8 +42,9 @@ from jaxaccum._audit.equation import Shape as Shape
 from jaxaccum._audit.equation import beyond as beyond
 from jaxaccum._audit.equation import varying as varying
 from jaxaccum._audit.folding import folded
+from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
 from jaxaccum._audit.lattice import Sizes, Value
-from jaxaccum._audit.notes import Notes
+from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.twins import same_function
@@ -73,10 +74,8 @@ class Walk(Notes):
     def again(self, sizes: Sizes) -> Walk:
         """Another walk of the same programs, which takes the sizes for others."""
         other = Walk(sizes, self.axis_name, self.axis_sizes)
-        other.outer_axes = self.outer_axes
-        other.name_of = self.name_of
-        other.may_be_nan = self.may_be_nan
-        other.keeps_groups = self.keeps_groups
+        for name in GIVEN:
+            setattr(other, name, getattr(self, name))
         return other
 
     def body(
@@ -130,9 +129,17 @@ class Walk(Notes):
         outs = rule.apply(self, op, ins)
         outs = outs if isinstance(outs, list) else [outs] * op.num_outs
         if rule.complete:
-            return outs
+            return self._in_order(op, ins, outs)
         settled = isinstance(outs, Settled)
         return [checked(self, Result(op, ins, i, x, rule, settled)) for i, x in enumerate(outs)]
+
+    def _in_order(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
+        """The results of a loop or of branches, which may ask for the order of gathered rows."""
+        order = GatheredOrder.of(self, op, ins)
+        if order is None or not order.is_of_steps():
+            return outs
+        fault = out_of_order(self, op)
+        return [x.like(faults=x.faults | {fault}) for x in outs]
 
     def _folded(self, op: Op, ins: list[Value]) -> Value | None:
         """The result of an equation of constants, where it can be computed at both sizes."""

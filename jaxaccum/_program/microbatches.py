@@ -52,6 +52,11 @@ class Partition:
         """The number of iterations of the loop."""
         return sum(group.count for group in self.groups)
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the microbatches' rows, one microbatch after the other, are the batch."""
+        return self.num_microbatches == 1 or (self.split == "contiguous" and self.blocks == 1)
+
     def keeps_groups(self, size: int) -> bool:
         """Whether every microbatch holds whole groups of `size` adjacent examples."""
         adjacent = self.split == "contiguous"

@@ -84,7 +84,8 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     for x, y in (ins, ins[::-1]):
         if x.index is Index.START and y.index is Index.ROW:
             assert y.layout is not None
-            return Settled([rows(y.layout, faults=faults_of(ins))])
+            place = rows(y.layout, faults=faults_of(ins), by_order=not walk.in_order)
+            return Settled([place])
         if x.index is not Index.MICROBATCH:
             continue
         if y.known == 0:  # as JAX writes the index along several axes

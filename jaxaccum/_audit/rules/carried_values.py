@@ -133,8 +133,11 @@ def _adds_one(eqn: jex.JaxprEqn) -> bool:
 
 
 def _changes_dtype(eqn: jex.JaxprEqn) -> bool:
-    """Whether an equation changes a dtype alone: not from inexact to integer, nor back."""
+    """Whether an equation changes a dtype alone: not from inexact to integer, nor back, and not to
+    bool."""
     if eqn.primitive.name != "convert_element_type":
         return False
-    inexact = lambda v: jnp.issubdtype(v.aval.dtype, jnp.inexact)
-    return inexact(eqn.invars[0]) == inexact(eqn.outvars[0])
+    dtype = lambda v: v.aval.dtype
+    old, new = dtype(eqn.invars[0]), dtype(eqn.outvars[0])
+    inexact = lambda kind: jnp.issubdtype(kind, jnp.inexact)
+    return inexact(old) == inexact(new) and (new != jnp.bool_ or old == jnp.bool_)

@@ -196,7 +196,9 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         if not op.params["tiled"]:
             gathered = Layout((axis, *with_new_axis(x.layout, axis).axes))
             return _declared(walk, op, index=Index.GATHERED, layout=gathered)
-        return _declared(walk, op) if row == axis else _unlike(walk, op, x)
+        if row != axis:
+            return _unlike(walk, op, x)
+        return _declared(walk, op, by_order=not walk.in_order)
 
     return _each(ins, one)
 

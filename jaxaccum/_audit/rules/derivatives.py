@@ -23,6 +23,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._audit import fixes
+from jaxaccum._audit.cut_by_place import are_alike
 from jaxaccum._audit.lattice import (
     HARMLESS,
     PLAIN,
@@ -195,7 +196,8 @@ class _Backward:
     def _mismatch(self, x: Value, result: Value, *, scale: Scale) -> Faults:
         """What is wrong with the cotangent that a backward pass returns for x."""
         rows_alike = result.rows and result.layout == x.layout
-        alike = rows_alike or result.fixed if x.rows else result.kind is _DUAL[x.kind]
+        shared = result.fixed and not result.placed and are_alike([x, result])
+        alike = rows_alike or shared if x.rows else result.kind is _DUAL[x.kind]
         apart = (alike and result.terms == {Addend(scale)}) or (result.fixed and result.zero)
         kinds = kinds_of(result.faults) - {FaultKind.ASSUMPTION}
         kinds = kinds or (set() if apart else {FaultKind.COUPLING})

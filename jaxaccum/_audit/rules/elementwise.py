@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
     FaultKind,
+    Scale,
     Value,
     faults_of,
     fixed,
@@ -147,7 +151,15 @@ def stopped(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         return [x]
     if is_weighted(x):
         return walk.couple(op, [x], note=_STOPPED, layout=x.layout)
-    return x.like(number=walk.fresh(), root=None)
+    return x.like(number=walk.fresh(), root=None, weight=_without_gradient(walk, x))
+
+
+def _without_gradient(walk: Walk, x: Value) -> Scale | None:
+    """A divisor whose totals are others than those that have a gradient."""
+    if x.weight is None:
+        return None
+    weights = (dataclasses.replace(w, number=walk.fresh()) for w in x.weight.weights)
+    return dataclasses.replace(x.weight, weights=frozenset(weights))
 
 
 _STOPPED = "a ratio over one microbatch is taken without its gradient"
@@ -155,9 +167,19 @@ _STOPPED = "a ratio over one microbatch is taken without its gradient"
 
 @rule("convert_element_type", uniform=True, pointwise=True)
 def convert(walk: Walk, op: Op, ins: list[Value]) -> Value:
-    """A change of dtype: linear, except from inexact to integer and to boolean."""
-    old, new = op.eqn.invars[0].aval.dtype, op.eqn.outvars[0].aval.dtype
-    exact = not jnp.issubdtype(old, jnp.inexact) or jnp.issubdtype(new, jnp.inexact)
-    if exact and (new != jnp.bool_ or old == jnp.bool_):
+    """A change of dtype: linear, except from inexact to integer, to boolean, and to an integer that
+    wraps."""
+    if _holds(op.eqn.outvars[0].aval.dtype, op.eqn.invars[0].aval.dtype):
         return ins[0].like(number=-1)
     return combine(walk, op, ins)
+
+
+def _holds(new: np.dtype, old: np.dtype) -> bool:
+    """Whether a dtype holds the numbers of another one, but for rounding: of integers those of 32
+    bits, which count examples."""
+    if jnp.issubdtype(new, jnp.inexact) or old == jnp.bool_:
+        return True
+    if jnp.issubdtype(old, jnp.inexact) or new == jnp.bool_:
+        return False
+    few, many = jnp.iinfo(new), jnp.iinfo(old)
+    return few.min <= max(many.min, -(2**31)) and few.max >= min(many.max, 2**31 - 1)

@@ -40,6 +40,7 @@ from jaxaccum._audit.rules.operands import (
     example_axes,
     faulty,
     numbered,
+    of_an_earlier_step,
     once,
     params_at_both,
     with_faults,
@@ -68,6 +69,8 @@ class _Loop:
         consts, carried = self.scan.counts
         self.places = range(consts, consts + carried)
         """Where the carried values are among the operands."""
+        self.since = self.walk.fresh()
+        """Larger numbers are those of values that are computed in a step."""
         self.consts = self.ins[:consts]
         self.initial = self.ins[consts : consts + carried]
         self.given = self.ins[consts + carried :]
@@ -215,6 +218,8 @@ class _Loop:
         if grows and role == "state" and not joined.fixed and not looped:
             note = "the number of steps depends on the batch size"
             faults |= faulty(self.walk, self.op, FaultKind.BATCH_SIZE, note)
+        if changed:
+            faults |= of_an_earlier_step(self.walk, self.op, joined, since=self.since)
         if grows and x.fixed and out.fixed:
             return _irregular(joined).like(faults=faults, number=x.number)
         return _carried(joined, x).like(faults=faults)
@@ -347,12 +352,13 @@ def scan(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A loop that ends by a condition: of the batch's, unless each example ends by its own."""
     n, k = op.params["cond_nconsts"], op.params["body_nconsts"]
+    since = walk.fresh()
     of_test, of_body, initial = ins[:n], ins[n : n + k], ins[n + k :]
 
     def next_state(state: list[Value]) -> list[Value]:
         outs = walk.body(op, params_at_both(op, "body_jaxpr"), [*of_body, *state])
         (holds,) = walk.body(op, params_at_both(op, "cond_jaxpr"), [*of_test, *state])
-        return list(map(functools.partial(_after, walk, op, holds), state, outs))
+        return list(map(functools.partial(_after, walk, op, holds, since), state, outs))
 
     # What starts at 0 and is added to is a sum; of what starts at any number, one is left over.
     state = list(map(_unknown_number, next_state(all_numbered(walk, initial))))
@@ -365,12 +371,14 @@ def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     return all_numbered(walk, [unknown] * len(state))
 
 
-def _after(walk: Walk, op: Op, holds: Value, x: Value, out: Value) -> Value:
+def _after(walk: Walk, op: Op, holds: Value, since: int, x: Value, out: Value) -> Value:
     """A carried value after one more step, which is taken where the condition holds."""
     joined = join(walk, op, x, out)
     joined = _carried(joined, x)
     if x.number == out.number:
         return joined
+    if faults := of_an_earlier_step(walk, op, joined, since=since):
+        return with_faults(joined, joined.faults | faults)
     if not are_alike([holds, joined]):
         return statistic(walk.site(op), faults=joined.faults | {told_apart(walk, op)})
     if holds.rows and joined.fixed and joined.scale.trivial:

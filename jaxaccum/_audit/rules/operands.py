@@ -189,6 +189,22 @@ def note_terms(walk: Walk, terms: Addends, site: Site) -> None:
         walk.sites.setdefault(term, site)
 
 
+# -- loops -----------------------------------------------------------------------------------------
+
+
+def of_an_earlier_step(walk: Walk, op: Op, x: Value, *, since: int) -> Faults:
+    """The fault of a carried value that a step has divided by a total of its own.
+
+    Numbers say which totals are equal, and a body is walked once for all steps: the next step's
+    total has the number of the one that divides.
+    """
+    scales = (term.scale for term in x.terms)
+    if all(w.number < since for scale in scales for w in scale.weights):
+        return frozenset()
+    note = "a loop carries to its next step what one step has divided by a total over the examples"
+    return faulty(walk, op, FaultKind.UNKNOWN, note)
+
+
 # -- results ---------------------------------------------------------------------------------------
 
 

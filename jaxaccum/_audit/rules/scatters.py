@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxaccum._audit.equation import lengths
 from jaxaccum._audit.lattice import (
     ONE_EXAMPLE,
     Index,
@@ -83,7 +84,15 @@ def _evenly(op: Op, indices: Value) -> bool:
     reached = set(varying(op.shapes())) - _inside(op)
     if not reached or indices.layout is None:
         return not (reached or indices.placed or varying(op.shapes(1)))
-    return all(_by_place(op, a, indices, indices.layout.at(a)) for a in reached)
+    return all(_at_each_place(op, a, indices) for a in reached)
+
+
+def _at_each_place(op: Op, axis: int, indices: Value) -> bool:
+    """Whether every entry of an axis is written at its own place, and none is left out."""
+    assert indices.layout is not None
+    written = lengths(op.shapes(1), indices.layout.axes)
+    whole = lengths(op.shapes(), [axis]) == written
+    return whole and _by_place(op, axis, indices, indices.layout.at(axis))
 
 
 def _written_at_a_step(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
@@ -152,8 +161,16 @@ def _owned(op: Op, layout: Layout, indices: Value) -> bool:
 
 
 def _inside(op: Op) -> set[int]:
-    """The axes of the operand that lie inside the written windows, where no index reaches."""
-    return set(written_axes(op)) - set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
+    """The axes of the operand that are written whole, where no index reaches."""
+    reached = set(op.params["dimension_numbers"].scatter_dims_to_operand_dims)
+    windows = [axis for axis in written_axes(op) if axis not in reached]
+    return {axis for axis in windows if _is_written_whole(op, axis)}
+
+
+def _is_written_whole(op: Op, axis: int) -> bool:
+    """Whether a window extends along all of an axis."""
+    window = op.params["dimension_numbers"].update_window_dims[written_axes(op).index(axis)]
+    return lengths(op.shapes(2), [window]) == lengths(op.shapes(), [axis])
 
 
 def _by_place(op: Op, axis: int, indices: Value, layout: Layout) -> bool:

@@ -117,7 +117,7 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
     merged = walk.sizes.first * walk.axis_sizes[0]
     (places, rows_), outs = x.layout.axes, op.out_shapes()
     joined = rows_ == places + 1 and not varying(outs) and merged in outs[0]
-    return Settled([fixed(faults=x.faults)]) if joined else reshaped(x)
+    return Settled([fixed(faults=x.faults, by_order=not walk.in_order)]) if joined else reshaped(x)
 
 
 def _stays_uniform(x: Value, shapes: Shapes, outs: Shapes) -> bool:

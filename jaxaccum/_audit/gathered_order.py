@@ -1,0 +1,114 @@
+"""Rows gathered in the order of the microbatches, where that is not the batch's: what may be done
+with them.
+
+The problem. ``all_gather(z, "microbatch", tiled=True)`` has the rows of microbatch 0 first. Of a
+contiguous split this is the batch. Of a strided one it is the batch in another order: of 8 examples
+in two microbatches 0, 2, 4, 6, 1, 3, 5, 7. So is a batch that lies in blocks on several devices.
+
+The idea. A contrastive loss does not ask for the order: it sums over the gathered rows, and picks
+among them its own by ``axis_index("microbatch") * len(z) + arange(len(z))``, which is their place
+in this order, and no other. So such a value is marked (`Value.by_order`), and until its axis is
+summed over, or it has picked a gathered row, only this may happen to it: functions of single
+entries, products, changes of shape that keep the axis, and a choice by such places.
+
+The weakness. Whatever else does not ask for the order is not followed: a sort, a one-hot vector of
+the places, a loop over the gathered rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxaccum._audit import fixes
+from jaxaccum._audit.equation import Op, Shape, both_shapes
+from jaxaccum._audit.lattice import Fault, FaultKind, Value
+from jaxaccum._audit.notes import Notes
+from jaxaccum._audit.registry import Rule
+
+_BY_ORDER = (
+    "a number for each place meets rows that are gathered in the order of the microbatches, which "
+    "here is not that of the batch"
+)
+_RESHAPES = ("broadcast_in_dim", "reshape", "expand_dims", "squeeze", "transpose")
+_OF_ROWS = (
+    *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "dot_general"),
+    *("slice", "dynamic_slice"),
+)  # fmt: skip
+_OF_PLACES = ("concatenate",)
+"""As JAX writes a table of indices."""
+_OF_STEPS = ("scan", "while", "cond")
+
+
+def out_of_order(notes: Notes, op: Op) -> Fault:
+    """The fault of an equation that asks for the order of gathered rows."""
+    return notes.fault(op, FaultKind.POSITION, _BY_ORDER, fix=fixes.IN_ORDER)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatheredOrder:
+    """One equation, some of whose operands are in the order of the microbatches, or are places in
+    it."""
+
+    op: Op
+    ins: Sequence[Value]
+    batch: int
+    """How many examples the batch has."""
+
+    @classmethod
+    def of(cls, notes: Notes, op: Op, ins: Sequence[Value]) -> GatheredOrder | None:
+        """None where no operand is."""
+        batch = notes.sizes.first * notes.axis_sizes[0] * notes.group
+        return cls(op, ins, batch) if any(x.by_order for x in ins) else None
+
+    def is_kept(self, i: int) -> bool:
+        """Whether result `i` is marked too."""
+        picked = self.op.name == "gather" and self.ins[0].by_order
+        return bool(self.axes(self.op.out_shapes(i))) or not (picked or self.all_have_axes())
+
+    def matters(self, rule: Rule) -> bool:
+        """Whether the results are others for rows in another order, as far as is known."""
+        if self.op.name == "gather":
+            return not self.picks()
+        if self.all_have_axes():
+            return not (self.keeps_rows(rule) and self.meets_no_table())
+        alike = all(x.by_order or x.scalar or x.known is not None for x in self.ins)
+        keeps = self.op.name in (*_RESHAPES, *_OF_PLACES) or (rule.pointwise and alike)
+        return not keeps or bool(self.axes(self.op.out_shapes()))
+
+    def is_of_steps(self) -> bool:
+        """Whether it is a loop or a choice of branches; other bodies are looked at."""
+        return self.op.name in _OF_STEPS
+
+    def axes(self, shapes: tuple[Shape, Shape]) -> list[int]:
+        """The axes that hold the whole batch in every microbatch."""
+        pairs = enumerate(zip(*shapes, strict=True))
+        return [axis for axis, lengths in pairs if lengths == (self.batch, self.batch)]
+
+    def axes_of(self, i: int) -> list[int]:
+        """Those of operand `i`."""
+        return self.axes(both_shapes(self.op.eqn.invars[i], self.op.other.invars[i]))
+
+    def all_have_axes(self) -> bool:
+        """Whether all marked operands are rows, and none is a place."""
+        return all(self.axes_of(i) for i, x in enumerate(self.ins) if x.by_order)
+
+    def meets_no_table(self) -> bool:
+        """Whether no operand has a number of its own for each place in the batch."""
+        others = (i for i, x in enumerate(self.ins) if not (x.by_order or x.scalar))
+        return not any(map(self.axes_of, others))
+
+    def keeps_rows(self, rule: Rule) -> bool:
+        """Whether an equation takes each axis of rows whole, in whichever order."""
+        if self.op.name in _OF_ROWS[-2:] or self.op.name in _RESHAPES:
+            return len(self.axes(self.op.out_shapes())) == len(self.axes_of(0))
+        return rule.pointwise or self.op.name in _OF_ROWS
+
+    def picks(self) -> bool:
+        """Whether a gather picks rows by places in their order, or takes all of them."""
+        rows, indices = self.ins[:2]
+        numbers, sizes = self.op.params["dimension_numbers"], self.op.params["slice_sizes"]
+        picked = [axis for axis in self.axes_of(0) if sizes[axis] != self.batch]
+        if not rows.by_order or not (indices.by_order or not picked):
+            return False
+        return all(axis in numbers.start_index_map for axis in picked)
