@@ -69,14 +69,14 @@ def _mis_scaled(note: str, fix: str, *lines: Site | None) -> Claim:
 
 def claim_of(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | None:
     """What an output is under its tag; None where it depends on the partition by its meaning."""
-    claim = _claim(walk, output, values)
+    claim = _claim_of_numbers(walk, output, values)
     if claim is None or not any(value.placed or value.by_order for value in values):
         return claim
     note = "the output is a place, or is in the order of the microbatches"
     return _inexact(Verdict.POSITION, note, fixes.PLACE, values[0].origin)
 
 
-def _claim(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | None:
+def _claim_of_numbers(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | None:
     """The same, of values that are numbers like any other."""
     reduction = Reduction.SUM if output.tag is None else output.tag.reduction
     match reduction:

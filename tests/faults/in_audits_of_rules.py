@@ -13,7 +13,7 @@ FAULTS = [
     Fault(
         "a stopped total cancels with itself",
         "stopped",
-        "return x.like(number=walk.fresh(), root=None)",
+        "return x.like(number=walk.fresh(), root=None, weight=_without_gradient(walk, x))",
         "return [x]",
         "audit/test_losses.py::test_exact_is_what_the_numbers_say[a stopped sum times a share]",
     ),
@@ -232,7 +232,7 @@ FAULTS = [
     ),
     Fault(
         "the audit takes a reduction that it does not know for a sum",
-        "claim_of",
+        "_claim_of_numbers",
         "        case Reduction.SUM:\n            claim = _claim_total(walk, output.tag, values)\n"
         "        case _:\n            assert_never(reduction)\n",
         "        case _:\n            claim = _claim_sum(walk, values[0])\n",
