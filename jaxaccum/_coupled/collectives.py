@@ -48,6 +48,8 @@ def _resolved(eqn: jex.JaxprEqn, operands: list[Array]) -> list[Array] | None:
     name = eqn.primitive.name
     if name in _OVER_SEVERAL_AXES and len(axes_of(eqn)) > 1:
         return [_OVER_SEVERAL_AXES[name](eqn, operands[0])]
+    if name == "all_gather" and eqn.params["tiled"] and _explicit() and not _manual(*axes_of(eqn)):
+        return [_merged(eqn, operands[0])]
     if name == "psum" and _explicit():
         return [_summed(x, axes_of(eqn)) for x in operands]
     if name == "ppermute" and not _manual(*axes_of(eqn)):
@@ -90,6 +92,20 @@ def _explicit() -> bool:
     """Whether arrays are typed by an explicit mesh: JAX cannot lower a psum of these that
     `jax.vmap` resolves."""
     return jax.sharding.AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _merged(eqn: jex.JaxprEqn, x: Array) -> Array:
+    """The microbatches' rows after one another, sharded as those of one microbatch are: JAX asks
+    for the layout of an axis that takes in a sharded one."""
+    (name,), dimension = axes_of(eqn), eqn.params["all_gather_dimension"]
+    rows = lax.all_gather(x, name, axis=dimension)
+    sharding = jax.typeof(x).sharding
+    shape = (
+        *x.shape[:dimension],
+        lax.axis_size(name) * x.shape[dimension],
+        *x.shape[dimension + 1 :],
+    )
+    return lax.reshape(rows, shape, out_sharding=sharding)
 
 
 def _summed(x: Array, axes: tuple[str, ...]) -> Array:

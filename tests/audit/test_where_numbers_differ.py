@@ -89,7 +89,13 @@ def twice(w, b):
     return jnp.stack([nll(w, b), 2 * nll(w, b)], 1).reshape(-1)
 
 
+def moved_sign(w, b):
+    """The sign of a number that changes with the batch's size, less a constant."""
+    return jnp.mean(nll(w, b) * jnp.sign(nll(w, b) / len(b["y"]) - 0.06))
+
+
 UNLIKE = {
+    "a sign of what is moved": moved_sign,
     "a cotangent for each part": lambda w, b: Sum(jnp.sum(a_table(each(w, b)))),
     "a cotangent that is a place": lambda w, b: Sum(jnp.sum(its_place(nll(w, b)))),
     "a weight without its gradient": lambda w, b: Sum(
@@ -130,7 +136,19 @@ def test_what_depends_on_the_partition_is_found(name):
     assert off(UNLIKE[name]) > 1e-3
 
 
+def adversarial(size):
+    """The loss at examples that a step along the sign of a gradient has moved."""
+
+    def loss(w, b):
+        inner = lambda x: size(nll(w, {**b, "x": x}))
+        step = jnp.sign(lax.stop_gradient(jax.grad(inner)(b["x"])))
+        return jnp.mean(nll(w, {**b, "x": b["x"] + 0.1 * step}))
+
+    return loss
+
+
 ALIKE = {
+    "a sign of a mean's gradient": adversarial(jnp.mean),
     "every place written": lambda w, b: Sum(
         jnp.sum(nll(w, b) * jnp.zeros(len(b["y"])).at[jnp.arange(len(b["y"]))].set(1.0))
     ),

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxaccum._audit.lattice import (
     IRREGULAR,
+    PLAIN,
     UNIT,
     FaultKind,
     Scale,
@@ -36,7 +37,7 @@ from jaxaccum._audit.rules.operands import (
 from jaxaccum._audit.walk import Op, Walk
 
 _NONLINEAR = """
-    abs sign floor ceil round nextafter exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos
+    abs floor ceil round nextafter exp exp2 log log1p expm1 tanh logistic sin cos tan asin acos
     atan sinh cosh asinh acosh atanh atan2 erf erfc erf_inv lgamma digamma igamma igammac
     igamma_grad_a random_gamma_grad polygamma zeta regularized_incomplete_beta bessel_i0e bessel_i1e
     cbrt is_finite not xor rem min clamp shift_left mulhi shift_right_logical shift_right_arithmetic
@@ -70,6 +71,16 @@ def combine(walk: Walk, op: Op, ins: list[Value]) -> Value:
         note = "a value that changes with the batch size enters"
         faults = faulty(walk, op, FaultKind.BATCH_SIZE, note)
     return rows(layout, faults=faults, origin=origin_of(parts))
+
+
+@rule("sign", uniform=True, pointwise=True, scales=True)
+def sign(walk: Walk, op: Op, ins: list[Value]) -> Value:
+    """The sign, which no power of the batch's size changes: that of a gradient of a mean over the
+    microbatch is that of a mean over the batch."""
+    (x,) = ins
+    if x.summary or x.scale.weights or not x.scale.power:
+        return combine(walk, op, ins)
+    return x.but(terms=PLAIN, scalar=x.scalar)
 
 
 _INCREASING = frozenset(
