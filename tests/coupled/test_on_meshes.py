@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
@@ -76,6 +76,35 @@ def test_a_coupled_loss_on_an_explicit_mesh_spans_all_devices():
         normwise(on_mesh(ja.value_and_grad(normalized("microbatch"), num_microbatches=2)), right)
         < EXACT
     )
+
+
+def among(gathered):
+    """A contrastive loss without labels, among the rows that `gathered` gives."""
+
+    def loss(w, x):
+        z = jnp.tanh(x @ w["a"])
+        return jnp.mean(jax.nn.logsumexp(z @ gathered(z).T, axis=1) - jnp.sum(z * z, axis=1))
+
+    return loss
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_rows_gathered_over_microbatches_alone_keep_the_sharding_of_one_microbatchs(dimension):
+    """They may then be resharded as the whole batch's."""
+    whole = lambda z: lax.all_gather(z, "microbatch", tiled=True)
+    if dimension == 1:
+        whole = lambda z: lax.all_gather(z.T, "microbatch", axis=1, tiled=True).T
+    everywhere = lambda z: reshard(whole(z), P(None, None))
+    right = jitted.value_and_grad(among(lambda z: z))(W, X)
+    with jax.set_mesh(EXPLICIT):
+        ours = on_mesh(ja.value_and_grad(among(everywhere), num_microbatches=2))
+        alone = on_mesh(
+            ja.value_and_grad(
+                among(lambda z: reshard(z, P(None, None))), num_microbatches=2, audit=None
+            )
+        )
+    assert normwise(ours, right) < EXACT
+    assert normwise(alone, right) > 1e-3  # each microbatch among its own
 
 
 @pytest.mark.parametrize("everywhere", [True, False], ids=["on the mesh", "on no mesh"])
