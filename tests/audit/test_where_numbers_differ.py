@@ -214,6 +214,14 @@ OF_PLACES = {
         b["x"] @ w * jnp.mean(gathered(w, b) * TABLE[:, None])
     ),
     "one of the gathered": lambda w, b: jnp.mean(b["x"] @ w * gathered(w, b)[1][None]),
+    "a table for a branch of the gathered": lambda w, b: jnp.mean(
+        b["x"]
+        @ w
+        * jnp.mean(
+            lax.cond(jnp.sum(w) > -1e9, lambda z: 2 * z, jnp.zeros_like, gathered(w, b))
+            * TABLE[:, None]
+        )
+    ),
     "a loop over the gathered": lambda w, b: jnp.mean(b["x"] @ w * decayed(w, b)[None]),
 }
 OF_NO_PLACE = {

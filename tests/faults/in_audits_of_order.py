@@ -92,11 +92,11 @@ FAULTS = [
         f"{_ORDER}[one of the gathered]",
     ),
     Fault(
-        "a loop asks for no order",
+        "a branch keeps no order",
         "Walk._in_order",
         "if order is None or not order.is_of_steps():",
         "if order is None or True:",
-        f"{_ORDER}[a loop over the gathered]",
+        f"{_ORDER}[a table for a branch of the gathered]",
     ),
     Fault(
         "a place may be an output",
