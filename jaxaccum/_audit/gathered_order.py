@@ -31,12 +31,9 @@ _BY_ORDER = (
     "here is not that of the batch"
 )
 _RESHAPES = ("broadcast_in_dim", "reshape", "expand_dims", "squeeze", "transpose")
-_OF_ROWS = (
-    *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "dot_general"),
-    *("slice", "dynamic_slice"),
-)  # fmt: skip
-_OF_PLACES = ("concatenate",)
-"""As JAX writes a table of indices."""
+_SLICES = ("slice", "dynamic_slice")
+_OVER_ROWS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "dot_general")
+_TABLES_OF_PLACES = ("concatenate",)
 _OF_STEPS = ("scan", "while", "cond")
 
 
@@ -73,7 +70,7 @@ class GatheredOrder:
         if self.all_have_axes():
             return not (self.keeps_rows(rule) and self.meets_no_table())
         alike = all(x.by_order or x.scalar or x.known is not None for x in self.ins)
-        keeps = self.op.name in (*_RESHAPES, *_OF_PLACES) or (rule.pointwise and alike)
+        keeps = self.op.name in (*_RESHAPES, *_TABLES_OF_PLACES) or (rule.pointwise and alike)
         return not keeps or bool(self.axes(self.op.out_shapes()))
 
     def is_of_steps(self) -> bool:
@@ -100,9 +97,9 @@ class GatheredOrder:
 
     def keeps_rows(self, rule: Rule) -> bool:
         """Whether an equation takes each axis of rows whole, in whichever order."""
-        if self.op.name in _OF_ROWS[-2:] or self.op.name in _RESHAPES:
+        if self.op.name in (*_SLICES, *_RESHAPES):
             return len(self.axes(self.op.out_shapes())) == len(self.axes_of(0))
-        return rule.pointwise or self.op.name in _OF_ROWS
+        return rule.pointwise or self.op.name in _OVER_ROWS
 
     def picks(self) -> bool:
         """Whether a gather picks rows by places in their order, or takes all of them."""
