@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
-from jaxaccum._audit.folding import LARGEST, Constant, is_numeric
+from jaxaccum._audit.folding import Constant, is_numeric
 from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
@@ -235,27 +235,35 @@ def _signature(call: _Call) -> Hashable:
     holds."""
     types = tuple(map(jax.typeof, call.arrays))
     roles = tuple((slot.name, slot.role, slot.axis) for slot in call.slots)
-    programs = list(call.program.observed.values())
-    held = [set(map(id, seen.consts)) for seen in programs]
-    shared = set.intersection(*held) if len(held) > 1 else set()
-    return types, roles, tuple(_program_key(seen, shared) for seen in programs)
+    return types, roles, tuple(map(_program_key, call.program.observed.values()))
 
 
-def _program_key(seen: Observed, shared: set[int]) -> Hashable:
+def _program_key(seen: Observed) -> Hashable:
     """The program at one size, with its constants and its outputs."""
-    contents = tuple(_content(x, shared=id(x) in shared) for x in seen.consts)
-    return structure.key_of(seen.trace.jaxpr), contents, seen.outputs
+    return structure.key_of(seen.trace.jaxpr), tuple(map(_content, seen.consts)), seen.outputs
 
 
-def _content(constant: Constant, *, shared: bool) -> Hashable:
-    """The numbers of a constant that the audit may look at: of a small one, and of one that the
-    program makes for each size. Of any other its type."""
+def _content(constant: Constant) -> Hashable:
+    """What tells the numbers of a constant from others, since the audit may look at them."""
     aval = jax.typeof(constant)
     if isinstance(constant, jax.core.Tracer) or not is_numeric(constant):
         return aval
-    if shared and aval.size > LARGEST:
-        return aval
-    return aval, hashlib.sha256(np.asarray(constant).tobytes()).digest()
+    return aval, _digest(constant)
+
+
+_DIGESTS: dict[int, tuple[weakref.ref[jax.Array], bytes]] = {}
+"""Those of JAX's arrays that are alive, which never change: a loss may close over a model."""
+
+
+def _digest(constant: Constant) -> bytes:
+    """A hash of the numbers."""
+    key = id(constant)
+    if key in _DIGESTS and _DIGESTS[key][0]() is constant:
+        return _DIGESTS[key][1]
+    digest = hashlib.sha256(np.asarray(constant).tobytes()).digest()
+    if isinstance(constant, jax.Array):
+        _DIGESTS[key] = weakref.ref(constant, lambda _: _DIGESTS.pop(key, None)), digest
+    return digest
 
 
 # -- what is said ----------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ FAULTS = [
     Fault(
         "the call remembers a loss by its shapes alone",
         "_signature",
-        "    return types, roles, tuple(_program_key(seen, shared) for seen in programs)",
+        "    return types, roles, tuple(map(_program_key, call.program.observed.values()))",
         "    return types, roles",
         "audit/test_at_call.py::test_a_loss_that_changes_its_mind_is_looked_at_again",
     ),
