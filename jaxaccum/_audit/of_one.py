@@ -40,6 +40,8 @@ _MOVES = {
 }  # fmt: skip
 """Primitives that compute nothing new, which JAX leaves out or replaces where an axis has size
 1."""
+_SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
+"""Primitives that may do no more than add or drop axes of length 1."""
 _REDUCES = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"}
 """Primitives that compute nothing along axes of length 1."""
 
@@ -77,10 +79,11 @@ class _Program(NamedTuple):
         """The program of a jaxpr, closed or open."""
         every = list(_equations(opened(jaxpr)[0]))
         equations = [eqn for eqn in every if _computes_numbers(eqn)]
-        others = Counter(eqn.primitive.name for eqn in every if not _computes_numbers(eqn))
+        others = [eqn for eqn in every if not _computes_numbers(eqn) and not _keeps_entries(eqn)]
         moves = [eqn for eqn in equations if eqn.primitive.name in _MOVES]
         computing = [eqn for eqn in equations if eqn.primitive.name not in _MOVES]
-        return cls(computing, [x for eqn in moves for x in _numbers(eqn)], others)
+        of_integers = Counter(eqn.primitive.name for eqn in others)
+        return cls(computing, [x for eqn in moves for x in _numbers(eqn)], of_integers)
 
 
 def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
@@ -98,6 +101,14 @@ def _computes_numbers(eqn: jex.JaxprEqn) -> bool:
 
 def _is_inexact(v: jex.Var) -> bool:
     return jnp.issubdtype(getattr(v.aval, "dtype", bool), jnp.inexact)
+
+
+def _keeps_entries(eqn: jex.JaxprEqn) -> bool:
+    """Whether an equation only adds axes of length 1 to an array, or drops them."""
+    if eqn.primitive.name not in _SHAPES or _numbers(eqn):
+        return False
+    lengths, others = ([n for n in _shape(v) if n != 1] for v in (eqn.invars[0], eqn.outvars[0]))
+    return lengths == others
 
 
 def _numbers(eqn: jex.JaxprEqn) -> list[jex.Literal]:

@@ -303,6 +303,7 @@ def test_a_gathered_parameter_is_told_of_where_examples_come_in_pairs():
     [
         lambda b: b if len(b["y"]) > 1 else {**b, "y": (b["y"] + 1) % 4},
         lambda b: b if len(b["y"]) > 1 else {**b, "y": jnp.minimum(b["y"], 1)},
+        lambda b: b if len(b["y"]) > 1 else {**b, "y": jnp.zeros_like(b["y"])},
     ],
 )
 def test_integers_of_a_microbatch_of_one_are_compared(of_one):
@@ -310,3 +311,14 @@ def test_integers_of_a_microbatch_of_one_are_compared(of_one):
     assert not jaxaccum.audit(loss, W, BATCH, num_microbatches=24).exact
     assert off(loss, num_microbatches=24) > 1e-3
     assert jaxaccum.audit(lambda w, b: jnp.mean(nll(w, b)), W, BATCH, num_microbatches=24).exact
+
+
+def test_labels_of_one_position_are_the_same_for_a_microbatch_of_one():
+    """JAX drops their axis of length 1 where there is one example, by a reshape of integers."""
+
+    def loss(w, b):
+        logs = jax.nn.log_softmax(b["x"] @ w)[:, None]
+        return -jnp.mean(jnp.take_along_axis(logs, b["y"][:, None, None], axis=-1))
+
+    assert jaxaccum.audit(loss, W, BATCH, num_microbatches=24).exact
+    assert off(loss, num_microbatches=24) < EXACT
