@@ -131,6 +131,9 @@ def compile_fast(fast):
     jax.clear_caches()
 
 
+compile_fast(True)  # what test files compute when they are imported, too
+
+
 def is_optimized(item):
     """Whether XLA compiles as for users, as it does for the examples of docstrings."""
     return not item.path.is_relative_to(TESTS) or item.get_closest_marker("optimized") is not None

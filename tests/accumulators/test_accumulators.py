@@ -20,8 +20,6 @@ import jaxaccum as ja
 from jaxaccum import accumulators as acc
 from tests.support.helpers import EXACT, INEXACT, data, normwise, same, sizes_of
 
-pytestmark = pytest.mark.optimized
-
 W, X, M = (
     {"a": data(3), "b": data(3, 2, seed=1)},
     data(7, 3, seed=2),

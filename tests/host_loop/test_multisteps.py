@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, same
 
-pytestmark = pytest.mark.optimized
-
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "sgd without momentum": optax.sgd(1.0),
@@ -175,6 +173,7 @@ def test_a_schedule_changes_the_window():
     assert ends == [True, True, False, False, True, False, False, True]
 
 
+@pytest.mark.optimized
 def test_dyadic_windows_are_bitwise():
     grads = [jnp.float32(g) for g in (-16.0, -24.0)]
     for weights in (None, [3, 1]):
@@ -249,6 +248,7 @@ def test_vmap_runs_windows_of_their_own():
     assert not np.isnan(updates["w"][0]).any()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_reduces_once_a_window(check_vma):
     """The optimizer averages over devices: the collective stands in the branch that runs at the end

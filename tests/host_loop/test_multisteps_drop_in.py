@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 import jaxaccum as ja
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
-pytestmark = pytest.mark.optimized
-
 COMPILED = pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
 
 
@@ -179,6 +177,7 @@ def temporary(compiled):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("skip", [None, optax.skip_not_finite], ids=["", "skip"])
 def test_a_donated_step_needs_no_more_memory_than_optax(skip):
     opt = optax.adamw(1e-3)
@@ -190,6 +189,7 @@ def test_a_donated_step_needs_no_more_memory_than_optax(skip):
         assert ours < temporary(training_step(opt)) + SIZE / 10
 
 
+@pytest.mark.optimized
 def test_a_step_copies_no_parameter():
     """Where a branch of a cond passes a leaf through, XLA may copy it: the old form copied each."""
     copy = re.compile(rf"= f32\[{WIDTH},{WIDTH}\]\S* copy\(")

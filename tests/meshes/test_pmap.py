@@ -23,8 +23,6 @@ from jaxaccum import accumulators
 from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused, same
 
-pytestmark = pytest.mark.optimized
-
 DEVICES, ROWS, SIZE = 4, 24, 4
 OPTIONS = {"microbatch_size": SIZE, "mesh_axes": "devices", "audit": "raise"}
 W = {"a": data(3, 5), "b": data(5, seed=1)}
@@ -148,6 +146,7 @@ def test_without_mesh_axes_each_device_has_the_gradient_of_its_rows():
         assert normwise(jax.tree.map(lambda x, i=i: x[i], actual), expected) < EXACT
 
 
+@pytest.mark.optimized
 def test_every_output_of_a_step():
     def loss(w, batch):
         e = errors(w, batch["x"])

@@ -19,8 +19,6 @@ import jaxaccum as ja
 import jaxaccum.nnx
 from tests.support.helpers import EXACT, data, normwise, same, sizes_of
 
-pytestmark = pytest.mark.optimized
-
 W, X = data(3, 4), data(10, 3, seed=1)
 LABELS = jnp.asarray(np.arange(10) % 4)
 MASK = jnp.asarray(np.arange(10) % 3 > 0, jnp.float64)
