@@ -27,13 +27,15 @@ from jaxaccum._audit.folding import Constant, is_numeric
 from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
+from jaxaccum._audit.rules.derivatives import WITH_RULES, is_jaxs_own
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.adapted import adapted
 from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import structure
-from jaxaccum._jaxpr.equations import mentions
+from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.equations import equations_inside, mentions
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import taken_by
 from jaxaccum._program import closures
@@ -195,6 +197,8 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
     """The report, made once for a function, the shapes of its arguments and the program that it
     traced to."""
     program = call.program
+    if _has_rules_of_users(program):
+        return _made(call, axis_name)
     options = axis_name, program.mesh_axes, program.partition, call.argnums, call.draws_declared
     key = (*options, _signature(call))
     try:
@@ -208,6 +212,17 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
             reports.clear()
         report = reports[key] = _made(call, axis_name)
     return report
+
+
+def _has_rules_of_users(program: Program) -> bool:
+    """Whether a derivative rule is a user's own: it may read what is no part of the program."""
+    return any(map(_holds_a_rule_of_users, program.observed.values()))
+
+
+def _holds_a_rule_of_users(seen: Observed) -> bool:
+    jaxpr, _ = opened(seen.trace.jaxpr)
+    rules = (eqn for eqn in equations_inside(jaxpr) if eqn.primitive.name in WITH_RULES)
+    return not all(map(is_jaxs_own, rules))
 
 
 _KEPT = 64

@@ -8,6 +8,7 @@ is looked for here, so that a careless rule errs on the safe side:
 - a part of an array must be the same part at every batch size (``table[n - 1]`` is not);
 - a factor such as 1 / batch_size must not get lost;
 - parts of the batch that a reshape cuts by place must be treated alike;
+- a sum over the examples must not overflow where a microbatch's does not;
 - rows must be as many as there are examples.
 """
 
@@ -18,6 +19,9 @@ import functools
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
+from jaxaccum._audit import fixes
 from jaxaccum._audit.cut_by_place import told_apart, treats_parts_alike
 from jaxaccum._audit.equation import Op, Shape, beyond, both_shapes, lengths, varying
 from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
@@ -72,15 +76,33 @@ def checked(notes: Notes, result: Result) -> Value:
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     if not is_wrong(faults) and not treats_parts_alike(result.op, ins, result.rule):
         faults |= {told_apart(notes, result.op)}
+    faults |= overflow(notes, result.op, result.i, ins, out)
     order = GatheredOrder.of(notes, result.op, ins)
     if order is not None and not is_wrong(faults) and order.matters(result.rule):
         faults |= {out_of_order(notes, result.op)}
     by_order = out.by_order if order is None else order.is_kept(result.i)
+    own_place = out.own_place if order is None else order.is_own_place()
     number = out.number if out.number >= 0 else _number(notes, result)
     return out.like(
         faults=faults, number=number, params=out.params or any_params(ins), by_order=by_order,
-        closure=out.closure or closure_of(ins), scalar=out.scalar or _has_one_entry(result),
+        own_place=own_place, closure=out.closure or closure_of(ins),
+        scalar=out.scalar or _has_one_entry(result),
     )  # fmt: skip
+
+
+def overflow(notes: Notes, op: Op, i: int, ins: Sequence[Value], out: Value) -> frozenset[Fault]:
+    """The fault of a total in a dtype that may not hold it: of less than 32 bits, or, as the
+    difference of two, without a sign. Booleans are summed to whether any is true."""
+    dtype = getattr(op.eqn.outvars[i].aval, "dtype", None)
+    if out.kind is not Kind.TOTAL or dtype is None or jnp.issubdtype(dtype, jnp.inexact):
+        return _NONE
+    narrow = dtype == jnp.bool_ or jnp.iinfo(dtype).bits < 32
+    first = not any(x.kind is Kind.TOTAL for x in ins)
+    wraps = op.name in ("sub", "neg") and jnp.issubdtype(dtype, jnp.unsignedinteger)
+    if not (narrow and first) and not wraps:
+        return _NONE
+    note = f"a sum over the examples is computed in {dtype}, which may not hold it"
+    return frozenset([notes.fault(op, FaultKind.UNKNOWN, note, fix=fixes.WIDE)])
 
 
 def _has_one_entry(result: Result) -> bool:

@@ -76,6 +76,7 @@ PLACE = (
     "compute it from the examples; a number for each place in the batch can be an array of the "
     "batch, which is cut like the rest"
 )
+WIDE = "sum in 32 bits, with a sign: x.astype(jnp.int32) before the sum"
 IN_ORDER = (
     "sum over the gathered rows, or pick a microbatch's own by lax.axis_index(axis) * len(x) + "
     "jnp.arange(len(x)); for places in the batch use split='contiguous', or an array of the batch"
@@ -119,8 +120,10 @@ _FIXES = {
         "every device does have the whole parameter, pass audit=None"
     ),
     FaultKind.COLLECTIVE: "",
-    FaultKind.ASSUMPTION: "if the data may contain NaN, count the values that are not NaN: "
-    "return jaxaccum.Mean(jnp.nansum(x), jnp.sum(~jnp.isnan(x)))",
+    FaultKind.ASSUMPTION: (
+        "if the loss may be NaN, replace it after the call: in the value and the gradients of the "
+        "whole batch"
+    ),
 }
 
 

@@ -262,6 +262,8 @@ class Value:
     """Its numbers at each of the two sizes, where they follow from shapes alone and are few."""
     by_order: bool = False
     """Whether it has, or is, places in an order that is not the batch's (`gathered_order`)."""
+    own_place: bool = False
+    """Whether it is the example's own place in that order, and no function of it."""
     closure: str = ""
     """The name of the key that it is made of, where `fun` closes over one."""
     overwritten: bool = False
@@ -346,12 +348,8 @@ _ANY = Value()
 
 def fixed(scale: Scale = UNIT, **fields: Any) -> Value:
     """A value that is independent of the batch."""
-    return _ANY.like(terms=_addends_of(scale), **fields)
-
-
-def _addends_of(scale: Scale) -> frozenset[Addend]:
-    """One addend of this scale."""
-    return PLAIN if scale.trivial else frozenset([Addend(scale)])
+    terms = PLAIN if scale.trivial else frozenset([Addend(scale)])
+    return _ANY.like(terms=terms, **fields)
 
 
 def rows(layout: Layout, **fields: Any) -> Value:

@@ -36,14 +36,14 @@ from typing import NamedTuple
 
 import jax.extend.core as jex
 
-from jaxaccum._audit.checks import Result, checked, closure_of
+from jaxaccum._audit.checks import Result, checked, closure_of, overflow
 from jaxaccum._audit.equation import Op as Op
 from jaxaccum._audit.equation import Shape as Shape
 from jaxaccum._audit.equation import beyond as beyond
 from jaxaccum._audit.equation import varying as varying
 from jaxaccum._audit.folding import folded
 from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
-from jaxaccum._audit.lattice import Sizes, Value
+from jaxaccum._audit.lattice import Fault, Sizes, Value
 from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Site
@@ -129,17 +129,21 @@ class Walk(Notes):
         outs = rule.apply(self, op, ins)
         outs = outs if isinstance(outs, list) else [outs] * op.num_outs
         if rule.complete:
-            return self._in_order(op, ins, outs)
+            return self._of_steps(op, ins, outs)
         settled = isinstance(outs, Settled)
         return [checked(self, Result(op, ins, i, x, rule, settled)) for i, x in enumerate(outs)]
 
-    def _in_order(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
-        """The results of a loop or of branches, which may ask for the order of gathered rows."""
+    def _of_steps(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
+        """The results of a loop or of branches, which may sum, or ask for the order of gathered
+        rows."""
         order = GatheredOrder.of(self, op, ins)
-        if order is None or not order.is_of_steps():
-            return outs
-        fault = out_of_order(self, op)
-        return [x.like(faults=x.faults | {fault}) for x in outs]
+        asks = order is not None and order.is_of_steps()
+        common = frozenset([out_of_order(self, op)]) if asks else frozenset[Fault]()
+        found: list[Value] = []
+        for i, x in enumerate(outs):
+            faults = common | overflow(self, op, i, ins, x)
+            found.append(x.like(faults=x.faults | faults) if faults else x)
+        return found
 
     def _folded(self, op: Op, ins: list[Value]) -> Value | None:
         """The result of an equation of constants, where it can be computed at both sizes."""

@@ -234,7 +234,6 @@ EXACT_LOSSES = {
     ),
     "prod(shape)": lambda w, b: jnp.sum(b["y"] * logits(w, b)) / jnp.prod(jnp.array(b["y"].shape)),
     "size of an axis": lambda w, b: jnp.sum(errors(w, b)) / jnp.array(b["y"].shape)[0],
-    "nanmean": lambda w, b: jnp.nanmean(errors(w, b)),
     "nansum / n": lambda w, b: jnp.nansum(errors(w, b)) / len(b["y"]),
     "norm ** 2 / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) ** 2 / len(b["y"]),
     "norm ** 2.0 / n": lambda w, b: jnp.linalg.norm(logits(w, b) - b["y"]) ** 2.0 / len(b["y"]),
@@ -417,14 +416,13 @@ def test_a_size_in_low_precision_is_not_taken_for_its_neighbour(name, dtype):
 
 @INEXACT
 def test_an_exact_report_says_that_it_rests_on_numbers_that_are_not_nan():
-    loss = EXACT_LOSSES["nanmean"]
+    guarded = lambda value: jnp.where(jnp.isnan(value), 0.0, value)
+    loss = lambda w, b: guarded(jnp.mean(errors(w, b)))
     (finding,) = jaxaccum.audit(loss, W, BATCH).findings
     assert finding.kind == "assumption"
     assert "NaN" in finding.note
-    assert "~jnp.isnan(x)" in finding.fix
+    assert "after the call" in finding.fix
     missing = BATCH | {"y": BATCH["y"].at[3, 0].set(jnp.nan)}
-    assert not jaxaccum.audit(
-        loss, W, missing
-    ).exact  # the value of jnp.nanmean is one of means then
+    assert not jaxaccum.audit(loss, W, missing).exact  # each microbatch replaces its own NaN
     whole, parts = loss(W, missing), jaxaccum.microbatch(loss, num_microbatches=PARTS)(W, missing)
     assert normwise(parts, whole) > EXACT

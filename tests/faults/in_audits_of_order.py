@@ -93,9 +93,9 @@ FAULTS = [
     ),
     Fault(
         "a branch keeps no order",
-        "Walk._in_order",
-        "if order is None or not order.is_of_steps():",
-        "if order is None or True:",
+        "Walk._of_steps",
+        "asks = order is not None and order.is_of_steps()",
+        "asks = False",
         f"{_ORDER}[a table for a branch of the gathered]",
     ),
     Fault(

@@ -122,8 +122,8 @@ FAULTS = [
     Fault(
         "gathered values are places",
         "_is_place",
-        "return x.index not in (None, Index.GATHERED)",
-        "return x.index is not None",
+        "x.index not in (None, Index.GATHERED)",
+        "x.index is not None",
         "audit/test_parts_that_change.py::"
         "test_a_comparison_of_gathered_values_with_zero_is_no_comparison_of_places",
     ),

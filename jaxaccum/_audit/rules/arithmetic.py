@@ -84,7 +84,8 @@ def add(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     for x, y in (ins, ins[::-1]):
         if x.index is Index.START and y.index is Index.ROW:
             assert y.layout is not None
-            place = rows(y.layout, faults=faults_of(ins), by_order=not walk.in_order)
+            apart = not walk.in_order
+            place = rows(y.layout, faults=faults_of(ins), by_order=apart, own_place=apart)
             return Settled([place])
         if x.index is not Index.MICROBATCH:
             continue
@@ -311,7 +312,7 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, y = ins
     if op.name == "lt" and _is_place(x) and y.zero:  # which is never negative
         return _never(walk)
-    if op.name == "ne" and x.number == y.number and (x.summary or (x.rows and x.params)):
+    if op.name == "ne" and x.number == y.number and x.summary:
         return _is_nan(walk, op, x)
     if op.name == "and" and (x.known is False or y.known is False):
         return Settled([_never(walk)])
@@ -324,7 +325,7 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
 
 
 def _is_place(x: Value) -> bool:
-    return x.index not in (None, Index.GATHERED)
+    return x.own_place or x.index not in (None, Index.GATHERED)
 
 
 def _never(walk: Walk) -> Value:
@@ -333,14 +334,11 @@ def _never(walk: Walk) -> Value:
 
 
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
-    """``x != x``, which is true of a NaN alone: an empty mean and `jnp.nanmean` ask it."""
+    """``x != x`` of a total, which is true of a NaN alone: an empty mean is guarded so."""
     never = _never(walk)
     if walk.may_be_nan():
         return combine(walk, op, [x])
-    note = (
-        "exact only if no value is NaN: with NaN, each microbatch would count only its own values "
-        "that are not NaN"
-    )
+    note = "exact only if no value is NaN: else each microbatch replaces its own NaN"
     assumed = faulty(walk, op, FaultKind.ASSUMPTION, note)
     return Settled([with_faults(never, x.faults | assumed)])
 

@@ -11,6 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxaccum._audit.cut_by_place import are_parts
+from jaxaccum._audit.gathered_order import all_rows
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     UNIT,
@@ -198,7 +199,7 @@ def all_gather(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             return _declared(walk, op, index=Index.GATHERED, layout=gathered)
         if row != axis:
             return _unlike(walk, op, x)
-        return _declared(walk, op, by_order=not walk.in_order)
+        return all_rows(walk, op, _declared(walk, op))
 
     return _each(ins, one)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.core
 import jax.extend.core as jex
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.cut_by_place import are_alike, told_apart
 from jaxaccum._audit.lattice import (
     IRREGULAR,
@@ -32,6 +34,7 @@ from jaxaccum._audit.rules.operands import (
     all_unscaled,
     all_with_faults,
     any_place,
+    avals_of,
     both,
     common_scale,
     faulty,
@@ -43,6 +46,7 @@ from jaxaccum._audit.rules.operands import (
     with_faults,
 )
 from jaxaccum._audit.walk import Op, Walk
+from jaxaccum._base.types import Array
 from jaxaccum._flax import batch_norm
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._program import batch_keys
@@ -233,7 +237,9 @@ def _chosen_by(walk: Walk, op: Op, which: Value) -> Faults:
 def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The solution of a linear system, by the solver that it comes with.
 
-    Its gradient is by the others: the system itself, its transpose, and the solver of that.
+    Its gradient is by the others: the system itself, its transpose, and the solver of that. The
+    cotangent of a solution that all examples share is a sum over them, so that the solver must be
+    linear in it: an iteration that stops early is not.
     """
     counts, solution = op.params["const_lengths"], []
     faults: Faults = frozenset()
@@ -249,7 +255,30 @@ def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
         if list(map(_place_of, outs)) != list(map(_place_of, solution)):
             note = f"the {name} of a custom_linear_solve mixes examples"
             faults |= faulty(walk, op, FaultKind.UNKNOWN, note)
+    if all_fixed(solution) and any_params(ins) and not _is_solved_linearly(op):
+        note = "the transpose_solve of a custom_linear_solve is not linear in the cotangent"
+        faults |= {walk.fault(op, FaultKind.DERIVATIVE, note, fix=fixes.AFTERWARDS)}
     return all_with_faults(solution, faults)
+
+
+def _is_solved_linearly(op: Op) -> bool:
+    """Whether JAX can transpose the solver of the transposed system; True where there is none."""
+    solver = op.params["jaxprs"].transpose_solve
+    if solver is None:
+        return True
+    program, _ = opened(solver)
+    count = op.params["const_lengths"].transpose_solve
+
+    def transposed(*arrays: Array) -> object:
+        consts, right = arrays[:count], arrays[count:]
+        solve = lambda *right: jax.core.eval_jaxpr(program, solver.consts, *consts, *right)
+        return jax.linear_transpose(solve, *right)(solve(*right))
+
+    try:
+        jax.eval_shape(transposed, *avals_of(program.invars))
+    except Exception:  # JAX has no one error for what is not linear
+        return False
+    return True
 
 
 def _place_of(x: Value) -> tuple[Kind, Layout | None]:

@@ -64,8 +64,11 @@ from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr
 from jaxaccum._jaxpr.variables import is_variable
 
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+"""Primitives of functions with a derivative rule."""
 
-@rule("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", complete=True)
+
+@rule(" ".join(WITH_RULES), complete=True)
 def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The function itself, and whether its derivative keeps the examples apart."""
     key = body_of(op)
@@ -75,7 +78,7 @@ def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     moves = any_params(ins) or not all_fixed(ins)
     moved = moves and any(map(_is_inexact, op.eqn.invars))
     wrong = all(map(_is_wrong, outs))  # whatever its derivative
-    if not walk.checks_derivatives or not moved or wrong or _is_jaxs_own(op):
+    if not walk.checks_derivatives or not moved or wrong or is_jaxs_own(op.eqn):
         return outs
     faults = _faults(walk, op, ins, outs)
     return all_with_faults([_by_a_rule(walk, op, x) for x in outs], faults)
@@ -99,14 +102,14 @@ def _is_wrong(x: Value) -> bool:
     return not kinds_of(x.faults) <= set(HARMLESS)
 
 
-_WRAPPERS = ("custom_derivatives.py", "solves.py")
+_WRAPPERS = ("custom_derivatives.py", "solves.py", "ode.py")
 """Files of JAX whose rules are the user's own, given to `defjvps`, `custom_gradient` or
-`custom_root`."""
+`custom_root`, or take steps whose size is chosen by the cotangent, as that of `odeint` does."""
 
 
-def _is_jaxs_own(op: Op) -> bool:
+def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     """Whether JAX wrote the derivative rule; of a function of JAX's the rule may be the user's."""
-    rule = _rule(op.eqn)
+    rule = _rule(eqn)
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
+from jaxaccum._audit.gathered_order import all_rows
 from jaxaccum._audit.lattice import FaultKind, Index, Kind, Layout, Sizes, Value, fixed, rows
 from jaxaccum._audit.registry import Settled, rule
 from jaxaccum._audit.rules.operands import (
@@ -117,7 +118,9 @@ def _gathered(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
     merged = walk.sizes.first * walk.axis_sizes[0]
     (places, rows_), outs = x.layout.axes, op.out_shapes()
     joined = rows_ == places + 1 and not varying(outs) and merged in outs[0]
-    return Settled([fixed(faults=x.faults, by_order=not walk.in_order)]) if joined else reshaped(x)
+    if not joined:
+        return reshaped(x)
+    return Settled([all_rows(walk, op, fixed(faults=x.faults))])
 
 
 def _stays_uniform(x: Value, shapes: Shapes, outs: Shapes) -> bool:

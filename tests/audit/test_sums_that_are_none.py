@@ -1,0 +1,276 @@
+"""Sums that are none: those that wrap, solvers that are not linear, places that are moved, NaN that
+the program computes, and rules that change between calls."""
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.sparse.linalg as iterative
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.ode import odeint
+
+import jaxaccum
+from jaxaccum import Mean, Sum
+from tests.support.helpers import EXACT, data, normwise
+
+N = 24
+W = data(3, 4)
+Y = jnp.arange(N, dtype=jnp.int32) % 4
+BATCH = {"x": data(N, 3, seed=1), "y": Y, "t": data(N, seed=7), "one": jnp.ones(N, jnp.uint8)}
+BATCH |= {"few": (Y > 2).astype(jnp.uint8), "some": Y > 1, "many": jnp.ones((N, 20), jnp.uint8)}
+WRONG = 1e-3
+"""Every error of these losses is larger."""
+
+
+def nll(w, b):
+    logs = jax.nn.log_softmax(jnp.tanh(b["x"] @ w))
+    return -jnp.take_along_axis(logs, b["y"][:, None], axis=1)[:, 0]
+
+
+def off(loss, whole=None, w=W, b=BATCH, **options):
+    """The error of the gradient that an unaudited call gives, against that of the whole batch."""
+    options = {"num_microbatches": 2, "audit": None} | options
+    ours = jaxaccum.value_and_grad(loss, **options)(w, b)
+    full = whole or jaxaccum.full_batch(loss)
+    return normwise(ours, jax.value_and_grad(full)(w, b))
+
+
+def is_called_exact(loss, w=W, b=BATCH, **options):
+    """Whether an audited call raises nothing."""
+    options = {"num_microbatches": 2, "audit": "raise"} | options
+    try:
+        jax.eval_shape(jaxaccum.grad(loss, **options), w, b)
+    except jaxaccum.InexactError:
+        return False
+    return True
+
+
+# -- sums of integers ------------------------------------------------------------------------------
+
+WIDE = {
+    "a count": lambda b: jnp.sum(b["some"]).astype(float),
+    "a sum that jnp widens": lambda b: jnp.sum(b["many"]).astype(float),
+    "a signed difference": lambda b: (
+        30.0 + (jnp.sum(b["some"]) - jnp.sum(b["one"], dtype=jnp.int32)).astype(float)
+    ),
+    "a product of counts": lambda b: jnp.dot(b["one"], b["one"], preferred_element_type=jnp.int32)
+    .astype(float),
+}  # fmt: skip
+NARROW = {
+    "an unsigned difference": lambda b: (
+        jnp.sum(b["few"], dtype=jnp.uint32) - jnp.sum(b["one"], dtype=jnp.uint32) // 3
+    ).astype(float),
+    "a product of booleans": lambda b: jnp.dot(b["some"], b["some"]).astype(float),
+    "a sum of bytes": lambda b: jnp.sum(b["many"], dtype=jnp.uint8).astype(float),
+    "a product of bytes": lambda b: jnp.vdot(b["many"], b["many"]).astype(float),
+    "a histogram in bytes": lambda b: (
+        jnp.zeros(3, jnp.uint8).at[0 * b["y"]].add(jnp.uint8(20))[0].astype(float)
+    ),
+    "a loop in bytes": lambda b: lax.scan(
+        lambda c, m: (c + m * jnp.uint8(20), None), jnp.uint8(0), b["one"]
+    )[0].astype(float),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_sum_that_its_dtype_holds_is_one(name):
+    loss = lambda w, b: Mean(jnp.sum(nll(w, b)), WIDE[name](b))
+    if name != "a signed difference":  # a constant enters once
+        assert is_called_exact(loss)
+        assert off(loss) < EXACT
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_sum_that_may_overflow_is_no_sum(name):
+    loss = lambda w, b: Mean(jnp.sum(nll(w, b)), NARROW[name](b))
+    assert not is_called_exact(loss)
+    assert off(loss) > WRONG
+    with pytest.raises(jaxaccum.InexactError, match="int32"):
+        jaxaccum.grad(loss, num_microbatches=2, audit="raise")(W, BATCH)
+
+
+def test_a_count_that_overflows_is_no_output():
+    counted = lambda dtype: lambda w, b: (jnp.mean(nll(w, b)), Sum(jnp.sum(b["many"], dtype=dtype)))
+    assert is_called_exact(counted(jnp.int32), has_aux=True)
+    assert not is_called_exact(counted(jnp.uint8), has_aux=True)
+
+
+# -- NaN that the program computes -----------------------------------------------------------------
+
+
+def nan_mean(w, b):
+    return jnp.nanmean(nll(w, b) + jnp.log(b["t"]))
+
+
+def counted_by_hand(w, b):
+    e = nll(w, b) + jnp.log(b["t"])
+    return jnp.sum(jnp.where(jnp.isnan(e), 0.0, e)) / jnp.sum(~jnp.isnan(e)).astype(float)
+
+
+@pytest.mark.parametrize("loss", [nan_mean, counted_by_hand])
+def test_a_mean_of_what_is_not_nan_has_a_weight(loss):
+    def mended(w, b):
+        e = nll(w, b) + jnp.log(b["t"])
+        return Mean(jnp.nansum(e), jnp.sum(~jnp.isnan(e)))
+
+    assert not is_called_exact(loss)
+    assert off(loss) > WRONG
+    assert is_called_exact(mended)
+    assert off(mended, loss) < EXACT
+
+
+# -- derivatives that are not linear ---------------------------------------------------------------
+
+POSITIVE = jnp.diag(jnp.asarray([1.0, 3.0, 10.0, 30.0])) + 0.5
+"""A symmetric positive definite matrix."""
+
+
+def solved(solve):
+    return lambda w, b: jnp.mean(jnp.tanh(b["x"] @ w @ solve(w[0]) - b["t"]) ** 2)
+
+
+def clipped(b):
+    solve = lambda _, b: jnp.linalg.solve(POSITIVE, b)
+    transposed = lambda _, b: jnp.clip(jnp.linalg.solve(POSITIVE, b), -0.01, 0.01)
+    return lax.custom_linear_solve(lambda x: POSITIVE @ x, b, solve, transposed)
+
+
+SOLVERS = {
+    "cg that stops early": lambda b: iterative.cg(POSITIVE, b, maxiter=1)[0],
+    "bicgstab that stops early": lambda b: iterative.bicgstab(POSITIVE, b, maxiter=1)[0],
+    "clipped": clipped,
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_that_is_not_linear_in_the_cotangent(name):
+    loss = solved(SOLVERS[name])
+    assert not is_called_exact(loss)
+    assert off(loss) > WRONG
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda b: jnp.linalg.solve(POSITIVE, b),
+        lambda b: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(POSITIVE), b),
+        lambda b: jnp.linalg.inv(POSITIVE) @ b,
+    ],
+    ids=["solve", "cho_solve", "inv"],
+)
+def test_a_direct_solver_is_linear(solve):
+    loss = solved(solve)
+    assert is_called_exact(loss)
+    assert off(loss) < EXACT
+
+
+def test_a_solver_for_each_example_need_not_be_linear():
+    each = jax.vmap(lambda h: iterative.cg(POSITIVE, h, maxiter=2)[0])
+    loss = lambda w, b: jnp.mean(jnp.sum(jnp.tanh(each(b["x"] @ w)), axis=1))
+    assert is_called_exact(loss)
+    assert off(loss) < EXACT
+
+
+def flow(w, y):
+    field = lambda y, t, w: jnp.tanh(w[:, :3] @ y) - y
+    return odeint(field, y, jnp.asarray([0.0, 2.0]), w, rtol=1e-3, atol=1e-3)[-1]
+
+
+def test_the_steps_of_an_adjoint_depend_on_the_cotangent():
+    shared = lambda w, b: jnp.mean((b["x"] @ flow(w, w[:, 3]) - b["t"]) ** 2)
+    assert not is_called_exact(shared)
+    assert off(shared) > WRONG
+
+
+# -- places in another order -----------------------------------------------------------------------
+
+
+def own(b):
+    n = len(b["y"])
+    return lax.axis_index("microbatch") * n + jnp.arange(n, dtype=jnp.int32)
+
+
+def gathered(w, b):
+    return lax.all_gather(b["x"] @ w, "microbatch", tiled=True)
+
+
+def by_partner(place):
+    """The product of each example's row and another's, of microbatches and of the whole batch."""
+    product = lambda x, w, rows: jnp.mean(jnp.sum(jnp.tanh(x @ w) * rows, axis=1))
+    whole = lambda w, b: product(b["x"], w, (b["x"] @ w)[place(jnp.arange(N, dtype=jnp.int32))])
+    return lambda w, b: product(b["x"], w, gathered(w, b)[place(own(b))]), whole
+
+
+MOVED = {
+    "half a batch further": lambda i: (i + N // 2) % N,
+    "the next": lambda i: (i + 1) % N,
+    "the other of a pair": lambda i: i ^ 1,
+    "one for two": lambda i: i // 2,
+    "the one before": lambda i: jnp.where(i > 0, i - 1, i),
+    "one of the first": lambda i: jnp.minimum(i, 3),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_place_that_is_moved_is_another_in_another_order(name):
+    loss, whole = by_partner(MOVED[name])
+    assert is_called_exact(loss)
+    assert off(loss, whole) < EXACT
+    assert not is_called_exact(loss, split="strided")
+    assert off(loss, whole, split="strided") > WRONG
+
+
+def test_the_own_place_is_the_same_in_any_order():
+    loss, whole = by_partner(lambda i: i[:, None].reshape(-1))
+    assert is_called_exact(loss, split="strided")
+    assert off(loss, whole, split="strided") < EXACT
+
+
+def whole_of(function):
+    """A loss of the own rows and all rows, of microbatches and of the whole batch."""
+    loss = lambda w, b: jnp.mean(function(jnp.tanh(b["x"] @ w), gathered(w, b)))
+    return loss, lambda w, b: jnp.mean(function(jnp.tanh(b["x"] @ w), b["x"] @ w))
+
+
+SCRAMBLED = {
+    "a reshape across the rows": (4, lambda own, rows: own * jnp.sum(rows.reshape(4, N), 1)[None]),
+    "a reshape after a transpose": (
+        4,
+        lambda own, rows: own * jnp.max(rows.T.reshape(N, 4), 0)[None],
+    ),
+    "features as many as rows": (N, lambda own, rows: own * jnp.sum(rows * rows.T)),
+    "a product of rows with rows": (N, lambda own, rows: own * jnp.sum(rows @ rows)),
+}
+
+
+@pytest.mark.parametrize("name", SCRAMBLED)
+def test_rows_and_features_are_told_apart(name):
+    width, function = SCRAMBLED[name]
+    w = data(3, width, seed=3)
+    loss, whole = whole_of(function)
+    assert off(loss, whole, w) < EXACT
+    assert not is_called_exact(loss, w, split="strided")
+    assert off(loss, whole, w, split="strided") > WRONG
+
+
+# -- what is known of another call -----------------------------------------------------------------
+
+
+def test_a_derivative_rule_that_changes_is_audited_anew():
+    limit = [np.inf]
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    def backward(_, g):
+        return (g if np.isinf(limit[0]) else jnp.clip(g, -limit[0], limit[0]),)
+
+    identity.defvjp(lambda x: (x, None), backward)
+    loss = lambda w, b: jnp.mean(nll(identity(w), b))
+    step = jaxaccum.grad(loss, num_microbatches=2, audit="raise")
+    step(W, BATCH)
+    limit[0] = 0.01
+    with pytest.raises(jaxaccum.InexactError):
+        step(W, BATCH)
+    assert off(loss) > WRONG
