@@ -3,10 +3,12 @@ here alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from jaxaccum import _coupled, _loop
@@ -21,7 +23,8 @@ from jaxaccum._transforms.eager import once
 def run(program: Program, arrays: Sequence[Array], *, checkpoint: bool = False) -> list[Array]:
     """The combined parts of the whole batch; with `checkpoint`, JAX may derive it and recomputes
     every pass."""
-    return once(functools.partial(_run, program, checkpoint), list(arrays))
+    with _explained():
+        return once(functools.partial(_run, program, checkpoint), list(arrays))
 
 
 def run_with_gradient(
@@ -29,7 +32,24 @@ def run_with_gradient(
 ) -> Result:
     """The combined parts, and the gradients of all microbatches, of one seed for each of the
     gradient's parts."""
-    return once(functools.partial(_run_with_gradient, program, gradient), list(arrays), list(seeds))
+    run = functools.partial(_run_with_gradient, program, gradient)
+    with _explained():
+        return once(run, list(arrays), list(seeds))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Note on an error about tracers what may leak them: the function was traced to a program, and
+    its derivative rules run when that trace is over."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        error.add_note(
+            "jaxaccum traces the function before it derives it. A custom_jvp or custom_vjp that is "
+            "defined inside the function must not read what the function computes, nor the batch: "
+            "pass these to it as arguments."
+        )
+        raise
 
 
 def _run(program: Program, checkpoint: bool, arrays: list[Array]) -> list[Array]:

@@ -58,7 +58,7 @@ WIDE = {
 }  # fmt: skip
 NARROW = {
     "an unsigned difference": lambda b: (
-        jnp.sum(b["few"], dtype=jnp.uint32) - jnp.sum(b["one"], dtype=jnp.uint32) // 3
+        jnp.sum(b["few"], dtype=jnp.uint32) - jnp.sum(b["one"], dtype=jnp.uint32)
     ).astype(float),
     "a product of booleans": lambda b: jnp.dot(b["some"], b["some"]).astype(float),
     "a sum of bytes": lambda b: jnp.sum(b["many"], dtype=jnp.uint8).astype(float),
