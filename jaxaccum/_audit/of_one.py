@@ -16,7 +16,8 @@ The cost. One more trace, of a loss that is not exact otherwise and whose microb
 example.
 
 The weakness. JAX leaves out many functions of integers, so of these it only matters that the
-program for one has no other primitive, and none more often: not which numbers they read.
+program for one has no other primitive, and none more often: not which numbers they read. And which
+operands an equation reads is not compared: ``x if len(x) > 1 else z`` is not seen.
 """
 
 from __future__ import annotations

@@ -231,6 +231,9 @@ OF_NO_PLACE = {
         b["x"] @ w @ lax.all_gather(b["x"] @ w, "microbatch").reshape(-1, 4).T
     ),
     "squared": lambda w, b: jnp.mean(b["x"] @ w * jnp.sum(gathered(w, b) ** 2, 0)[None]),
+    "rectified": lambda w, b: jnp.mean(
+        b["x"] @ w * jnp.sum(jax.nn.relu(gathered(w, b)), axis=0)[None]
+    ),
 }
 
 

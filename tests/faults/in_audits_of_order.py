@@ -113,6 +113,13 @@ FAULTS = [
         f"{_TESTS}::test_rows_in_the_order_of_the_microbatches_are_no_output",
     ),
     Fault(
+        "the cotangent of rows in another order is in the batch's",
+        "_dual",
+        "by_order=order)",
+        "by_order=False)",
+        f"{_TESTS}::test_what_asks_for_no_order_is_exact_in_any[rectified-strided]",
+    ),
+    Fault(
         "a report forgets what long constants hold",
         "_content",
         "or not is_numeric(constant):",

@@ -232,7 +232,8 @@ def _dual(walk: Walk, op: Op, out: Value) -> Value:
     if out.rows and out.layout is not None:
         return rows(out.layout, terms=terms, params=True, number=walk.fresh())
     if out.fixed:
-        return total(walk.site(op), terms, params=True, number=walk.fresh())
+        order = out.by_order
+        return total(walk.site(op), terms, params=True, number=walk.fresh(), by_order=order)
     return fixed(scale, params=True, number=walk.fresh())
 
 
