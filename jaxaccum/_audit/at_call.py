@@ -27,7 +27,7 @@ from jaxaccum._audit.folding import Constant, is_numeric
 from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
-from jaxaccum._audit.rules.derivatives import WITH_RULES, is_jaxs_own
+from jaxaccum._audit.rules.derivatives import WITH_RULES, may_change
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.adapted import adapted
 from jaxaccum._base.source_lines import Frame, callers_depth
@@ -222,7 +222,7 @@ def _has_rules_of_users(program: Program) -> bool:
 def _holds_a_rule_of_users(seen: Observed) -> bool:
     jaxpr, _ = opened(seen.trace.jaxpr)
     rules = (eqn for eqn in equations_inside(jaxpr) if eqn.primitive.name in WITH_RULES)
-    return not all(map(is_jaxs_own, rules))
+    return any(map(may_change, rules))
 
 
 _KEPT = 64

@@ -76,7 +76,8 @@ def checked(notes: Notes, result: Result) -> Value:
         faults |= {notes.fault(result.op, FaultKind.UNKNOWN, _REPEATED)}
     if not is_wrong(faults) and not treats_parts_alike(result.op, ins, result.rule):
         faults |= {told_apart(notes, result.op)}
-    faults |= overflow(notes, result.op, result.i, ins, out)
+    if not is_wrong(faults):
+        faults |= overflow(notes, result.op, result.i, ins, out)
     order = GatheredOrder.of(notes, result.op, ins)
     if order is not None and not is_wrong(faults) and order.matters(result.rule):
         faults |= {out_of_order(notes, result.op)}
@@ -91,18 +92,26 @@ def checked(notes: Notes, result: Result) -> Value:
 
 
 def overflow(notes: Notes, op: Op, i: int, ins: Sequence[Value], out: Value) -> frozenset[Fault]:
-    """The fault of a total in a dtype that may not hold it: of less than 32 bits, or, as the
-    difference of two, without a sign. Booleans are summed to whether any is true."""
+    """The fault of a sum that its dtype may not hold: of less than 32 bits (of booleans it is
+    whether any is true), or the difference of two without a sign.
+
+    It is reported where the sum is first taken.
+    """
     dtype = getattr(op.eqn.outvars[i].aval, "dtype", None)
-    if out.kind is not Kind.TOTAL or dtype is None or jnp.issubdtype(dtype, jnp.inexact):
+    if not _counts(out) or dtype is None or jnp.issubdtype(dtype, jnp.inexact):
         return _NONE
     narrow = dtype == jnp.bool_ or jnp.iinfo(dtype).bits < 32
-    first = not any(x.kind is Kind.TOTAL for x in ins)
+    first = not any(map(_counts, ins))
     wraps = op.name in ("sub", "neg") and jnp.issubdtype(dtype, jnp.unsignedinteger)
     if not (narrow and first) and not wraps:
         return _NONE
     note = f"a sum over the examples is computed in {dtype}, which may not hold it"
     return frozenset([notes.fault(op, FaultKind.UNKNOWN, note, fix=fixes.WIDE)])
+
+
+def _counts(x: Value) -> bool:
+    """Whether it grows with the examples: a total, or a number of them."""
+    return x.kind is Kind.TOTAL or (x.fixed and bool(x.scale.power))
 
 
 def _has_one_entry(result: Result) -> bool:

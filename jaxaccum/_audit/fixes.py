@@ -121,8 +121,7 @@ _FIXES = {
     ),
     FaultKind.COLLECTIVE: "",
     FaultKind.ASSUMPTION: (
-        "if the loss may be NaN, replace it after the call: in the value and the gradients of the "
-        "whole batch"
+        "if the loss may be NaN, replace NaN after the call, in the value and in the gradients"
     ),
 }
 

@@ -13,8 +13,8 @@ row, only this may happen to it: functions of single entries, products, changes 
 the axis, and a choice by such places (`Value.own_place`).
 
 The weakness. Whatever else does not ask for the order is not followed: a sort, a one-hot vector of
-the places, a loop over the gathered rows. Rows are told by their number: nothing is followed where
-another axis is as long as the batch.
+the places, a loop over the gathered rows, a row and a column that are picked at once. Rows are told
+by their number: nothing is followed where another axis is as long as the batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax.numpy as jnp
+
 from jaxaccum._audit import fixes
 from jaxaccum._audit.equation import Op, Shape, both_shapes
 from jaxaccum._audit.lattice import Fault, FaultKind, Value
 from jaxaccum._audit.notes import Notes
-from jaxaccum._audit.registry import Rule
+from jaxaccum._audit.registry import IDENTITIES, Rule
 
 _BY_ORDER = (
     "a number for each place meets rows that are gathered in the order of the microbatches, which "
@@ -38,7 +40,7 @@ _AS_LONG = (
     "another axis is as long as the batch: the analysis cannot tell them apart"
 )
 _RESHAPES = ("broadcast_in_dim", "reshape", "expand_dims", "squeeze", "transpose")
-_KEEP_PLACES = (*_RESHAPES, "concatenate", "convert_element_type", "copy", "copy_p")
+_KEEP_PLACES = (*_RESHAPES, *IDENTITIES, "concatenate", "convert_element_type")
 _SLICES = ("slice", "dynamic_slice")
 _OVER_ROWS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "dot_general")
 _TABLES_OF_PLACES = ("concatenate",)
@@ -95,8 +97,13 @@ class GatheredOrder:
         """Whether the results are still the examples' own places."""
         if self.op.name == "select_n" and self.ins[0].known is not None:
             return self.ins[1 + int(self.ins[0].known)].own_place
-        kept = self.op.name in _KEEP_PLACES
-        return kept and all(x.own_place for x in self.ins if x.by_order)
+        kept = self.op.name in _KEEP_PLACES and self.holds_places()
+        return kept and all(x.own_place for x in self.ins)
+
+    def holds_places(self) -> bool:
+        """Whether a number of the results can be any place in the batch."""
+        dtype = self.op.eqn.outvars[0].aval.dtype
+        return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).max >= self.batch - 1
 
     def matters(self, rule: Rule) -> bool:
         """Whether the results are others for rows in another order, as far as is known."""
@@ -120,8 +127,9 @@ class GatheredOrder:
         """Those of operand `i`."""
         return self.axes(both_shapes(self.op.eqn.invars[i], self.op.other.invars[i]))
 
-    def places(self, shapes: tuple[Shape, Shape]) -> list[list[int]]:
-        """How many entries lie before each of them, at each size."""
+    def strides(self, shapes: tuple[Shape, Shape]) -> list[list[int]]:
+        """How many entries lie before each axis of rows, at each size: a reshape that keeps these
+        keeps the rows whole."""
         axes = self.axes(shapes)
         return [[math.prod(shape[:axis]) for axis in axes] for shape in shapes]
 
@@ -137,7 +145,7 @@ class GatheredOrder:
     def keeps_rows(self, rule: Rule) -> bool:
         """Whether an equation takes each axis of rows whole, in whichever order."""
         if self.op.name == "reshape":
-            return self.places(self.op.shapes()) == self.places(self.op.out_shapes())
+            return self.strides(self.op.shapes()) == self.strides(self.op.out_shapes())
         if self.op.name in (*_SLICES, *_RESHAPES):
             return len(self.axes(self.op.out_shapes())) == len(self.axes_of(0))
         return rule.pointwise or self.op.name in _OVER_ROWS
@@ -147,6 +155,9 @@ class GatheredOrder:
         rows, indices = self.ins[:2]
         numbers, sizes = self.op.params["dimension_numbers"], self.op.params["slice_sizes"]
         picked = [axis for axis in self.axes_of(0) if sizes[axis] != self.batch]
-        if not rows.by_order or not (indices.own_place or not picked):
+        kept = len(self.axes_of(0)) - len(picked)
+        if not rows.by_order or len(self.axes(self.op.out_shapes())) != kept:
             return False
-        return all(axis in numbers.start_index_map for axis in picked)
+        if not picked:
+            return not indices.by_order
+        return indices.own_place and set(numbers.start_index_map) == set(picked)

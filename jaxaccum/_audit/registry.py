@@ -36,6 +36,11 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+IDENTITIES = (
+    "copy", "copy_p", "device_put", "name", "sharding_constraint", "mesh_cast", "pvary",
+    "optimization_barrier", "reshard",
+)  # fmt: skip
+"""Primitives that hand on their operands."""
 
 
 def rule(names: str, **flags: bool) -> Callable[[_Function], _Function]:

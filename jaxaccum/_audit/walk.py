@@ -43,7 +43,7 @@ from jaxaccum._audit.equation import beyond as beyond
 from jaxaccum._audit.equation import varying as varying
 from jaxaccum._audit.folding import folded
 from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
-from jaxaccum._audit.lattice import Fault, Sizes, Value
+from jaxaccum._audit.lattice import Fault, Sizes, Value, is_wrong
 from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Site
@@ -129,21 +129,21 @@ class Walk(Notes):
         outs = rule.apply(self, op, ins)
         outs = outs if isinstance(outs, list) else [outs] * op.num_outs
         if rule.complete:
-            return self._of_steps(op, ins, outs)
+            return self._of_bodies(op, ins, outs)
         settled = isinstance(outs, Settled)
         return [checked(self, Result(op, ins, i, x, rule, settled)) for i, x in enumerate(outs)]
 
-    def _of_steps(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
-        """The results of a loop or of branches, which may sum, or ask for the order of gathered
-        rows."""
+    def _of_bodies(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
+        """The results of what has bodies: a loop may sum, and may ask for the order of rows."""
         order = GatheredOrder.of(self, op, ins)
         asks = order is not None and order.is_of_steps()
         common = frozenset([out_of_order(self, op)]) if asks else frozenset[Fault]()
-        found: list[Value] = []
-        for i, x in enumerate(outs):
-            faults = common | overflow(self, op, i, ins, x)
-            found.append(x.like(faults=x.faults | faults) if faults else x)
-        return found
+        return [self._with(common, op, ins, i, x) for i, x in enumerate(outs)]
+
+    def _with(self, common: frozenset[Fault], op: Op, ins: list[Value], i: int, x: Value) -> Value:
+        """A result with these faults, and that of its own sum."""
+        new = common if is_wrong(x.faults) else common | overflow(self, op, i, ins, x)
+        return x.like(faults=x.faults | new) if new else x
 
     def _folded(self, op: Op, ins: list[Value]) -> Value | None:
         """The result of an equation of constants, where it can be computed at both sizes."""

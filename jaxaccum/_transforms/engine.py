@@ -39,8 +39,8 @@ def run_with_gradient(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Note on an error about tracers what may leak them: the function was traced to a program, and
-    its derivative rules run when that trace is over."""
+    """Add to an error about leaked tracers why they may leak: the function is traced first, and its
+    derivative rules run later."""
     try:
         yield
     except jax.errors.UnexpectedTracerError as error:

@@ -231,6 +231,7 @@ OF_NO_PLACE = {
         b["x"] @ w @ lax.all_gather(b["x"] @ w, "microbatch").reshape(-1, 4).T
     ),
     "squared": lambda w, b: jnp.mean(b["x"] @ w * jnp.sum(gathered(w, b) ** 2, 0)[None]),
+    "hinge": lambda w, b: jnp.mean(jax.nn.relu(1 + b["x"] @ w @ gathered(w, b).T)),
     "rectified": lambda w, b: jnp.mean(
         b["x"] @ w * jnp.sum(jax.nn.relu(gathered(w, b)), axis=0)[None]
     ),

@@ -93,7 +93,7 @@ FAULTS = [
     ),
     Fault(
         "a branch keeps no order",
-        "Walk._of_steps",
+        "Walk._of_bodies",
         "asks = order is not None and order.is_of_steps()",
         "asks = False",
         f"{_ORDER}[a table for a branch of the gathered]",

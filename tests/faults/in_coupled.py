@@ -73,8 +73,7 @@ FAULTS = [
         "_summed",
         "x = _one(over, x, name) if _manual(name) else",
         "x = x if _manual(name) else",
-        "coupled/test_on_meshes.py::test_a_coupled_loss_of_divided_parameters["
-        "columns-by device-min]",
+        "coupled/test_on_meshes.py::test_a_coupled_loss_of_divided_parameters",
     ),
     Fault(
         "a gather over the mesh is transposed where types are checked",

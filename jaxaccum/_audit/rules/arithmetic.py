@@ -311,11 +311,11 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """A comparison, which may be a guard's: of a weight with a constant."""
     x, y = ins
     if op.name == "lt" and _is_place(x) and y.zero:  # which is never negative
-        return _never(walk)
+        return Settled([with_faults(_never(walk), x.faults)])
     if op.name == "ne" and x.number == y.number and x.summary:
         return _is_nan(walk, op, x)
-    if op.name == "and" and (x.known is False or y.known is False):
-        return Settled([_never(walk)])
+    if op.name == "and" and (never := [v for v in ins if v.known is False]):
+        return Settled([with_faults(_never(walk), never[0].faults)])
     summaries = summaries_among(ins)
     compared = list(map(_compared, summaries))
     if summaries and all(compared) and not any_rows(ins):
@@ -354,9 +354,7 @@ def select(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """One of the cases, by a condition."""
     which, *cases = ins
     if which.known is not None:
-        chosen = cases[int(which.known)]
-        # Rows that are NaN are replaced one by one, with no assumption.
-        return Settled([with_faults(chosen, which.faults) if chosen.summary else chosen])
+        return Settled([with_faults(cases[int(which.known)], which.faults)])
     if which.compares and which.scalar:
         return _guard(walk, op, ins)
     if which.fixed and not which.faults and not any_rows(cases):

@@ -9,6 +9,7 @@ from typing import Literal
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._audit.rules.elementwise import holds
 from jaxaccum._base.types import PyTree
 from jaxaccum._jaxpr.compat import opened, scan_arity
 from jaxaccum._jaxpr.variables import is_variable
@@ -113,7 +114,8 @@ def _role(users: Users, results: list[jex.Var], v: jex.Var, out: jex.Var) -> Rol
 def _step(eqn: jex.JaxprEqn, v: jex.Var) -> Role:
     """What one equation does with a carried value that it alone reads."""
     name, first = eqn.primitive.name, eqn.invars[0] is v
-    if name in ("add", "add_any") or (name == "sub" and first):
+    unsigned = jnp.issubdtype(getattr(v.aval, "dtype", float), jnp.unsignedinteger)
+    if name in ("add", "add_any") or (name == "sub" and first and not unsigned):
         return Role("sum", eqn.invars[1 if first else 0])
     if name in ("dynamic_update_slice", "scatter") and first:
         return Role("write")
@@ -134,10 +136,10 @@ def _adds_one(eqn: jex.JaxprEqn) -> bool:
 
 def _changes_dtype(eqn: jex.JaxprEqn) -> bool:
     """Whether an equation changes a dtype alone: not from inexact to integer, nor back, and not to
-    bool."""
+    one that may not hold the numbers."""
     if eqn.primitive.name != "convert_element_type":
         return False
     dtype = lambda v: v.aval.dtype
     old, new = dtype(eqn.invars[0]), dtype(eqn.outvars[0])
     inexact = lambda kind: jnp.issubdtype(kind, jnp.inexact)
-    return inexact(old) == inexact(new) and (new != jnp.bool_ or old == jnp.bool_)
+    return inexact(old) == inexact(new) and holds(new, old)

@@ -172,6 +172,8 @@ def join(walk: Walk, op: Op, x: Value, y: Value) -> Value:
         params=any_params(either),
         origin=origin_of(either),
         scalar=all_scalar(either),
+        by_order=any(v.by_order for v in either),
+        own_place=all(v.own_place for v in either),
         number=x.number if x.number == y.number else walk.fresh(),
         known=x.known if x.known == y.known else None,
     )
@@ -266,16 +268,18 @@ def _is_solved_linearly(op: Op) -> bool:
     solver = op.params["jaxprs"].transpose_solve
     if solver is None:
         return True
-    program, _ = opened(solver)
-    count = op.params["const_lengths"].transpose_solve
+    program, own = opened(solver)
+    count, avals = op.params["const_lengths"].transpose_solve, avals_of(program.invars)
+    solve = functools.partial(jax.core.eval_jaxpr, program, own)
 
     def transposed(*arrays: Array) -> object:
         consts, right = arrays[:count], arrays[count:]
-        solve = lambda *right: jax.core.eval_jaxpr(program, solver.consts, *consts, *right)
-        return jax.linear_transpose(solve, *right)(solve(*right))
+        back = jax.linear_transpose(functools.partial(solve, *consts), *right)
+        return back(solve(*arrays))
 
+    jax.eval_shape(solve, *avals)  # what fails here is no matter of linearity
     try:
-        jax.eval_shape(transposed, *avals_of(program.invars))
+        jax.eval_shape(transposed, *avals)
     except Exception:  # JAX has no one error for what is not linear
         return False
     return True

@@ -61,7 +61,7 @@ from jaxaccum._audit.sources import Site, is_jax
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
 from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr
+from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._jaxpr.variables import is_variable
 
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -102,7 +102,7 @@ def _is_wrong(x: Value) -> bool:
     return not kinds_of(x.faults) <= set(HARMLESS)
 
 
-_WRAPPERS = ("custom_derivatives.py", "solves.py", "ode.py")
+_WRAPPERS = ("custom_derivatives.py", "solves.py", "/ode.py")
 """Files of JAX whose rules are the user's own, given to `defjvps`, `custom_gradient` or
 `custom_root`, or take steps whose size is chosen by the cotangent, as that of `odeint` does."""
 
@@ -111,6 +111,15 @@ def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     """Whether JAX wrote the derivative rule; of a function of JAX's the rule may be the user's."""
     rule = _rule(eqn)
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
+
+
+def may_change(eqn: jex.JaxprEqn) -> bool:
+    """Whether a derivative rule may read what is no part of the program: not one of JAX's, nor one
+    that JAX gives to `defjvps` for a function of its own, such as `relu`."""
+    body = next((eqn.params[key] for key in ("call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+    file = "" if body is None else opened(body)[0].debug_info.func_filename or ""
+    own = is_jax(file) and not file.endswith(_WRAPPERS)
+    return not (own or is_jaxs_own(eqn))
 
 
 def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> Faults:
@@ -229,12 +238,12 @@ def _dual(walk: Walk, op: Op, out: Value) -> Value:
     """The cotangent of a value, where the loss is exact: with the inverse of its scale."""
     scale = _scale(out).inverse()
     terms = frozenset([Addend(scale)])
+    known: dict[str, Any] = {"number": walk.fresh(), "by_order": out.by_order}
     if out.rows and out.layout is not None:
-        return rows(out.layout, terms=terms, params=True, number=walk.fresh())
+        return rows(out.layout, terms=terms, params=True, **known)
     if out.fixed:
-        order = out.by_order
-        return total(walk.site(op), terms, params=True, number=walk.fresh(), by_order=order)
-    return fixed(scale, params=True, number=walk.fresh())
+        return total(walk.site(op), terms, params=True, **known)
+    return fixed(scale, params=True, **known)
 
 
 def _scale(x: Value) -> Scale:

@@ -21,7 +21,7 @@ from jaxaccum._audit.lattice import (
     rows,
     statistic,
 )
-from jaxaccum._audit.registry import RULES, rule
+from jaxaccum._audit.registry import IDENTITIES, RULES, rule
 from jaxaccum._audit.rules.operands import (
     Faults,
     all_scalar,
@@ -44,9 +44,6 @@ _NONLINEAR = """
     population_count clz lt_to le_to eq_to log2 one_minus_square polynomial
 """
 _LINEAR = "neg conj real imag reduce_precision"
-_IDENTITY = (
-    "copy copy_p device_put name sharding_constraint mesh_cast pvary optimization_barrier reshard"
-)
 
 
 @rule(_NONLINEAR, uniform=True, pointwise=True)
@@ -148,7 +145,7 @@ def linear(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return x.but(scalar=x.scalar, extremum=opposite if op.name == "neg" else None)
 
 
-@rule(_IDENTITY, uniform=True, pointwise=True)
+@rule(" ".join(IDENTITIES), uniform=True, pointwise=True)
 def identity(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The operands themselves."""
     return list(ins)
@@ -180,12 +177,12 @@ _STOPPED = "a ratio over one microbatch is taken without its gradient"
 def convert(walk: Walk, op: Op, ins: list[Value]) -> Value:
     """A change of dtype: linear, except from inexact to integer, to boolean, and to an integer that
     wraps."""
-    if _holds(op.eqn.outvars[0].aval.dtype, op.eqn.invars[0].aval.dtype):
+    if holds(op.eqn.outvars[0].aval.dtype, op.eqn.invars[0].aval.dtype):
         return ins[0].like(number=-1)
     return combine(walk, op, ins)
 
 
-def _holds(new: np.dtype, old: np.dtype) -> bool:
+def holds(new: np.dtype, old: np.dtype) -> bool:
     """Whether a dtype holds the numbers of another one, but for rounding: of integers those of 32
     bits, which count examples."""
     if jnp.issubdtype(new, jnp.inexact) or old == jnp.bool_:

@@ -248,7 +248,8 @@ class _Loop:
             faults |= faulty(self.walk, self.op, FaultKind.POSITION, note)
         value = self.sum_of(start, each)
         params = any_params([start, each])
-        return value.but(scalar=value.scalar, faults=value.faults | faults, params=params)
+        known = {"scalar": value.scalar, "by_order": start.by_order or each.by_order}
+        return value.but(faults=value.faults | faults, params=params, **known)
 
     def sum_of(self, start: Value, each: Value) -> Value:
         """``start + Σ each``, without what is wrong with the addends."""
@@ -322,7 +323,7 @@ def _carried(joined: Value, x: Value) -> Value:
 
 def _irregular(x: Value) -> Value:
     """A value that is independent of the batch, up to a factor that follows no law."""
-    return fixed(IRREGULAR, faults=x.faults, params=x.params, origin=x.origin, scalar=x.scalar)
+    return x.but(terms=fixed(IRREGULAR).terms, scalar=x.scalar)
 
 
 def _shifted(x: Value, layout: Layout) -> Value:
