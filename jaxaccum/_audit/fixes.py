@@ -76,6 +76,10 @@ PLACE = (
     "compute it from the examples; a number for each place in the batch can be an array of the "
     "batch, which is cut like the rest"
 )
+DIRECT = (
+    "use a direct solver, such as jnp.linalg.solve; where the iteration always converges, pass "
+    "audit=None"
+)
 WIDE = "sum in 32 bits, with a sign: x.astype(jnp.int32) before the sum"
 IN_ORDER = (
     "sum over the gathered rows, or pick a microbatch's own by lax.axis_index(axis) * len(x) + "

@@ -214,6 +214,7 @@ def newton(f, z):
     return lax.fori_loop(0, 30, lambda _, z: z - f(z) / jax.grad(f)(z), z)
 
 
+@UNDECIDED  # gmres, which converges here
 @pytest.mark.parametrize("rule", FUNCTIONS_WITH_RULES)
 @pytest.mark.parametrize("name", ["grad", "microbatch"])
 def test_functions_with_rules_of_their_own(name, rule):
@@ -221,6 +222,7 @@ def test_functions_with_rules_of_their_own(name, rule):
     assert normwise(GRADIENTS[name](loss, 3)(W, X), jitted.grad(loss)(W, X)) < EXACT
 
 
+@UNDECIDED
 def test_a_check_and_a_solve():
     """Where only the weights are computed, the check is left out of the solve's programs and all
     else stays."""

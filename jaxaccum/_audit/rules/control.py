@@ -258,8 +258,8 @@ def linear_solve(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
             note = f"the {name} of a custom_linear_solve mixes examples"
             faults |= faulty(walk, op, FaultKind.UNKNOWN, note)
     if all_fixed(solution) and any_params(ins) and not _is_solved_linearly(op):
-        note = "the transpose_solve of a custom_linear_solve is not linear in the cotangent"
-        faults |= {walk.fault(op, FaultKind.DERIVATIVE, note, fix=fixes.AFTERWARDS)}
+        note = "the backward pass of a solver is linear in the cotangent only where it converges"
+        faults |= {walk.fault(op, FaultKind.UNKNOWN, note, fix=fixes.DIRECT)}
     return all_with_faults(solution, faults)
 
 
