@@ -84,14 +84,6 @@ def context_of(eqn: jex.JaxprEqn) -> AbstractContextManager[None]:
     return eqn.ctx.manager
 
 
-def traced_mesh(eqn: jex.JaxprEqn) -> jax.sharding.AbstractMesh:
-    """The abstract mesh under which an equation was traced: a field of its context.
-
-    Test: test_mesh.
-    """
-    return eqn.ctx.cur_abstract_mesh
-
-
 # -- the compiler's errors -------------------------------------------------------------------------
 
 

@@ -41,7 +41,6 @@ from jaxaccum._jaxpr.compat import (
     context_of,
     inlined,
     is_jit_disabled,
-    traced_mesh,
 )
 from jaxaccum._jaxpr.segments import in_groups
 from jaxaccum._jaxpr.structure import literal_key, params_key
@@ -180,8 +179,6 @@ def _kind(eqn: jex.JaxprEqn) -> Hashable:
     if eqn.effects or not eqn.invars or not eqn.outvars:
         return None
     if any(map(_holds_program, eqn.params.values())):
-        return None
-    if traced_mesh(eqn) != jax.sharding.get_abstract_mesh():  # as inside of jax.sharding.auto_axes
         return None
     operands = tuple(literal_key(v) if isinstance(v, jex.Literal) else v.aval for v in eqn.invars)
     return (eqn.primitive, operands, params_key(eqn.params), context_key(eqn))

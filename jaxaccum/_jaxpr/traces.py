@@ -73,7 +73,8 @@ class Trace:
         return self._restrict(outputs)[1][1:]
 
     def only(self, outputs: Sequence[int]) -> Trace:
-        """The trace that computes the given outputs and nothing else, of the same arguments."""
+        """The trace that computes the given outputs and nothing else, of the same arguments: it has
+        no print and no callback that they do not need."""
         jaxpr, used = self._restrict(outputs)
         invars = with_entries(self.jaxpr.invars, places_of(used), jaxpr.invars)
         return self._with(with_invars(jaxpr, invars))
@@ -143,18 +144,13 @@ class Trace:
         jaxpr = with_outvars(self.jaxpr, self.jaxpr.outvars[:count])
         return self._with(without_unused(jaxpr))
 
-    def pure(self) -> Trace:
-        """The trace without the effects of prints and callbacks, so that those that no output needs
-        can be left out."""
-        return self._with(changed(self.jaxpr, _pure))
-
     def before(
         self, change: Callable[[Array, list[Array]], list[Array]], keep: Collection[int]
     ) -> Trace:
         """The trace of changed arguments, but for the outputs `keep`, which are those of the
         arguments as they came."""
         kept = sorted(keep)
-        as_they_came = self.pure().only(kept)
+        as_they_came = self.only(kept)
 
         def both(index: Array, *arrays: Array) -> list[Array]:
             outs = self(index, change(index, list(arrays)))

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxaccum._base.entries import entries
-from jaxaccum._base.trees import key_impl
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.traces import Trace
@@ -62,14 +61,13 @@ def prepare(
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
     whole, traces = _apart(groups, outputs, slots, arguments, options)
-    slots, arrays = _unwrapped(slots, arguments.arrays)
     program = Program(
         tuple(slots), partition, outputs, terms, traces, arguments.axes, arguments.mesh_axes,
         tuple(arguments.given_axes), limit, memory, unroll, groups[-1].checked, whole=whole,
         observed={group.size: group.observed for group in groups}, observe=tracing.observe,
     )  # fmt: skip
     _check_padding(program)
-    return program, arrays
+    return program, list(arguments.arrays)
 
 
 def _with_ordinary_keys(call: Call) -> Call:
@@ -189,20 +187,6 @@ def _without_tags(
     if found:
         raise TypeError(found)
     return whole_outputs.separated(traces[0], outputs, entries(given_axes, reads[0]))
-
-
-def _unwrapped(slots: Sequence[Slot], arrays: Sequence[Array]) -> tuple[list[Slot], list[Array]]:
-    """The same, but typed keys that are folded are the integers that they are made of.
-
-    JAX's check for keys that are used twice (``jax_debug_key_reuse``) takes a typed key that a
-    loop closes over for one that every iteration uses.
-    """
-    new, values = list(slots), list(arrays)
-    for i, slot in enumerate(slots):
-        if slot.role in (Role.KEY, Role.EXAMPLE_KEY):
-            new[i] = dataclasses.replace(slot, key=key_impl(arrays[i]))
-            values[i] = new[i].array(arrays[i])
-    return new, values
 
 
 def _check_padding(program: Program) -> None:

@@ -174,10 +174,6 @@ class Program:
         """Whether it holds checks of ``checkify``."""
         return any(map(reversible.has_checks, self._jaxprs))
 
-    def pure(self) -> Program:
-        """The program without its prints and callbacks, unless an output depends on one."""
-        return dataclasses.replace(self, traces=tuple(map(Trace.pure, self.traces)))
-
     def only(self, parts: Sequence[int]) -> tuple[Program, list[int]]:
         """The program that computes the given parts alone, and which parts it returns: these and
         what they carry."""

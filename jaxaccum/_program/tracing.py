@@ -220,9 +220,9 @@ def _with_own_streams(
                 keys[place] = slot.key
         elif slot.role is not Role.WHOLE:
             own.add(place)
-    pure, kept = one.pure(), set()
+    kept: set[int] = set()
     for i, slot in zip(outputs.positions(Reduction.CARRY), carried, strict=True):
-        needed = set(places_of(pure.needs([i])))
+        needed = set(places_of(one.needs([i])))
         if not needed & (own if slot.key is not None else own | keys.keys()):
             kept.add(i)
 

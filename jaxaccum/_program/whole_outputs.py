@@ -74,4 +74,4 @@ def separated(one: Trace, outputs: Outputs, given_axes: Sequence[frozenset[str]]
     for i in places:
         needed = entries(given_axes, places_of(one.needs([i])))
         axes.append(frozenset().union(*needed))
-    return Whole(one.pure().only(places), tuple(axes))
+    return Whole(one.only(places), tuple(axes))

@@ -61,7 +61,7 @@ def known_first(
             wanted.add(term.weight)
         if _moving_weights(program, term, wrt):
             wanted.add(term.total)
-    restricted, kept = program.pure().only(sorted(wanted))
+    restricted, kept = program.only(sorted(wanted))
     for one in restricted.traces:
         _check_computed_twice(one)
     if _is_static(restricted):

@@ -32,12 +32,11 @@ FAULTS = [
         "flax/test_nnx_arguments.py::test_a_batch_norm_is_told_both_lines_at_once",
     ),
     Fault(
-        "an equation is derived under another mesh than it was traced under",
+        "equations of other settings are derived as one",
         "_kind",
-        "    if traced_mesh(eqn) != jax.sharding.get_abstract_mesh():  # as inside "
-        "of jax.sharding.auto_axes\n",
-        "    if False:\n",
-        "meshes/test_mesh.py::test_a_lookup_that_says_where_its_rows_are",
+        "params_key(eqn.params), context_key(eqn))",
+        "params_key(eqn.params))",
+        "programs/test_derived_once.py::test_names_and_marks_of_equations_stay",
     ),
     Fault(
         "the audit does not look which operands an equation takes",

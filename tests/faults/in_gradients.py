@@ -299,9 +299,9 @@ FAULTS = [
     ),
     Fault(
         "side effects happen twice",
-        "known_first",
-        "program.pure().only(",
-        "program.only(",
+        "Trace._restrict",
+        "changed(jaxpr.replace(eqns=_needed(jaxpr, outputs)), _pure)",
+        "jaxpr.replace(eqns=jaxpr.eqns)",
         "plain/test_value_and_grad.py::test_side_effects_happen_once_a_microbatch",
     ),
     Fault(

@@ -230,11 +230,11 @@ FAULTS = [
         "meshes/test_mesh.py::test_keys_are_traced_with_the_types_with_which_they_run",
     ),
     Fault(
-        "gathered parameters lose the streams of the examples",
+        "gathered parameters lose what is known of the function",
         "adapted:changed",
         "if not isinstance(fun, Adapted):",
         "if True:",
-        "flax/test_example_streams.py::test_gathered_parameters_keep_the_streams_of_the_examples",
+        "flax/test_example_streams.py::test_a_changed_function_is_known_for_what_it_was",
     ),
     Fault(
         "the audit takes the examples' draws for the microbatch's",

@@ -61,13 +61,6 @@ FAULTS = [
         "test_example_keys_of_every_generator_depend_on_the_example_alone",
     ),
     Fault(
-        "the loop holds typed keys",
-        "prepare",
-        "slots, arrays = _unwrapped(slots, arguments.arrays)",
-        "slots, arrays = list(slots), list(arguments.arrays)",
-        "plain/test_keys_and_carry.py::test_folded_keys_pass_the_check_for_keys_used_twice",
-    ),
-    Fault(
         "an argument handed on is its own",
         "unchanged",
         "return [place == i for i, place",

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from jaxaccum._base.adapted import Adapted, changed
 from tests.flax.streaming import state, step
 from tests.support.covering import covering
 from tests.support.helpers import EXACT, data, normwise, refused, same
@@ -315,3 +316,12 @@ def test_a_stream_keeps_its_kind():
         "uint32[]",
         "uint32[2]",
     )
+
+
+def test_a_changed_function_is_known_for_what_it_was():
+    """As where a mesh gathers parameters around it."""
+    fun, around = lambda x: x, lambda fun: lambda x: 2 * fun(x)
+    known = changed(Adapted(fun, draws_from_state=True, aux_names=("loss",)), around)
+    assert (known.draws_from_state, known.aux_names) == (True, ("loss",))
+    assert known(3) == 6
+    assert changed(fun, around)(3) == 6

@@ -254,7 +254,8 @@ EXPLICIT = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
 )
 def test_devices_draw_the_numbers_of_the_whole_batch(case, check_vma):
     (n, coupled), key = case, jax.random.key(3)
-    loss = normalized(("data", "microbatch")) if coupled else loss_of(dropout, a_key_per_example)
+    draws = dropout, time_major, a_key_per_example
+    loss = normalized(("data", "microbatch")) if coupled else loss_of(*draws)
     expected = jax.jit(jax.value_and_grad(normalized(None) if coupled else loss))(W, X, key)
     step = ja.value_and_grad(loss, num_microbatches=n, in_axes=AXES, mesh_axes="data")
     specs = {"mesh": MESH, "in_specs": (P(), P("data"), P()), "out_specs": P()}
