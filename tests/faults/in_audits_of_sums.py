@@ -51,7 +51,7 @@ FAULTS = [
     Fault(
         "the steps of an adjoint are linear",
         "derivatives:_WRAPPERS",
-        ', "ode.py")',
+        ', "/ode.py")',
         ")",
         f"{_TESTS}::test_the_steps_of_an_adjoint_depend_on_the_cotangent",
     ),
