@@ -261,24 +261,13 @@ def test_a_place_that_is_moved_is_another_in_another_order(name):
 TABLE = data(N, seed=11)
 
 
-def a_place_of_a_branch(w, own, rows, i):
-    either = lax.cond(jnp.sum(w) > 0, lambda i: i, lambda i: i.astype(i.dtype), i)
-    return own[:, 0] * jnp.cos(either.astype(float))
-
-
-def a_sum_of_a_loop(w, own, rows, i):
-    total, _ = lax.scan(lambda c, t: (c + rows * t, None), jnp.zeros_like(rows), jnp.arange(3.0))
-    return own * jnp.sum(total * TABLE[:, None], axis=0)[None]
-
-
 PICKED = {
     "a feature": lambda w, own, rows, i: own[:, 0] * jnp.sum(rows[:, i], axis=0),
     "a row and a column": lambda w, own, rows, i: own[:, 0] * rows[3, i],
     "as many columns": lambda w, own, rows, i: (
         own * (lambda r: jnp.sum(r * r.T))(rows[:, jnp.arange(N) % 4])
     ),
-    "a place of a branch": a_place_of_a_branch,
-    "a sum of a loop": a_sum_of_a_loop,
+    "an entry of a square": lambda w, own, rows, i: own[:, 0] * (rows @ rows.T)[i, 3],
 }
 
 
@@ -291,6 +280,49 @@ def test_rows_are_picked_by_places_and_nothing_else_is(name):
     assert off(loss, whole, w) < EXACT
     assert not is_called_exact(loss, w, split="strided")
     assert off(loss, whole, w, split="strided") > WRONG
+
+
+def test_a_place_that_a_branch_makes_is_in_the_order_of_the_microbatches():
+    def loss(w, b):
+        n = len(b["y"])
+        start, within = lax.axis_index("microbatch") * n, jnp.arange(n, dtype=jnp.int32)
+        branches = lambda i: (start + i) + 0, lambda i: (start + i) + 1
+        place = lax.cond(jnp.sum(w) > 0, *branches, within)
+        return jnp.mean((b["x"] @ w)[:, 0] * jnp.cos(place.astype(float)))
+
+    first = jnp.where(jnp.sum(W) > 0, 0.0, 1.0)
+    whole = lambda w, b: jnp.mean((b["x"] @ w)[:, 0] * jnp.cos(first + jnp.arange(float(N))))
+    assert is_called_exact(loss)
+    assert off(loss, whole) < EXACT
+    assert not is_called_exact(loss, split="strided")
+    assert off(loss, whole, split="strided") > WRONG
+
+
+def test_a_loop_that_gathers_sums_in_the_order_of_the_microbatches():
+    def loss(w, b):
+        step = lambda c, t: (c + t * gathered(w, b), None)
+        total, _ = lax.scan(step, jnp.zeros((N, 4)), jnp.arange(3.0))
+        return jnp.mean(b["x"] @ w * jnp.sum(total * TABLE[:, None], axis=0)[None])
+
+    def whole(w, b):
+        h = b["x"] @ w
+        return jnp.mean(h * jnp.sum(3 * h * TABLE[:, None], axis=0)[None])
+
+    assert is_called_exact(loss)
+    assert off(loss, whole) < EXACT
+    assert not is_called_exact(loss, split="strided")
+    assert off(loss, whole, split="strided") > WRONG
+
+
+def test_a_place_that_its_dtype_does_not_hold_is_another():
+    many = {"x": data(200, 3, seed=1), "y": jnp.arange(200, dtype=jnp.int32)}
+    of = lambda own, rows, i: jnp.mean(jnp.sum(jnp.tanh(own) * rows[i], axis=1))
+    cut = lambda i: i.astype(jnp.int8).astype(jnp.int32)
+    loss = lambda w, b: of(b["x"] @ w, gathered(w, b), cut(own(b)))
+    whole = lambda w, b: of(b["x"] @ w, b["x"] @ w, cut(b["y"]))
+    assert off(loss, whole, b=many) < EXACT
+    assert not is_called_exact(loss, b=many, split="strided")
+    assert off(loss, whole, b=many, split="strided") > WRONG
 
 
 def test_the_own_place_is_the_same_in_any_order():

@@ -95,7 +95,7 @@ FAULTS = [
         "GatheredOrder.is_own_place",
         "all(x.own_place for x in self.ins)",
         "all(x.own_place for x in self.ins if x.by_order)",
-        f"{_TESTS}::test_rows_are_picked_by_places_and_nothing_else_is[a row and a column]",
+        f"{_TESTS}::test_rows_are_picked_by_places_and_nothing_else_is[an entry of a square]",
     ),
     Fault(
         "a gather makes as many columns as rows",
@@ -109,21 +109,21 @@ FAULTS = [
         "GatheredOrder.holds_places",
         "jnp.iinfo(dtype).max >= self.batch - 1",
         "True",
-        f"{_TESTS}::test_a_place_that_is_moved_is_another_in_another_order[one of few]",
+        f"{_TESTS}::test_a_place_that_its_dtype_does_not_hold_is_another",
     ),
     Fault(
         "branches give places in the batch",
         "join",
         "by_order=any(v.by_order for v in either),",
         "",
-        f"{_TESTS}::test_rows_are_picked_by_places_and_nothing_else_is[a place of a branch]",
+        f"{_TESTS}::test_a_place_that_a_branch_makes_is_in_the_order_of_the_microbatches",
     ),
     Fault(
         "a loop sums rows into the batch's order",
         "_Loop.summed",
         "start.by_order or each.by_order",
         "False",
-        f"{_TESTS}::test_rows_are_picked_by_places_and_nothing_else_is[a sum of a loop]",
+        f"{_TESTS}::test_a_loop_that_gathers_sums_in_the_order_of_the_microbatches",
     ),
     Fault(
         "a choice by a NaN of a total assumes nothing",
