@@ -34,7 +34,6 @@ from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import structure
-from jaxaccum._jaxpr.compat import opened
 from jaxaccum._jaxpr.equations import equations_inside, mentions
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import taken_by
@@ -220,9 +219,8 @@ def _has_rules_of_users(program: Program) -> bool:
 
 
 def _holds_a_rule_of_users(seen: Observed) -> bool:
-    jaxpr, _ = opened(seen.trace.jaxpr)
-    rules = (eqn for eqn in equations_inside(jaxpr) if eqn.primitive.name in WITH_RULES)
-    return any(map(may_change, rules))
+    every = equations_inside(seen.trace.jaxpr)
+    return any(eqn.primitive.name in WITH_RULES and may_change(eqn) for eqn in every)
 
 
 _KEPT = 64

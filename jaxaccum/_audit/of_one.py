@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.extend.core as jex
@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from jaxaccum._audit.sizes import Sizes
 from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.equations import equations_inside
 
 _MOVES = {
     "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "dynamic_slice", "gather",
@@ -78,21 +79,13 @@ class _Program(NamedTuple):
     @classmethod
     def of(cls, jaxpr: object) -> _Program:
         """The program of a jaxpr, closed or open."""
-        every = list(_equations(opened(jaxpr)[0]))
+        every = list(equations_inside(opened(jaxpr)[0]))
         equations = [eqn for eqn in every if _computes_numbers(eqn)]
         others = [eqn for eqn in every if not _computes_numbers(eqn) and not _keeps_entries(eqn)]
         moves = [eqn for eqn in equations if eqn.primitive.name in _MOVES]
         computing = [eqn for eqn in equations if eqn.primitive.name not in _MOVES]
         of_integers = Counter(eqn.primitive.name for eqn in others)
         return cls(computing, [x for eqn in moves for x in _numbers(eqn)], of_integers)
-
-
-def _equations(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
-    """Its equations, inner ones after the one that holds them."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jex.jaxprs_in_params(eqn.params):
-            yield from _equations(inner)
 
 
 def _computes_numbers(eqn: jex.JaxprEqn) -> bool:

@@ -10,18 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxaccum
 import jaxaccum.linen
 from jaxaccum import Mean, Sum
+from tests.audit.partitions import BATCH, W, nll, off
 from tests.support import jitted
-from tests.support.helpers import EXACT, data, normwise
+from tests.support.helpers import EXACT, normwise
 
-W = data(3, 4)
-MASK = jnp.asarray(jnp.arange(24) % 3 > 0, jnp.float64)
-BATCH = {"x": data(24, 3, seed=1), "y": jnp.arange(24) % 4, "mask": MASK}
 THREE = jnp.asarray([1.0, 2.0, 3.0])
-
-
-def nll(w, rows):
-    log_probs = jax.nn.log_softmax(jnp.tanh(rows["x"] @ w))
-    return -jnp.take_along_axis(log_probs, rows["y"][:, None], axis=1)[:, 0]
 
 
 def parts(batch):
@@ -175,13 +168,6 @@ UNLIKE = {
         lax.map(lambda rows: nll(w, rows) * jnp.arange(1.0, 1 + len(rows["y"])), parts(b))
     ),
 }
-
-
-def off(loss):
-    """How far the gradient of two microbatches is from that of the whole batch."""
-    ours = jax.jit(jaxaccum.grad(loss, num_microbatches=2, audit=None))
-    whole = jitted.grad(jaxaccum.full_batch(loss))
-    return normwise(ours(W, BATCH), whole(W, BATCH))
 
 
 @pytest.mark.parametrize("name", ALIKE)

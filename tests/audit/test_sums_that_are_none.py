@@ -1,6 +1,8 @@
 """Sums that are none: those that wrap, solvers that are not linear, places that are moved, NaN that
 the program computes, and rules that change between calls."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg as iterative
@@ -11,38 +13,18 @@ from jax.experimental.ode import odeint
 
 import jaxaccum
 from jaxaccum import Mean, Sum
-from tests.support.helpers import EXACT, data, normwise
+from tests.audit import partitions
+from tests.audit.partitions import W, gathered, nll, own
+from tests.support.helpers import EXACT, data
 
 N = 24
-W = data(3, 4)
 Y = jnp.arange(N, dtype=jnp.int32) % 4
 BATCH = {"x": data(N, 3, seed=1), "y": Y, "t": data(N, seed=7), "one": jnp.ones(N, jnp.uint8)}
 BATCH |= {"few": (Y > 2).astype(jnp.uint8), "some": Y > 1, "many": jnp.ones((N, 20), jnp.uint8)}
+off = functools.partial(partitions.off, b=BATCH)
+is_called_exact = functools.partial(partitions.is_called_exact, b=BATCH)
 WRONG = 1e-3
 """Every error of these losses is larger."""
-
-
-def nll(w, b):
-    logs = jax.nn.log_softmax(jnp.tanh(b["x"] @ w))
-    return -jnp.take_along_axis(logs, b["y"][:, None], axis=1)[:, 0]
-
-
-def off(loss, whole=None, w=W, b=BATCH, **options):
-    """The error of the gradient that an unaudited call gives, against that of the whole batch."""
-    options = {"num_microbatches": 2, "audit": None} | options
-    ours = jaxaccum.value_and_grad(loss, **options)(w, b)
-    full = whole or jaxaccum.full_batch(loss)
-    return normwise(ours, jax.value_and_grad(full)(w, b))
-
-
-def is_called_exact(loss, w=W, b=BATCH, **options):
-    """Whether an audited call raises nothing."""
-    options = {"num_microbatches": 2, "audit": "raise"} | options
-    try:
-        jax.eval_shape(jaxaccum.grad(loss, **options), w, b)
-    except jaxaccum.InexactError:
-        return False
-    return True
 
 
 # -- sums of integers ------------------------------------------------------------------------------
@@ -220,15 +202,6 @@ def test_the_steps_of_an_adjoint_depend_on_the_cotangent():
 
 
 # -- places in another order -----------------------------------------------------------------------
-
-
-def own(b):
-    n = len(b["y"])
-    return lax.axis_index("microbatch") * n + jnp.arange(n, dtype=jnp.int32)
-
-
-def gathered(w, b):
-    return lax.all_gather(b["x"] @ w, "microbatch", tiled=True)
 
 
 def by_partner(place):

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum
 from jaxaccum import Concat, Max, Mean, Sum
-from tests.audit.test_parts_alike import BATCH, THREE, W, each, nll
-from tests.support import jitted
-from tests.support.helpers import EXACT, data, normwise
+from tests.audit.partitions import BATCH, W, gathered, is_called_exact, nll, off, own
+from tests.audit.test_parts_alike import THREE, each
+from tests.support.helpers import EXACT, data
 
 TABLE = data(24, seed=11)
 SIGNS = np.asarray([0.0, -0.0, 0.0])
@@ -124,12 +124,6 @@ UNLIKE = {
 }
 
 
-def off(loss, **options):
-    """How far the gradient of the microbatches is from that of the whole batch."""
-    ours = jax.jit(jaxaccum.grad(loss, audit=None, **{"num_microbatches": 2} | options))
-    return normwise(ours(W, BATCH), jitted.grad(jaxaccum.full_batch(loss))(W, BATCH))
-
-
 @pytest.mark.parametrize("name", UNLIKE)
 def test_what_depends_on_the_partition_is_found(name):
     assert not jaxaccum.audit(UNLIKE[name], W, BATCH, num_microbatches=2).exact
@@ -187,16 +181,6 @@ def test_a_place_is_no_output(aux):
 # -- the order of the microbatches -----------------------------------------------------------------
 
 
-def gathered(w, b):
-    return lax.all_gather(b["x"] @ w, "microbatch", tiled=True)
-
-
-def own(b):
-    """A microbatch's places, where its rows are adjacent."""
-    n = len(b["y"])
-    return lax.axis_index("microbatch") * n + jnp.arange(n, dtype=jnp.int32)
-
-
 def contrastive(w, b):
     logits = b["x"] @ w @ gathered(w, b).T
     picked = jnp.take_along_axis(logits, own(b)[:, None], 1)[:, 0]
@@ -238,37 +222,27 @@ OF_NO_PLACE = {
 }
 
 
-def is_called_exact(loss, split, **options):
-    """Whether a call with this split raises nothing."""
-    step = jaxaccum.grad(loss, num_microbatches=2, split=split, audit="raise", **options)
-    try:
-        jax.eval_shape(step, W, BATCH)
-    except jaxaccum.InexactError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize("split", ["contiguous", "strided"])
 @pytest.mark.parametrize("name", OF_NO_PLACE)
 def test_what_asks_for_no_order_is_exact_in_any(name, split):
     loss = OF_NO_PLACE[name]
-    assert is_called_exact(loss, split)
+    assert is_called_exact(loss, split=split)
     assert off(loss, split=split) < EXACT
 
 
 @pytest.mark.parametrize("name", OF_PLACES)
 def test_a_strided_split_has_another_order(name):
     loss = OF_PLACES[name]
-    assert is_called_exact(loss, "contiguous")
+    assert is_called_exact(loss, split="contiguous")
     assert off(loss) < EXACT
-    assert not is_called_exact(loss, "strided")
+    assert not is_called_exact(loss, split="strided")
     assert off(loss, split="strided") > 1e-3
 
 
 def test_rows_in_the_order_of_the_microbatches_are_no_output():
     loss = lambda w, b: (jnp.mean(nll(w, b)), Concat(b["x"] @ w @ gathered(w, b).T))
-    assert is_called_exact(loss, "contiguous", has_aux=True)
-    assert not is_called_exact(loss, "strided", has_aux=True)
+    assert is_called_exact(loss, split="contiguous", has_aux=True)
+    assert not is_called_exact(loss, split="strided", has_aux=True)
 
 
 # -- what is known of another call, or another try -------------------------------------------------

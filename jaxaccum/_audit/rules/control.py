@@ -52,10 +52,10 @@ from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._program import batch_keys
 
 
-def body_of(op: Op) -> str | None:
+def body_of(eqn: jex.JaxprEqn) -> str | None:
     """The parameter that holds the one body of a call."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-        if _is_body(op.params.get(name)):
+        if _is_body(eqn.params.get(name)):
             return name
     return None
 
@@ -73,7 +73,7 @@ def _is_body(param: object) -> bool:
 )
 def call(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """A function applied: its body, in place."""
-    key = body_of(op)
+    key = body_of(op.eqn)
     if key is None:
         return all_numbered(walk, unfollowed(walk, op, ins))
     body = op.params[key]

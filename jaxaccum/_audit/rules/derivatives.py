@@ -71,7 +71,7 @@ WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 @rule(" ".join(WITH_RULES), complete=True)
 def custom(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
     """The function itself, and whether its derivative keeps the examples apart."""
-    key = body_of(op)
+    key = body_of(op.eqn)
     if key is None:
         return all_numbered(walk, unfollowed(walk, op, ins))
     outs = walk.body(op, params_at_both(op, key), ins)
@@ -116,8 +116,8 @@ def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
 def may_change(eqn: jex.JaxprEqn) -> bool:
     """Whether a derivative rule may read what is no part of the program: not one of JAX's, nor one
     that JAX gives to `defjvps` for a function of its own, such as `relu`."""
-    body = next((eqn.params[key] for key in ("call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
-    file = "" if body is None else opened(body)[0].debug_info.func_filename or ""
+    key = body_of(eqn)
+    file = "" if key is None else opened(eqn.params[key])[0].debug_info.func_filename or ""
     own = is_jax(file) and not file.endswith(_WRAPPERS)
     return not (own or is_jaxs_own(eqn))
 
