@@ -27,14 +27,14 @@ from jaxaccum._audit.folding import Constant, is_numeric
 from jaxaccum._audit.lattice import FaultKind
 from jaxaccum._audit.nans import any_nan
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
-from jaxaccum._audit.rules.derivatives import WITH_RULES, may_change
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.adapted import adapted
 from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import structure
-from jaxaccum._jaxpr.equations import equations_inside, mentions
+from jaxaccum._jaxpr.derivative_rules import of_users
+from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import taken_by
 from jaxaccum._program import closures
@@ -215,12 +215,7 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
 
 def _has_rules_of_users(program: Program) -> bool:
     """Whether a derivative rule is a user's own: it may read what is no part of the program."""
-    return any(map(_holds_a_rule_of_users, program.observed.values()))
-
-
-def _holds_a_rule_of_users(seen: Observed) -> bool:
-    every = equations_inside(seen.trace.jaxpr)
-    return any(eqn.primitive.name in WITH_RULES and may_change(eqn) for eqn in every)
+    return any(any(of_users(seen.trace.jaxpr)) for seen in program.observed.values())
 
 
 _KEPT = 64

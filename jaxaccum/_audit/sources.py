@@ -33,11 +33,6 @@ def is_library(file: str) -> bool:
     return installed or file.startswith(("<frozen", *_INNER))
 
 
-def is_jax(file: str) -> bool:
-    """Whether a file belongs to JAX itself, whose derivative rules are taken at their word."""
-    return file.startswith(_INNER[0])
-
-
 @dataclasses.dataclass(frozen=True)
 class Enclosing:
     """An equation whose body holds another one: a call, a loop, a branch."""

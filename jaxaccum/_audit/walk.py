@@ -32,7 +32,7 @@ microbatch's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 
@@ -48,7 +48,7 @@ from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.twins import same_function
-from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.compat import opened, variable_of
 
 _Atom = jex.Var | jex.Literal
 
@@ -70,6 +70,9 @@ class _Known(NamedTuple):
 
 class Walk(Notes):
     """The state of one analysis, and the way through its equations."""
+
+    outermost: _Environment | None = None
+    """The values of the program's own variables, outside of all bodies."""
 
     def again(self, sizes: Sizes) -> Walk:
         """Another walk of the same programs, which takes the sizes for others."""
@@ -102,6 +105,8 @@ class Walk(Notes):
         if len(first.invars) != len(ins) or len(second.invars) != len(ins):
             raise ProgramsDifferError
         env = _Environment(self)
+        if not self.calls:
+            self.outermost = env
         env.write(first.constvars, second.constvars, consts)
         env.write(first.invars, second.invars, ins)
         for eqn, other in zip(first.eqns, second.eqns, strict=False):
@@ -119,6 +124,13 @@ class Walk(Notes):
             return env.read(eqn.invars, other.invars)
         except ProgramsDifferError:
             raise ProgramsDifferError(Site(eqn, self.calls)) from None
+
+    def constant(self, a: Any, b: Any) -> Value:
+        """A constant of the program; what a derivative rule closes over may be one of its
+        variables."""
+        pair = variable_of(a), variable_of(b)
+        known = self.outermost.known(*pair) if self.outermost is not None else None
+        return super().constant(a, b) if known is None else known
 
     def apply(self, op: Op, ins: list[Value]) -> list[Value]:
         """The results of one equation, with what its operands suffer from."""
@@ -173,6 +185,11 @@ class _Environment:
 
     def read(self, atoms: Iterable[_Atom], twins: Iterable[_Atom]) -> list[Value]:
         return [self._read(v, w) for v, w in zip(atoms, twins, strict=True)]
+
+    def known(self, v: object, w: object) -> Value | None:
+        """The value of a variable and of its twin, where they have one."""
+        found = self._known.get(v) if isinstance(v, jex.Var) else None
+        return found.value if found is not None and found.twin is w else None
 
     def _read(self, v: _Atom, w: _Atom) -> Value:
         if isinstance(v, jex.Literal) and isinstance(w, jex.Literal):

@@ -39,6 +39,11 @@ def frame_of(eqn: jex.JaxprEqn) -> Frame | None:
     return None
 
 
+def is_jax(file: str) -> bool:
+    """Whether a file belongs to JAX itself, whose derivative rules are taken at their word."""
+    return file.startswith(_INNER[0])
+
+
 def parameters_of(fun: Fun | None) -> list[inspect.Parameter]:
     """The parameters of a function; none where Python knows no signature."""
     if fun is None:

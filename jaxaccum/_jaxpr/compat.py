@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 
@@ -155,6 +156,31 @@ def checkify_rules() -> tuple[Any, dict[Any, Any]]:
     from jax._src.checkify import check_p, error_checks
 
     return check_p, error_checks
+
+
+def current_trace() -> object:
+    """The trace that JAX is making now.
+
+    ``jax.extend.core.take_current_trace``, jax 0.10.2 to 0.12. Test: test_derivative_rules.
+    """
+    with jex.take_current_trace() as trace:
+        return trace
+
+
+def is_of_trace(x: object, trace: object) -> bool:
+    """Whether `trace` computes `x`.
+
+    Private: the attribute ``_trace`` of a tracer, jax 0.10.2 to 0.12. Test: test_derivative_rules.
+    """
+    return isinstance(x, jax.core.Tracer) and getattr(x, "_trace", None) is trace
+
+
+def variable_of(x: object) -> object:
+    """The variable of a jaxpr that a tracer was, while the jaxpr was made; None of anything else.
+
+    Private: the attribute ``val`` of a tracer, jax 0.10.2 to 0.12. Test: test_derivative_rules.
+    """
+    return getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
 
 
 # -- experimental names ----------------------------------------------------------------------------

@@ -105,6 +105,19 @@ def inside(eqn: jex.JaxprEqn) -> Iterator[jex.JaxprEqn]:
         yield from equations_inside(inner)
 
 
+def body_of(eqn: jex.JaxprEqn) -> str | None:
+    """The parameter that holds the one body of a call."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        if is_body(eqn.params.get(name)):
+            return name
+    return None
+
+
+def is_body(param: object) -> bool:
+    """Whether a parameter of an equation is a jaxpr, closed or not."""
+    return isinstance(param, jex.Jaxpr | ClosedJaxpr)
+
+
 def called(eqn: jex.JaxprEqn) -> jex.Jaxpr | ClosedJaxpr | None:
     """The program that an equation does nothing with but call it; None of any other equation."""
     if eqn.primitive.name not in _CALLS:

@@ -18,8 +18,14 @@ from jax.interpreters import partial_eval
 from jaxaccum._base.entries import entries, places_of, with_entries
 from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr import derived_once, reversible, running_sums
-from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_reference, is_reference_effect
+from jaxaccum._jaxpr import derivative_rules, derived_once, reversible, running_sums
+from jaxaccum._jaxpr.compat import (
+    ClosedJaxpr,
+    anonymous,
+    current_trace,
+    is_reference,
+    is_reference_effect,
+)
 from jaxaccum._jaxpr.equations import (
     axes_in,
     changed,
@@ -44,6 +50,9 @@ class Trace:
     num_consts: int
     axis: tuple[str, int]
     """The name and the size of the loop's axis."""
+    function: Callable[..., list[Array]] | None = dataclasses.field(default=None, compare=False)
+    """What was traced, where JAX can derive nothing else: a derivative rule in it closes over what
+    it computes. It may return more than the jaxpr, after the same outputs."""
 
     def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
@@ -53,6 +62,8 @@ class Trace:
     def derived(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations
         once."""
+        if self.function is not None:
+            return self.function(*arrays[self.num_consts :])
         return derived_once.evaluate(self.jaxpr, [index, *arrays])
 
     def with_sums(
@@ -93,7 +104,7 @@ class Trace:
         outvars = self.jaxpr.outvars
         first, rest = outvars[:count], outvars[count:]
         return (
-            self._with(with_outvars(self.jaxpr, first)),
+            dataclasses.replace(self, jaxpr=with_outvars(self.jaxpr, first)),
             self._with(with_outvars(self.jaxpr, rest)),
         )
 
@@ -142,7 +153,7 @@ class Trace:
         """The trace of its first `count` outputs, with all prints and callbacks, of the same
         arguments."""
         jaxpr = with_outvars(self.jaxpr, self.jaxpr.outvars[:count])
-        return self._with(without_unused(jaxpr))
+        return dataclasses.replace(self, jaxpr=without_unused(jaxpr))
 
     def before(
         self, change: Callable[[Array, list[Array]], list[Array]], keep: Collection[int]
@@ -188,7 +199,8 @@ class Trace:
         return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
 
     def _with(self, jaxpr: jex.Jaxpr) -> Trace:
-        return dataclasses.replace(self, jaxpr=jaxpr)
+        """The trace of another jaxpr, of which nothing else was traced."""
+        return dataclasses.replace(self, jaxpr=jaxpr, function=None)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
         jaxpr, wanted = self.jaxpr, [False] * len(self.jaxpr.outvars)
@@ -204,8 +216,17 @@ def trace(
 ) -> tuple[Trace, list[Array]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace
     and its constants."""
-    jaxpr, consts = constants_first(jax.make_jaxpr(fun, axis_env=[axis])(*args))
-    return Trace(index_as_argument(jaxpr, axis), len(consts), axis), consts
+    made_by: list[object] = []
+
+    def noted(*arrays: Array) -> list[Array]:
+        made_by.append(current_trace())
+        return fun(*arrays)
+
+    jaxpr, consts = constants_first(jax.make_jaxpr(noted, axis_env=[axis])(*args))
+    # Outside of the loop's trace the name of its axis means nothing.
+    alone = not any(mentions(jaxpr, axis[0])) and derivative_rules.close_over(jaxpr, made_by[-1])
+    one = Trace(index_as_argument(jaxpr, axis), len(consts), axis, fun if alone else None)
+    return one, consts
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:

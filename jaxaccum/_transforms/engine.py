@@ -39,15 +39,15 @@ def run_with_gradient(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Add to an error about leaked tracers why they may leak: the function is traced first, and its
-    derivative rules run later."""
+    """Add to an error about leaked tracers why they may leak: what is traced first is derived
+    later, and a derivative rule runs only then."""
     try:
         yield
     except jax.errors.UnexpectedTracerError as error:
         error.add_note(
-            "jaxaccum traces the function before it derives it. A custom_jvp or custom_vjp that is "
-            "defined inside the function must not read what the function computes, nor the batch: "
-            "pass these to it as arguments."
+            "A coupled loss is traced before it is derived; so is a loop that is derived twice. "
+            "There a custom_jvp or custom_vjp must not read what the function around it computes, "
+            "nor the batch: pass these to it as arguments."
         )
         raise
 

@@ -293,26 +293,3 @@ def test_a_coupled_loop_of_no_steps():
 
     expected = jitted.grad(lambda w: jnp.var(X @ w))(W)
     assert normwise(ja.grad(loss, num_microbatches=3)(W, X), expected) < EXACT
-
-
-def test_a_rule_that_reads_the_batch_from_around_it_is_told_to_take_it_as_an_argument():
-    def scaled_by(c):
-        @jax.custom_vjp
-        def scale(x):
-            return x * c
-
-        scale.defvjp(lambda x: (x * c, None), lambda _, g: (g * c,))
-        return scale
-
-    @jax.custom_vjp
-    def scale(x, c):
-        return x * c
-
-    scale.defvjp(lambda x, c: (x * c, c), lambda c, g: (g * c, jnp.zeros_like(c)))
-    around = lambda w, x: jnp.mean(scaled_by(x[:, 0])(x @ w))
-    argument = lambda w, x: jnp.mean(scale(x @ w, x[:, 0]))
-    for step in (ja.grad, lambda f, **n: jax.grad(ja.microbatch(f, **n))):
-        with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
-            step(around, num_microbatches=2)(W, X)
-        assert "pass these to it as arguments" in "".join(raised.value.__notes__)
-        assert normwise(step(argument, num_microbatches=2)(W, X), jax.grad(argument)(W, X)) < EXACT

@@ -49,19 +49,8 @@ from jaxaccum._audit.walk import Op, Walk
 from jaxaccum._base.types import Array
 from jaxaccum._flax import batch_norm
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
+from jaxaccum._jaxpr.equations import body_of, is_body
 from jaxaccum._program import batch_keys
-
-
-def body_of(eqn: jex.JaxprEqn) -> str | None:
-    """The parameter that holds the one body of a call."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-        if _is_body(eqn.params.get(name)):
-            return name
-    return None
-
-
-def _is_body(param: object) -> bool:
-    return isinstance(param, jex.Jaxpr | ClosedJaxpr)
 
 
 @rule(
@@ -156,7 +145,7 @@ def _same_params(op: Op) -> bool:
 
 def _params_as_text(eqn: jex.JaxprEqn) -> dict[str, object]:
     """The parameters, and of a body what it does."""
-    return {k: text_of(v) if _is_body(v) else v for k, v in eqn.params.items()}
+    return {k: text_of(v) if is_body(v) else v for k, v in eqn.params.items()}
 
 
 # -- branches --------------------------------------------------------------------------------------

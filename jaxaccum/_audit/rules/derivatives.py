@@ -17,8 +17,6 @@ import dataclasses
 from itertools import compress
 from typing import Any
 
-import jax
-import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 
@@ -42,14 +40,13 @@ from jaxaccum._audit.lattice import (
     total,
 )
 from jaxaccum._audit.registry import rule
-from jaxaccum._audit.rules.control import body_of, unfollowed
+from jaxaccum._audit.rules.control import unfollowed
 from jaxaccum._audit.rules.operands import (
     Addends,
     Faults,
     all_fixed,
     all_numbered,
     all_with_faults,
-    avals_of,
     both,
     common,
     faulty,
@@ -57,15 +54,13 @@ from jaxaccum._audit.rules.operands import (
     kinds_of,
     params_at_both,
 )
-from jaxaccum._audit.sources import Site, is_jax
+from jaxaccum._audit.sources import Site
 from jaxaccum._audit.walk import Op, ProgramsDifferError, Walk
-from jaxaccum._base.source_lines import Frame
-from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
+from jaxaccum._base.source_lines import is_jax
+from jaxaccum._jaxpr.compat import ClosedJaxpr
+from jaxaccum._jaxpr.derivative_rules import WITH_RULES, backward, is_jaxs_own, rule_of
+from jaxaccum._jaxpr.equations import body_of
 from jaxaccum._jaxpr.variables import is_variable
-
-WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-"""Primitives of functions with a derivative rule."""
 
 
 @rule(" ".join(WITH_RULES), complete=True)
@@ -102,35 +97,14 @@ def _is_wrong(x: Value) -> bool:
     return not kinds_of(x.faults) <= set(HARMLESS)
 
 
-_WRAPPERS = ("custom_derivatives.py", "solves.py", "/ode.py")
-"""Files of JAX whose rules are the user's own, given to `defjvps`, `custom_gradient` or
-`custom_root`, or take steps whose size is chosen by the cotangent, as that of `odeint` does."""
-
-
-def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
-    """Whether JAX wrote the derivative rule; of a function of JAX's the rule may be the user's."""
-    rule = _rule(eqn)
-    return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
-
-
-def may_change(eqn: jex.JaxprEqn) -> bool:
-    """Whether a derivative rule may read what is no part of the program: not one of JAX's, nor one
-    that JAX gives to `defjvps` for a function of its own, such as `relu`."""
-    key = body_of(eqn)
-    file = "" if key is None else opened(eqn.params[key])[0].debug_info.func_filename or ""
-    own = is_jax(file) and not file.endswith(_WRAPPERS)
-    return not (own or is_jaxs_own(eqn))
-
-
 def _faults(walk: Walk, op: Op, ins: list[Value], outs: list[Value]) -> Faults:
     """What is wrong with the backward pass."""
     primals: dict[jex.Var, Value] = {}
     for v, x in zip(op.eqn.invars, ins, strict=True):
         if is_variable(v):
             primals[v] = x.like(faults=frozenset())
-    floating = list(map(_is_inexact, op.eqn.outvars))
-    values = list(compress(outs, floating))
-    backward = _Backward(walk, op, primals, floating, values)
+    values = list(compress(outs, map(_is_inexact, op.eqn.outvars)))
+    backward = _Backward(walk, op, primals, values)
     walk.checks_derivatives = False
     try:
         found = backward.faults(values)
@@ -158,15 +132,13 @@ class _Backward:
     walk: Walk
     op: Op
     primals: dict[jex.Var, Value]
-    floating: list[bool]
-    """Which results have cotangents."""
     values: list[Value]
-    """These results."""
+    """The results that have cotangents."""
 
     @property
     def origin(self) -> Site:
         """The first line of the user's rule."""
-        rule = _rule(self.op.eqn)
+        rule = rule_of(self.op.eqn)
         own = rule if rule is not None and not is_jax(rule.file) else None
         return Site(self.op.eqn, self.walk.calls, defined=own)
 
@@ -174,7 +146,7 @@ class _Backward:
         """What is wrong with the results for the cotangents of these values; `unit`: no scales."""
         cotangents = [_dual(self.walk, self.op, x) for x in of]
         walk, op, count = self.walk, self.op, len(self.primals)
-        bodies = walk.derivatives.get(id(op.eqn)) or _traced(walk, op, self.floating)
+        bodies = walk.derivatives.get(id(op.eqn)) or _traced(walk, op)
         results = walk.body(op, bodies, [*self.primals.values(), *cotangents])
         # Under differentiation the forward rule runs instead of the function.
         values = results[count:]
@@ -252,46 +224,8 @@ def _scale(x: Value) -> Scale:
     return common(scales)
 
 
-def _rule(eqn: jex.JaxprEqn) -> Frame | None:
-    """The first line of the user's derivative rule, as JAX noted it."""
-    rule = eqn.params.get("bwd", eqn.params.get("jvp_jaxpr_fun"))
-    debug = getattr(rule, "debug_info", None)
-    file, line = getattr(debug, "func_filename", None), getattr(debug, "func_lineno", None)
-    return Frame(file, line, debug.func_name) if debug is not None and file and line else None
-
-
-def _traced(walk: Walk, op: Op, floating: list[bool]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+def _traced(walk: Walk, op: Op) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """The backward pass of one equation, at both sizes; kept, since faults are per equation."""
-    pair = both(op, lambda eqn: _backward(eqn, floating))
+    pair = both(op, backward)
     walk.derivatives[id(op.eqn)] = pair
     return pair
-
-
-def _backward(eqn: jex.JaxprEqn, floating: list[bool]) -> ClosedJaxpr:
-    """A program of the operands and of the cotangents: the operands' cotangents, and the results.
-
-    An operand that has no cotangent is returned as it came.
-    """
-    given = list(dict.fromkeys(filter(is_variable, eqn.invars)))
-    moved = list(filter(_is_inexact, given))
-    outvars = list(compress(eqn.outvars, floating))
-    alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _debug_info())
-
-    def pull(*arrays: Array) -> list[Array]:
-        primals = dict(zip(given, arrays, strict=False))
-        cotangents = list(arrays[len(given) :])
-
-        def function(*moving: Array) -> list[Array]:
-            operands = primals | dict(zip(moved, moving, strict=True))
-            # The equations keep the frames of the rule.
-            return jax.core.eval_jaxpr(alone, [], *operands.values(), propagate_source_info=False)
-
-        values, backward = jax.vjp(function, *map(primals.__getitem__, moved))
-        pulled = dict(zip(moved, backward(cotangents), strict=True))
-        return [*(primals | pulled).values(), *values]
-
-    return jax.make_jaxpr(pull)(*avals_of([*given, *outvars]))
-
-
-def _debug_info() -> jex.DebugInfo:
-    return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info._replace(arg_names=None, result_paths=None)

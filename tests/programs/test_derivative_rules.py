@@ -1,0 +1,167 @@
+"""Derivative rules that close over the batch, or over what the loss computes: JAX runs them where
+it derives the loss itself, and so does jaxaccum.
+
+The oracle is plain JAX on the whole batch. Such a rule that is run with another microbatch's values
+has a gradient of the right shape, so the negative control is the loop that always reads the first.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jaxaccum as ja
+from jaxaccum import accumulators
+from jaxaccum._jaxpr import compat
+from tests.support import jitted
+from tests.support.helpers import EXACT, data, normwise
+
+W, BATCH = data(3), {"x": data(6, 3, seed=1), "y": data(6, seed=2)}
+
+
+def by_vjp(weights):
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda z: (jnp.sin(z), jnp.cos(z)), lambda cos, g: (g * cos * weights,))
+    return sine
+
+
+def by_jvp(weights):
+    sine = jax.custom_jvp(jnp.sin)
+    sine.defjvp(lambda p, t: (jnp.sin(*p), jnp.cos(*p) * t[0] * weights))
+    return sine
+
+
+def by_jvps(weights):
+    sine = jax.custom_jvp(lambda z: jnp.sin(z))
+    sine.defjvps(lambda t, _, z: jnp.cos(z) * t * weights)
+    return sine
+
+
+def by_gradient(weights):
+    return jax.custom_gradient(lambda z: (jnp.sin(z), lambda g: g * jnp.cos(z) * weights))
+
+
+def in_function(weights):
+    """The function closes over the weights, too."""
+    scaled = jax.custom_vjp(lambda z: z * weights)
+    scaled.defvjp(lambda z: (z * weights, None), lambda _, g: (g * weights,))
+    return scaled
+
+
+def in_loop(weights):
+    """Both steps of a loop have the rule."""
+    sine = by_jvp(weights)
+    return lambda z: lax.fori_loop(0, 2, lambda _, z: sine(z), z)
+
+
+def in_checkpoint(weights):
+    return jax.checkpoint(by_vjp(weights))
+
+
+RULES = [by_vjp, by_jvp, by_jvps, by_gradient, in_function, in_loop, in_checkpoint]
+
+
+def loss_of(rule, weights=lambda b: b["y"]):
+    """A loss whose backward pass is multiplied by weights of the batch."""
+    return lambda w, b: jnp.mean((rule(weights(b))(b["x"] @ w) - b["y"]) ** 2)
+
+
+def computed(b):
+    return jnp.tanh(b["x"][:, 0]) + b["y"]
+
+
+def on_devices(loss):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = ja.grad(loss, microbatch_size=1, mesh_axes="data")
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+
+
+GRADIENTS = {
+    "eager": lambda loss: ja.grad(loss, num_microbatches=3),
+    "jit": lambda loss: jax.jit(ja.grad(loss, num_microbatches=3)),
+    "two sizes": lambda loss: jax.jit(ja.grad(loss, microbatch_size=4)),
+    "one microbatch": lambda loss: jax.jit(ja.grad(loss, num_microbatches=1)),
+    "microbatch": lambda loss: jax.grad(jax.jit(ja.microbatch(loss, num_microbatches=3))),
+    "compensated": lambda loss: jax.jit(
+        ja.grad(loss, num_microbatches=3, accumulator=accumulators.compensated())
+    ),
+    "devices": on_devices,
+}
+
+
+EVERY_RULE = [("jit", rule) for rule in RULES]
+EVERY_GRADIENT = [(name, rule) for name in GRADIENTS for rule in (by_vjp, by_jvps)]
+
+
+@pytest.mark.parametrize(("name", "rule"), dict.fromkeys(EVERY_RULE + EVERY_GRADIENT))
+def test_a_rule_reads_its_own_microbatch(name, rule):
+    loss = loss_of(rule, computed)
+    expected = jitted.grad(loss)(W, BATCH)
+    first = jnp.tile(computed(BATCH)[:2], 3)
+    assert normwise(GRADIENTS[name](loss)(W, BATCH), expected) < EXACT
+    assert normwise(jitted.grad(loss_of(rule, lambda _: first))(W, BATCH), expected) > 1e6 * EXACT
+
+
+def test_what_is_returned_with_the_loss_stays():
+    """With a key for each example, a mean of its own denominator, rows, and a skipped microbatch of
+    padding."""
+
+    def loss(w, b, key, n):
+        keep = jax.vmap(jax.random.bernoulli)(key).astype(b["y"].dtype)
+        errors = (by_vjp(b["y"] * keep)(b["x"] @ w) - b["y"]) ** 2
+        terms = ja.Mean(jnp.sum(errors * b["mask"]), jnp.sum(b["mask"]))
+        return terms, {"errors": ja.Concat(errors), "n": n}
+
+    mask = jnp.asarray([1.0, 1, 0, 1, 0, 0, 0, 0])
+    b = {"x": data(8, 3, seed=1), "y": data(8, seed=2), "mask": mask}
+    key, axes = jax.random.key(0), (None, 0, ja.EXAMPLE_KEY, None)
+    options = {"has_aux": True, "in_axes": axes, "num_examples_argnum": 3}
+    step = jax.jit(ja.value_and_grad(loss, num_microbatches=4, **options))
+    whole = jitted.value_and_grad(ja.full_batch(loss, in_axes=axes), has_aux=True)
+    (value, aux), grads = step(W, b, key, jnp.int32(4))
+    (expected, expected_aux), expected_grads = whole(W, b, key, jnp.int32(4))
+    assert normwise((value, grads), (expected, expected_grads)) < EXACT
+    assert normwise(aux["errors"][:4], expected_aux["errors"][:4]) < EXACT
+
+
+@pytest.mark.parametrize("rule", [by_vjp, by_jvp])
+def test_the_audit_knows_what_a_rule_closes_over(rule):
+    mean = lambda b: jnp.mean(b["y"])
+    exact = loss_of(rule, computed)
+    assert ja.audit(exact, W, BATCH, num_microbatches=3).exact
+    for wrong, kind in ((mean, "coupling"), (lambda b: b["y"] - mean(b), "coupling")):
+        loss = loss_of(rule, wrong)
+        report = ja.audit(loss, W, BATCH, num_microbatches=3)
+        assert not report.exact
+        assert kind in {finding.kind for finding in report.findings}
+        got = ja.grad(loss, num_microbatches=3, audit=None)(W, BATCH)
+        assert normwise(got, jitted.grad(loss)(W, BATCH)) > 1e6 * EXACT
+
+
+@pytest.mark.parametrize("rule", [by_vjp, by_jvp])
+def test_a_coupled_loss_is_told_to_pass_it_as_an_argument(rule):
+    def loss(w, b):
+        z = rule(b["y"])(b["x"] @ w)
+        return jnp.mean((z - lax.pmean(jnp.mean(z), "microbatch")) ** 2)
+
+    with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
+        ja.grad(loss, num_microbatches=2)(W, BATCH)
+    assert "pass these to it as arguments" in "".join(raised.value.__notes__)
+
+
+def test_what_a_trace_computes_is_known_by_its_trace_and_its_variable():
+    seen = []
+
+    def function(x):
+        seen.extend([compat.current_trace(), x, x + 1])
+        return jax.jit(lambda y: seen.append(y) or y)(x)
+
+    jaxpr = jax.make_jaxpr(function)(W).jaxpr
+    trace, x, computed, inner = seen
+    assert compat.is_of_trace(x, trace)
+    assert compat.is_of_trace(computed, trace)
+    assert not compat.is_of_trace(inner, trace)
+    assert not compat.is_of_trace(W, trace)
+    assert compat.variable_of(x) is jaxpr.invars[0]
+    assert compat.variable_of(W) is None
