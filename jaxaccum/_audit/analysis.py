@@ -32,7 +32,7 @@ from jaxaccum._audit import fixes
 from jaxaccum._audit.inputs import input_values
 from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Sizes, Value
-from jaxaccum._audit.nans import any_nan, constants
+from jaxaccum._audit.nans import any_nan, are_finite, constants
 from jaxaccum._audit.of_one import same_work
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site, line_of
@@ -98,6 +98,7 @@ def _at(subject: Subject, whole: Traced, walk: Walk) -> list[Judged]:
     pair = _Pair(subject, whole, part)
     walk.name_of = functools.partial(name_of, subject.fun)
     walk.may_be_nan = functools.cache(pair.has_nan)
+    walk.is_finite = functools.cache(lambda: are_finite(subject.given))
     walk.keeps_groups = subject.keeps_groups
     walk.in_order = subject.keeps_order
     judged = pair.judged(walk)

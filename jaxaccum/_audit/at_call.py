@@ -25,7 +25,7 @@ from jaxaccum._audit import fixes
 from jaxaccum._audit.analysis import report_on
 from jaxaccum._audit.folding import Constant, is_numeric
 from jaxaccum._audit.lattice import FaultKind
-from jaxaccum._audit.nans import any_nan
+from jaxaccum._audit.nans import are_finite
 from jaxaccum._audit.report import AuditReport, Finding, InexactError, InexactWarning, Verdict
 from jaxaccum._audit.traces import Traced
 from jaxaccum._base.adapted import adapted
@@ -33,7 +33,7 @@ from jaxaccum._base.source_lines import Frame, callers_depth
 from jaxaccum._base.types import Array, Fun
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr import structure
-from jaxaccum._jaxpr.derivative_rules import of_users
+from jaxaccum._jaxpr.derivative_rules import with_rules_of_users
 from jaxaccum._jaxpr.equations import mentions
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import taken_by
@@ -206,7 +206,7 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
     # a callable without a hash or weak references, or a program that holds something without a hash
     except TypeError:
         return _made(call, axis_name)
-    if report is None or (_assumes_no_nan(report) and any_nan(call.given)):
+    if report is None or (_assumes_no_nan(report) and not are_finite(call.given)):
         if len(reports) >= _KEPT:
             reports.clear()
         report = reports[key] = _made(call, axis_name)
@@ -215,7 +215,7 @@ def _report(call: _Call, axis_name: str) -> AuditReport:
 
 def _has_rules_of_users(program: Program) -> bool:
     """Whether a derivative rule is a user's own: it may read what is no part of the program."""
-    return any(any(of_users(seen.trace.jaxpr)) for seen in program.observed.values())
+    return any(any(with_rules_of_users(seen.trace.jaxpr)) for seen in program.observed.values())
 
 
 _KEPT = 64

@@ -25,6 +25,7 @@ from jaxaccum._audit.lattice import (
     fixed,
     own_places,
 )
+from jaxaccum._audit.nans import are_finite
 
 
 class Constants:
@@ -65,6 +66,7 @@ class Constants:
     def constant(self, a: Constant, b: Constant) -> Value:
         """A constant of the program, `a` at the first size and `b` at the second."""
         value = self._constant(a, b)
+        value = value.like(never_nan=value.at is not None and are_finite(value.at))
         name = self.name_of(a) if may_be_key(a) else None
         return value if name is None else value.like(closure=name)
 

@@ -24,7 +24,8 @@ def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
         params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
         changing = slot.role is Role.CARRY and v not in unchanged
         faults = _of_state(slot, declared=subject.draws_declared) if changing else frozenset()
-        values.append(_value(walk, slot, v, params=params, faults=faults))
+        value = _value(walk, slot, v, params=params, faults=faults)
+        values.append(value.like(never_nan=True))
     return values
 
 

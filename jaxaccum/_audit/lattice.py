@@ -274,6 +274,8 @@ class Value:
     """As a divisor: the batch total that it is, up to a guard and a constant."""
     extremum: str | None = None
     """Whether it is the maximum or the minimum over the examples of something of theirs."""
+    never_nan: bool = False
+    """Whether it is NaN only where an argument is not finite, or numbers overflow."""
     root: Value | None = None
     """The total that it is the square root of."""
     compares: frozenset[int] = frozenset()
@@ -340,7 +342,7 @@ class Value:
 _UNIDENTIFIED: dict[str, Any] = {
     "number": -1, "index": None, "columns": (), "known": None, "at": None, "weight": None,
     "extremum": None, "root": None, "compares": frozenset(), "scalar": False,
-    "overwritten": False,
+    "overwritten": False, "never_nan": False,
 }  # fmt: skip
 """What a value is called, or known to be, before a rule says so."""
 _ANY = Value()

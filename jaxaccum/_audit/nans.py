@@ -3,7 +3,7 @@ program."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.core
@@ -11,7 +11,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._audit.folding import Constant
+from jaxaccum._audit.equation import Op
+from jaxaccum._audit.folding import Constant, is_numeric
+from jaxaccum._audit.lattice import Value
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 
 
@@ -19,6 +21,43 @@ def any_nan(numbers: Iterable[Constant]) -> bool:
     """Whether one of them is NaN or has a NaN entry; of what has no value yet, that is not
     known."""
     return any(map(_is_nan, numbers))
+
+
+def are_finite(numbers: Iterable[Constant]) -> bool:
+    """Whether all of them are known, and neither NaN nor infinite."""
+    return all(map(_is_finite, numbers))
+
+
+def _is_finite(x: Constant) -> bool:
+    if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return False
+    if not is_numeric(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        return True
+    return getattr(x, "is_fully_addressable", True) and bool(np.isfinite(np.asarray(x)).all())
+
+
+def are_never_nan(op: Op, ins: Sequence[Value]) -> bool:
+    """Whether an equation of finite numbers has results that are not NaN, but for an overflow."""
+    if not all(x.never_nan for x in ins):
+        return False
+    if op.name == "integer_pow":
+        return op.eqn.params["y"] >= 0
+    if op.name == "div":
+        divisor = ins[1].at
+        return divisor is not None and bool(np.all(divisor[0]) and np.all(divisor[1]))
+    return op.name in _MAKE_NO_NAN
+
+
+_MAKE_NO_NAN = frozenset(
+    """
+    add sub mul neg abs sign square max min clamp exp exp2 expm1 tanh logistic erf sin cos floor
+    ceil round stop_gradient convert_element_type reduce_precision copy select_n iota reshape
+    broadcast_in_dim squeeze expand_dims transpose rev slice dynamic_slice concatenate pad
+    dot_general reduce_sum reduce_max reduce_min cumsum cummax cummin eq ne lt le gt ge and or not
+    """.split()  # noqa: SIM905
+)
+"""Primitives that make a NaN of infinite numbers alone, or of none. `gather` makes one of what lies
+out of bounds."""
 
 
 def constants(jaxpr: object) -> Iterator[Constant]:

@@ -37,7 +37,15 @@ _OF_ONE_MICROBATCH = "a statistic is taken over one microbatch, not over the who
 _CAUSES = {FaultKind.COUPLING, FaultKind.PAIRWISE, FaultKind.SELECTION, FaultKind.UNKNOWN}
 """Faults of a statistic after which a further meeting of examples is not reported."""
 
-GIVEN = ("outer_axes", "untyped_axes", "name_of", "may_be_nan", "keeps_groups", "in_order")
+GIVEN = (
+    "outer_axes",
+    "untyped_axes",
+    "name_of",
+    "may_be_nan",
+    "is_finite",
+    "keeps_groups",
+    "in_order",
+)
 """What a walk is told about its programs, and another walk of the same programs is told too."""
 
 
@@ -85,6 +93,8 @@ class Notes(Constants):
         self.checks_derivatives = True
         self.may_be_nan: Callable[[], bool] = lambda: True
         """Whether a number of the program or of its arguments is NaN."""
+        self.is_finite: Callable[[], bool] = lambda: False
+        """Whether the arguments are known, unlike tracers of ``jax.jit``, and finite."""
 
     def site(self, op: Op) -> Site:
         """Where the equation is."""

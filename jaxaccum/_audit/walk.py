@@ -44,6 +44,7 @@ from jaxaccum._audit.equation import varying as varying
 from jaxaccum._audit.folding import folded
 from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
 from jaxaccum._audit.lattice import Fault, Sizes, Value, is_wrong
+from jaxaccum._audit.nans import are_never_nan
 from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
 from jaxaccum._audit.sources import Site
@@ -143,7 +144,9 @@ class Walk(Notes):
         if rule.complete:
             return self._of_bodies(op, ins, outs)
         settled = isinstance(outs, Settled)
-        return [checked(self, Result(op, ins, i, x, rule, settled)) for i, x in enumerate(outs)]
+        never_nan = are_never_nan(op, ins)
+        results = [Result(op, ins, i, x, rule, settled) for i, x in enumerate(outs)]
+        return [checked(self, result).like(never_nan=never_nan) for result in results]
 
     def _of_bodies(self, op: Op, ins: list[Value], outs: list[Value]) -> list[Value]:
         """The results of what has bodies: a loop may sum, and may ask for the order of rows."""
@@ -186,9 +189,9 @@ class _Environment:
     def read(self, atoms: Iterable[_Atom], twins: Iterable[_Atom]) -> list[Value]:
         return [self._read(v, w) for v, w in zip(atoms, twins, strict=True)]
 
-    def known(self, v: object, w: object) -> Value | None:
+    def known(self, v: jex.Var | None, w: jex.Var | None) -> Value | None:
         """The value of a variable and of its twin, where they have one."""
-        found = self._known.get(v) if isinstance(v, jex.Var) else None
+        found = None if v is None else self._known.get(v)
         return found.value if found is not None and found.twin is w else None
 
     def _read(self, v: _Atom, w: _Atom) -> Value:

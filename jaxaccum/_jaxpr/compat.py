@@ -175,12 +175,23 @@ def is_of_trace(x: object, trace: object) -> bool:
     return isinstance(x, jax.core.Tracer) and getattr(x, "_trace", None) is trace
 
 
-def variable_of(x: object) -> object:
-    """The variable of a jaxpr that a tracer was, while the jaxpr was made; None of anything else.
+def variable_of(x: object) -> jex.Var | None:
+    """The variable that a tracer was while its jaxpr was made; None of anything else.
 
     Private: the attribute ``val`` of a tracer, jax 0.10.2 to 0.12. Test: test_derivative_rules.
     """
-    return getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
+    variable = getattr(x, "val", None) if isinstance(x, jax.core.Tracer) else None
+    return variable if isinstance(variable, jex.Var) else None
+
+
+def bound_axis(name: str, size: int) -> AbstractContextManager[None]:
+    """A context in which a named axis has this size, as under ``jax.make_jaxpr(axis_env=…)``.
+
+    Private: ``jax._src.core.extend_axis_env_nd``, jax 0.10.2 to 0.12. Test: test_derivative_rules.
+    """
+    from jax._src import core
+
+    return core.extend_axis_env_nd([(name, size)])
 
 
 # -- experimental names ----------------------------------------------------------------------------

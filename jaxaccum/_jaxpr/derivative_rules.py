@@ -1,7 +1,27 @@
-"""Functions with a derivative rule of the user's own: `custom_jvp`, `custom_vjp`."""
+"""Functions with a derivative rule, `custom_jvp` and `custom_vjp`: whose rule it is, its backward
+pass, and whether it closes over the values of a trace.
+
+The problem. A rule is a Python function, which JAX runs where it derives, and not where it traces.
+One that is defined inside the loss may close over the batch. In a traced program the batch of the
+trace is gone.
+
+The idea. The backward pass of the equation is traced alone. What the rule closes over are constants
+of that program. If one of them was computed by the trace of the loss, the derivative calls the loss
+again, instead of its program.
+
+    def loss(w, x):
+        double = jax.custom_jvp(lambda z: 2 * z)
+        double.defjvp(lambda p, t: (2 * p[0], t[0] * x))     # closes over x, a tracer of the trace
+
+The cost. Where a gradient is taken, a rule of the user's own is traced once more. The weakness:
+the loss is called without the value of the loop's index, and with its own closures. So it must not
+read ``axis_index``, nor close over what is differentiated.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -10,11 +30,11 @@ import jax.extend.core as jex
 
 from jaxaccum._base.source_lines import Frame, is_jax
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr, is_of_trace, opened
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_of_trace, opened
 from jaxaccum._jaxpr.equations import body_of, equations_inside
 from jaxaccum._jaxpr.variables import Var, differentiable, not_among, types_of, variables
 
-WITH_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 """Primitives of functions with a derivative rule."""
 
 _WRAPPERS = ("custom_derivatives.py", "solves.py", "/ode.py")
@@ -28,21 +48,31 @@ def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
 
 
-def of_users(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
+def with_rules_of_users(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
     """The equations, at any depth, whose rules may read what is not part of the program."""
     for eqn in equations_inside(jaxpr):
-        if eqn.primitive.name in WITH_RULES and _is_of_users(eqn):
+        if eqn.primitive.name in WITH_RULES and _has_rule_of_user(eqn):
             yield eqn
 
 
-def _is_of_users(eqn: jex.JaxprEqn) -> bool:
+def _has_rule_of_user(eqn: jex.JaxprEqn) -> bool:
     """Whether a rule is not one of JAX's, nor one that JAX gives to `defjvps` for a function of its
     own, such as `relu`."""
-    rule, key = rule_of(eqn), body_of(eqn)
-    if rule is None or key is None or not is_jax(rule.file):
-        return True
-    file = opened(eqn.params[key])[0].debug_info.func_filename or ""
-    return rule.file.endswith(_WRAPPERS) and (not is_jax(file) or file.endswith(_WRAPPERS))
+    if is_jaxs_own(eqn):
+        return False
+    key = body_of(eqn)
+    function = None if key is None else opened(eqn.params[key])[0].debug_info
+    return function is None or not _has_rule_of_jax(function.func_filename, function.func_name)
+
+
+@functools.cache
+def _has_rule_of_jax(file: str | None, name: str) -> bool:
+    """Whether a module of JAX's has a function of this name that comes with a rule."""
+    if file is None or not is_jax(file):
+        return False
+    modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
+    kinds = (jax.custom_jvp, jax.custom_vjp)
+    return any(isinstance(getattr(module, name, None), kinds) for module in modules)
 
 
 def rule_of(eqn: jex.JaxprEqn) -> Frame | None:
@@ -63,7 +93,7 @@ def backward(eqn: jex.JaxprEqn) -> ClosedJaxpr:
     given = list(dict.fromkeys(variables(eqn.invars)))
     moved = differentiable(not_among(given, _closed_over(eqn)))
     outvars = differentiable(eqn.outvars)
-    alone = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _debug_info())
+    program = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _no_names())
 
     def pull(*arrays: Array) -> list[Array]:
         primals = dict(zip(given, arrays, strict=False))
@@ -72,7 +102,7 @@ def backward(eqn: jex.JaxprEqn) -> ClosedJaxpr:
         def function(*moving: Array) -> list[Array]:
             operands = primals | dict(zip(moved, moving, strict=True))
             # The equations keep the frames of the rule.
-            return jax.core.eval_jaxpr(alone, [], *operands.values(), propagate_source_info=False)
+            return jax.core.eval_jaxpr(program, [], *operands.values(), propagate_source_info=False)
 
         values, backward = jax.vjp(function, *map(primals.__getitem__, moved))
         pulled = dict(zip(moved, backward(cotangents), strict=True))
@@ -89,16 +119,20 @@ def _closed_over(eqn: jex.JaxprEqn) -> list[Var]:
 
 def close_over(jaxpr: jex.Jaxpr, trace: object) -> bool:
     """Whether rules of the user's own in it close over what `trace` computes, which made it."""
-    return any(_closes_over(eqn, trace) for eqn in of_users(jaxpr))
+    return any(_closes_over(eqn, trace) for eqn in with_rules_of_users(jaxpr))
 
 
 def _closes_over(eqn: jex.JaxprEqn, trace: object) -> bool:
     try:
         _, consts = opened(backward(eqn))
+    except jax.errors.UnexpectedTracerError:
+        return True  # of a transformation inside the loss, such as `jax.vmap`
     except Exception:  # the user's rule may fail here in any way, as it will where it is run
         return False
     return any(is_of_trace(x, trace) for x in consts)
 
 
-def _debug_info() -> jex.DebugInfo:
-    return jax.make_jaxpr(lambda: 0)().jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+@functools.cache
+def _no_names() -> jex.DebugInfo:
+    """The debug information of a jaxpr that has no names."""
+    return anonymous(opened(jax.make_jaxpr(lambda: 0)())[0])

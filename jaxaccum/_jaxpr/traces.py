@@ -1,12 +1,14 @@
 """One trace of `fun`: a jaxpr of flat arrays, of what `fun` closes over, and of the loop's index.
 
-`fun` is called once for each size of microbatch. Everything after that evaluates the jaxpr: the
-pass that computes denominators, the derivative, the derivative of the derivative.
+`fun` is traced once for each size of microbatch. Everything after that evaluates the jaxpr: the
+pass that computes denominators, the derivative, the derivative of the derivative. One exception:
+where a derivative rule closes over what `fun` computes, the derivative calls `fun` again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -22,6 +24,7 @@ from jaxaccum._jaxpr import derivative_rules, derived_once, reversible, running_
 from jaxaccum._jaxpr.compat import (
     ClosedJaxpr,
     anonymous,
+    bound_axis,
     current_trace,
     is_reference,
     is_reference_effect,
@@ -50,9 +53,10 @@ class Trace:
     num_consts: int
     axis: tuple[str, int]
     """The name and the size of the loop's axis."""
-    function: Callable[..., list[Array]] | None = dataclasses.field(default=None, compare=False)
-    """What was traced, where JAX can derive nothing else: a derivative rule in it closes over what
-    it computes. It may return more than the jaxpr, after the same outputs."""
+    fun: Callable[..., list[Array]] | None = dataclasses.field(default=None, compare=False)
+    """What was traced. It may return more than the jaxpr, after the same outputs."""
+    made_by: object = dataclasses.field(default=None, compare=False)
+    """The trace of JAX's that made the jaxpr."""
 
     def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
@@ -62,9 +66,15 @@ class Trace:
     def derived(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations
         once."""
-        if self.function is not None:
-            return self.function(*arrays[self.num_consts :])
+        if self.is_called_again and self.fun is not None:
+            with bound_axis(*self.axis):  # its size may be read in Python
+                return self.fun(*arrays[self.num_consts :])
         return derived_once.evaluate(self.jaxpr, [index, *arrays])
+
+    @functools.cached_property
+    def is_called_again(self) -> bool:
+        """Whether its derivative is that of `fun`, and not of the jaxpr."""
+        return self.fun is not None and derivative_rules.close_over(self.jaxpr, self.made_by)
 
     def with_sums(
         self,
@@ -199,8 +209,8 @@ class Trace:
         return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
 
     def _with(self, jaxpr: jex.Jaxpr) -> Trace:
-        """The trace of another jaxpr, of which nothing else was traced."""
-        return dataclasses.replace(self, jaxpr=jaxpr, function=None)
+        """The trace of another jaxpr, which is no longer what `fun` returns."""
+        return dataclasses.replace(self, jaxpr=jaxpr, fun=None)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
         jaxpr, wanted = self.jaxpr, [False] * len(self.jaxpr.outvars)
@@ -218,15 +228,15 @@ def trace(
     and its constants."""
     made_by: list[object] = []
 
+    @functools.wraps(fun)
     def noted(*arrays: Array) -> list[Array]:
         made_by.append(current_trace())
         return fun(*arrays)
 
     jaxpr, consts = constants_first(jax.make_jaxpr(noted, axis_env=[axis])(*args))
-    # Outside of the loop's trace the name of its axis means nothing.
-    alone = not any(mentions(jaxpr, axis[0])) and derivative_rules.close_over(jaxpr, made_by[-1])
-    one = Trace(index_as_argument(jaxpr, axis), len(consts), axis, fun if alone else None)
-    return one, consts
+    # What names the axis is not called again: outside of this trace its index has no value.
+    again = None if any(mentions(jaxpr, axis[0])) else fun
+    return Trace(index_as_argument(jaxpr, axis), len(consts), axis, again, made_by[-1]), consts
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:

@@ -107,9 +107,9 @@ class Derivative:
         gradients are the sums.
 
         Where these are wider than the parameters, the backward pass widens each share before it
-        adds it. Where JAX can derive `fun` alone, no sum passes through its program.
+        adds it. Where the derivative calls `fun` again, no program is there for sums to pass.
         """
-        if any(one.function is not None for one in self.program.traces):
+        if any(one.is_called_again for one in self.program.traces):
             return False
         lone = self.program.partition.num_microbatches == 1
         widened = any(self.gradient.accumulator.dtype_for(x) != x.dtype for x in self.parameters)

@@ -30,6 +30,7 @@ import numpy as np
 from jaxaccum._base.source_lines import Frame, frame_of
 from jaxaccum._base.types import Array, PyTree
 from jaxaccum._jaxpr import compat
+from jaxaccum._jaxpr.derivative_rules import WITH_RULES
 from jaxaccum._program.example_keys import example_keys
 
 Shape = tuple[int, ...]
@@ -285,13 +286,10 @@ def draws(jaxpr: jex.Jaxpr, caller: Frame | None = None) -> Iterator[Draw]:
             yield from draws(sub, where if _is_jaxs_own(eqn) else caller)
 
 
-_WITH_RULES = {"custom_vjp_call", "custom_vjp_call_jaxpr", "custom_jvp_call"}
-
-
 def check_rules(jaxpr: jex.Jaxpr) -> None:
     """No rule of the user's for a derivative draws: what it draws is traced too late."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _WITH_RULES and any(map(_is_batch_key, map(_type, eqn.invars))):
+        if eqn.primitive.name in WITH_RULES and any(map(_is_batch_key, map(_type, eqn.invars))):
             raise UndividedError(
                 f"{_A_KEY}: at {frame_of(eqn)} the key is passed to a function with a custom_vjp "
                 "or custom_jvp. The numbers that its rule draws cannot be divided among the "

@@ -39,15 +39,15 @@ def run_with_gradient(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Add to an error about leaked tracers why they may leak: what is traced first is derived
-    later, and a derivative rule runs only then."""
+    """Add to an error about leaked tracers what to pass as an argument."""
     try:
         yield
     except jax.errors.UnexpectedTracerError as error:
         error.add_note(
-            "A coupled loss is traced before it is derived; so is a loop that is derived twice. "
-            "There a custom_jvp or custom_vjp must not read what the function around it computes, "
-            "nor the batch: pass these to it as arguments."
+            "A custom_jvp or custom_vjp that is defined inside the loss must not read the batch, "
+            "nor what the loss computes, where the loss has a collective over the loop's axis, "
+            "reads lax.axis_index of it, or closes over what is differentiated: pass these values "
+            "to it as arguments."
         )
         raise
 

@@ -117,8 +117,9 @@ def value_and_grad(
 
     Guarantees:
         Equal to the full batch in exact arithmetic for any partition; the rounding is that of one
-        sum. `fun` is traced once per size, and once for the audit. One forward and one backward
-        pass over each microbatch. Differentiable in reverse mode.
+        sum. `fun` is traced once per size, and once for the audit; once more where a derivative
+        rule that is defined in it closes over the batch. One forward and one backward pass over
+        each microbatch. Differentiable in reverse mode.
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass.

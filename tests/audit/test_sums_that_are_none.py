@@ -118,6 +118,48 @@ def test_a_mean_of_what_is_not_nan_has_a_weight(loss):
     assert off(mended, loss) < EXACT
 
 
+def regression(w, b):
+    return jnp.sum((b["x"] @ w - 1.0) ** 2, axis=1) / 4.0
+
+
+def few(b):
+    return b["few"].astype(jnp.float64)
+
+
+MADE_NAN = {
+    "a logarithm": lambda e, b: e + jnp.log(b["x"][:, 0]),
+    "a division": lambda e, b: e * few(b) / few(b),
+    "a root": lambda e, b: jnp.sqrt(e * b["x"][:, 0]),
+    "a gather": lambda e, b: jnp.take(jnp.ones(2), b["y"]) * e,
+    "a loop": lambda e, b: lax.fori_loop(0, 1, lambda _, c: c + jnp.log(b["x"][:, 0]), e),
+    "a branch": lambda e, b: lax.cond(W[0, 0] > 99, lambda: e, lambda: e + jnp.log(b["x"][:, 0])),
+}
+
+
+@pytest.mark.parametrize("name", MADE_NAN)
+def test_a_mean_of_known_numbers_that_may_become_nan_has_a_weight(name):
+    loss = lambda w, b: jnp.nanmean(MADE_NAN[name](regression(w, b), b))
+    assert not jaxaccum.audit(loss, W, BATCH).exact
+    assert off(loss) > WRONG
+
+
+def test_a_mean_of_known_numbers_that_are_not_nan_is_exact():
+    """It rests on them, so that nothing is known of what ``jax.jit`` traces."""
+    loss = lambda w, b: jnp.nanmean(regression(w, b))
+    step = jaxaccum.grad(loss, num_microbatches=2, audit="raise")
+    report = jaxaccum.audit(loss, W, BATCH)
+    assert report.exact
+    assert "assumption" in [finding.kind for finding in report.findings]
+    assert off(loss) < EXACT
+    missing = BATCH | {"x": BATCH["x"].at[:7, 0].set(jnp.nan)}
+    assert off(loss, b=missing) > WRONG
+    for call in (step, jax.jit(step)):
+        with pytest.raises(jaxaccum.InexactError, match="divides by its own denominator"):
+            call(W, missing)
+    infinite = BATCH | {"x": BATCH["x"].at[:7, 0].set(jnp.inf)}
+    assert not jaxaccum.audit(lambda w, b: loss(0 * w, b), W, infinite).exact
+
+
 GUARDS = {
     "of rows": lambda v, e: jnp.mean(jnp.where(jnp.isnan(v), 0.0, e)),
     "and a condition": lambda v, e: jnp.where(jnp.isnan(v) & (jnp.sum(W) < 99), 0.0, v),

@@ -13,7 +13,7 @@ FAULTS = [
     Fault(
         "a report rests on numbers of an earlier call",
         "_report",
-        "report is None or (_assumes_no_nan(report) and any_nan(call.given))",
+        "report is None or (_assumes_no_nan(report) and not are_finite(call.given))",
         "report is None",
         "audit/test_at_call.py::test_numbers_that_are_nan_are_looked_at_again",
     ),

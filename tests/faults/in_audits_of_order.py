@@ -129,8 +129,8 @@ FAULTS = [
     Fault(
         "a second try forgets the axes without types",
         "notes:GIVEN",
-        '"outer_axes", "untyped_axes",',
-        '"outer_axes",',
+        '"untyped_axes"',
+        '"in_order"',
         f"{_TESTS}::test_a_gathered_parameter_is_told_of_where_examples_come_in_pairs",
     ),
     Fault(

@@ -357,22 +357,22 @@ FAULTS = [
     Fault(
         "a rule that closes over the batch is derived from the trace",
         "close_over",
-        "return any(_closes_over(eqn, trace) for eqn in of_users(jaxpr))",
+        "return any(_closes_over(eqn, trace) for eqn in with_rules_of_users(jaxpr))",
         "return False",
         "programs/test_derivative_rules.py::test_a_rule_reads_its_own_microbatch",
     ),
     Fault(
         "a rule inside of a checkpoint is not looked at",
-        "of_users",
+        "with_rules_of_users",
         "for eqn in equations_inside(jaxpr):",
         "for eqn in jaxpr.eqns:",
         "programs/test_derivative_rules.py::test_a_rule_reads_its_own_microbatch",
     ),
     Fault(
         "a user's rule for a function of JAX's is taken for JAX's",
-        "_is_of_users",
-        "not is_jax(rule.file)",
-        "False",
+        "_has_rule_of_jax",
+        "return any(isinstance(getattr(module, name, None), kinds) for module in modules)",
+        "return True",
         "programs/test_derivative_rules.py::test_a_rule_reads_its_own_microbatch",
     ),
     Fault(
@@ -385,7 +385,7 @@ FAULTS = [
     Fault(
         "sums pass through a program that JAX cannot derive",
         "Derivative.is_in_place",
-        "if any(one.function is not None for one in self.program.traces):",
+        "if any(one.is_called_again for one in self.program.traces):",
         "if False:",
         "programs/test_derivative_rules.py::test_a_rule_reads_its_own_microbatch",
     ),
@@ -395,5 +395,26 @@ FAULTS = [
         "return super().constant(a, b) if known is None else known",
         "return super().constant(a, b)",
         "programs/test_derivative_rules.py::test_the_audit_knows_what_a_rule_closes_over",
+    ),
+    Fault(
+        "a rule under vmap is not looked at",
+        "_closes_over",
+        "return True  # of",
+        "return False  # of",
+        "programs/test_derivative_rules.py::test_the_loss_is_called_again_where_it_was_traced",
+    ),
+    Fault(
+        "the loss is called again without its axis",
+        "Trace.derived",
+        "with bound_axis(*self.axis):",
+        "if True:",
+        "programs/test_derivative_rules.py::test_the_loss_is_called_again_where_it_was_traced",
+    ),
+    Fault(
+        "a loss that reads the index is called again",
+        "trace",
+        "again = None if any(mentions(jaxpr, axis[0])) else fun",
+        "again = fun",
+        "programs/test_derivative_rules.py::test_where_the_loop_is_named_the_rule_is_told_to_take_an_argument",
     ),
 ]

@@ -118,7 +118,7 @@ FAULTS = [
     Fault(
         "rules for derivatives may draw",
         "check_rules",
-        "if eqn.primitive.name in _WITH_RULES and",
+        "if eqn.primitive.name in WITH_RULES and",
         "if False and",
         "plain/test_batch_key.py::test_what_no_program_shows_is_refused",
     ),

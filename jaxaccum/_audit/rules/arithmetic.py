@@ -312,7 +312,7 @@ def compare(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     x, y = ins
     if op.name == "lt" and _is_place(x) and y.zero:  # which is never negative
         return Settled([with_faults(_never(walk), x.faults)])
-    if op.name == "ne" and x.number == y.number and x.summary:
+    if op.name == "ne" and x.number == y.number and (x.summary or _is_known_not_nan(walk, x)):
         return _is_nan(walk, op, x)
     if op.name == "and" and (never := [v for v in ins if v.known is False]):
         return Settled([with_faults(_never(walk), never[0].faults)])
@@ -333,8 +333,13 @@ def _never(walk: Walk) -> Value:
     return fixed(known=False, number=walk.fresh())
 
 
+def _is_known_not_nan(walk: Walk, x: Value) -> bool:
+    """Whether a value is made of finite numbers by what makes no NaN of them."""
+    return x.never_nan and walk.is_finite()
+
+
 def _is_nan(walk: Walk, op: Op, x: Value) -> Value | list[Value]:
-    """``x != x`` of a total, which is true of a NaN alone: an empty mean is guarded so."""
+    """``x != x``, which is true of a NaN alone: an empty mean is guarded so."""
     never = _never(walk)
     if walk.may_be_nan():
         return combine(walk, op, [x])
