@@ -50,7 +50,7 @@ def are_never_nan(op: Op, ins: Sequence[Value]) -> bool:
 
 _MAKE_NO_NAN = frozenset(
     """
-    add sub mul neg abs sign square max min clamp exp exp2 expm1 tanh logistic erf sin cos floor
+    add sub mul neg abs sign square max min clamp tanh logistic erf sin cos floor
     ceil round stop_gradient convert_element_type reduce_precision copy select_n iota reshape
     broadcast_in_dim squeeze expand_dims transpose rev slice dynamic_slice concatenate pad
     dot_general reduce_sum reduce_max reduce_min cumsum cummax cummin eq ne lt le gt ge and or not

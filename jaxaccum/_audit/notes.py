@@ -88,8 +88,9 @@ class Notes(Constants):
         """Where each total first divides."""
         self.summed_axes: dict[Frame, tuple[str, ...]] = {}
         """The axes, other than the loop's, that are summed over at a line."""
-        self.derivatives: dict[int, Any] = {}
-        """Backward passes of the user's own rules, by the identity of their equation."""
+        self.derivatives: dict[tuple[int, tuple[bool, ...]], Any] = {}
+        """Backward passes of the user's own rules, by the identity of their equation and by which
+        operands move."""
         self.checks_derivatives = True
         self.may_be_nan: Callable[[], bool] = lambda: True
         """Whether a number of the program or of its arguments is NaN."""

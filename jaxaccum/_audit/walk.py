@@ -43,7 +43,7 @@ from jaxaccum._audit.equation import beyond as beyond
 from jaxaccum._audit.equation import varying as varying
 from jaxaccum._audit.folding import folded
 from jaxaccum._audit.gathered_order import GatheredOrder, out_of_order
-from jaxaccum._audit.lattice import Fault, Sizes, Value, is_wrong
+from jaxaccum._audit.lattice import IRREGULAR, Fault, Sizes, Value, fixed, is_wrong
 from jaxaccum._audit.nans import are_never_nan
 from jaxaccum._audit.notes import GIVEN, Notes
 from jaxaccum._audit.registry import RULES, Rule, Settled
@@ -129,8 +129,10 @@ class Walk(Notes):
     def constant(self, a: Any, b: Any) -> Value:
         """A constant of the program; what a derivative rule closes over may be one of its
         variables."""
-        pair = variable_of(a), variable_of(b)
-        known = self.outermost.known(*pair) if self.outermost is not None else None
+        v, w = variable_of(a), variable_of(b)
+        if self.outermost is None or (v is None and w is None):
+            return super().constant(a, b)
+        known = self.outermost.known(v, w)
         return super().constant(a, b) if known is None else known
 
     def apply(self, op: Op, ins: list[Value]) -> list[Value]:
@@ -190,9 +192,12 @@ class _Environment:
         return [self._read(v, w) for v, w in zip(atoms, twins, strict=True)]
 
     def known(self, v: jex.Var | None, w: jex.Var | None) -> Value | None:
-        """The value of a variable and of its twin, where they have one."""
+        """The value of a variable and of its twin; nothing is known of two that are not twins."""
         found = None if v is None else self._known.get(v)
-        return found.value if found is not None and found.twin is w else None
+        if found is not None and found.twin is w:
+            return found.value
+        held = self._known.keys() | {known.twin for known in self._known.values()}
+        return None if held.isdisjoint([v, w]) else fixed(IRREGULAR, number=self._walk.fresh())
 
     def _read(self, v: _Atom, w: _Atom) -> Value:
         if isinstance(v, jex.Literal) and isinstance(w, jex.Literal):

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import jax
 import jax.core
@@ -32,7 +33,7 @@ from jaxaccum._base.source_lines import Frame, is_jax
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_of_trace, opened
 from jaxaccum._jaxpr.equations import body_of, equations_inside
-from jaxaccum._jaxpr.variables import Var, differentiable, not_among, types_of, variables
+from jaxaccum._jaxpr.variables import Var, among, differentiable, not_among, types_of, variables
 
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 """Primitives of functions with a derivative rule."""
@@ -83,15 +84,17 @@ def rule_of(eqn: jex.JaxprEqn) -> Frame | None:
     return Frame(file, line, debug.func_name) if debug is not None and file and line else None
 
 
-def backward(eqn: jex.JaxprEqn) -> ClosedJaxpr:
+def backward(eqn: jex.JaxprEqn, moves: Sequence[bool] | None = None) -> ClosedJaxpr:
     """A program of the operands and of the cotangents of the real results: the operands' own
     cotangents, and the results.
 
-    An operand that has no cotangent is returned as it came: integers, and what the function closes
-    over, with respect to which JAX derives no function that has a rule.
+    An operand that has no cotangent is returned as it came: one that does not move, where `moves`
+    says so; integers; and what the function closes over, with respect to which JAX derives no
+    function that has a rule.
     """
     given = list(dict.fromkeys(variables(eqn.invars)))
-    moved = differentiable(not_among(given, _closed_over(eqn)))
+    moving = given if moves is None else variables(compress(eqn.invars, moves))
+    moved = differentiable(not_among(among(given, moving), _closed_over(eqn)))
     outvars = differentiable(eqn.outvars)
     program = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _no_names())
 
@@ -125,10 +128,10 @@ def close_over(jaxpr: jex.Jaxpr, trace: object) -> bool:
 def _closes_over(eqn: jex.JaxprEqn, trace: object) -> bool:
     try:
         _, consts = opened(backward(eqn))
-    except jax.errors.UnexpectedTracerError:
-        return True  # of a transformation inside the loss, such as `jax.vmap`
-    except Exception:  # the user's rule may fail here in any way, as it will where it is run
-        return False
+    except Exception:
+        # The rule may read tracers of a `jax.vmap` inside the loss, or refuse some operand's
+        # derivative: JAX knows more where it derives the loss itself.
+        return True
     return any(is_of_trace(x, trace) for x in consts)
 
 

@@ -399,8 +399,8 @@ FAULTS = [
     Fault(
         "a rule under vmap is not looked at",
         "_closes_over",
-        "return True  # of",
-        "return False  # of",
+        "        return True\n",
+        "        return False\n",
         "programs/test_derivative_rules.py::test_the_loss_is_called_again_where_it_was_traced",
     ),
     Fault(
@@ -416,5 +416,19 @@ FAULTS = [
         "again = None if any(mentions(jaxpr, axis[0])) else fun",
         "again = fun",
         "programs/test_derivative_rules.py::test_where_the_loop_is_named_the_rule_is_told_to_take_an_argument",
+    ),
+    Fault(
+        "every operand moves",
+        "_traced",
+        "backward(eqn, moves)",
+        "backward(eqn)",
+        "programs/test_derivative_rules.py::test_the_audit_walks_the_rule_for_the_operands_that_move",
+    ),
+    Fault(
+        "what another trace computes is a constant",
+        "_Environment.known",
+        "return None if held.isdisjoint([v, w]) else",
+        "return None if True else",
+        "programs/test_derivative_rules.py::test_what_a_rule_reads_of_another_trace_is_no_constant",
     ),
 ]

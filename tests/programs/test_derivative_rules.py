@@ -5,6 +5,8 @@ The oracle is plain JAX on the whole batch. Such a rule that is run with another
 has a gradient of the right shape, so the negative control is the loop that always reads the first.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -172,6 +174,76 @@ def test_the_audit_knows_what_a_rule_closes_over(rule):
         assert "coupling" in {finding.kind for finding in report.findings}
         got = ja.grad(loss, num_microbatches=3, audit=None)(W, BATCH)
         assert normwise(got, jitted.grad(loss)(W, BATCH)) > 1e6 * EXACT
+
+
+class FakeQuant:
+    """A layer that keeps its scale for the backward pass, which may find that of another trace."""
+
+    def __call__(self, z):
+        self.scale = 0.9 * lax.stop_gradient(jnp.max(jnp.abs(z)))
+        rounded = jax.custom_vjp(lambda z: jnp.round(z))
+        clip = lambda z, g: (jnp.where(jnp.abs(z) < self.scale, g, 0.0),)
+        rounded.defvjp(lambda z: (jnp.round(z), z), clip)
+        return rounded(z)
+
+
+def test_what_a_rule_reads_of_another_trace_is_no_constant():
+    layer = FakeQuant()
+    loss = lambda w, b: jnp.mean((layer(3 * b["x"] @ w) - b["y"]) ** 2)
+    assert not ja.audit(loss, W, BATCH, num_microbatches=3).exact
+    got = jax.jit(ja.grad(loss, num_microbatches=3, audit=None))(W, BATCH)
+    assert normwise(got, jitted.grad(loss)(W, BATCH)) > 1e6 * EXACT
+
+
+def by_zeros(z, u):
+    """A rule that is another one where JAX derives with respect to `u`."""
+    product = jax.custom_vjp(lambda z, u: jnp.sin(z) * u)
+
+    def forward(z, u):
+        kept = (jnp.cos(z.value), jnp.sin(z.value), u.value)
+        return jnp.sin(z.value) * u.value, (kept, Moves(u.perturbed))
+
+    def backward(kept, g):
+        (cos, sin, u), moves = kept
+        return (g * cos * u, g * sin) if moves.both else (g * cos * jnp.mean(u), None)
+
+    product.defvjp(forward, backward, symbolic_zeros=True)
+    return product(z, u)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    both: bool
+
+
+def test_the_audit_walks_the_rule_for_the_operands_that_move():
+    of_rows = lambda w, b: jnp.mean(by_zeros(b["x"] @ w, b["y"]) ** 2)
+    assert not ja.audit(of_rows, W, BATCH, num_microbatches=3).exact
+    got = jax.jit(ja.grad(of_rows, num_microbatches=3, audit=None))(W, BATCH)
+    assert normwise(got, jitted.grad(of_rows)(W, BATCH)) > 1e6 * EXACT
+    of_both = lambda w, b: jnp.mean(by_zeros(b["x"] @ w, b["y"] * w[0]) ** 2)
+    assert ja.audit(of_both, W, BATCH, num_microbatches=3).exact
+    got = jax.jit(ja.grad(of_both, num_microbatches=3))(W, BATCH)
+    assert normwise(got, jitted.grad(of_both)(W, BATCH)) < EXACT
+
+
+def refusing(w, b):
+    """The rule has no derivative with respect to rows, and closes over rows."""
+    product = jax.custom_vjp(lambda z, u: jnp.sin(z) * u)
+
+    def forward(z, u):
+        if u.perturbed:
+            raise ValueError("no gradient with respect to u")
+        return jnp.sin(z.value) * u.value, jnp.cos(z.value) * u.value
+
+    product.defvjp(forward, lambda cos, g: (g * cos * b["y"], None), symbolic_zeros=True)
+    return jnp.mean(product(b["x"] @ w, b["y"]) ** 2)
+
+
+def test_a_rule_that_refuses_a_derivative_may_close_over_the_batch():
+    got = jax.jit(ja.grad(refusing, num_microbatches=3))(W, BATCH)
+    assert normwise(got, jitted.grad(refusing)(W, BATCH)) < EXACT
 
 
 def with_mean(rule):

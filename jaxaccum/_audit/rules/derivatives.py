@@ -146,7 +146,8 @@ class _Backward:
         """What is wrong with the results for the cotangents of these values; `unit`: no scales."""
         cotangents = [_dual(self.walk, self.op, x) for x in of]
         walk, op, count = self.walk, self.op, len(self.primals)
-        bodies = walk.derivatives.get(id(op.eqn)) or _traced(walk, op)
+        moves = tuple(x is not None and x.params for x in map(self._operand, op.eqn.invars))
+        bodies = walk.derivatives.get((id(op.eqn), moves)) or _traced(walk, op, moves)
         results = walk.body(op, bodies, [*self.primals.values(), *cotangents])
         # Under differentiation the forward rule runs instead of the function.
         values = results[count:]
@@ -161,6 +162,10 @@ class _Backward:
             if _is_inexact(v) and x.params and not x.overwritten:  # any other cotangent is dropped
                 found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
         return found
+
+    def _operand(self, v: jex.Var | jex.Literal) -> Value | None:
+        """The value of an operand that is a variable."""
+        return self.primals[v] if is_variable(v) else None
 
     def is_not_linear(self) -> bool:
         """Whether what fails is right for cotangents that do not depend on the microbatch."""
@@ -224,8 +229,8 @@ def _scale(x: Value) -> Scale:
     return common(scales)
 
 
-def _traced(walk: Walk, op: Op) -> tuple[ClosedJaxpr, ClosedJaxpr]:
+def _traced(walk: Walk, op: Op, moves: tuple[bool, ...]) -> tuple[ClosedJaxpr, ClosedJaxpr]:
     """The backward pass of one equation, at both sizes; kept, since faults are per equation."""
-    pair = both(op, backward)
-    walk.derivatives[id(op.eqn)] = pair
+    pair = both(op, lambda eqn: backward(eqn, moves))
+    walk.derivatives[id(op.eqn), moves] = pair
     return pair
