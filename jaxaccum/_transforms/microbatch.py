@@ -128,7 +128,7 @@ def _output(call: Call) -> PyTree:
     """What the call returns: the output of the whole batch."""
     program, arrays = prepare(call)
     summed = safe_map(functools.partial(_of_all_shards, program), program.slots, arrays)
-    parts = _differentiable(program)(summed)
+    parts = _differentiable(program, summed)(summed)
     at_call.check(call, program, arrays)
     return finalized(program, arrays, program.over_mesh(parts))
 
@@ -169,7 +169,7 @@ Loop = Callable[[list[Array]], list[Array]]
 """The combined parts over the batch of one device, of the arrays of all slots."""
 
 
-def _differentiable(program: Program) -> Loop:
+def _differentiable(program: Program, arrays: Sequence[Array]) -> Loop:
     """The loop with the derivative that its use asks for. One rule does not fit all:
 
     * One scalar depends on what is differentiated: its gradient is computed with the value, and
@@ -177,7 +177,8 @@ def _differentiable(program: Program) -> Loop:
     * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is
       not linear: the cotangents are not known yet, so the backward pass runs the loop again.
     * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the
-      loop itself.
+      loop itself. It maps no derivative of a ``custom_vjp``, but the function: so there the loop is
+      one.
     """
 
     @jax.custom_jvp
@@ -202,7 +203,8 @@ def _differentiable(program: Program) -> Loop:
         return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
 
     forward.defjvp(rule, symbolic_zeros=True)
-    if program.has_checks:  # JAX drops the checks of a loop inside a custom_jvp rule
+    mapped = program.has_backward_rule and any(map(_is_mapped, arrays))
+    if mapped or program.has_checks:  # JAX drops the checks of a loop inside a custom_jvp rule
         return _recomputing(program, tuple(_floating(program)))
     return forward
 

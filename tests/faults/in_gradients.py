@@ -431,4 +431,11 @@ FAULTS = [
         "return None if True else",
         "programs/test_derivative_rules.py::test_what_a_rule_reads_of_another_trace_is_no_constant",
     ),
+    Fault(
+        "JAX maps the derivative of a backward rule",
+        "_differentiable",
+        "mapped = program.has_backward_rule and any(map(_is_mapped, arrays))",
+        "mapped = False",
+        "programs/test_user_rules.py::test_a_mapped_microbatch_with_a_backward_rule_is_differentiated",
+    ),
 ]

@@ -293,3 +293,20 @@ def test_a_coupled_loop_of_no_steps():
 
     expected = jitted.grad(lambda w: jnp.var(X @ w))(W)
     assert normwise(ja.grad(loss, num_microbatches=3)(W, X), expected) < EXACT
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_mapped_microbatch_with_a_backward_rule_is_differentiated(jit):
+    """``jax.grad`` of ``jax.vmap``, which maps a ``custom_vjp`` and no derivative of one."""
+    whole = lambda w, x: jnp.mean(clipped((x @ w) ** 2))
+    ws = data(2, 3, seed=4)
+
+    def gradient(loss):
+        mapped = jax.vmap(loss, (0, None))
+        mapped = jax.jit(mapped) if jit else mapped
+        return jax.grad(lambda ws: jnp.sum(mapped(ws, X)))(ws)
+
+    total = lambda w, x: jnp.sum(clipped((x @ w) ** 2))  # each row is handed 1
+    loss = ja.microbatch(clipping, num_microbatches=3)
+    assert normwise(gradient(loss), gradient(whole)) < EXACT
+    assert normwise(gradient(total) / len(X), gradient(whole)) > 1e6 * EXACT
