@@ -8,6 +8,7 @@ jaxprs what ``jax.extend.core`` and ``jax.interpreters`` export.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Hashable, Iterable, Mapping
@@ -192,6 +193,16 @@ def bound_axis(name: str, size: int) -> AbstractContextManager[None]:
     from jax._src import core
 
     return core.extend_axis_env_nd([(name, size)])
+
+
+def mapped_with_shared_outputs() -> dict[str, Any]:
+    """The option of ``defvjp`` by which ``jax.vmap`` takes a function some of whose results are not
+    mapped, such as a number of examples.
+
+    Since jax 0.12: ``generic_batching``. Before, that is what JAX does. Test: test_user_rules.
+    """
+    known = inspect.signature(jax.custom_vjp.defvjp).parameters
+    return {"generic_batching": True} if "generic_batching" in known else {}
 
 
 # -- experimental names ----------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def _differentiable(program: Program, arrays: Sequence[Array]) -> Loop:
     * Several outputs or rows do, or a ``custom_vjp`` may treat their cotangents in a way that is
       not linear: the cotangents are not known yet, so the backward pass runs the loop again.
     * The loss has no reverse derivative, or an outer ``vmap`` maps the loop: JAX differentiates the
-      loop itself. It maps no derivative of a ``custom_vjp``, but the function: so there the loop is
-      one.
+      loop itself. It maps no derivative of a ``custom_vjp``, and drops the checks of ``checkify``:
+      there the loop is a ``custom_vjp`` itself, which JAX maps.
     """
 
     @jax.custom_jvp
@@ -203,8 +203,7 @@ def _differentiable(program: Program, arrays: Sequence[Array]) -> Loop:
         return _jvp(_recomputing(program, wrt), arrays, tangents, wrt)
 
     forward.defjvp(rule, symbolic_zeros=True)
-    mapped = program.has_backward_rule and any(map(_is_mapped, arrays))
-    if mapped or program.has_checks:  # JAX drops the checks of a loop inside a custom_jvp rule
+    if any(map(_is_mapped, arrays)) and (program.has_backward_rule or program.has_checks):
         return _recomputing(program, tuple(_floating(program)))
     return forward
 
@@ -319,7 +318,7 @@ def _recomputing(program: Program, wrt: tuple[int, ...]) -> Loop:
             found[i] = cast(grad, values[i].dtype)
         return (found,)
 
-    forward.defvjp(save, pull, symbolic_zeros=True)
+    forward.defvjp(save, pull, symbolic_zeros=True, **compat.mapped_with_shared_outputs())
     return forward
 
 

@@ -143,6 +143,29 @@ def test_checks_inside_the_loss_are_reported(name, loss, errors):
     assert seen[1] is not None
 
 
+def test_checks_inside_a_mapped_loss_are_never_dropped():
+    """Since jax 0.12 no ``custom_vjp`` may hold checks, and JAX says so."""
+    loss = ja.microbatch(looked_at, num_microbatches=3)
+
+    def checked(ids):
+        total = lambda w: jnp.sum(jax.vmap(loss, (0, None))(w[None], jnp.array(ids)))
+        return checkify.checkify(jax.grad(total), errors=checkify.user_checks)(W)[0].get()
+
+    if jax.__version_info__ < (0, 12):
+        assert checked([0, 1, 2, 2, 1, 0]) is None
+        assert "an id is too large" in checked([0, 1, 2, 2, 1, 9])
+    else:
+        with pytest.raises(NotImplementedError, match="checkify effects"):
+            checked([0, 1, 2, 2, 1, 9])
+
+
+def test_a_loss_with_checks_has_a_forward_derivative():
+    loss = ja.microbatch(looked_at, num_microbatches=3)
+    ids = jnp.array([0, 1, 2, 2, 1, 0])
+    both = lambda f: checkify.checkify(lambda w: jax.jvp(f, (w,), (w,)))(W)[1]
+    assert normwise(both(lambda w: loss(w, ids)), both(lambda w: looked_at(w, ids))) < EXACT
+
+
 def counting(count):
     def loss(w, x):
         count[...] += len(x)
