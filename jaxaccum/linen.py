@@ -1,8 +1,11 @@
-"""Layers for Flax linen that are exact across microbatches: ``jaxaccum.linen.BatchNorm``."""
+"""BatchNorm of Flax linen over all microbatches: a layer that counts masked rows, and a context for
+the layers of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 from jaxaccum._base.types import Array
 from jaxaccum._flax import batch_norm
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "batch_norm_over"]
 
 AxisNames = str | Sequence[str] | None
 """One axis, several, or none."""
@@ -116,3 +119,63 @@ class BatchNorm(nn.BatchNorm):
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         y = batch_norm.normalize(x, *used, axes=axes, scale=scale, bias=bias, epsilon=self.epsilon)
         return y.astype(self.dtype or batch_norm.output_dtype(x, scale, bias))
+
+
+@contextlib.contextmanager
+def batch_norm_over(axis_name: AxisNames = "microbatch") -> Iterator[None]:
+    """A context in which every BatchNorm of linen takes its statistics over a further axis.
+
+    The layers of the model stay as they are. Inside the loss it equals::
+
+        for layer in the layers of the model that are an nn.BatchNorm:
+            layer.axis_name = (the layer's own axes, axis_name)
+
+    Args:
+        axis_name: the axis, or axes; by default the microbatches'. One that a layer names itself
+            is not added again.
+
+    Guarantees:
+        The parameters, the collections and their names are those of the model outside of the
+        context. A layer that uses its running averages, or that is initialized, reads no axis.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxaccum.linen
+        >>> layers = [nn.Dense(2), nn.BatchNorm(False), nn.Dense(1), nn.BatchNorm(False)]
+        >>> model = nn.Sequential(layers)
+        >>> def loss(params, x):
+        ...     with jaxaccum.linen.batch_norm_over("microbatch"):
+        ...         y, stats = model.apply(params, x, mutable=["batch_stats"])
+        ...     return jnp.mean(jnp.tanh(y) ** 2), jaxaccum.Last(stats)
+        >>> x = jnp.sin(jnp.arange(24, dtype=jnp.float32)).reshape(8, 3)
+        >>> params = model.init(jax.random.key(0), x)
+        >>> step = jaxaccum.value_and_grad(loss, num_microbatches=4, has_aux=True)
+        >>> (value, stats), grads = step(params, x)
+        >>> whole = jnp.mean(jnp.tanh(model.apply(params, x, mutable=["batch_stats"])[0]) ** 2)
+        >>> jnp.allclose(value, whole).item()
+        True
+    """
+
+    def over_axes(
+        next_function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
+            return next_function(*args, **kwargs)
+        own = layer.axis_name
+        every = tuple(dict.fromkeys([*_names(own), *_names(axis_name)]))
+        # Modules of linen are frozen. A copy would have another name, and parameters of its own.
+        object.__setattr__(layer, "axis_name", every)
+        try:
+            return next_function(*args, **kwargs)
+        finally:
+            object.__setattr__(layer, "axis_name", own)
+
+    with nn.intercept_methods(over_axes):
+        yield
+
+
+def _names(axis_name: AxisNames) -> tuple[str, ...]:
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())

@@ -43,7 +43,11 @@ _LAYERS = {
         "axis_name",
         more="; for all layers of a model, model.set_attributes(nnx.BatchNorm, axis_name={names})",
     ),
-    "flax/linen/normalization.py": _Layer("axis_name"),
+    "flax/linen/normalization.py": _Layer(
+        "axis_name",
+        more="; for all layers of a model, with jaxaccum.linen.batch_norm_over({names}) around "
+        "model.apply",
+    ),
     "equinox/nn/_batch_norm.py": _Layer("axis_name", mapped=True),
     "haiku/_src/batch_norm.py": _Layer(
         "cross_replica_axis",

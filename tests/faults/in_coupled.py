@@ -96,4 +96,18 @@ FAULTS = [
         "return received",
         "coupled/test_coupled.py::test_who_receives_nothing_in_a_permutation_has_zeros[store]",
     ),
+    Fault(
+        "a layer of devices loses its own axis",
+        "batch_norm_over",
+        "[*_names(own), *_names(axis_name)]",
+        "[*_names(axis_name)]",
+        "flax/test_norms.py::test_the_context_adds_to_the_axes_of_a_layer",
+    ),
+    Fault(
+        "a layer keeps the axis of a context",
+        "batch_norm_over",
+        'object.__setattr__(layer, "axis_name", own)',
+        "pass",
+        "flax/test_norms.py::test_a_bound_layer_has_its_own_axes_after_the_context",
+    ),
 ]

@@ -1,6 +1,7 @@
 """BatchNorm over microbatches: Flax's layer where Flax is right, and the whole batch's statistics
 where it is not."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -326,3 +327,74 @@ def test_an_unknown_rule_is_refused(layer):
 def test_nnx_asks_which_statistics_to_use():
     model = jaxaccum.nnx.BatchNorm(3, use_running_average=None, rngs=nnx.Rngs(0))
     refused(lambda: model(X), "use_running_average")
+
+
+class Twice(nn.Module):
+    """Two layers of Flax's own, one of them under remat, which name no axis, or that of devices."""
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        for layer in (nn.BatchNorm, nn.remat(nn.BatchNorm, static_argnums=(2,))):
+            x = nn.Dense(3, param_dtype=x.dtype)(x)
+            x = layer(axis_name=self.axis_name, param_dtype=x.dtype)(x, not train)
+            x = jnp.tanh(x)
+        return x
+
+
+@STANDARD()
+def twice(around, axis_name=None):
+    model = Twice(axis_name)
+    x = data(8, 3, seed=1)
+    variables = model.init(jax.random.key(0), x, False)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def loss(params, stats, x):
+        with around(), STANDARD():
+            given = {"params": params, "batch_stats": stats}
+            y, new = model.apply(given, x, True, mutable=["batch_stats"])
+        return jnp.mean(y**3), jaxaccum.Last(new["batch_stats"])
+
+    return loss, (params, stats, x)
+
+
+def test_every_layer_of_a_model_is_over_the_batch_in_a_context():
+    loss, arguments = twice(jaxaccum.linen.batch_norm_over)
+    alone, _ = twice(contextlib.nullcontext)
+    options = {"in_axes": (None, None, 0), "has_aux": True}
+    whole = jax.value_and_grad(lambda *a: resolved(alone(*a)), has_aux=True)(*arguments)
+    step = lambda loss: jax.jit(
+        jaxaccum.value_and_grad(loss, num_microbatches=4, audit=None, **options)
+    )
+    assert normwise(step(loss)(*arguments), whole) < EXACT
+    assert normwise(step(alone)(*arguments), whole) > 1e6 * EXACT
+    assert jaxaccum.audit(loss, *arguments, num_microbatches=4, **options).exact
+    assert not jaxaccum.audit(alone, *arguments, num_microbatches=4, **options).exact
+
+
+def resolved(returned):
+    loss, aux = returned
+    return loss, aux.x
+
+
+def test_the_context_adds_to_the_axes_of_a_layer():
+    loss, arguments = twice(jaxaccum.linen.batch_norm_over, axis_name="devices")
+    axes = {"axis_env": [("devices", 2), ("microbatch", 4)]}
+    within = str(jax.make_jaxpr(loss, **axes)(*arguments))
+    assert "axes=('devices', 'microbatch')" in within
+    alone, _ = twice(contextlib.nullcontext, axis_name="devices")
+    after = str(jax.make_jaxpr(alone, **axes)(*arguments))
+    assert "devices" in after
+    assert "microbatch" not in after
+
+
+@STANDARD()
+def test_a_bound_layer_has_its_own_axes_after_the_context():
+    x = data(4, 3, seed=1)
+    layer = nn.BatchNorm(use_running_average=True, param_dtype=x.dtype)
+    bound = layer.bind(layer.init(jax.random.key(0), x))
+    with jaxaccum.linen.batch_norm_over():
+        within = bound(x)
+    assert bound.axis_name is None
+    assert normwise(bound(x), within) == 0
