@@ -125,7 +125,8 @@ class BatchNorm(nn.BatchNorm):
 def batch_norm_over(axis_name: AxisNames = "microbatch") -> Iterator[None]:
     """A context in which every BatchNorm of linen takes its statistics over a further axis.
 
-    The layers of the model stay as they are. Inside the loss it equals::
+    The layers of the model stay as they are. Around ``model.apply`` in the loss, or as a decorator
+    of the loss, it equals::
 
         for layer in the layers of the model that are an nn.BatchNorm:
             layer.axis_name = (the layer's own axes, axis_name)

@@ -367,7 +367,9 @@ def test_every_layer_of_a_model_is_over_the_batch_in_a_context():
     step = lambda loss: jax.jit(
         jaxaccum.value_and_grad(loss, num_microbatches=4, audit=None, **options)
     )
+    decorated = jaxaccum.linen.batch_norm_over("microbatch")(alone)
     assert normwise(step(loss)(*arguments), whole) < EXACT
+    assert normwise(step(decorated)(*arguments), whole) < EXACT
     assert normwise(step(alone)(*arguments), whole) > 1e6 * EXACT
     assert jaxaccum.audit(loss, *arguments, num_microbatches=4, **options).exact
     assert not jaxaccum.audit(alone, *arguments, num_microbatches=4, **options).exact
