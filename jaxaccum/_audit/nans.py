@@ -48,14 +48,14 @@ def are_never_nan(op: Op, ins: Sequence[Value]) -> bool:
     return op.name in _MAKE_NO_NAN
 
 
-_MAKE_NO_NAN = frozenset(
-    """
-    add sub mul neg abs sign square max min clamp tanh logistic erf sin cos floor
-    ceil round stop_gradient convert_element_type reduce_precision copy select_n iota reshape
-    broadcast_in_dim squeeze expand_dims transpose rev slice dynamic_slice concatenate pad
-    dot_general reduce_sum reduce_max reduce_min cumsum cummax cummin eq ne lt le gt ge and or not
-    """.split()  # noqa: SIM905
-)
+_MAKE_NO_NAN = frozenset({
+    "add", "sub", "mul", "neg", "abs", "sign", "square", "max", "min", "clamp", "tanh", "logistic",
+    "erf", "sin", "cos", "floor", "ceil", "round", "stop_gradient", "convert_element_type",
+    "reduce_precision", "copy", "select_n", "iota", "reshape", "broadcast_in_dim", "squeeze",
+    "expand_dims", "transpose", "rev", "slice", "dynamic_slice", "concatenate", "pad",
+    "dot_general", "reduce_sum", "reduce_max", "reduce_min", "cumsum", "cummax", "cummin", "eq",
+    "ne", "lt", "le", "gt", "ge", "and", "or", "not",
+})  # fmt: skip
 """Primitives that make a NaN of infinite numbers alone, or of none. `gather` makes one of what lies
 out of bounds."""
 

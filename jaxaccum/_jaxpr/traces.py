@@ -66,15 +66,15 @@ class Trace:
     def derived(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations
         once."""
-        if self.is_called_again and self.fun is not None:
+        if self.called_again is not None:
             with bound_axis(*self.axis):  # its size may be read in Python
-                return self.fun(*arrays[self.num_consts :])
+                return self.called_again(*arrays[self.num_consts :])
         return derived_once.evaluate(self.jaxpr, [index, *arrays])
 
     @functools.cached_property
-    def is_called_again(self) -> bool:
-        """Whether its derivative is that of `fun`, and not of the jaxpr."""
-        return self.fun is not None and derivative_rules.close_over(self.jaxpr, self.made_by)
+    def called_again(self) -> Callable[..., list[Array]] | None:
+        """`fun`, where its derivative is not that of the jaxpr: a rule closes over its values."""
+        return self.fun if derivative_rules.close_over(self.jaxpr, self.made_by) else None
 
     def with_sums(
         self,

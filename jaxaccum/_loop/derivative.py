@@ -109,7 +109,7 @@ class Derivative:
         Where these are wider than the parameters, the backward pass widens each share before it
         adds it. Where the derivative calls `fun` again, no program is there for sums to pass.
         """
-        if any(one.is_called_again for one in self.program.traces):
+        if any(one.called_again for one in self.program.traces):
             return False
         lone = self.program.partition.num_microbatches == 1
         widened = any(self.gradient.accumulator.dtype_for(x) != x.dtype for x in self.parameters)

@@ -385,7 +385,7 @@ FAULTS = [
     Fault(
         "sums pass through a program that JAX cannot derive",
         "Derivative.is_in_place",
-        "if any(one.is_called_again for one in self.program.traces):",
+        "if any(one.called_again for one in self.program.traces):",
         "if False:",
         "programs/test_derivative_rules.py::test_a_rule_reads_its_own_microbatch",
     ),
@@ -401,14 +401,14 @@ FAULTS = [
         "_closes_over",
         "        return True\n",
         "        return False\n",
-        "programs/test_derivative_rules.py::test_the_loss_is_called_again_where_it_was_traced",
+        "programs/test_derivative_rules.py::test_a_rule_reads_what_an_inner_vmap_maps",
     ),
     Fault(
         "the loss is called again without its axis",
         "Trace.derived",
         "with bound_axis(*self.axis):",
         "if True:",
-        "programs/test_derivative_rules.py::test_the_loss_is_called_again_where_it_was_traced",
+        "programs/test_derivative_rules.py::test_the_loss_is_called_again_under_its_axis",
     ),
     Fault(
         "a loss that reads the index is called again",

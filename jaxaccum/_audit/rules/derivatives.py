@@ -146,7 +146,7 @@ class _Backward:
         """What is wrong with the results for the cotangents of these values; `unit`: no scales."""
         cotangents = [_dual(self.walk, self.op, x) for x in of]
         walk, op, count = self.walk, self.op, len(self.primals)
-        moves = tuple(x is not None and x.params for x in map(self._operand, op.eqn.invars))
+        moves = tuple(is_variable(v) and self.primals[v].params for v in op.eqn.invars)
         bodies = walk.derivatives.get((id(op.eqn), moves)) or _traced(walk, op, moves)
         results = walk.body(op, bodies, [*self.primals.values(), *cotangents])
         # Under differentiation the forward rule runs instead of the function.
@@ -162,10 +162,6 @@ class _Backward:
             if _is_inexact(v) and x.params and not x.overwritten:  # any other cotangent is dropped
                 found |= self._mismatch(x, result, scale=UNIT if unit else _scale(x).inverse())
         return found
-
-    def _operand(self, v: jex.Var | jex.Literal) -> Value | None:
-        """The value of an operand that is a variable."""
-        return self.primals[v] if is_variable(v) else None
 
     def is_not_linear(self) -> bool:
         """Whether what fails is right for cotangents that do not depend on the microbatch."""
