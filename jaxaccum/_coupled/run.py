@@ -18,6 +18,7 @@ from jaxaccum._coupled.trace import opened
 from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
 from jaxaccum._loop.differentiated import differentiated
+from jaxaccum._loop.differentiated import moved as moved_arguments
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
@@ -39,6 +40,7 @@ def run_with_gradient(
 ) -> Result:
     """The combined parts, and the gradients of all microbatches, of one seed for each of the
     gradient's parts."""
+    _check_rules(program, gradient.wrt)
     cuts = _cuts(program)
     moved = _moved(program, cuts, gradient.wrt)
     staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved))
@@ -48,6 +50,18 @@ def run_with_gradient(
         sweep.leave(level)
     sweep.enter(cuts.last)
     return _reversed(sweep, gradient, seeds)
+
+
+def _check_rules(program: Program, wrt: Sequence[int]) -> None:
+    """An error for a loss whose derivative is not that of its trace: its stages have no other."""
+    (trace,) = program.traces
+    if not trace.derives_as_fun(moved_arguments(program, 0, wrt)):
+        raise NotImplementedError(
+            "A custom_jvp or custom_vjp that is defined inside the loss reads the batch, what the "
+            "loss computes, or a Python variable or setting that changes while the loss runs. "
+            f"That is not supported where the loss has a collective over {trace.axis[0]!r}: pass "
+            "these values to it as arguments."
+        )
 
 
 def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:

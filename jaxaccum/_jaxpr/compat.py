@@ -159,23 +159,6 @@ def checkify_rules() -> tuple[Any, dict[Any, Any]]:
     return check_p, error_checks
 
 
-def current_trace() -> object:
-    """The trace that JAX is making now.
-
-    ``jax.extend.core.take_current_trace``, jax 0.10.2 to 0.12. Test: test_derivative_rules.
-    """
-    with jex.take_current_trace() as trace:
-        return trace
-
-
-def is_of_trace(x: object, trace: object) -> bool:
-    """Whether `trace` computes `x`.
-
-    Private: the attribute ``_trace`` of a tracer, jax 0.10.2 to 0.12. Test: test_derivative_rules.
-    """
-    return isinstance(x, jax.core.Tracer) and getattr(x, "_trace", None) is trace
-
-
 def variable_of(x: object) -> jex.Var | None:
     """The variable that a tracer was while its jaxpr was made; None of anything else.
 

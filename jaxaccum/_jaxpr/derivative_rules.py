@@ -1,39 +1,54 @@
 """Functions with a derivative rule, `custom_jvp` and `custom_vjp`: whose rule it is, its backward
-pass, and whether it closes over the values of a trace.
+pass, and whether it derives the loss as it derives a program of the loss.
 
 The problem. A rule is a Python function, which JAX runs where it derives, and not where it traces.
-One that is defined inside the loss may close over the batch. In a traced program the batch of the
-trace is gone.
+One that is defined inside the loss may close over the batch, and in a traced program the batch of
+the trace is gone. Or it reads a Python variable or a setting, which the loss has changed since.
 
-The idea. The backward pass of the equation is traced alone. What the rule closes over are constants
-of that program. If one of them was computed by the trace of the loss, the derivative calls the loss
-again, instead of its program.
+The idea. The gradient is traced twice: of the loss, and of its program. Where the two programs are
+not the same, the derivative calls the loss again, instead of its program.
 
     def loss(w, x):
         double = jax.custom_jvp(lambda z: 2 * z)
         double.defjvp(lambda p, t: (2 * p[0], t[0] * x))     # closes over x, a tracer of the trace
 
-The cost. Where a gradient is taken, a rule of the user's own is traced once more. The weakness:
-the loss is called without the value of the loop's index, and with its own closures. So it must not
-read ``axis_index``, nor close over what is differentiated.
+    def loss(w, x):
+        for slope in (0.5, 2.0):                             # `slope` is 2.0 after the loop
+            x = leaky(x @ w, lambda t: slope * t)
+
+The cost. Where a loss has a rule of the user's own, its gradient is traced twice more. The
+weakness: the loss is called without the value of the loop's index, and with its own closures. So it
+must not read ``axis_index``, nor close over what is differentiated.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 
 import jax
 import jax.core
 import jax.extend.core as jex
 
+from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.source_lines import Frame, is_jax
+from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, is_of_trace, opened
-from jaxaccum._jaxpr.equations import body_of, equations_inside
-from jaxaccum._jaxpr.variables import Var, among, differentiable, not_among, types_of, variables
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
+from jaxaccum._jaxpr.equations import body_of, constants_first, equations_inside, without_unused
+from jaxaccum._jaxpr.structure import are_equal
+from jaxaccum._jaxpr.variables import (
+    Type,
+    among,
+    differentiable,
+    types_of,
+    variables,
+)
+
+Fun = Callable[..., list[Array]]
+"""A function of arrays."""
 
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 """Primitives of functions with a derivative rule."""
@@ -47,6 +62,11 @@ def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     """Whether JAX wrote the derivative rule; of a function of JAX's the rule may be the user's."""
     rule = rule_of(eqn)
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
+
+
+def are_of_users(jaxpr: jex.Jaxpr) -> bool:
+    """Whether some rule in it, at any depth, is the user's own."""
+    return next(with_rules_of_users(jaxpr), None) is not None
 
 
 def with_rules_of_users(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
@@ -84,17 +104,15 @@ def rule_of(eqn: jex.JaxprEqn) -> Frame | None:
     return Frame(file, line, debug.func_name) if debug is not None and file and line else None
 
 
-def backward(eqn: jex.JaxprEqn, moves: Sequence[bool] | None = None) -> ClosedJaxpr:
+def backward(eqn: jex.JaxprEqn, moves: Sequence[bool]) -> ClosedJaxpr:
     """A program of the operands and of the cotangents of the real results: the operands' own
     cotangents, and the results.
 
-    An operand that has no cotangent is returned as it came: one that does not move, where `moves`
-    says so; integers; and what the function closes over, with respect to which JAX derives no
-    function that has a rule.
+    An operand that has no cotangent is returned as it came: one that does not move, as `moves`
+    says, and integers.
     """
     given = list(dict.fromkeys(variables(eqn.invars)))
-    moving = given if moves is None else variables(compress(eqn.invars, moves))
-    moved = differentiable(not_among(among(given, moving), _closed_over(eqn)))
+    moved = differentiable(among(given, variables(compress(eqn.invars, moves))))
     outvars = differentiable(eqn.outvars)
     program = jex.Jaxpr((), given, outvars, [eqn], eqn.effects, _no_names())
 
@@ -114,25 +132,35 @@ def backward(eqn: jex.JaxprEqn, moves: Sequence[bool] | None = None) -> ClosedJa
     return jax.make_jaxpr(pull)(*types_of([*given, *outvars]))
 
 
-def _closed_over(eqn: jex.JaxprEqn) -> list[Var]:
-    """The operands that the function closes over, and is not given as arguments."""
-    count = eqn.params.get("num_consts", 0)
-    return not_among(variables(eqn.invars[:count]), variables(eqn.invars[count:]))
+def derive_alike(one: Fun, other: Fun, types: Sequence[Type], moved: Sequence[int]) -> bool:
+    """Whether two functions have one derivative with respect to the arguments at `moved`.
 
-
-def close_over(jaxpr: jex.Jaxpr, trace: object) -> bool:
-    """Whether rules of the user's own in it close over what `trace` computes, which made it."""
-    return any(_closes_over(eqn, trace) for eqn in with_rules_of_users(jaxpr))
-
-
-def _closes_over(eqn: jex.JaxprEqn, trace: object) -> bool:
+    They do not where one of them has none: a rule of a traced program may read values of the trace,
+    or of a ``jax.vmap`` inside the loss, that are gone.
+    """
     try:
-        _, consts = opened(backward(eqn))
-    except Exception:
-        # The rule may read tracers of a `jax.vmap` inside the loss, or refuse some operand's
-        # derivative: JAX knows more where it derives the loss itself.
-        return True
-    return any(is_of_trace(x, trace) for x in consts)
+        ours, theirs = _derivative(one, types, moved), _derivative(other, types, moved)
+    except Exception:  # of the user's rule; JAX says it again where the loss is derived
+        return False
+    return are_equal(*ours, *theirs)
+
+
+def _derivative(
+    fun: Fun, types: Sequence[Type], moved: Sequence[int]
+) -> tuple[jex.Jaxpr, list[Array]]:
+    """The program of a function's results and gradients, and its constants."""
+
+    def pull(*arrays: Array) -> list[Array]:
+        def function(*moving: Array) -> tuple[list[Array], list[Array]]:
+            outs = fun(*with_entries(arrays, moved, moving))
+            return list(filter(is_inexact, outs)), outs
+
+        # Each value is its own cotangent: any of the right type will do.
+        values, backward, outs = jax.vjp(function, *entries(arrays, moved), has_aux=True)
+        return [*outs, *backward(values)]
+
+    jaxpr, consts = constants_first(jax.make_jaxpr(pull)(*types))
+    return without_unused(jaxpr), consts
 
 
 @functools.cache

@@ -12,9 +12,11 @@ how it is differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+import dataclasses
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import numpy as np
 
@@ -22,8 +24,12 @@ from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._jaxpr.variables import Atom, Var, numbered, types_of
 
-_RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros")
-"""Parameters of ``custom_jvp`` and ``custom_vjp`` that derive; the function itself is a program."""
+_RULES = {
+    "custom_jvp_call": ("jvp_jaxpr_fun", "num_consts", "symbolic_zeros"),
+    "custom_vjp_call": ("bwd", "fwd_jaxpr_thunk", "num_consts", "out_trees", "symbolic_zeros"),
+}
+"""The parameters of functions with a rule that say how to derive them. The function itself is a
+program."""
 
 
 def key_of(jaxpr: jex.Jaxpr | ClosedJaxpr) -> Hashable:
@@ -32,13 +38,29 @@ def key_of(jaxpr: jex.Jaxpr | ClosedJaxpr) -> Hashable:
     return _key(program), tuple(map(_const_key, consts))
 
 
+def are_equal(
+    one: jex.Jaxpr, consts: Sequence[object], other: jex.Jaxpr, others: Sequence[object]
+) -> bool:
+    """Whether two jaxprs, whose first arguments are constants, compute the same of constants that
+    hold the same numbers."""
+    alike = len(consts) == len(others) and _key(one) == _key(other)
+    return alike and all(map(_hold_the_same, consts, others))
+
+
+def _hold_the_same(x: object, y: object) -> bool:
+    if x is y:
+        return True
+    known = not isinstance(x, jax.core.Tracer) and not isinstance(y, jax.core.Tracer)
+    return known and _const_key(np.asarray(x)) == _const_key(np.asarray(y))
+
+
 def _key(jaxpr: jex.Jaxpr) -> Hashable:
     arguments = [*jaxpr.constvars, *jaxpr.invars]
     place = numbered(arguments)
     eqns: list[Hashable] = []
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)
-        params = params_key(eqn.params, without=_RULES)
+        params = params_key(eqn.params, without=_RULES.get(eqn.primitive.name, ()))
         context = compat.context_key(eqn)
         results = tuple(types_of(eqn.outvars))
         eqns.append((eqn.primitive, operands, params, context, results))
@@ -70,6 +92,8 @@ def _value_key(x: object) -> Hashable:
         return type(x), tuple(map(_value_key, x))
     if isinstance(x, np.ndarray):
         return _const_key(x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):  # the grid of a Pallas kernel
+        return type(x), tuple(_value_key(getattr(x, field.name)) for field in dataclasses.fields(x))
     return type(x), repr(x) if isinstance(x, float) else x
 
 

@@ -2,19 +2,19 @@
 
 `fun` is traced once for each size of microbatch. Everything after that evaluates the jaxpr: the
 pass that computes denominators, the derivative, the derivative of the derivative. One exception:
-where a derivative rule closes over what `fun` computes, the derivative calls `fun` again.
+where a derivative rule does not derive the jaxpr as it derives `fun`, `fun` is called again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.core
 import jax.extend.core as jex
+import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxaccum._base.entries import entries, places_of, with_entries
@@ -25,7 +25,6 @@ from jaxaccum._jaxpr.compat import (
     ClosedJaxpr,
     anonymous,
     bound_axis,
-    current_trace,
     is_reference,
     is_reference_effect,
 )
@@ -54,11 +53,12 @@ class Trace:
     axis: tuple[str, int]
     """The name and the size of the loop's axis."""
     fun: Callable[..., list[Array]] | None = dataclasses.field(default=None, compare=False)
-    """What was traced. It may return more than the jaxpr, after the same outputs."""
-    made_by: object = dataclasses.field(default=None, compare=False)
-    """The trace of JAX's that made the jaxpr."""
+    """What was traced, if it can be called again. It may return more than the jaxpr, after the same
+    outputs."""
+    closed_over: tuple[Array, ...] = dataclasses.field(default=(), compare=False)
+    """What it closes over: the values of `consts`."""
 
-    def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
+    def __call__(self, index: Array | np.int32, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
         arguments."""
         return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
@@ -66,15 +66,32 @@ class Trace:
     def derived(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`, to be differentiated: JAX derives equal equations
         once."""
-        if self.called_again is not None:
-            with bound_axis(*self.axis):  # its size may be read in Python
-                return self.called_again(*arrays[self.num_consts :])
         return derived_once.evaluate(self.jaxpr, [index, *arrays])
 
-    @functools.cached_property
-    def called_again(self) -> Callable[..., list[Array]] | None:
-        """`fun`, where its derivative is not that of the jaxpr: a rule closes over its values."""
-        return self.fun if derivative_rules.close_over(self.jaxpr, self.made_by) else None
+    def called_again(self, arrays: Sequence[Array]) -> list[Array]:
+        """The same outputs of `fun` itself, at any microbatch."""
+        assert self.fun is not None
+        with bound_axis(*self.axis):  # its size may be read in Python
+            return self.fun(*arrays[self.num_consts :])[: len(self.jaxpr.outvars)]
+
+    def derives_as_fun(self, moved: Sequence[int]) -> bool:
+        """Whether the jaxpr has the derivative of `fun` with respect to those of ``(*consts,
+        *args)`` at `moved`: not if a rule of the user's own derives it otherwise.
+
+        It is taken to have it where `fun` cannot be derived again: it reads the loop's index, or
+        closes over what is differentiated.
+        """
+        if self.fun is None or not derivative_rules.are_of_users(self.jaxpr):
+            return True
+        index, consts = np.int32(0), self.closed_over
+        places = [place - len(consts) for place in moved]
+        if not places or min(places) < 0:
+            return True
+        types = types_of(self.arguments[len(consts) :])
+        evaluated = lambda *args: self(index, [*consts, *args])
+        called = lambda *args: self.called_again([*consts, *args])
+        with bound_axis(*self.axis):
+            return derivative_rules.derive_alike(evaluated, called, types, places)
 
     def with_sums(
         self,
@@ -98,7 +115,7 @@ class Trace:
         no print and no callback that they do not need."""
         jaxpr, used = self._restrict(outputs)
         invars = with_entries(self.jaxpr.invars, places_of(used), jaxpr.invars)
-        return self._with(with_invars(jaxpr, invars))
+        return self.with_jaxpr(with_invars(jaxpr, invars))
 
     def closed(self, consts: Sequence[Array]) -> ClosedJaxpr:
         """The trace with its constants, as a function of the index and the arguments."""
@@ -115,7 +132,7 @@ class Trace:
         first, rest = outvars[:count], outvars[count:]
         return (
             dataclasses.replace(self, jaxpr=with_outvars(self.jaxpr, first)),
-            self._with(with_outvars(self.jaxpr, rest)),
+            self.with_jaxpr(with_outvars(self.jaxpr, rest)),
         )
 
     @property
@@ -155,7 +172,7 @@ class Trace:
         jaxpr, used = self._restrict([output])
         outside = reversible.holds(jaxpr, "io_callback")
         reads_references = any(is_reference(v.aval) for v in jaxpr.invars)
-        if outside or self._with(jaxpr).coupling is not None or reads_references:
+        if outside or self.with_jaxpr(jaxpr).coupling is not None or reads_references:
             return False
         return any(used) and all(itertools.compress([False, *allowed], used))
 
@@ -179,7 +196,7 @@ class Trace:
 
         types = types_of(self.jaxpr.invars)
         jaxpr = jax.make_jaxpr(both, axis_env=[self.axis])(*types).jaxpr
-        return self._with(without_unused(jaxpr))
+        return self.with_jaxpr(without_unused(jaxpr))
 
     @property
     def coupling(self) -> jex.JaxprEqn | None:
@@ -208,7 +225,7 @@ class Trace:
         # JAX counts the name of an axis among the effects, under a class that it does not export.
         return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
 
-    def _with(self, jaxpr: jex.Jaxpr) -> Trace:
+    def with_jaxpr(self, jaxpr: jex.Jaxpr) -> Trace:
         """The trace of another jaxpr, which is no longer what `fun` returns."""
         return dataclasses.replace(self, jaxpr=jaxpr, fun=None)
 
@@ -226,17 +243,10 @@ def trace(
 ) -> tuple[Trace, list[Array]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace
     and its constants."""
-    made_by: list[object] = []
-
-    @functools.wraps(fun)
-    def noted(*arrays: Array) -> list[Array]:
-        made_by.append(current_trace())
-        return fun(*arrays)
-
-    jaxpr, consts = constants_first(jax.make_jaxpr(noted, axis_env=[axis])(*args))
-    # What names the axis is not called again: outside of this trace its index has no value.
-    again = None if any(mentions(jaxpr, axis[0])) else fun
-    return Trace(index_as_argument(jaxpr, axis), len(consts), axis, again, made_by[-1]), consts
+    jaxpr, consts = constants_first(jax.make_jaxpr(fun, axis_env=[axis])(*args))
+    # What reads the index is not called again: outside of this trace the index has no value.
+    again = None if any(map(is_index, mentions(jaxpr, axis[0]))) else fun
+    return Trace(index_as_argument(jaxpr, axis), len(consts), axis, again, tuple(consts)), consts
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:

@@ -39,7 +39,7 @@ from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._loop import maxima
-from jaxaccum._loop.differentiated import Differentiated, differentiated
+from jaxaccum._loop.differentiated import Differentiated, differentiated, moved
 from jaxaccum._loop.loop import Scanned, rows_of, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
@@ -109,11 +109,17 @@ class Derivative:
         Where these are wider than the parameters, the backward pass widens each share before it
         adds it. Where the derivative calls `fun` again, no program is there for sums to pass.
         """
-        if any(one.called_again for one in self.program.traces):
+        if any(self.again):
             return False
         lone = self.program.partition.num_microbatches == 1
         widened = any(self.gradient.accumulator.dtype_for(x) != x.dtype for x in self.parameters)
         return self.gradient.accumulator.in_place and (widened or not lone)
+
+    @functools.cached_property
+    def again(self) -> list[bool]:
+        """Which traces are not derived: their function is called again."""
+        wrt, numbered = self.gradient.wrt, enumerate(self.program.traces)
+        return [not one.derives_as_fun(moved(self.program, g, wrt)) for g, one in numbered]
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""
@@ -178,12 +184,17 @@ class Derivative:
             arrays = with_entries(self.arrays, self.slots.whole, parameters)
             cut = with_entries(rows, self._row_places, own)
             inputs = self.program.inputs(g, arrays, rows=cut, carry=carry, index=index)
-            parts = self.program.traces[g].derived(index, inputs)
+            parts = self._parts(g, index, inputs)
             return self._wanted(parts), parts
 
         own = entries(rows, self._row_places)
         outs, pull, parts = jax.vjp(forward, self.parameters, own, has_aux=True)
         return parts, pull, outs
+
+    def _parts(self, g: int, index: Array, inputs: list[Array]) -> list[Array]:
+        """One microbatch's outputs, to be differentiated."""
+        one = self.program.traces[g]
+        return one.called_again(inputs) if self.again[g] else one.derived(index, inputs)
 
     def _places(self, g: int) -> dict[int, int]:
         """The arguments of trace `g` that have a running sum: their positions there, and those of

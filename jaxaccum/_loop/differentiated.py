@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxaccum._base.entries import places_of
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
@@ -37,3 +38,10 @@ def differentiated(program: Program, wrt: Sequence[int]) -> Differentiated:
         elif slot.role is Role.WHOLE:
             found.summed.append(i)
     return found
+
+
+def moved(program: Program, g: int, wrt: Sequence[int]) -> list[int]:
+    """The places of the differentiated arguments of trace `g`, those of its constants first."""
+    slots = differentiated(program, wrt)
+    chosen = {*slots.whole, *slots.rows}
+    return places_of(slot in chosen for slot in program.sources(g))

@@ -158,7 +158,7 @@ def traced(fun: Fun, types: list[Type], axis: tuple[str, int]) -> Traced:
         if one.coupling is None:
             _explain_index(one, axis[0], error)
             raise
-        changed = dataclasses.replace(one, jaxpr=with_exchanges(one.jaxpr, axis[0]))
+        changed = one.with_jaxpr(with_exchanges(one.jaxpr, axis[0]))
         return Traced(changed, one, consts, checked=False)
 
 

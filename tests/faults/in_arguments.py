@@ -70,7 +70,7 @@ FAULTS = [
     Fault(
         "a sum over microbatches passes without a tag",
         "Trace.is_of",
-        "if outside or self._with(jaxpr).coupling is not None or",
+        "if outside or self.with_jaxpr(jaxpr).coupling is not None or",
         "if outside or",
         "plain/test_whole_outputs.py::test_what_depends_on_more_is_refused",
     ),

@@ -278,12 +278,16 @@ weighed.defvjp(
 )
 
 
-@pytest.mark.parametrize("make", [with_mean, with_index])
+REFUSED = {with_mean: NotImplementedError, with_index: jax.errors.UnexpectedTracerError}
+
+
+@pytest.mark.parametrize("make", REFUSED)
 @pytest.mark.parametrize("rule", [by_vjp, by_jvp])
 def test_where_the_loop_is_named_the_rule_is_told_to_take_an_argument(rule, make):
-    with pytest.raises(jax.errors.UnexpectedTracerError) as raised:
+    with pytest.raises(REFUSED[make]) as raised:
         ja.grad(make(lambda z, y: rule(y)(z)), num_microbatches=2, audit=None)(W, BATCH)
-    assert "pass these values to it as arguments" in "".join(raised.value.__notes__)
+    told = "".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
+    assert "pass these values to it as arguments" in told
     told = make(weighed)
     expected = jitted.grad(ja.full_batch(told))(W, BATCH)
     assert normwise(ja.grad(told, num_microbatches=2, audit=None)(W, BATCH), expected) < EXACT
@@ -301,18 +305,8 @@ def test_a_closed_over_parameter_is_told_to_be_an_argument(rule):
     assert "closes over what is differentiated" in "".join(raised.value.__notes__)
 
 
-def test_what_a_trace_computes_is_known_by_its_trace_and_its_variable():
+def test_the_variable_of_a_tracer_is_known():
     seen = []
-
-    def function(x):
-        seen.extend([compat.current_trace(), x, x + 1])
-        return jax.jit(lambda y: seen.append(y) or y)(x)
-
-    jaxpr = jax.make_jaxpr(function)(W).jaxpr
-    trace, x, computed, inner = seen
-    assert compat.is_of_trace(x, trace)
-    assert compat.is_of_trace(computed, trace)
-    assert not compat.is_of_trace(inner, trace)
-    assert not compat.is_of_trace(W, trace)
-    assert compat.variable_of(x) is jaxpr.invars[0]
+    jaxpr = jax.make_jaxpr(lambda x: seen.append(x) or x + 1)(W).jaxpr
+    assert compat.variable_of(seen[0]) is jaxpr.invars[0]
     assert compat.variable_of(W) is None

@@ -1,0 +1,289 @@
+"""Derivative rules that read what the loss changes afterwards: a variable of Python, an attribute,
+a setting. JAX runs a rule where it derives, which is after the loss where that is traced first.
+
+The oracle is plain JAX on the whole batch. The negative control is ``jax.grad(jax.jit(loss))``,
+which traces first and is silently another gradient.
+"""
+
+import contextlib
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+
+import jaxaccum as ja
+from jaxaccum._jaxpr.traces import trace
+from tests.programs.test_derivative_rules import GRADIENTS
+from tests.support import jitted
+from tests.support.helpers import EXACT, data, normwise
+
+W, BATCH = data(3, 3), {"x": data(6, 3, seed=1), "y": data(6, seed=2)}
+
+
+def leaky_by_jvp(slope):
+    leaky = jax.custom_jvp(lambda z: jnp.where(z > 0, z, slope() * z))
+    leaky.defjvps(lambda t, _, z: jnp.where(z > 0, t, slope() * t))
+    return leaky
+
+
+def leaky_by_vjp(slope):
+    leaky = jax.custom_vjp(lambda z: jnp.where(z > 0, z, slope() * z))
+    forward = lambda z: (leaky(z), jnp.where(z > 0, 1, jnp.asarray(slope(), z.dtype)))
+    leaky.defvjp(forward, lambda slopes, g: (g * slopes,))
+    return leaky
+
+
+def leaky_by_gradient(slope):
+    def leaky(z):
+        slopes = jnp.where(z > 0, 1, jnp.asarray(slope(), z.dtype))
+        return z * slopes, lambda g: g * slopes
+
+    return jax.custom_gradient(leaky)
+
+
+def of_a_variable(make):
+    """Every layer's rule reads the loop's own variable."""
+
+    def loss(w, b):
+        leaky, h = make(lambda: slope), b["x"]
+        for slope in (0.5, 0.1, 2.0):  # noqa: B007
+            h = leaky(h @ w)
+        return jnp.mean((h[:, 0] - b["y"]) ** 2)
+
+    return loss
+
+
+def of_an_attribute(make):
+    """One layer, used twice."""
+
+    def loss(w, b):
+        layer = types.SimpleNamespace(slope=0.1)
+        leaky = make(lambda: layer.slope)
+        h = leaky(b["x"] @ w)
+        layer.slope = 2.0
+        return jnp.mean((leaky(h @ w)[:, 0] - b["y"]) ** 2)
+
+    return loss
+
+
+def of_a_setting(make):
+    """The setting holds while the layer is called."""
+    current = [1.0]
+
+    @contextlib.contextmanager
+    def slope(value):
+        current.append(value)
+        yield
+        current.pop()
+
+    def loss(w, b):
+        with slope(0.1):
+            h = make(lambda: current[-1])(b["x"] @ w)
+        return jnp.mean((h[:, 0] - b["y"]) ** 2)
+
+    return loss
+
+
+def of_a_rebound_name(make):
+    def loss(w, b):
+        slope = lambda: 0.1
+        leaky = make(lambda: slope())
+        h = leaky(b["x"] @ w)
+        slope = lambda: 2.0
+        return jnp.mean((leaky(h @ w)[:, 0] - b["y"]) ** 2)
+
+    return loss
+
+
+def of_a_stream(make):
+    """The slopes are drawn one after the other. The function and the rule draw for themselves."""
+
+    def loss(w, b):
+        slopes = itertools.count(1)
+        h = make(lambda: float(next(slopes)))(b["x"] @ w)
+        h = make(lambda: float(next(slopes)))(h @ w)
+        return jnp.mean((h[:, 0] - b["y"]) ** 2)
+
+    return loss
+
+
+READERS = [of_a_variable, of_an_attribute, of_a_setting, of_a_rebound_name]
+RULES = [leaky_by_jvp, leaky_by_vjp, leaky_by_gradient]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_rule_reads_what_it_would_under_jax_grad(reader, rule):
+    loss = reader(rule)
+    expected = jitted.grad(loss)(W, BATCH)
+    for name in ("jit", "microbatch"):
+        assert normwise(GRADIENTS[name](loss)(W, BATCH), expected) < EXACT
+    assert normwise(jax.grad(jax.jit(loss))(W, BATCH), expected) > 1e6 * EXACT
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "devices"])
+def test_it_does_in_every_kind_of_gradient(name):
+    loss = of_a_variable(leaky_by_vjp)
+    assert normwise(GRADIENTS[name](loss)(W, BATCH), jitted.grad(loss)(W, BATCH)) < EXACT
+
+
+def test_a_rule_that_draws_reads_what_it_would_under_jax_grad():
+    loss = of_a_stream(leaky_by_gradient)
+    expected = jitted.grad(loss)(W, BATCH)
+    assert normwise(GRADIENTS["jit"](loss)(W, BATCH), expected) < EXACT
+    assert normwise(jax.grad(jax.jit(loss))(W, BATCH), expected) > 1e6 * EXACT
+
+
+def test_a_rule_has_the_matmul_precision_of_its_call():
+    product = jax.custom_vjp(lambda x, w: x @ w)
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+    def loss(w, b):
+        with jax.default_matmul_precision("highest"):
+            h = product(b["x"], w)
+        return jnp.mean(h**2)
+
+    program = lambda gradient: str(jax.make_jaxpr(gradient)(W, BATCH))
+    assert "HIGHEST" in program(jax.grad(loss))
+    assert "HIGHEST" in program(ja.grad(loss, num_microbatches=3))
+    assert "HIGHEST" not in program(jax.grad(jax.jit(loss)))
+
+
+def coupled(make):
+    def loss(w, b):
+        leaky, h = make(lambda: slope), b["x"]
+        for slope in (0.5, 0.1, 2.0):  # noqa: B007
+            h = leaky(h @ w)
+        return jnp.mean((h - lax.pmean(jnp.mean(h), "microbatch")) ** 2)
+
+    return loss
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_coupled_loss_with_such_a_rule_is_refused(rule):
+    with pytest.raises(NotImplementedError, match="pass these values to it as arguments"):
+        ja.grad(coupled(rule), num_microbatches=3)(W, BATCH)
+
+
+def test_a_coupled_loss_whose_rule_reads_a_constant_is_not():
+    loss = coupled(lambda _: leaky_by_jvp(lambda: 0.1))
+    actual = jax.jit(ja.grad(loss, num_microbatches=3))(W, BATCH)
+    assert normwise(actual, jitted.grad(ja.full_batch(loss))(W, BATCH)) < EXACT
+
+
+# -- rules that are derived from the trace ---------------------------------------------------------
+
+square = jax.custom_vjp(lambda z: z * z)
+square.defvjp(lambda z: (z * z, z), lambda z, g: (2 * z * g,))
+
+sine = jax.custom_jvp(jnp.sin)
+sine.defjvp(lambda p, t: (jnp.sin(*p), jnp.cos(*p) * t[0]))
+
+bent = jax.custom_jvp(lambda z, slope: jnp.where(z > 0, z, slope * z))
+bent.defjvp(lambda p, t: (bent(*p), jnp.where(p[0] > 0, t[0], p[1] * t[0])))
+
+power = jax.custom_vjp(lambda z, n: z**n, nondiff_argnums=(1,))
+power.defvjp(lambda z, n: (z**n, z), lambda n, z, g: (n * z ** (n - 1) * g,))
+
+
+def kernel(block, doubled):
+    doubled[...] = block[...] + block[...]
+
+
+def by_kernel(z):
+    row = pl.BlockSpec((1, 3), lambda i: (i, np.int32(0)))
+    options = {"grid": z.shape[:1], "in_specs": [row], "out_specs": row, "interpret": True}
+    return pl.pallas_call(kernel, jax.ShapeDtypeStruct(z.shape, z.dtype), **options)(z)
+
+
+twice = jax.custom_vjp(by_kernel)
+twice.defvjp(lambda z: (by_kernel(z), None), lambda _, g: (by_kernel(g),))
+
+TABLE = data(1, 3, seed=4)
+LAYER = {
+    "custom_vjp": square,
+    "custom_jvp": sine,
+    "custom_gradient": jax.custom_gradient(lambda z: (jnp.sin(z), lambda g: g * jnp.cos(z))),
+    "an operand in Python": lambda z: bent(z, 0.1),
+    "an argument that is no operand": lambda z: power(z, 3),
+    "a kernel": twice,
+    "an array": lambda z: square(z) * TABLE,
+    "a list": lambda z: square(z) * jnp.array([[1.0, 2.0, 3.0]]),
+    "an array of numpy": lambda z: square(z) * np.arange(3.0)[None],
+    "functions of JAX's": lambda z: jax.nn.relu(jax.nn.softmax(square(z))),
+    "jit": jax.jit(square),
+    "checkpoint": jax.checkpoint(square),
+    "vmap": jax.vmap(square),
+    "map": lambda z: lax.map(square, z),
+    "cond": lambda z: lax.cond(z.sum() > 0, square, jnp.sin, z),
+    "labels": lambda z: optax.losses.softmax_cross_entropy_with_integer_labels(
+        square(z), jnp.arange(len(z)) % 3
+    )[:, None],
+}
+
+
+def loss_of(layer):
+    return lambda w, b: [jnp.mean(jnp.tanh(layer(b["x"] @ w)))]
+
+
+def scanned(layer):
+    def loss(w, b):
+        step = lambda h, w: (jnp.tanh(layer(h @ w)), None)
+        return [jnp.mean(lax.scan(step, b["x"], jnp.stack([w, w]))[0] ** 2)]
+
+    return loss
+
+
+def traced(loss):
+    flat = lambda w, x, y: loss(w, {"x": x, "y": y})
+    return trace(flat, [W, BATCH["x"], BATCH["y"]], ("microbatch", 2))[0]
+
+
+def is_derived_from_its_trace(loss):
+    one = traced(loss)
+    return one.derives_as_fun([one.num_consts])
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_other_rules_are_derived_from_the_trace(name):
+    """Gradients are then added in place, which a function that is called again has no program
+    for."""
+    assert is_derived_from_its_trace(loss_of(LAYER[name]))
+    if name != "labels":
+        assert is_derived_from_its_trace(scanned(LAYER[name]))
+
+
+def test_a_late_rule_is_not():
+    late = of_a_variable(leaky_by_jvp)
+    assert not is_derived_from_its_trace(lambda w, b: [late(w, b)])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_constants_are_compared_by_what_they_hold(kind):
+    """A rule that reads another array of the same shape is another rule."""
+
+    def loss(w, b, tables):
+        product = jax.custom_jvp(lambda z: z * kind(table)[None])
+        product.defjvps(lambda t, _, z: t * kind(table)[None])
+        h = b["x"] @ w
+        for table in tables:  # noqa: B007
+            h = product(h)
+        return [jnp.mean(h)]
+
+    same, other = [np.arange(3.0)] * 2, [np.arange(3.0), np.ones(3)]
+    assert is_derived_from_its_trace(functools.partial(loss, tables=same))
+    assert not is_derived_from_its_trace(functools.partial(loss, tables=other))
+
+
+def test_outputs_that_were_left_out_do_not_count():
+    """The function is called with all of them."""
+    loss = lambda w, b: [jnp.mean(square(b["x"] @ w)), jnp.mean(sine(b["x"] @ w))]
+    assert traced(loss).split(1)[0].derives_as_fun([0])
+    assert traced(loss).first(1).derives_as_fun([0])
