@@ -40,7 +40,8 @@ def run_with_gradient(
 ) -> Result:
     """The combined parts, and the gradients of all microbatches, of one seed for each of the
     gradient's parts."""
-    _check_rules(program, gradient.wrt)
+    (trace,) = program.traces
+    trace.is_called_again(moved_arguments(program, 0, gradient.wrt))  # an error: no stage is
     cuts = _cuts(program)
     moved = _moved(program, cuts, gradient.wrt)
     staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved))
@@ -50,18 +51,6 @@ def run_with_gradient(
         sweep.leave(level)
     sweep.enter(cuts.last)
     return _reversed(sweep, gradient, seeds)
-
-
-def _check_rules(program: Program, wrt: Sequence[int]) -> None:
-    """An error for a loss whose derivative is not that of its trace: its stages have no other."""
-    (trace,) = program.traces
-    if not trace.derives_as_fun(moved_arguments(program, 0, wrt)):
-        raise NotImplementedError(
-            "A custom_jvp or custom_vjp that is defined inside the loss reads the batch, what the "
-            "loss computes, or a Python variable or setting that changes while the loss runs. "
-            f"That is not supported where the loss has a collective over {trace.axis[0]!r}: pass "
-            "these values to it as arguments."
-        )
 
 
 def schedule(program: Program, wrt: tuple[int, ...]) -> Schedule | None:

@@ -16,29 +16,34 @@ not the same, the derivative calls the loss again, instead of its program.
         for slope in (0.5, 2.0):                             # `slope` is 2.0 after the loop
             x = leaky(x @ w, lambda t: slope * t)
 
-The cost. Where a loss has a rule of the user's own, its gradient is traced twice more. The
-weakness: the loss is called without the value of the loop's index, and with its own closures. So it
-must not read ``axis_index``, nor close over what is differentiated.
+The cost. Where a loss has a rule of the user's own, its gradient is traced more often: of its
+program twice, since a rule may read what it has changed itself. The weakness: the loss is called
+without the value of the loop's index, and with its own closures. So it must not read
+``axis_index``, nor close over what is differentiated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
+from typing import cast
 
 import jax
 import jax.core
 import jax.extend.core as jex
+import numpy as np
 
 from jaxaccum._base.entries import entries, with_entries
 from jaxaccum._base.source_lines import Frame, is_jax
 from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
+from jaxaccum._jaxpr import derived_once
+from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, bound_axis, opened
 from jaxaccum._jaxpr.equations import body_of, constants_first, equations_inside, without_unused
-from jaxaccum._jaxpr.structure import are_equal
+from jaxaccum._jaxpr.same_program import Program, are_equal
 from jaxaccum._jaxpr.variables import (
     Type,
     among,
@@ -62,11 +67,6 @@ def is_jaxs_own(eqn: jex.JaxprEqn) -> bool:
     """Whether JAX wrote the derivative rule; of a function of JAX's the rule may be the user's."""
     rule = rule_of(eqn)
     return rule is not None and is_jax(rule.file) and not rule.file.endswith(_WRAPPERS)
-
-
-def are_of_users(jaxpr: jex.Jaxpr) -> bool:
-    """Whether some rule in it, at any depth, is the user's own."""
-    return next(with_rules_of_users(jaxpr), None) is not None
 
 
 def with_rules_of_users(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
@@ -132,23 +132,64 @@ def backward(eqn: jex.JaxprEqn, moves: Sequence[bool]) -> ClosedJaxpr:
     return jax.make_jaxpr(pull)(*types_of([*given, *outvars]))
 
 
-def derive_alike(one: Fun, other: Fun, types: Sequence[Type], moved: Sequence[int]) -> bool:
-    """Whether two functions have one derivative with respect to the arguments at `moved`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Original:
+    """A function that was traced, its trace, and what it closed over."""
 
-    They do not where one of them has none: a rule of a traced program may read values of the trace,
-    or of a ``jax.vmap`` inside the loss, that are gone.
-    """
-    try:
-        ours, theirs = _derivative(one, types, moved), _derivative(other, types, moved)
-    except Exception:  # of the user's rule; JAX says it again where the loss is derived
-        return False
-    return are_equal(*ours, *theirs)
+    fun: Fun
+    jaxpr: jex.Jaxpr
+    """A program of ``(index, *consts, *args)``; no index is read."""
+    consts: Sequence[Array]
+    axis: tuple[str, int]
+    _known: dict[tuple[int, ...], bool] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, *args: Array) -> list[Array]:
+        """Call the function again, under its axis, whose size may be read in Python."""
+        with bound_axis(*self.axis):
+            return self.fun(*args)
+
+    def is_as_traced(self, moved: Sequence[int]) -> bool:
+        """Whether the trace has the function's derivative with respect to those of ``(*consts,
+        *args)`` at `moved`.
+
+        It is taken to have it where constants are differentiated: called again, the function has
+        no derivative with respect to these.
+        """
+        places = tuple(place - len(self.consts) for place in moved)
+        if not self._has_rules or not places or min(places) < 0:
+            return True
+        if places not in self._known:
+            self._known[places] = self._derives_alike(places)
+        return self._known[places]
+
+    @functools.cached_property
+    def _has_rules(self) -> bool:
+        return next(with_rules_of_users(self.jaxpr), None) is not None
+
+    def _derives_alike(self, moved: Sequence[int]) -> bool:
+        """Whether both have one derivative with respect to the arguments at `moved`, or none.
+
+        A rule of the trace may read values of the trace, or of a ``jax.vmap`` inside the loss, that
+        are gone: then the trace alone has none. Or it reads its values one after the other, and
+        finds no more of them when it runs again.
+        """
+        types = types_of(self.jaxpr.invars[1 + len(self.consts) :])
+        with bound_axis(*self.axis):
+            ours = _derivative(self._evaluated, types, moved)
+            theirs = _derivative(self.fun, types, moved)
+            again = _derivative(self._evaluated, types, moved)
+        if ours is None or theirs is None or again is None:
+            return ours is theirs
+        return are_equal(ours, theirs, again)
+
+    def _evaluated(self, *args: Array) -> list[Array]:
+        unread = cast(Array, np.int32(0))
+        return derived_once.evaluate(self.jaxpr, [unread, *self.consts, *args])
 
 
-def _derivative(
-    fun: Fun, types: Sequence[Type], moved: Sequence[int]
-) -> tuple[jex.Jaxpr, list[Array]]:
-    """The program of a function's results and gradients, and its constants."""
+def _derivative(fun: Fun, types: Sequence[Type], moved: Sequence[int]) -> Program | None:
+    """The program of a function's results and gradients, and its constants; None where JAX or a
+    rule raises an error, which comes again where the loss is derived."""
 
     def pull(*arrays: Array) -> list[Array]:
         def function(*moving: Array) -> tuple[list[Array], list[Array]]:
@@ -159,7 +200,10 @@ def _derivative(
         values, backward, outs = jax.vjp(function, *entries(arrays, moved), has_aux=True)
         return [*outs, *backward(values)]
 
-    jaxpr, consts = constants_first(jax.make_jaxpr(pull)(*types))
+    try:
+        jaxpr, consts = constants_first(jax.make_jaxpr(pull)(*types))
+    except Exception:
+        return None
     return without_unused(jaxpr), consts
 
 

@@ -125,7 +125,9 @@ def called(eqn: jex.JaxprEqn) -> jex.Jaxpr | ClosedJaxpr | None:
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
 
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+_CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint", "remat", "remat2",
+}  # fmt: skip
 
 
 # -- which axes are named --------------------------------------------------------------------------

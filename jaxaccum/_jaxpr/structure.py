@@ -13,7 +13,7 @@ how it is differentiated.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import jax
 import jax.core
@@ -27,31 +27,26 @@ from jaxaccum._jaxpr.variables import Atom, Var, numbered, types_of
 _RULES = {
     "custom_jvp_call": ("jvp_jaxpr_fun", "num_consts", "symbolic_zeros"),
     "custom_vjp_call": ("bwd", "fwd_jaxpr_thunk", "num_consts", "out_trees", "symbolic_zeros"),
+    "CustomRoot": ("f", "params", "solve", "tangent_solve"),
 }
 """The parameters of functions with a rule that say how to derive them. The function itself is a
 program."""
 
 
+def computing(eqn: jex.JaxprEqn) -> dict[str, object]:
+    """The parameters of an equation that say what it computes."""
+    held: dict[str, object] = dict(eqn.params)
+    name = eqn.primitive.name
+    if "_prim" in held:  # jax 0.12: an object whose attributes are the parameters
+        kind = type(held["_prim"])
+        held, name = {"_prim": kind, **vars(held["_prim"])}, kind.__name__
+    return {key: x for key, x in held.items() if key not in _RULES.get(name, ())}
+
+
 def key_of(jaxpr: jex.Jaxpr | ClosedJaxpr) -> Hashable:
     """The key of a jaxpr, closed or not. It may hold what has no hash."""
     program, consts = opened(jaxpr)
-    return _key(program), tuple(map(_const_key, consts))
-
-
-def are_equal(
-    one: jex.Jaxpr, consts: Sequence[object], other: jex.Jaxpr, others: Sequence[object]
-) -> bool:
-    """Whether two jaxprs, whose first arguments are constants, compute the same of constants that
-    hold the same numbers."""
-    alike = len(consts) == len(others) and _key(one) == _key(other)
-    return alike and all(map(_hold_the_same, consts, others))
-
-
-def _hold_the_same(x: object, y: object) -> bool:
-    if x is y:
-        return True
-    known = not isinstance(x, jax.core.Tracer) and not isinstance(y, jax.core.Tracer)
-    return known and _const_key(np.asarray(x)) == _const_key(np.asarray(y))
+    return _key(program), tuple(map(const_key, consts))
 
 
 def _key(jaxpr: jex.Jaxpr) -> Hashable:
@@ -60,7 +55,7 @@ def _key(jaxpr: jex.Jaxpr) -> Hashable:
     eqns: list[Hashable] = []
     for eqn in jaxpr.eqns:
         operands = _operands(eqn.invars, place)
-        params = params_key(eqn.params, without=_RULES.get(eqn.primitive.name, ()))
+        params = params_key(computing(eqn))
         context = compat.context_key(eqn)
         results = tuple(types_of(eqn.outvars))
         eqns.append((eqn.primitive, operands, params, context, results))
@@ -78,26 +73,36 @@ def literal_key(v: jex.Literal) -> Hashable:
     return v.aval, np.asarray(v.val).tobytes()
 
 
-def params_key(params: Mapping[str, object], without: Collection[str] = ()) -> Hashable:
-    """The parameters of an equation, in the order of their names."""
-    names = sorted(set(params) - set(without))
-    return tuple((name, _value_key(params[name])) for name in names)
-
-
-def _value_key(x: object) -> Hashable:
-    """A parameter of an equation; programs inside it by their keys, numbers by their bits."""
+def leaf_key(x: object) -> Hashable:
+    """A parameter, or a part of one, that holds no other: a program by its key, a number by its
+    bits."""
     if isinstance(x, jex.Jaxpr | ClosedJaxpr):
         return key_of(x)
-    if isinstance(x, tuple | list):
-        return type(x), tuple(map(_value_key, x))
-    if isinstance(x, np.ndarray):
-        return _const_key(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):  # the grid of a Pallas kernel
-        return type(x), tuple(_value_key(getattr(x, field.name)) for field in dataclasses.fields(x))
     return type(x), repr(x) if isinstance(x, float) else x
 
 
-def _const_key(x: object) -> Hashable:
+def params_key(
+    params: Mapping[str, object], leaf: Callable[[object], Hashable] = leaf_key
+) -> Hashable:
+    """The parameters of an equation, in the order of their names."""
+    return tuple((name, value_key(params[name], leaf)) for name in sorted(params))
+
+
+def value_key(x: object, leaf: Callable[[object], Hashable]) -> Hashable:
+    """A parameter of an equation, by the keys of what it holds."""
+    if isinstance(x, tuple | list):
+        return type(x), tuple(value_key(one, leaf) for one in x)
+    if isinstance(x, dict):
+        return type(x), value_key(list(x.items()), leaf)
+    if isinstance(x, np.ndarray):
+        return const_key(x)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):  # the grid of a Pallas kernel
+        fields = [getattr(x, field.name) for field in dataclasses.fields(x)]
+        return type(x), value_key(fields, leaf)
+    return leaf(x)
+
+
+def const_key(x: object) -> Hashable:
     """An array of JAX is itself alone: it never changes. Any other may, and is compared by what it
     holds now."""
     if isinstance(x, jax.Array):

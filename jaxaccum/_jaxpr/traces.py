@@ -2,7 +2,7 @@
 
 `fun` is traced once for each size of microbatch. Everything after that evaluates the jaxpr: the
 pass that computes denominators, the derivative, the derivative of the derivative. One exception:
-where a derivative rule does not derive the jaxpr as it derives `fun`, `fun` is called again.
+where a derivative rule derives the jaxpr otherwise than `fun`, `fun` is called again.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import jax
 import jax.core
 import jax.extend.core as jex
-import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxaccum._base.entries import entries, places_of, with_entries
 from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
-from jaxaccum._jaxpr import derivative_rules, derived_once, reversible, running_sums
+from jaxaccum._jaxpr import derived_once, reversible, running_sums
 from jaxaccum._jaxpr.compat import (
     ClosedJaxpr,
     anonymous,
-    bound_axis,
     is_reference,
     is_reference_effect,
 )
+from jaxaccum._jaxpr.derivative_rules import Original
 from jaxaccum._jaxpr.equations import (
     axes_in,
     changed,
@@ -52,13 +51,12 @@ class Trace:
     num_consts: int
     axis: tuple[str, int]
     """The name and the size of the loop's axis."""
-    fun: Callable[..., list[Array]] | None = dataclasses.field(default=None, compare=False)
-    """What was traced, if it can be called again. It may return more than the jaxpr, after the same
-    outputs."""
-    closed_over: tuple[Array, ...] = dataclasses.field(default=(), compare=False)
-    """What it closes over: the values of `consts`."""
+    original: Original | None = dataclasses.field(default=None, compare=False)
+    """What was traced, unless it reads the loop's index."""
+    is_whole: bool = dataclasses.field(default=True, compare=False)
+    """Whether its outputs are the first ones of `fun`, computed as `fun` does."""
 
-    def __call__(self, index: Array | np.int32, arrays: Sequence[Array]) -> list[Array]:
+    def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
         arguments."""
         return jax.core.eval_jaxpr(self.jaxpr, [], index, *arrays)
@@ -69,29 +67,24 @@ class Trace:
         return derived_once.evaluate(self.jaxpr, [index, *arrays])
 
     def called_again(self, arrays: Sequence[Array]) -> list[Array]:
-        """The same outputs of `fun` itself, at any microbatch."""
-        assert self.fun is not None
-        with bound_axis(*self.axis):  # its size may be read in Python
-            return self.fun(*arrays[self.num_consts :])[: len(self.jaxpr.outvars)]
+        """The same outputs of `fun` itself."""
+        assert self.original is not None
+        return self.original(*arrays[self.num_consts :])[: len(self.jaxpr.outvars)]
 
-    def derives_as_fun(self, moved: Sequence[int]) -> bool:
-        """Whether the jaxpr has the derivative of `fun` with respect to those of ``(*consts,
-        *args)`` at `moved`: not if a rule of the user's own derives it otherwise.
-
-        It is taken to have it where `fun` cannot be derived again: it reads the loop's index, or
-        closes over what is differentiated.
-        """
-        if self.fun is None or not derivative_rules.are_of_users(self.jaxpr):
-            return True
-        index, consts = np.int32(0), self.closed_over
-        places = [place - len(consts) for place in moved]
-        if not places or min(places) < 0:
-            return True
-        types = types_of(self.arguments[len(consts) :])
-        evaluated = lambda *args: self(index, [*consts, *args])
-        called = lambda *args: self.called_again([*consts, *args])
-        with bound_axis(*self.axis):
-            return derivative_rules.derive_alike(evaluated, called, types, places)
+    def is_called_again(self, moved: Sequence[int]) -> bool:
+        """Whether the derivative with respect to those of ``(*consts, *args)`` at `moved` is that
+        of `fun`, since the jaxpr has another one. An error where `fun` cannot be called."""
+        if self.original is None or self.original.is_as_traced(moved):
+            return False
+        if not self.is_whole or self.coupling is not None:
+            raise NotImplementedError(
+                "A custom_jvp or custom_vjp that is defined inside the loss reads the batch, what "
+                "the loss computes, or a Python variable or setting that changes while the loss "
+                "runs. That is not supported where the loss has a collective over "
+                f"{self.axis[0]!r}, or draws random numbers from a model's streams: pass these "
+                "values to it as arguments."
+            )
+        return True
 
     def with_sums(
         self,
@@ -227,7 +220,7 @@ class Trace:
 
     def with_jaxpr(self, jaxpr: jex.Jaxpr) -> Trace:
         """The trace of another jaxpr, which is no longer what `fun` returns."""
-        return dataclasses.replace(self, jaxpr=jaxpr, fun=None)
+        return dataclasses.replace(self, jaxpr=jaxpr, is_whole=False)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
         jaxpr, wanted = self.jaxpr, [False] * len(self.jaxpr.outvars)
@@ -243,10 +236,12 @@ def trace(
 ) -> tuple[Trace, list[Array]]:
     """Trace `fun` at the shapes of `args` under a named axis of the given size; returns the trace
     and its constants."""
-    jaxpr, consts = constants_first(jax.make_jaxpr(fun, axis_env=[axis])(*args))
+    plain, consts = constants_first(jax.make_jaxpr(fun, axis_env=[axis])(*args))
+    jaxpr = index_as_argument(plain, axis)
     # What reads the index is not called again: outside of this trace the index has no value.
-    again = None if any(map(is_index, mentions(jaxpr, axis[0]))) else fun
-    return Trace(index_as_argument(jaxpr, axis), len(consts), axis, again, tuple(consts)), consts
+    reads_index = any(map(is_index, mentions(plain, axis[0])))
+    original = None if reads_index else Original(fun, jaxpr, consts, axis)
+    return Trace(jaxpr, len(consts), axis, original), consts
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:

@@ -119,7 +119,7 @@ class Derivative:
     def again(self) -> list[bool]:
         """Which traces are not derived: their function is called again."""
         wrt, numbered = self.gradient.wrt, enumerate(self.program.traces)
-        return [not one.derives_as_fun(moved(self.program, g, wrt)) for g, one in numbered]
+        return [one.is_called_again(moved(self.program, g, wrt)) for g, one in numbered]
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""

@@ -257,7 +257,7 @@ FAULTS = [
     ),
     Fault(
         "an array of numpy is what it was",
-        "_const_key",
+        "const_key",
         "return held.shape, held.dtype, held.tobytes()",
         "return held.shape, held.dtype",
         "plain/test_eager.py::test_an_array_of_numpy_may_change_in_place",
