@@ -17,8 +17,7 @@ from jaxaccum._coupled.schedule import schedule as described
 from jaxaccum._coupled.trace import opened
 from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
-from jaxaccum._loop.differentiated import differentiated
-from jaxaccum._loop.differentiated import moved as moved_arguments
+from jaxaccum._loop.differentiated import differentiated, moved_arguments
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
@@ -41,7 +40,8 @@ def run_with_gradient(
     """The combined parts, and the gradients of all microbatches, of one seed for each of the
     gradient's parts."""
     (trace,) = program.traces
-    trace.is_called_again(moved_arguments(program, 0, gradient.wrt))  # an error: no stage is
+    if trace.has_other_derivative(moved_arguments(program, 0, gradient.wrt)):
+        raise trace.refusal()
     cuts = _cuts(program)
     moved = _moved(program, cuts, gradient.wrt)
     staged = StagedProgram(program, list(arrays), cuts, choose(cuts, program.memory, moved))

@@ -33,22 +33,19 @@ from jaxaccum._jaxpr.equations import called
 from jaxaccum._jaxpr.structure import (
     computing,
     const_key,
-    leaf_key,
     literal_key,
-    params_key,
-    value_key,
 )
 from jaxaccum._jaxpr.variables import Atom, Var, bound, types_of
 
-Program = tuple[jex.Jaxpr, Sequence[object]]
+Closed = tuple[jex.Jaxpr, Sequence[object]]
 """A jaxpr whose first arguments are constants, and the constants."""
 
 
-def are_equal(*programs: Program) -> bool:
+def compute_the_same(*programs: Closed) -> bool:
     """Whether programs compute the same, of constants that hold the same numbers."""
-    shared = set.intersection(*(set(map(id, consts)) for _, consts in programs))
+    in_all = set.intersection(*(set(map(id, consts)) for _, consts in programs))
     numbers = _Numbers()
-    keys = [numbers.of_program(program, shared) for program in programs]
+    keys = [numbers.of_program(program, in_all) for program in programs]
     return all(key == keys[0] for key in keys)
 
 
@@ -57,27 +54,23 @@ class _Numbers:
     """The numbers of all values so far."""
 
     known: dict[Hashable, int] = dataclasses.field(default_factory=dict)
-    unhashed: list[Hashable] = dataclasses.field(default_factory=list)
-    functions: list[types.FunctionType] = dataclasses.field(default_factory=list)
-    """Those whose closures are being looked at."""
     addends: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """The numbers that a sum of cotangents adds up."""
+    opened: list[int] = dataclasses.field(default_factory=list)
+    """The objects that are being looked into."""
 
     def of(self, key: Hashable) -> int:
         """The number of what has this key."""
-        try:
-            return self.known.setdefault(key, len(self.known))
-        except TypeError:  # a parameter without a hash
-            self.unhashed += [] if key in self.unhashed else [key]
-            return -1 - self.unhashed.index(key)
+        return self.known.setdefault(key, len(self.known))
 
-    def of_program(self, program: Program, shared: set[int]) -> Hashable:
-        """What tells a program from others; constants that are `shared` are told by themselves."""
+    def of_program(self, program: Closed, in_all: set[int]) -> Hashable:
+        """What tells a program from others. Constants that are in all programs are compared by
+        identity; those of an outer trace are, too."""
         jaxpr, consts = program
         keys: list[Hashable] = []
         for x in consts:
-            alone = id(x) in shared or isinstance(x, jax.core.Tracer)
-            keys.append(id(x) if alone else const_key(np.asarray(x)))
+            by_identity = id(x) in in_all or isinstance(x, jax.core.Tracer)
+            keys.append(id(x) if by_identity else const_key(np.asarray(x)))
         return self._function(jaxpr, [self.of(("constant", key)) for key in keys])
 
     def _function(self, jaxpr: jex.Jaxpr, consts: Sequence[int] = ()) -> Hashable:
@@ -107,7 +100,7 @@ class _Numbers:
             return self._results(inner, [*held, *args], seen)
         if eqn.primitive.name == "add_any":
             return [self._sum(args)]
-        params = params_key(computing(eqn), self._leaf)
+        params = self._key(computing(eqn))
         key = (eqn.primitive, tuple(args), params, compat.context_key(eqn))
         if eqn.effects:
             key = (*key, len(seen))
@@ -121,24 +114,62 @@ class _Numbers:
         self.addends[number] = addends
         return number
 
-    def _leaf(self, x: object) -> Hashable:
-        """The key of a program or a function inside an equation, and of what holds neither.
+    # -- parameters of equations
 
-        Two functions of one definition, which closed over the same, compute the same.
-        """
+    def _key(self, x: object) -> Hashable:
+        """What tells a parameter from others, by what it holds. One that holds itself is told by
+        its depth there."""
+        if id(x) in self.opened:
+            return "opened", self.opened.index(id(x))
+        self.opened.append(id(x))
+        try:
+            return type(x), self._content(x)
+        finally:
+            self.opened.pop()
+
+    def _content(self, x: object) -> Hashable:
         if isinstance(x, jex.Jaxpr | ClosedJaxpr):
             jaxpr, consts = opened(x)
             return self._function(jaxpr, [self.of(("constant", const_key(c))) for c in consts])
-        if isinstance(x, types.FunctionType) and x not in self.functions:
-            self.functions.append(x)  # it may close over itself
-            held = [cell.cell_contents for cell in x.__closure__ or ()]
-            key = x.__code__, value_key([*held, x.__defaults__], self._leaf)
-            self.functions.pop()
-            return key
-        if isinstance(x, functools.partial):
-            return type(x), value_key([x.func, x.args, x.keywords], self._leaf)
-        if isinstance(x, types.MethodType):
-            return type(x), value_key([x.__func__, x.__self__], self._leaf)
-        if isinstance(x, jax.Array):
+        if isinstance(x, jax.Array | np.ndarray):
             return const_key(x)
-        return leaf_key(x)
+        if isinstance(x, float | complex | np.generic):
+            return np.asarray(x).tobytes()
+        held = _parts(x)
+        if held is not None:
+            return tuple(map(self._key, held))
+        try:
+            return hash(x), x
+        except TypeError:  # it has no hash
+            return id(x)
+
+
+def _parts(x: object) -> Iterable[object] | None:
+    """What an object is made of; None of one that is compared as Python does.
+
+    Two functions of one definition, which closed over the same, compute the same.
+    """
+    if isinstance(x, tuple | list):
+        return x
+    if isinstance(x, dict):
+        names = sorted(x, key=str)
+        return [*names, *map(x.get, names)]
+    if isinstance(x, types.FunctionType):
+        settings = x.__defaults__, x.__kwdefaults__, x.__dict__
+        return [x.__code__, id(x.__globals__), *settings, *map(_held, x.__closure__ or ())]
+    if isinstance(x, functools.partial):
+        return [x.func, x.args, x.keywords]
+    if isinstance(x, types.MethodType):
+        return [x.__func__, x.__self__]
+    is_of_jax = type(x).__module__.startswith("jax.")  # as the grid of a Pallas kernel
+    if is_of_jax and dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [getattr(x, field.name) for field in dataclasses.fields(x)]
+    return None
+
+
+def _held(cell: types.CellType) -> object:
+    """What a variable that a function closes over holds."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is not bound yet
+        return types.CellType

@@ -12,11 +12,9 @@ how it is differentiated.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 import jax
-import jax.core
 import jax.extend.core as jex
 import numpy as np
 
@@ -73,33 +71,20 @@ def literal_key(v: jex.Literal) -> Hashable:
     return v.aval, np.asarray(v.val).tobytes()
 
 
-def leaf_key(x: object) -> Hashable:
-    """A parameter, or a part of one, that holds no other: a program by its key, a number by its
-    bits."""
+def params_key(params: Mapping[str, object]) -> Hashable:
+    """The parameters of an equation, in the order of their names."""
+    return tuple((name, _value_key(params[name])) for name in sorted(params))
+
+
+def _value_key(x: object) -> Hashable:
+    """A parameter of an equation; programs inside it by their keys, numbers by their bits."""
     if isinstance(x, jex.Jaxpr | ClosedJaxpr):
         return key_of(x)
-    return type(x), repr(x) if isinstance(x, float) else x
-
-
-def params_key(
-    params: Mapping[str, object], leaf: Callable[[object], Hashable] = leaf_key
-) -> Hashable:
-    """The parameters of an equation, in the order of their names."""
-    return tuple((name, value_key(params[name], leaf)) for name in sorted(params))
-
-
-def value_key(x: object, leaf: Callable[[object], Hashable]) -> Hashable:
-    """A parameter of an equation, by the keys of what it holds."""
     if isinstance(x, tuple | list):
-        return type(x), tuple(value_key(one, leaf) for one in x)
-    if isinstance(x, dict):
-        return type(x), value_key(list(x.items()), leaf)
+        return type(x), tuple(map(_value_key, x))
     if isinstance(x, np.ndarray):
         return const_key(x)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):  # the grid of a Pallas kernel
-        fields = [getattr(x, field.name) for field in dataclasses.fields(x)]
-        return type(x), value_key(fields, leaf)
-    return leaf(x)
+    return type(x), repr(x) if isinstance(x, float) else x
 
 
 def const_key(x: object) -> Hashable:

@@ -2,7 +2,8 @@
 
 `fun` is traced once for each size of microbatch. Everything after that evaluates the jaxpr: the
 pass that computes denominators, the derivative, the derivative of the derivative. One exception:
-where a derivative rule derives the jaxpr otherwise than `fun`, `fun` is called again.
+where a derivative rule of the user's own gives `fun` another derivative than the jaxpr, `fun` is
+called again.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from jaxaccum._jaxpr.compat import (
     is_reference,
     is_reference_effect,
 )
-from jaxaccum._jaxpr.derivative_rules import Original
 from jaxaccum._jaxpr.equations import (
     axes_in,
     changed,
     changed_params,
     constants_first,
+    equations_inside,
     is_index,
     mentions,
+    mentions_inside,
     with_invars,
     with_outvars,
     without_unused,
 )
 from jaxaccum._jaxpr.microbatch_index import index_as_argument
+from jaxaccum._jaxpr.original import Original
 from jaxaccum._jaxpr.variables import Var, types_of, variables
 
 
@@ -52,9 +55,10 @@ class Trace:
     axis: tuple[str, int]
     """The name and the size of the loop's axis."""
     original: Original | None = dataclasses.field(default=None, compare=False)
-    """What was traced, unless it reads the loop's index."""
-    is_whole: bool = dataclasses.field(default=True, compare=False)
-    """Whether its outputs are the first ones of `fun`, computed as `fun` does."""
+    """What was traced, if it has a derivative rule of the user's own. None, too, if it reads the
+    loop's index inside of a loop or a branch."""
+    is_callable: bool = dataclasses.field(default=True, compare=False)
+    """Whether what was traced, called again, has the same outputs, or more after them."""
 
     def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
@@ -71,20 +75,26 @@ class Trace:
         assert self.original is not None
         return self.original(*arrays[self.num_consts :])[: len(self.jaxpr.outvars)]
 
-    def is_called_again(self, moved: Sequence[int]) -> bool:
-        """Whether the derivative with respect to those of ``(*consts, *args)`` at `moved` is that
-        of `fun`, since the jaxpr has another one. An error where `fun` cannot be called."""
-        if self.original is None or self.original.is_as_traced(moved):
-            return False
-        if not self.is_whole or self.coupling is not None:
-            raise NotImplementedError(
-                "A custom_jvp or custom_vjp that is defined inside the loss reads the batch, what "
-                "the loss computes, or a Python variable or setting that changes while the loss "
-                "runs. That is not supported where the loss has a collective over "
-                f"{self.axis[0]!r}, or draws random numbers from a model's streams: pass these "
-                "values to it as arguments."
-            )
-        return True
+    def has_other_derivative(self, moved: Sequence[int]) -> bool:
+        """Whether `fun` has another derivative than the jaxpr, with respect to those of ``(*consts,
+        *args)`` at `moved`."""
+        return self.original is not None and self.original.has_other_derivative(moved)
+
+    def can_be_called_again(self, moved: Sequence[int]) -> bool:
+        """Whether `fun` can be derived in the place of the jaxpr."""
+        closes_over = any(place < self.num_consts for place in moved)
+        return self.is_callable and self.coupling is None and not closes_over
+
+    def refusal(self) -> NotImplementedError:
+        """The error where it has to be, and cannot."""
+        assert self.original is not None
+        return NotImplementedError(
+            f"The derivative rule at {self.original.rule} may read the batch, what the loss "
+            "computes, or a Python variable or setting that changes while the loss runs. This is "
+            f"not supported where the loss has a collective over {self.axis[0]!r} or reads its "
+            "index, draws random numbers from a model's streams, or closes over what is "
+            "differentiated. Pass what the rule reads as an argument."
+        )
 
     def with_sums(
         self,
@@ -220,7 +230,7 @@ class Trace:
 
     def with_jaxpr(self, jaxpr: jex.Jaxpr) -> Trace:
         """The trace of another jaxpr, which is no longer what `fun` returns."""
-        return dataclasses.replace(self, jaxpr=jaxpr, is_whole=False)
+        return dataclasses.replace(self, jaxpr=jaxpr, is_callable=False)
 
     def _restrict(self, outputs: Sequence[int]) -> tuple[jex.Jaxpr, list[bool]]:
         jaxpr, wanted = self.jaxpr, [False] * len(self.jaxpr.outvars)
@@ -238,10 +248,20 @@ def trace(
     and its constants."""
     plain, consts = constants_first(jax.make_jaxpr(fun, axis_env=[axis])(*args))
     jaxpr = index_as_argument(plain, axis)
-    # What reads the index is not called again: outside of this trace the index has no value.
     reads_index = any(map(is_index, mentions(plain, axis[0])))
-    original = None if reads_index else Original(fun, jaxpr, consts, axis)
-    return Trace(jaxpr, len(consts), axis, original), consts
+    original = Original(fun, jaxpr, consts, axis, reads_index)
+    nothing = original.rule is None or _reads_index_in_control_flow(plain, axis[0])
+    return Trace(jaxpr, len(consts), axis, None if nothing else original, not reads_index), consts
+
+
+_CONTROL_FLOW = ("scan", "while", "cond")
+
+
+def _reads_index_in_control_flow(jaxpr: jex.Jaxpr, axis_name: str) -> bool:
+    """Whether a loop or a branch asks for the index. In the trace it is then given the index, so
+    that it is not the same equation."""
+    nested = [eqn for eqn in equations_inside(jaxpr) if eqn.primitive.name in _CONTROL_FLOW]
+    return any(any(map(is_index, mentions_inside(eqn, axis_name))) for eqn in nested)
 
 
 def _needed(jaxpr: jex.Jaxpr, outputs: Sequence[int]) -> list[jex.JaxprEqn]:

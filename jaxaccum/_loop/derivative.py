@@ -39,7 +39,7 @@ from jaxaccum._base.trees import cast
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._loop import maxima
-from jaxaccum._loop.differentiated import Differentiated, differentiated, moved
+from jaxaccum._loop.differentiated import Differentiated, differentiated, moved_arguments
 from jaxaccum._loop.loop import Scanned, rows_of, scan
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
@@ -109,17 +109,23 @@ class Derivative:
         Where these are wider than the parameters, the backward pass widens each share before it
         adds it. Where the derivative calls `fun` again, no program is there for sums to pass.
         """
-        if any(self.again):
+        if any(self.calls_again):
             return False
         lone = self.program.partition.num_microbatches == 1
         widened = any(self.gradient.accumulator.dtype_for(x) != x.dtype for x in self.parameters)
         return self.gradient.accumulator.in_place and (widened or not lone)
 
     @functools.cached_property
-    def again(self) -> list[bool]:
-        """Which traces are not derived: their function is called again."""
-        wrt, numbered = self.gradient.wrt, enumerate(self.program.traces)
-        return [one.is_called_again(moved(self.program, g, wrt)) for g, one in numbered]
+    def calls_again(self) -> list[bool]:
+        """For each trace, whether its function is derived in its place."""
+        return [self._calls_again(g) for g in range(len(self.program.traces))]
+
+    def _calls_again(self, g: int) -> bool:
+        one, places = self.program.traces[g], moved_arguments(self.program, g, self.gradient.wrt)
+        differs = one.has_other_derivative(places)
+        if differs and not one.can_be_called_again(places):
+            raise one.refusal()
+        return differs
 
     def zeros(self) -> list[Array]:
         """The sums, and the maxima, before the first microbatch."""
@@ -194,7 +200,7 @@ class Derivative:
     def _parts(self, g: int, index: Array, inputs: list[Array]) -> list[Array]:
         """One microbatch's outputs, to be differentiated."""
         one = self.program.traces[g]
-        return one.called_again(inputs) if self.again[g] else one.derived(index, inputs)
+        return one.called_again(inputs) if self.calls_again[g] else one.derived(index, inputs)
 
     def _places(self, g: int) -> dict[int, int]:
         """The arguments of trace `g` that have a running sum: their positions there, and those of

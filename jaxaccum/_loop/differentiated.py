@@ -40,7 +40,7 @@ def differentiated(program: Program, wrt: Sequence[int]) -> Differentiated:
     return found
 
 
-def moved(program: Program, g: int, wrt: Sequence[int]) -> list[int]:
+def moved_arguments(program: Program, g: int, wrt: Sequence[int]) -> list[int]:
     """The places of the differentiated arguments of trace `g`, those of its constants first."""
     slots = differentiated(program, wrt)
     chosen = {*slots.whole, *slots.rows}

@@ -45,8 +45,9 @@ def _explained() -> Iterator[None]:
     except jax.errors.UnexpectedTracerError as error:
         error.add_note(
             "A custom_jvp or custom_vjp that is defined inside the loss must not read the batch, "
-            "nor what the loss computes, where the loss reads lax.axis_index of the loop, or "
-            "closes over what is differentiated: pass these values to it as arguments."
+            "nor what the loss computes, where a loop or a branch reads lax.axis_index of the "
+            "microbatches, or the loss closes over what is differentiated: pass these values to "
+            "it as arguments."
         )
         raise
 

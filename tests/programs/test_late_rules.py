@@ -130,7 +130,7 @@ def test_a_rule_reads_what_it_would_under_jax_grad(reader, rule):
     assert normwise(jax.grad(jax.jit(loss))(W, BATCH), expected) > 1e6 * EXACT
 
 
-@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "devices"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_it_does_in_every_kind_of_gradient(name):
     loss = of_a_variable(leaky_by_vjp)
     assert normwise(GRADIENTS[name](loss)(W, BATCH), jitted.grad(loss)(W, BATCH)) < EXACT
@@ -196,7 +196,7 @@ def test_a_rule_finds_its_state_as_the_loss_left_it(gradient, name):
     assert normwise(scaled(W, BATCH), expected) > 1e6 * EXACT
 
 
-# -- coupled losses --------------------------------------------------------------------------------
+# -- losses that cannot be called again ------------------------------------------------------------
 
 
 def centered(h):
@@ -213,16 +213,46 @@ def coupled(make):
     return loss
 
 
+def by_place(make):
+    """Each microbatch's loss is multiplied by its place."""
+    loss = of_a_variable(make)
+    return lambda w, b: loss(w, b) * (1.0 + lax.axis_index("microbatch").astype(float))
+
+
 REFUSED = {
     **{make.__name__: coupled(make) for make in RULES},
+    "axis_index": by_place(leaky_by_vjp),
     "state": lambda w, b: centered(jnp.sin(STATES["a flag"](w, b["x"]))),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_coupled_loss_with_such_a_rule_is_refused(name):
-    with pytest.raises(NotImplementedError, match="pass these values to it as arguments"):
-        ja.grad(REFUSED[name], num_microbatches=3)(W, BATCH)
+    with pytest.raises(NotImplementedError, match="Pass what the rule reads as an argument"):
+        ja.grad(REFUSED[name], num_microbatches=3, audit=None)(W, BATCH)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loss_that_closes_over_its_parameters_is_refused(rule):
+    loss = of_a_variable(rule)
+    around = lambda w: ja.microbatch(lambda b: loss(w, b), in_axes=(0,), num_microbatches=3)(BATCH)
+    with pytest.raises(NotImplementedError, match="closes over what is differentiated"):
+        jax.grad(around)(W)
+
+
+def test_it_is_not_where_its_rules_read_constants():
+    loss = of_a_variable(lambda _: leaky_by_vjp(lambda: 0.1))
+    around = lambda w: ja.microbatch(lambda b: loss(w, b), in_axes=(0,), num_microbatches=3)(BATCH)
+    assert normwise(jax.grad(around)(W), jitted.grad(loss)(W, BATCH)) < EXACT
+
+
+def test_a_loss_that_reads_its_place_is_not_where_its_rules_read_constants():
+    """The oracle is a Python loop."""
+    rule = lambda _: leaky_by_vjp(lambda: 0.1)
+    loss, actual = of_a_variable(rule), ja.grad(by_place(rule), num_microbatches=3, audit=None)
+    parts = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], BATCH) for i in range(3)]
+    grads = [(1.0 + i) * jitted.grad(loss)(W, part) for i, part in enumerate(parts)]
+    assert normwise(actual(W, BATCH), sum(grads) / 3) < EXACT
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -230,7 +260,7 @@ def test_it_is_on_a_mesh(check_vma):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = ja.grad(coupled(leaky_by_vjp), num_microbatches=3, mesh_axes="data")
     specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-    with pytest.raises(NotImplementedError, match="pass these values to it as arguments"):
+    with pytest.raises(NotImplementedError, match="Pass what the rule reads as an argument"):
         jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs)(W, BATCH)
 
 
@@ -356,7 +386,7 @@ def traced(loss):
 
 def is_derived_from_its_trace(loss):
     one = traced(loss)
-    return not one.is_called_again([one.num_consts])
+    return not one.has_other_derivative([one.num_consts])
 
 
 @pytest.mark.parametrize("name", LAYER)
@@ -390,8 +420,11 @@ def test_constants_are_compared_by_what_they_hold(kind):
     assert not is_derived_from_its_trace(functools.partial(loss, tables=other))
 
 
-def test_outputs_that_were_left_out_do_not_count():
+def test_outputs_that_were_left_out_are_not_returned():
     """The function is called with all of them."""
-    loss = lambda w, b: [jnp.mean(square(b["x"] @ w)), jnp.mean(sine(b["x"] @ w))]
-    assert not traced(loss).split(1)[0].is_called_again([0])
-    assert not traced(loss).first(1).is_called_again([0])
+    late = of_a_variable(leaky_by_jvp)
+    one = traced(lambda w, b: [late(w, b), jnp.mean(b["x"] @ w)])
+    for part in (one.split(1)[0], one.first(1)):
+        assert part.has_other_derivative([0])
+        (value,) = part.called_again([W, BATCH["x"], BATCH["y"]])
+        assert normwise(value, late(W, BATCH)) < EXACT

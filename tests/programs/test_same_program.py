@@ -5,6 +5,7 @@ The oracle is how the pairs are made: by the same function in another order, or 
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.interpreters import ad
 
 from jaxaccum._jaxpr.equations import constants_first
-from jaxaccum._jaxpr.same_program import are_equal
+from jaxaccum._jaxpr.same_program import compute_the_same
 from tests.support.helpers import data
 
 X = data(2, 3)
@@ -47,6 +48,69 @@ class Adder:
         return z + self.number
 
 
+def with_number(n):
+    def f(z):
+        return z + f.number
+
+    f.number = n
+    return f
+
+
+def with_default(n):
+    return lambda z, number=n: z + number
+
+
+def with_keyword(n):
+    def f(z, *, number=n):
+        return z + number
+
+    return f
+
+
+class Trainer:
+    """It holds a function that holds it, and it is never equal to another one."""
+
+    def __init__(self):
+        self.hooks = [self.hook]
+
+    def hook(self, z):
+        return z
+
+
+class Ambiguous:
+    """It has no hash, and comparing it gives an array."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return np.zeros(2)
+
+
+@dataclasses.dataclass(eq=False)
+class Hidden:
+    """Its state is no field."""
+
+    def __post_init__(self):
+        self.number = next(NUMBERS)
+
+    def __call__(self, z):
+        return z + self.number
+
+
+NUMBERS = itertools.count()
+
+
+def unbound(z):
+    """A function that closes over a variable without a value."""
+
+    def f(z):
+        return z if True else later
+
+    if z is None:
+        later = 1
+    return f
+
+
 def counts_itself(n):
     def f(z):
         return z if n == 0 else f(z) * n
@@ -73,6 +137,17 @@ def cosine_first(x):
 
 
 TABLE, OTHER_TABLE = data(2, 3, seed=1), data(2, 3, seed=2)
+TRAINER, AMBIGUOUS = Trainer(), Ambiguous()
+
+
+def in_other_setting(f):
+    def g(x):
+        with jax.threefry_partitionable(not jax.config.jax_threefry_partitionable):
+            return f(x)
+
+    return g
+
+
 SAME = {
     "order": (lambda x: jnp.sin(x) * jnp.cos(x), cosine_first),
     "the order of cotangents": (
@@ -94,6 +169,14 @@ SAME = {
     "functions with arguments": tuple(
         lambda x, f=f: called(f, x)
         for f in (functools.partial(np.add, 1.0), functools.partial(np.add, 1.0))
+    ),
+    "functions that close over themselves": tuple(
+        lambda x: called(counts_itself(2), x) for _ in range(2)
+    ),
+    "functions with an unbound variable": tuple(lambda x: called(unbound(1), x) for _ in range(2)),
+    "an object that holds itself": tuple(lambda x, f=TRAINER.hook: called(f, x) for _ in range(2)),
+    "an object without a hash": tuple(
+        lambda x, f=AMBIGUOUS: called(with_default(f), x) for _ in range(2)
     ),
     "methods": tuple(lambda x, f=f: called(f, x) for f in (Adder(1.0).add, Adder(1.0).add)),
     "kernels": tuple(by_kernel(lambda i: (i, np.int32(0))) for _ in range(2)),
@@ -125,6 +208,17 @@ OTHER = {
         lambda x, f=f: called(f, x)
         for f in (functools.partial(np.add, 1.0), functools.partial(np.add, 2.0))
     ),
+    "a setting": (jnp.sin, in_other_setting(jnp.sin)),
+    "a default": tuple(lambda x, n=n: called(with_default(n), x) for n in (1.0, 2.0)),
+    "a keyword": tuple(lambda x, n=n: called(with_keyword(n), x) for n in (1.0, 2.0)),
+    "an attribute": tuple(lambda x, n=n: called(with_number(n), x) for n in (1.0, 2.0)),
+    "the sign of zero": tuple(
+        lambda x, n=n: called(with_default(np.float32(n)), x) for n in (0.0, -0.0)
+    ),
+    "hidden state": tuple(lambda x: called(Hidden(), x) for _ in range(2)),
+    "objects without a hash": tuple(
+        lambda x: called(with_default(Ambiguous()), x) for _ in range(2)
+    ),
     "an object": tuple(lambda x, f=f: called(f, x) for f in (Adder(1.0).add, Adder(2.0).add)),
     "a result": (lambda x: (x, -x), lambda x: (-x, x)),
     "a kernel": (by_kernel(lambda i: (i, np.int32(0))), by_kernel(lambda i: (1 - i, np.int32(0)))),
@@ -138,26 +232,26 @@ def program(f):
 @pytest.mark.parametrize("name", SAME)
 def test_programs_that_compute_the_same(name):
     one, other = map(program, SAME[name])
-    assert are_equal(one, other, one)
+    assert compute_the_same(one, other, one)
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_programs_that_do_not(name):
     one, other = map(program, OTHER[name])
-    assert not are_equal(one, other)
-    assert not are_equal(one, one, other)
-    assert are_equal(one, one)
+    assert not compute_the_same(one, other)
+    assert not compute_the_same(one, one, other)
+    assert compute_the_same(one, one)
 
 
 def test_other_types_are_other_programs():
-    assert not are_equal(program(jnp.sin), constants_first(jax.make_jaxpr(jnp.sin)(X[0])))
+    assert not compute_the_same(program(jnp.sin), constants_first(jax.make_jaxpr(jnp.sin)(X[0])))
 
 
 def test_values_of_an_outer_trace_are_told_by_themselves():
     def outer(x, y):
         same, other = program(lambda z: z * x), program(lambda z: z * y)
-        assert are_equal(same, program(lambda z: z * x))
-        assert not are_equal(same, other)
+        assert compute_the_same(same, program(lambda z: z * x))
+        assert not compute_the_same(same, other)
         return x
 
     jax.jit(outer)(X, X)
