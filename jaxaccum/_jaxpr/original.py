@@ -35,12 +35,11 @@ import numpy as np
 from jax import lax
 
 from jaxaccum._base.entries import entries, places_of, with_entries
-from jaxaccum._base.source_lines import Frame
 from jaxaccum._base.trees import is_inexact
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr import derived_once
 from jaxaccum._jaxpr.compat import bound_axis
-from jaxaccum._jaxpr.derivative_rules import rule_of, with_rules_of_users
+from jaxaccum._jaxpr.derivative_rules import with_rules_of_users
 from jaxaccum._jaxpr.equations import constants_first
 from jaxaccum._jaxpr.same_program import Closed, compute_the_same
 from jaxaccum._jaxpr.variables import Type, Var, types_of
@@ -73,7 +72,7 @@ class Original:
         Where constants are differentiated, the derivative with respect to all arguments stands for
         theirs: called again, the function has none with respect to what it closes over.
         """
-        if self.rule is None or not moved:
+        if not self.rules or not moved:
             return False
         places = tuple(place - len(self.consts) for place in moved)
         if min(places) < 0:
@@ -83,10 +82,9 @@ class Original:
         return self._known[places]
 
     @functools.cached_property
-    def rule(self) -> Frame | None:
-        """The first line of a rule of the user's own; None where there is no rule."""
-        found = next(with_rules_of_users(self.jaxpr), None)
-        return None if found is None else rule_of(found)
+    def rules(self) -> list[jex.JaxprEqn]:
+        """The equations that have a rule of the user's own."""
+        return list(with_rules_of_users(self.jaxpr))
 
     def _differs(self, moved: Sequence[int]) -> bool:
         """Whether JAX derives the function and its trace, the second time too, as other programs.

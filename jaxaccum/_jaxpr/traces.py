@@ -27,6 +27,7 @@ from jaxaccum._jaxpr.compat import (
     is_reference,
     is_reference_effect,
 )
+from jaxaccum._jaxpr.derivative_rules import rule_of
 from jaxaccum._jaxpr.equations import (
     axes_in,
     changed,
@@ -88,8 +89,9 @@ class Trace:
     def refusal(self) -> NotImplementedError:
         """The error where it has to be, and cannot."""
         assert self.original is not None
+        rule = rule_of(self.original.rules[0])
         return NotImplementedError(
-            f"The derivative rule at {self.original.rule} may read the batch, what the loss "
+            f"The derivative rule at {rule} may read the batch, what the loss "
             "computes, or a Python variable or setting that changes while the loss runs. This is "
             f"not supported where the loss has a collective over {self.axis[0]!r} or reads its "
             "index, draws random numbers from a model's streams, or closes over what is "
@@ -250,7 +252,7 @@ def trace(
     jaxpr = index_as_argument(plain, axis)
     reads_index = any(map(is_index, mentions(plain, axis[0])))
     original = Original(fun, jaxpr, consts, axis, reads_index)
-    nothing = original.rule is None or _reads_index_in_control_flow(plain, axis[0])
+    nothing = not original.rules or _reads_index_in_control_flow(plain, axis[0])
     return Trace(jaxpr, len(consts), axis, None if nothing else original, not reads_index), consts
 
 
