@@ -10,9 +10,10 @@ same if their results have the same numbers.
     a = sin x; b = cos x; c = a + b      x: 0, sin of 0: 1, cos of 0: 2, sum of {1, 2}: 3
     b = cos x; a = sin x; c = b + a      x: 0, cos of 0: 2, sin of 0: 1, sum of {1, 2}: 3
 
-A call is numbered as what it holds. A loop or a branch is told by what its body computes of its
-arguments, which have numbers of their own. What may be seen from outside, such as a print, counts
-in its order. Sums of cotangents alone are taken in any order: `add` rounds as it is written.
+A call is numbered as the equations that it holds. The body of a loop or a branch is numbered by
+itself, with numbers for its own arguments. Prints and other effects count in their order. The `+`
+of the example is JAX's sum of cotangents, which is taken in any order; `add` is not, since it
+rounds as it is written.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class _Numbers:
         return self.known.setdefault(key, len(self.known))
 
     def of_program(self, program: Closed, in_all: set[int]) -> Hashable:
-        """What tells a program from others. Constants that are in all programs are compared by
-        identity; those of an outer trace are, too."""
+        """What tells a program from others. Constants that are in all programs, and those of an
+        outer trace, are compared by identity."""
         jaxpr, consts = program
         keys: list[Hashable] = []
         for x in consts:
