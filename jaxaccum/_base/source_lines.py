@@ -44,6 +44,11 @@ def is_jax(file: str) -> bool:
     return file.startswith(_INNER[0])
 
 
+def is_of_package(file: str) -> bool:
+    """Whether a file belongs to this package."""
+    return file.startswith(_INNER[1])
+
+
 def parameters_of(fun: Fun | None) -> list[inspect.Parameter]:
     """The parameters of a function; none where Python knows no signature."""
     if fun is None:

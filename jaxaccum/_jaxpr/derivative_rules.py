@@ -12,7 +12,7 @@ import jax
 import jax.core
 import jax.extend.core as jex
 
-from jaxaccum._base.source_lines import Frame, is_jax
+from jaxaccum._base.source_lines import Frame, is_jax, is_of_package
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
 from jaxaccum._jaxpr.equations import body_of, equations_inside
@@ -45,9 +45,10 @@ def with_rules_of_users(jaxpr: jex.Jaxpr) -> Iterator[jex.JaxprEqn]:
 
 
 def _has_rule_of_user(eqn: jex.JaxprEqn) -> bool:
-    """Whether a rule is not one of JAX's, nor one that JAX gives to `defjvps` for a function of its
-    own, such as `relu`."""
-    if is_jaxs_own(eqn):
+    """Whether a rule is not one of JAX's or of this package, nor one that JAX gives to `defjvps`
+    for a function of its own, such as `relu`."""
+    rule = rule_of(eqn)
+    if is_jaxs_own(eqn) or (rule is not None and is_of_package(rule.file)):
         return False
     key = body_of(eqn)
     function = None if key is None else opened(eqn.params[key])[0].debug_info

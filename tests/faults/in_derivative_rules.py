@@ -213,4 +213,11 @@ FAULTS = [
         "",
         "programs/test_late_rules.py::test_outputs_that_were_left_out_are_not_returned",
     ),
+    Fault(
+        "the rule of a nested microbatch is taken for a user's",
+        "_has_rule_of_user",
+        "if is_jaxs_own(eqn) or (rule is not None and is_of_package(rule.file)):",
+        "if is_jaxs_own(eqn):",
+        "programs/test_composition.py::test_nested_loops_shadow_the_axis",
+    ),
 ]
