@@ -22,7 +22,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
 from jaxaccum._jaxpr.traces import trace
+from tests.programs.nested_programs import define
 from tests.programs.test_derivative_rules import GRADIENTS
+from tests.programs.test_nested_programs import BATCH as NESTED_BATCH
+from tests.programs.test_nested_programs import DRAWN, PARAMS, TAGS
 from tests.support import jitted
 from tests.support.helpers import EXACT, INEXACT, UNDECIDED, data, normwise
 
@@ -428,3 +431,20 @@ def test_outputs_that_were_left_out_are_not_returned():
         assert part.has_other_derivative([0])
         (value,) = part.called_again([W, BATCH["x"], BATCH["y"]])
         assert normwise(value, late(W, BATCH)) < EXACT
+
+
+def test_programs_of_the_generator_are_derived_from_their_traces():
+    """Their rules read nothing but their operands."""
+    names, with_rules = [*PARAMS, *NESTED_BATCH], 0
+    for program in DRAWN[:100]:
+        loss = define(repr(program), **TAGS)
+
+        def flat(*leaves, loss=loss):
+            given = dict(zip(names, leaves, strict=True))
+            return jax.tree.leaves(loss(given, given))
+
+        one, consts = trace(flat, [*PARAMS.values(), *NESTED_BATCH.values()], ("microbatch", 2))
+        with_rules += one.original is not None
+        moved = range(len(consts), len(consts) + len(PARAMS))
+        assert not one.has_other_derivative(moved), program
+    assert with_rules > 10
