@@ -19,7 +19,7 @@ The cost. A loss that has a rule of the user's own is derived three times more w
 The weakness: the loss is called without the value of the loop's index, and with its own closures.
 One that reads ``axis_index``, or closes over what is differentiated, is refused. So is a coupled
 one, unless it has a ``pmax``, which JAX cannot derive: then nothing is compared. A second
-derivative runs the rules that are left after the first one late again.
+derivative would run the rules that are left after the first one late again: it is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.extend.core as jex
@@ -48,6 +48,13 @@ Fun = Callable[..., list[Array]]
 """A function of arrays."""
 
 
+class _Derived(NamedTuple):
+    """What is known of a derivative."""
+
+    differs: bool
+    has_rules_left: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Original:
     """A function that was traced, its trace, and what it closed over."""
@@ -58,7 +65,7 @@ class Original:
     consts: Sequence[Array]
     axis: tuple[str, int]
     reads_index: bool
-    _known: dict[tuple[int, ...], bool] = dataclasses.field(default_factory=dict)
+    _known: dict[tuple[int, ...], _Derived] = dataclasses.field(default_factory=dict)
 
     def __call__(self, *args: Array) -> list[Array]:
         """Call the function again, under its axis, whose size may be read in Python."""
@@ -72,13 +79,20 @@ class Original:
         Where constants are differentiated, the derivative with respect to all arguments stands for
         theirs: called again, the function has none with respect to what it closes over.
         """
-        if not self.rules or not moved:
-            return False
+        return self._derived(moved).differs
+
+    def has_rules_left(self, moved: Sequence[int]) -> bool:
+        """Whether a second derivative would run rules of the user's own, late again."""
+        return self._derived(moved).has_rules_left
+
+    def _derived(self, moved: Sequence[int]) -> _Derived:
         places = tuple(place - len(self.consts) for place in moved)
+        if not self.rules or not places:
+            return _Derived(differs=False, has_rules_left=False)
         if min(places) < 0:
             places = tuple(places_of(is_inexact(v.aval) for v in self._arguments))
         if places not in self._known:
-            self._known[places] = self._differs(places)
+            self._known[places] = self._compared(places)
         return self._known[places]
 
     @functools.cached_property
@@ -86,7 +100,7 @@ class Original:
         """The equations that have a rule of the user's own."""
         return list(with_rules_of_users(self.jaxpr))
 
-    def _differs(self, moved: Sequence[int]) -> bool:
+    def _compared(self, moved: Sequence[int]) -> _Derived:
         """Whether JAX derives the function and its trace, the second time too, as other programs.
 
         The trace alone may have no derivative: a rule reads values of the trace, or of a
@@ -98,8 +112,11 @@ class Original:
             theirs = _derivative(self.fun, types, moved)
             again = _derivative(self._evaluated, types, moved)
         if ours is None or theirs is None or again is None:
-            return ours is not theirs
-        return not compute_the_same(ours, theirs, again)
+            differs = ours is not theirs
+        else:
+            differs = not compute_the_same(ours, theirs, again)
+        left = theirs is not None and any(True for _ in with_rules_of_users(theirs[0]))
+        return _Derived(differs, left)
 
     def _evaluated(self, *args: Array) -> list[Array]:
         index = lax.axis_index(self.axis[0]) if self.reads_index else np.int32(0)

@@ -86,6 +86,10 @@ class Trace:
         closes_over = any(place < self.num_consts for place in moved)
         return self.is_callable and self.coupling is None and not closes_over
 
+    def is_derived_once(self, moved: Sequence[int]) -> bool:
+        """Whether `fun`, called again, has the right first derivative alone."""
+        return self.original is not None and self.original.has_rules_left(moved)
+
     def refusal(self) -> NotImplementedError:
         """The error where it has to be, and cannot."""
         assert self.original is not None

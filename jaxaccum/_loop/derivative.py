@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
 from jaxaccum.accumulators._record import GradientSum
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Derivative:
         return [self._calls_again(g) for g in range(len(self.program.traces))]
 
     def _calls_again(self, g: int) -> bool:
-        one, places = self.program.traces[g], moved_arguments(self.program, g, self.gradient.wrt)
+        one, places = self.program.traces[g], self._moved(g)
         differs = one.has_other_derivative(places)
         if differs and not one.can_be_called_again(places):
             raise one.refusal()
@@ -195,7 +198,16 @@ class Derivative:
 
         own = entries(rows, self._row_places)
         outs, pull, parts = jax.vjp(forward, self.parameters, own, has_aux=True)
+        if self._is_derived_once(g):
+            pull, parts = _derived_once(pull), derived_once(parts)
         return parts, pull, outs
+
+    def _is_derived_once(self, g: int) -> bool:
+        return self.calls_again[g] and self.program.traces[g].is_derived_once(self._moved(g))
+
+    def _moved(self, g: int) -> list[int]:
+        """The differentiated arguments of trace `g`."""
+        return moved_arguments(self.program, g, self.gradient.wrt)
 
     def _parts(self, g: int, index: Array, inputs: list[Array]) -> list[Array]:
         """One microbatch's outputs, to be differentiated."""
@@ -259,6 +271,29 @@ class Derivative:
             groups = [written[place] for written in scanned.written]
             by_slot[i] = self.program.partition.merge_rows(groups, self.program.slots[i].axis)
         return Result(scanned.parts, entries(by_slot, self.gradient.wrt))
+
+
+def derived_once(results: T) -> T:
+    """The results of a microbatch whose rules would run late in a second derivative."""
+    return typing.cast(T, _refusing(results))
+
+
+@jax.custom_jvp
+def _refusing(results: T) -> T:
+    return results
+
+
+@_refusing.defjvp
+def _refuse(primals: tuple[T], tangents: tuple[T]) -> NoReturn:
+    raise NotImplementedError(
+        "A custom_jvp or custom_vjp of the loss reads a Python variable or setting that changes "
+        "while the loss runs, or a value that is no argument. Its gradient has no derivative over "
+        "microbatches: pass what the rule reads as an argument."
+    )
+
+
+def _derived_once(pull: Callable[[list[Array]], T]) -> Callable[[list[Array]], T]:
+    return lambda cotangents: derived_once(pull(cotangents))
 
 
 Stacked = dict[int, Array]

@@ -5,9 +5,9 @@ from tests.faults.fault import Fault
 FAULTS = [
     Fault(
         "a rule that cannot be derived from the trace is",
-        "Original._differs",
-        "return ours is not theirs",
-        "return False",
+        "Original._compared",
+        "differs = ours is not theirs",
+        "differs = False",
         "programs/test_derivative_rules.py::test_a_rule_reads_what_an_inner_vmap_maps",
     ),
     Fault(
@@ -75,9 +75,9 @@ FAULTS = [
     ),
     Fault(
         "a rule that reads what has changed since is derived from the trace",
-        "Original._differs",
-        "return not compute_the_same(ours, theirs, again)",
-        "return False",
+        "Original._compared",
+        "differs = not compute_the_same(ours, theirs, again)",
+        "differs = False",
         "programs/test_late_rules.py::test_a_rule_reads_what_it_would_under_jax_grad",
     ),
     Fault(
@@ -166,9 +166,9 @@ FAULTS = [
     ),
     Fault(
         "a rule that uses up its state is derived from the trace",
-        "Original._differs",
-        "return not compute_the_same(ours, theirs, again)",
-        "return not compute_the_same(ours, theirs)",
+        "Original._compared",
+        "differs = not compute_the_same(ours, theirs, again)",
+        "differs = not compute_the_same(ours, theirs)",
         "programs/test_late_rules.py::test_a_rule_finds_its_state_as_the_loss_left_it",
     ),
     Fault(
@@ -194,9 +194,9 @@ FAULTS = [
     ),
     Fault(
         "a loss that closes over its parameters is derived from its trace",
-        "Original.has_other_derivative",
+        "Original._derived",
         "places = tuple(places_of(is_inexact(v.aval) for v in self._arguments))",
-        "return False",
+        "return _Derived(False, False)",
         "programs/test_late_rules.py::test_a_loss_that_closes_over_its_parameters_is_refused",
     ),
     Fault(
@@ -219,5 +219,19 @@ FAULTS = [
         "if is_jaxs_own(eqn) or (rule is not None and is_of_package(rule.file)):",
         "if is_jaxs_own(eqn):",
         "programs/test_composition.py::test_nested_loops_shadow_the_axis",
+    ),
+    Fault(
+        "late rules have second derivatives",
+        "Derivative.at",
+        "if self._is_derived_once(g):",
+        "if False:",
+        "programs/test_late_rules.py::test_a_rule_that_would_run_late_in_a_second_derivative_is_refused",
+    ),
+    Fault(
+        "every loss that is called again is derived once",
+        "Original.has_rules_left",
+        "return self._derived(moved).has_rules_left",
+        "return True",
+        "programs/test_late_rules.py::test_a_rule_of_which_nothing_is_left_has_a_second_derivative",
     ),
 ]

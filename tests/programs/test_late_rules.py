@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
+from jaxaccum import accumulators
 from jaxaccum._jaxpr.traces import trace
 from tests.programs.nested_programs import define
 from tests.programs.test_derivative_rules import GRADIENTS
@@ -197,6 +198,37 @@ def test_a_rule_finds_its_state_as_the_loss_left_it(gradient, name):
     assert normwise(GRADIENTS[gradient](loss)(W, BATCH), expected) < EXACT
     scaled = jitted.grad(lambda w, b: jnp.mean(((b["x"] @ w @ w @ w)[:, 0] - b["y"]) ** 2))
     assert normwise(scaled(W, BATCH), expected) > 1e6 * EXACT
+
+
+SECOND = {
+    "hessian": lambda loss: jax.hessian(ja.microbatch(loss, num_microbatches=3)),
+    "jacfwd": lambda loss: jax.jacfwd(ja.grad(loss, num_microbatches=3)),
+    "jacrev": lambda loss: jax.jacrev(ja.grad(loss, num_microbatches=3)),
+    "compensated": lambda loss: jax.jacrev(
+        ja.grad(loss, num_microbatches=3, accumulator=accumulators.compensated())
+    ),
+    "of the value": lambda loss: jax.grad(
+        lambda w, b: ja.value_and_grad(loss, num_microbatches=3)(w, b)[0]
+    ),
+}
+
+
+BOTH = [(name, rule) for name in SECOND for rule in (leaky_by_jvp, leaky_by_vjp)]
+BOTH.remove(("hessian", leaky_by_vjp))  # JAX alone has no Hessian of a custom_vjp
+
+
+@pytest.mark.parametrize(("name", "rule"), BOTH)
+def test_a_rule_that_would_run_late_in_a_second_derivative_is_refused(name, rule):
+    with pytest.raises(NotImplementedError, match="pass what the rule reads as an argument"):
+        SECOND[name](of_a_variable(rule))(W, BATCH)
+
+
+@pytest.mark.parametrize("name", ["hessian", "jacfwd", "jacrev"])
+def test_a_rule_of_which_nothing_is_left_has_a_second_derivative(name):
+    loss = of_a_variable(leaky_by_gradient)
+    expected = jax.jit(jax.hessian(loss))(W, BATCH)
+    assert normwise(SECOND[name](loss)(W, BATCH), expected) < EXACT
+    assert normwise(jax.hessian(jax.jit(loss))(W, BATCH), expected) > 1e6 * EXACT
 
 
 # -- losses that cannot be called again ------------------------------------------------------------
