@@ -16,12 +16,7 @@ from jaxaccum._base.source_lines import Frame, is_jax, is_of_package
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
 from jaxaccum._jaxpr.equations import body_of, equations_inside
-from jaxaccum._jaxpr.variables import (
-    among,
-    differentiable,
-    types_of,
-    variables,
-)
+from jaxaccum._jaxpr.variables import among, differentiable, types_of, variables
 
 WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 """Primitives of functions with a derivative rule."""

@@ -128,6 +128,7 @@ def called(eqn: jex.JaxprEqn) -> jex.Jaxpr | ClosedJaxpr | None:
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "checkpoint", "remat", "remat2",
 }  # fmt: skip
+"""Jax 0.12 calls `closed_call` `eval_jaxpr`."""
 
 
 # -- which axes are named --------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class Original:
             differs = ours is not theirs
         else:
             differs = not compute_the_same(ours, theirs, again)
-        left = theirs is not None and any(True for _ in with_rules_of_users(theirs[0]))
+        left = theirs is not None and bool(list(with_rules_of_users(theirs[0])))
         return _Derived(differs, left)
 
     def _evaluated(self, *args: Array) -> list[Array]:
@@ -142,5 +142,5 @@ def _derivative(fun: Fun, types: Sequence[Type], moved: Sequence[int]) -> Closed
 
     try:
         return constants_first(jax.make_jaxpr(pull)(*types))
-    except Exception:
+    except Exception:  # of a rule, in any way
         return None

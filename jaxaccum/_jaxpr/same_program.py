@@ -31,11 +31,7 @@ import numpy as np
 from jaxaccum._jaxpr import compat
 from jaxaccum._jaxpr.compat import ClosedJaxpr, opened
 from jaxaccum._jaxpr.equations import called
-from jaxaccum._jaxpr.structure import (
-    computing,
-    const_key,
-    literal_key,
-)
+from jaxaccum._jaxpr.structure import computing, const_key, literal_key
 from jaxaccum._jaxpr.variables import Atom, Var, bound, types_of
 
 Closed = tuple[jex.Jaxpr, Sequence[object]]
@@ -57,7 +53,7 @@ class _Numbers:
     known: dict[Hashable, int] = dataclasses.field(default_factory=dict)
     addends: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """The numbers that a sum of cotangents adds up."""
-    opened: list[int] = dataclasses.field(default_factory=list)
+    entered: list[int] = dataclasses.field(default_factory=list)
     """The objects that are being looked into."""
 
     def of(self, key: Hashable) -> int:
@@ -74,7 +70,7 @@ class _Numbers:
             keys.append(id(x) if by_identity else const_key(np.asarray(x)))
         return self._function(jaxpr, [self.of(("constant", key)) for key in keys])
 
-    def _function(self, jaxpr: jex.Jaxpr, consts: Sequence[int] = ()) -> Hashable:
+    def _function(self, jaxpr: jex.Jaxpr, consts: Sequence[int]) -> Hashable:
         """What tells a program, by the numbers of its constants, from others."""
         given = types_of([*jaxpr.constvars, *jaxpr.invars])[len(consts) :]
         arguments = [self.of(("argument", i, x)) for i, x in enumerate(given)]
@@ -96,9 +92,8 @@ class _Numbers:
     def _outs(self, eqn: jex.JaxprEqn, args: list[int], seen: list[Hashable]) -> list[int]:
         """The numbers of an equation's results."""
         if (program := called(eqn)) is not None:
-            inner, consts = opened(program)
-            held = [self.of(("constant", const_key(x))) for x in consts]
-            return self._results(inner, [*held, *args], seen)
+            inner, consts = self._opened(program)
+            return self._results(inner, [*consts, *args], seen)
         if eqn.primitive.name == "add_any":
             return [self._sum(args)]
         params = self._key(computing(eqn))
@@ -107,6 +102,11 @@ class _Numbers:
             key = (*key, len(seen))
             seen.append(self.of(key))
         return [self.of((key, i, x)) for i, x in enumerate(types_of(eqn.outvars))]
+
+    def _opened(self, program: jex.Jaxpr | ClosedJaxpr) -> tuple[jex.Jaxpr, list[int]]:
+        """A program inside an equation, and the numbers of its constants."""
+        jaxpr, consts = opened(program)
+        return jaxpr, [self.of(("constant", const_key(x))) for x in consts]
 
     def _sum(self, args: list[int]) -> int:
         """The number of a sum, whatever the order of its addends."""
@@ -120,18 +120,17 @@ class _Numbers:
     def _key(self, x: object) -> Hashable:
         """What tells a parameter from others, by what it holds. One that holds itself is told by
         its depth there."""
-        if id(x) in self.opened:
-            return "opened", self.opened.index(id(x))
-        self.opened.append(id(x))
+        if id(x) in self.entered:
+            return "entered", self.entered.index(id(x))
+        self.entered.append(id(x))
         try:
             return type(x), self._content(x)
         finally:
-            self.opened.pop()
+            self.entered.pop()
 
     def _content(self, x: object) -> Hashable:
         if isinstance(x, jex.Jaxpr | ClosedJaxpr):
-            jaxpr, consts = opened(x)
-            return self._function(jaxpr, [self.of(("constant", const_key(c))) for c in consts])
+            return self._function(*self._opened(x))
         if isinstance(x, jax.Array | np.ndarray):
             return const_key(x)
         if isinstance(x, float | complex | np.generic):

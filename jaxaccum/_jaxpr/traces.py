@@ -86,8 +86,8 @@ class Trace:
         closes_over = any(place < self.num_consts for place in moved)
         return self.is_callable and self.coupling is None and not closes_over
 
-    def is_derived_once(self, moved: Sequence[int]) -> bool:
-        """Whether `fun`, called again, has the right first derivative alone."""
+    def has_rules_left(self, moved: Sequence[int]) -> bool:
+        """Whether a second derivative of `fun`, called again, would run rules late."""
         return self.original is not None and self.original.has_rules_left(moved)
 
     def refusal(self) -> NotImplementedError:
@@ -256,8 +256,9 @@ def trace(
     jaxpr = index_as_argument(plain, axis)
     reads_index = any(map(is_index, mentions(plain, axis[0])))
     original = Original(fun, jaxpr, consts, axis, reads_index)
-    nothing = not original.rules or _reads_index_in_control_flow(plain, axis[0])
-    return Trace(jaxpr, len(consts), axis, None if nothing else original, not reads_index), consts
+    if not original.rules or _reads_index_in_control_flow(plain, axis[0]):
+        original = None
+    return Trace(jaxpr, len(consts), axis, original, is_callable=not reads_index), consts
 
 
 _CONTROL_FLOW = ("scan", "while", "cond")

@@ -28,9 +28,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +45,6 @@ from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 from jaxaccum._program.reductions import Reduction
 from jaxaccum.accumulators._record import GradientSum
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +195,9 @@ class Derivative:
 
         own = entries(rows, self._row_places)
         outs, pull, parts = jax.vjp(forward, self.parameters, own, has_aux=True)
-        if self._is_derived_once(g):
-            pull, parts = _derived_once(pull), derived_once(parts)
+        if self.calls_again[g] and self.program.traces[g].has_rules_left(self._moved(g)):
+            return without_derivative(parts), lambda ct: without_derivative(pull(ct)), outs
         return parts, pull, outs
-
-    def _is_derived_once(self, g: int) -> bool:
-        return self.calls_again[g] and self.program.traces[g].is_derived_once(self._moved(g))
 
     def _moved(self, g: int) -> list[int]:
         """The differentiated arguments of trace `g`."""
@@ -273,27 +267,19 @@ class Derivative:
         return Result(scanned.parts, entries(by_slot, self.gradient.wrt))
 
 
-def derived_once(results: T) -> T:
-    """The results of a microbatch whose rules would run late in a second derivative."""
-    return typing.cast(T, _refusing(results))
-
-
 @jax.custom_jvp
-def _refusing(results: T) -> T:
+def without_derivative(results: Any) -> Any:
+    """What a microbatch computes by rules that would run late in a second derivative."""
     return results
 
 
-@_refusing.defjvp
-def _refuse(primals: tuple[T], tangents: tuple[T]) -> NoReturn:
+@without_derivative.defjvp
+def _refuse(primals: tuple[Any], tangents: tuple[Any]) -> NoReturn:
     raise NotImplementedError(
         "A custom_jvp or custom_vjp of the loss reads a Python variable or setting that changes "
         "while the loss runs, or a value that is no argument. Its gradient has no derivative over "
         "microbatches: pass what the rule reads as an argument."
     )
-
-
-def _derived_once(pull: Callable[[list[Array]], T]) -> Callable[[list[Array]], T]:
-    return lambda cotangents: derived_once(pull(cotangents))
 
 
 Stacked = dict[int, Array]

@@ -48,8 +48,8 @@ FAULTS = [
     Fault(
         "a loss that reads the index is called again",
         "trace",
-        "None if nothing else original, not reads_index), consts",
-        "None if nothing else original, True), consts",
+        "is_callable=not reads_index",
+        "is_callable=True",
         "programs/test_derivative_rules.py::test_where_the_loop_is_named_the_rule_is_told_to_take_an_argument",
     ),
     Fault(
@@ -223,8 +223,8 @@ FAULTS = [
     Fault(
         "late rules have second derivatives",
         "Derivative.at",
-        "if self._is_derived_once(g):",
-        "if False:",
+        "if self.calls_again[g] and self.program",
+        "if False and self.program",
         "programs/test_late_rules.py::test_a_rule_that_would_run_late_in_a_second_derivative_is_refused",
     ),
     Fault(
