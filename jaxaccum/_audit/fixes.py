@@ -76,6 +76,15 @@ ADJACENT = (
     "take adjacent examples together, k at a time: x.reshape(-1, k, …), with whole groups of k in "
     "every microbatch and split='contiguous'; where every part is treated alike, pass audit=None"
 )
+PICKED = (
+    "to add up parts of the batch, loop over x.reshape(k, -1, …) with jax.lax.scan, or over the "
+    "examples with jax.lax.map; to bring examples together, make one row of them before the call; "
+    "where all parts are treated alike, pass audit=None"
+)
+SORTED = (
+    "rank or select on the full batch, outside: let fun return jaxaccum.Concat(x); where the order "
+    "does not matter in the end, as for tokens that are sorted by expert, pass audit=None"
+)
 PLACE = (
     "compute it from the examples; a number for each place in the batch can be an array of the "
     "batch, which is cut like the rest"

@@ -157,7 +157,7 @@ class Notes(Constants):
 
     def couple(
         self, op: Op, ins: Sequence[Value], *, kind: FaultKind = FaultKind.COUPLING, note: str = "",
-        layout: Layout | None = None,
+        layout: Layout | None = None, fix: str = "",
     ) -> Value:  # fmt: skip
         """The result of an equation at which examples meet; rows where `layout` says so.
 
@@ -173,7 +173,8 @@ class Notes(Constants):
         if not known and FaultKind.UNKNOWN not in kinds:
             note = note or (_OF_ONE_MICROBATCH if summaries else "examples meet")
             hoistable = not any_params(met)
-            faults = frozenset([self.fault(op, kind, note, origin=origin, hoistable=hoistable)])
+            fault = self.fault(op, kind, note, origin=origin, hoistable=hoistable, fix=fix)
+            faults = frozenset([fault])
         if layout is not None:
             return rows(layout, faults=faults)
         return statistic(origin or self.site(op), faults=faults)

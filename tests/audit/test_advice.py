@@ -312,6 +312,50 @@ def test_the_fix_of_pairs_is_what_makes_them_exact():
     assert normwise(jaxaccum.grad(clip, num_microbatches=4, audit=None)(W, X), full) > 1e3 * EXACT
 
 
+def in_chunks(w, x):
+    """Two chunks of the batch, one after the other, to save memory."""
+    return sum(jnp.sum(jnp.tanh(chunk @ w) ** 2) for chunk in jnp.split(x, 2)) / len(x)
+
+
+def in_scanned_chunks(w, x):
+    """The same as the advice has it."""
+    add = lambda total, chunk: (total + jnp.sum(jnp.tanh(chunk @ w) ** 2), None)
+    return jax.lax.scan(add, 0.0, x.reshape(2, -1, 3))[0] / len(x)
+
+
+def first_half_against_second(w, x):
+    return jnp.mean(jnp.multiply(*jnp.split(jnp.tanh(x @ w), 2)))
+
+
+def as_rows_of_pairs(w, pairs):
+    """The same for one row for each pair, as the advice has it."""
+    return jnp.mean(jnp.prod(jnp.tanh(pairs @ w), axis=1))
+
+
+def test_the_fix_of_parts_is_followed_and_exact():
+    for loss in (in_chunks, first_half_against_second):
+        fix = jaxaccum.audit(loss, W, X).findings[0].fix
+        assert "x.reshape(k, -1, …) with jax.lax.scan" in fix
+        assert "make one row of them before the call" in fix
+    pairs = np.stack(np.split(X, 2), axis=1)
+    for loss, batch in ((in_scanned_chunks, X), (as_rows_of_pairs, pairs)):
+        assert jaxaccum.audit(loss, W, batch).exact
+    full = jitted.grad(first_half_against_second)(W, X)
+    grads = jaxaccum.grad(as_rows_of_pairs, num_microbatches=2)(W, pairs)
+    assert normwise(grads, full) < EXACT
+    grads = jaxaccum.grad(first_half_against_second, num_microbatches=2, audit=None)(W, X)
+    assert normwise(grads, full) > 1e3 * EXACT
+
+
+def test_the_fix_of_a_sort_speaks_of_an_order_and_of_no_mean():
+    by_expert = lambda w, x: jnp.mean((x[jnp.argsort(jnp.argmax(x @ w, 1))] @ w) ** 2)
+    fix = jaxaccum.audit(by_expert, W, X).findings[0].fix
+    assert "tokens that are sorted by expert, pass audit=None" in fix
+    assert "pmean" not in fix
+    grads = jaxaccum.grad(by_expert, num_microbatches=4, audit=None)(W, X)
+    assert normwise(grads, jitted.grad(by_expert)(W, X)) < EXACT
+
+
 def test_two_causes_come_in_the_order_of_the_program():
     def loss(w, x):
         centred = jnp.tanh(x - jnp.mean(x, axis=0, keepdims=True)) @ w

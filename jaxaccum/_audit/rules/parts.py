@@ -7,6 +7,7 @@ from itertools import compress
 
 import jax.extend.core as jex
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     ONE_EXAMPLE,
     FaultKind,
@@ -65,7 +66,7 @@ def slice_(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
         kept = _kept(op, axis, layout, walk.sizes)
         if kept is None:
             note = "examples are picked by their place in the batch"
-            return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=layout)
+            return _picked(walk, op, ins, note, layout)
         layout = dataclasses.replace(layout, outer=kept)
     return moved(x, layout)
 
@@ -131,7 +132,7 @@ def split(walk: Walk, op: Op, ins: list[Value]) -> Value:
     if alike and len(x.layout.axes) == 1 and x.layout.outer % count == 0:
         return moved(x, dataclasses.replace(x.layout, outer=x.layout.outer // count))
     note = "the batch axis is split by place"
-    return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note, layout=x.layout)
+    return _picked(walk, op, ins, note, x.layout)
 
 
 @rule("unstack", uniform=True)
@@ -142,8 +143,14 @@ def unstack(walk: Walk, op: Op, ins: list[Value]) -> Value:
         return x.but()
     if axis in x.layout.axes:
         note = "examples are picked by their place in the batch"
-        return walk.couple(op, ins, kind=FaultKind.SELECTION, note=note)
+        return _picked(walk, op, ins, note)
     return moved(x, without(x.layout, {axis}))
+
+
+def _picked(walk: Walk, op: Op, ins: list[Value], note: str, layout: Layout | None = None) -> Value:
+    """Some examples, by their place in the batch."""
+    selection = FaultKind.SELECTION
+    return walk.couple(op, ins, kind=selection, note=note, layout=layout, fix=fixes.PICKED)
 
 
 @rule("concatenate", uniform=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxaccum._audit import fixes
 from jaxaccum._audit.lattice import (
     IRREGULAR,
     PLAIN,
@@ -92,6 +93,9 @@ def reduce_by(walk: Walk, op: Op, ins: list[Value]) -> Value:
     return moved(value, without(value.layout, axes))
 
 
+_SORTS = ("sort", "top_k", "approx_top_k")
+
+
 @rule("cumsum cumprod cummax cummin cumlogsumexp sort top_k approx_top_k")
 def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     """Something that runs along one axis: along that of the examples it couples them."""
@@ -100,7 +104,8 @@ def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if layout is not None and any_along(ins, axis) and not any_summary(ins):
         kind = FaultKind.COUPLING if same_layout(ins) else FaultKind.PAIRWISE
         note = f"{op.name} runs along the batch axis"
-        return walk.couple(op, ins, kind=kind, note=note, layout=layout)
+        fix = fixes.SORTED if op.name in _SORTS else ""
+        return walk.couple(op, ins, kind=kind, note=note, layout=layout, fix=fix)
     if op.name == "cumsum" and not ins[0].fixed and ins[0].kind is not Kind.STATISTIC:
         grows = axis in varying(op.shapes())
         return combine(walk, op, ins) if grows else ins[0].but()
