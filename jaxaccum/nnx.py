@@ -93,9 +93,13 @@ def value_and_grad(
         differentiated.
 
     Guarantees:
-        Where every draw is divided, value, gradient and state are those of ``nnx.value_and_grad``
-        on the whole batch, for any partition, and for any division among devices (`mesh_axes`,
-        explicit meshes). The streams advance once, and the model holds ordinary keys afterwards.
+        Where every draw is divided, value and gradient are those of ``nnx.value_and_grad`` on the
+        whole batch, for any partition, and for any division among devices (`mesh_axes`, explicit
+        meshes). So is the state that adds up sums over examples, as a metric does, or that follows
+        from collectives over `axis_name`, as that of `BatchNorm` does. A state that changes in
+        another way changes once per microbatch, and nothing warns unless the loss reads it: write
+        a moving average of sums with ``jax.lax.psum(sum, "microbatch")``, and it changes once. The
+        streams advance once, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns

@@ -197,7 +197,9 @@ def _claim_statistic(walk: Walk, value: Value) -> Claim:
     if value.extremum is not None:
         tag = value.extremum.capitalize()
         note = f"a {value.extremum}imum over examples, which needs the tag {tag}"
-        return _inexact(Verdict.COUPLED, note, fixes.EXTREMUM.format(tag=tag), value.origin)
+        collective = f"p{value.extremum}"
+        fix = fixes.EXTREMUM.format(tag=tag, collective=collective, axis=walk.axis_name)
+        return _inexact(Verdict.COUPLED, note, fix, value.origin)
     fault = Fault(FaultKind.COUPLING, value.origin, value.origin, "")
     fix = fixes.fix_of(fault, walk.axis_name, walk.summed_axes)
     return _inexact(Verdict.COUPLED, "the output is not a sum over examples", fix, value.origin)

@@ -60,8 +60,9 @@ _LAYERS = {
 """Layers by the end of their file's name."""
 _STATISTIC = (
     "make the statistic the full batch's: jax.lax.pmean(mean, "
-    '"{axis}"), or jax.lax.psum(sum, "{axis}"); where the loss is only divided by it, return '
-    "jaxaccum.Mean(total, weight)"
+    '"{axis}"), or jax.lax.psum(sum, "{axis}"); what is no mean and no sum, as a median, take over '
+    'all rows, jax.lax.all_gather(x, "{axis}", tiled=True); where the loss is only divided by it, '
+    "return jaxaccum.Mean(total, weight)"
 )
 _GRADIENT = (
     'make the inner gradient the full batch\'s: jax.lax.pmean(jax.grad(f)(params), "{axis}"), or '
@@ -84,6 +85,10 @@ PICKED = (
 SORTED = (
     "rank or select on the full batch, outside: let fun return jaxaccum.Concat(x); where the order "
     "does not matter in the end, as for tokens that are sorted by expert, pass audit=None"
+)
+RUNNING = (
+    "what runs along the examples needs those before: let fun return jaxaccum.Concat(x) and take "
+    "it outside, or gather the batch by jax.lax.all_gather over the axis of the microbatches"
 )
 PLACE = (
     "compute it from the examples; a number for each place in the batch can be an array of the "
@@ -241,7 +246,10 @@ TAG = {
         "return jaxaccum.Concat(x) for the rows, or jaxaccum.Mean(jnp.sum(x), x.size) for a loss"
     ),
 }
-EXTREMUM = "return jaxaccum.{tag}(x) in its place"
+EXTREMUM = (
+    "in aux return jaxaccum.{tag}(x) in its place; in the loss, whose gradient is wanted, make it "
+    'the full batch\'s: jax.lax.{collective}(x, "{axis}")'
+)
 OUTSIDE = (
     "a term that does not depend on the batch would count once per microbatch: return a dict, "
     'whose values value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add '

@@ -356,6 +356,38 @@ def test_the_fix_of_a_sort_speaks_of_an_order_and_of_no_mean():
     assert normwise(grads, jitted.grad(by_expert)(W, X)) < EXACT
 
 
+def test_the_fix_of_a_maximum_is_what_makes_the_loss_exact():
+    furthest = lambda w, x: jnp.max(jnp.sum(x @ w, axis=1))
+    fix = jaxaccum.audit(furthest, W, X).findings[0].fix
+    assert 'jax.lax.pmax(x, "microbatch")' in fix
+    assert "jaxaccum.Max(x)" in fix
+    mended = lambda w, x: jax.lax.pmax(furthest(w, x), "microbatch")
+    full = jitted.grad(furthest)(W, X)
+    assert normwise(jaxaccum.grad(mended, num_microbatches=4)(W, X), full) < EXACT
+    off = normwise(jaxaccum.grad(furthest, num_microbatches=4, audit=None)(W, X), full)
+    assert off > 1e3 * EXACT
+
+
+@pytest.mark.parametrize("along", [lambda x: jnp.cumsum(x)[2], jnp.sort])
+def test_what_runs_along_the_examples_is_not_told_of_a_mean(along):
+    fix = jaxaccum.audit(lambda w, x: jnp.sum(along(jnp.sum(x @ w, 1))), W, X).findings[0].fix
+    assert "jaxaccum.Concat(x)" in fix
+    assert "pmean" not in fix
+
+
+def test_the_fix_of_a_median_is_what_makes_the_loss_exact():
+    median = lambda w, x, all_rows=lambda rows: rows: jnp.median(all_rows(jnp.sum(x @ w, 1)))
+    fix = jaxaccum.audit(median, W, X).findings[0].fix
+    assert 'as a median, take over all rows, jax.lax.all_gather(x, "microbatch", tiled=True)' in fix
+    gathered = lambda rows: jax.lax.all_gather(rows, "microbatch", tiled=True)
+    grads = jaxaccum.grad(lambda w, x: median(w, x, gathered), num_microbatches=4)(W, X)
+    full = jitted.grad(median)(W, X)
+    assert normwise(grads, full) < EXACT
+    of_means = lambda w, x: jax.lax.pmean(median(w, x), "microbatch")
+    grads = jaxaccum.grad(of_means, num_microbatches=4, audit=None)(W, X)
+    assert normwise(grads, full) > 1e3 * EXACT
+
+
 def test_two_causes_come_in_the_order_of_the_program():
     def loss(w, x):
         centred = jnp.tanh(x - jnp.mean(x, axis=0, keepdims=True)) @ w

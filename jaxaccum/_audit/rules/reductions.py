@@ -104,7 +104,7 @@ def along_an_axis(walk: Walk, op: Op, ins: list[Value]) -> Value | list[Value]:
     if layout is not None and any_along(ins, axis) and not any_summary(ins):
         kind = FaultKind.COUPLING if same_layout(ins) else FaultKind.PAIRWISE
         note = f"{op.name} runs along the batch axis"
-        fix = fixes.SORTED if op.name in _SORTS else ""
+        fix = fixes.SORTED if op.name in _SORTS else fixes.RUNNING
         return walk.couple(op, ins, kind=kind, note=note, layout=layout, fix=fix)
     if op.name == "cumsum" and not ins[0].fixed and ins[0].kind is not Kind.STATISTIC:
         grows = axis in varying(op.shapes())
