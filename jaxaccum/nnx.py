@@ -97,9 +97,9 @@ def value_and_grad(
         whole batch, for any partition, and for any division among devices (`mesh_axes`, explicit
         meshes). So is the state that adds up sums over examples, as a metric does, or that follows
         from collectives over `axis_name`, as that of `BatchNorm` does. A state that changes in
-        another way changes once per microbatch, and nothing warns unless the loss reads it: write
-        a moving average of sums with ``jax.lax.psum(sum, "microbatch")``, and it changes once. The
-        streams advance once, and the model holds ordinary keys afterwards.
+        another way changes once per microbatch. The call warns of it, where the update is linear
+        arithmetic: write a moving average of sums with ``jax.lax.psum(sum, "microbatch")``, and it
+        changes once. The streams advance once, and the model holds ordinary keys afterwards.
 
     Raises:
         ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns

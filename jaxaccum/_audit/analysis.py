@@ -28,7 +28,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jaxaccum._audit import fixes
+from jaxaccum._audit import fixes, states
 from jaxaccum._audit.inputs import input_values
 from jaxaccum._audit.judge import Judged, judge
 from jaxaccum._audit.lattice import Fault, FaultKind, Sizes, Value
@@ -36,6 +36,7 @@ from jaxaccum._audit.nans import any_nan, are_finite, constants
 from jaxaccum._audit.of_one import same_work
 from jaxaccum._audit.report import AuditReport, Finding, Verdict
 from jaxaccum._audit.sources import Site, line_of
+from jaxaccum._audit.states import Update
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.walk import ProgramsDifferError, Walk
 from jaxaccum._base.types import Fun
@@ -134,27 +135,37 @@ class _Pair:
 
     def judged(self, walk: Walk) -> list[Judged]:
         """The answers of a walk through both."""
+        updates = [states.updates_of(self.subject, each, walk.axis_name) for each in self.traced]
         try:
-            values = iter(self._values(walk))
+            values = self._values(walk, updates)
         except ProgramsDifferError as error:
             return self._differ(walk, error.site)
         found: list[Judged] = []
+        place = 0
         for output, other in zip(self.whole.outputs, self.part.outputs, strict=True):
-            own = [next(values) for _ in range(output.count)]
-            judged = judge(walk, output, own)
+            own = values[place : place + output.count]
+            judged = judge(walk, output, own, updates[0].get(place))
+            place += output.count
             if judged is not None and judged.exact and _grows(output, other):
                 (judged,) = _undecided([output], "its shape changes with the batch size")
             if judged is not None:
                 found.append(judged)
         return found
 
-    def _values(self, walk: Walk) -> list[Value]:
+    @property
+    def traced(self) -> tuple[Traced, Traced]:
+        return self.whole, self.part
+
+    def _values(self, walk: Walk, updates: Sequence[dict[int, Update]]) -> list[Value]:
+        """The results at both sizes; of a state of the model what decides about its update."""
         first, second = self.whole.closed, self.part.closed
         if len(first.consts) != len(second.consts):
             raise ProgramsDifferError
         consts = walk.constants(first.consts, second.consts)
         ins = input_values(walk, self.subject, self.whole)
-        return walk.run(first.jaxpr, second.jaxpr, consts, ins)
+        judged = states.with_judged(first.jaxpr, updates[0])
+        other = states.with_judged(second.jaxpr, updates[1])
+        return walk.run(judged, other, consts, ins)
 
     def _differ(self, walk: Walk, site: Site | None) -> list[Judged]:
         first, second = walk.group * walk.sizes.first, walk.group * walk.sizes.second

@@ -33,6 +33,7 @@ from jaxaccum._audit.lattice import (
 )
 from jaxaccum._audit.report import Verdict
 from jaxaccum._audit.sources import Site
+from jaxaccum._audit.states import Update
 from jaxaccum._audit.walk import Walk
 from jaxaccum._program.named_outputs import Output
 from jaxaccum._program.reductions import Reduction
@@ -74,6 +75,18 @@ def claim_of(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | Non
         return claim
     note = "the output is a place, or is in the order of the microbatches"
     return _inexact(Verdict.POSITION, note, fixes.PLACE, values[0].origin)
+
+
+def claim_of_update(walk: Walk, update: Update, value: Value) -> Claim:
+    """Whether a state that a microbatch updates is the whole batch's after the last one."""
+    if update.kind == "adds" and _is_sum(value):
+        return _exact(Verdict.SUM)
+    if update.kind == "replaces" and _is_constant(value):
+        return _exact(Verdict.UNBATCHED)
+    done = "replaces it by what it computes" if update.kind == "replaces" else "updates it"
+    note = f"each microbatch {done}, and the whole batch does so once"
+    fix = fixes.UPDATE.format(axis=walk.axis_name)
+    return _inexact(Verdict.COUPLED, note, fix, update.site)
 
 
 def _claim_of_numbers(walk: Walk, output: Output, values: Sequence[Value]) -> Claim | None:

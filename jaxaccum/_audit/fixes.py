@@ -86,6 +86,10 @@ SORTED = (
     "rank or select on the full batch, outside: let fun return jaxaccum.Concat(x); where the order "
     "does not matter in the end, as for tokens that are sorted by expert, pass audit=None"
 )
+UPDATE = (
+    'update it by what is summed over all microbatches, jax.lax.psum(sum, "{axis}") or '
+    'jax.lax.pmean(mean, "{axis}"), and every state is updated once; or update it after the call'
+)
 RUNNING = (
     "what runs along the examples needs those before: let fun return jaxaccum.Concat(x) and take "
     "it outside, or gather the batch by jax.lax.all_gather over the axis of the microbatches"

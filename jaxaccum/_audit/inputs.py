@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from jaxaccum._audit import states
 from jaxaccum._audit.lattice import Fault, FaultKind, Index, Layout, Value, fixed, rows
 from jaxaccum._audit.traces import Subject, Traced
 from jaxaccum._audit.walk import Walk
 from jaxaccum._program.argument_slots import Role, Slot
-from jaxaccum._program.tags import Carry
 
 
 def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
@@ -19,11 +17,11 @@ def input_values(walk: Walk, subject: Subject, whole: Traced) -> list[Value]:
     values: list[Value] = []
     if whole.indexed:
         values.append(fixed(index=Index.MICROBATCH, scalar=True, number=walk.fresh()))
-    unchanged = _unchanged(subject.slots, whole)
+    changing = {before for _, before, _ in states.states(subject.slots, whole)}
     for slot, v in zip(subject.slots, whole.arguments, strict=True):
         params = subject.differentiates(slot.argnum) and jnp.issubdtype(v.aval.dtype, jnp.inexact)
-        changing = slot.role is Role.CARRY and v not in unchanged
-        faults = _of_state(slot, declared=subject.draws_declared) if changing else frozenset()
+        changes = v in changing
+        faults = _of_state(slot, declared=subject.draws_declared) if changes else frozenset()
         value = _value(walk, slot, v, params=params, faults=faults)
         values.append(value.like(never_nan=True))
     return values
@@ -51,36 +49,3 @@ def _value(walk: Walk, slot: Slot, v: jex.Var, *, params: bool, faults: frozense
         case _:
             of_maxima = slot.overwritten
             return fixed(number=number, scalar=scalar, params=params, overwritten=of_maxima)
-
-
-def _unchanged(slots: Sequence[Slot], traced: Traced) -> set[jex.Var]:
-    """The variables of the carried leaves that come back in their own place of the `Carry`, as they
-    went in."""
-    pairs = zip(traced.arguments, slots, strict=True)
-    old = [v for v, slot in pairs if slot.role is Role.CARRY]
-    new = _new_states(traced)
-    if len(new) != len(old):
-        return set()
-    # A carried key goes in as the integers that it is made of, and comes out typed.
-    made_of = {
-        eqn.outvars[0]: eqn.invars[0]
-        for eqn in traced.closed.jaxpr.eqns
-        if eqn.primitive.name == "random_wrap"
-    }
-    unchanged: set[jex.Var] = set()
-    for before, after in zip(old, new, strict=True):
-        came_from = after if isinstance(after, jex.Literal) else made_of.get(after, after)
-        if came_from is before:
-            unchanged.add(before)
-    return unchanged
-
-
-def _new_states(traced: Traced) -> list[jex.Var | jex.Literal]:
-    """The results that a loss returned in a `Carry`."""
-    results = iter(traced.closed.jaxpr.outvars)
-    found: list[jex.Var | jex.Literal] = []
-    for output in traced.outputs:
-        arrays = [next(results) for _ in range(output.count)]
-        if output.tag is Carry:
-            found += arrays
-    return found

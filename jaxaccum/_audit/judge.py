@@ -31,10 +31,11 @@ import functools
 from collections.abc import Iterable, Sequence
 
 from jaxaccum._audit import fixes
-from jaxaccum._audit.claims import Claim, claim_of
+from jaxaccum._audit.claims import Claim, claim_of, claim_of_update
 from jaxaccum._audit.lattice import CONSEQUENCES, Fault, FaultKind, Value, faults_of
 from jaxaccum._audit.report import Finding, Verdict
 from jaxaccum._audit.sources import Site, line_of
+from jaxaccum._audit.states import Update
 from jaxaccum._audit.walk import Walk
 from jaxaccum._base.source_lines import Frame
 from jaxaccum._program.named_outputs import Output
@@ -73,9 +74,19 @@ class Judged:
         return self.exact, SEVERITY.index(self.verdict)
 
 
-def judge(walk: Walk, output: Output, values: Sequence[Value]) -> Judged | None:
-    """The verdict on one output; None where there is nothing to say."""
-    if (claim := claim_of(walk, output, values)) is None:
+def judge(
+    walk: Walk, output: Output, values: Sequence[Value], update: Update | None = None
+) -> Judged | None:
+    """The verdict on one output; None where there is nothing to say.
+
+    Of the state of a model it is one on its `update`: `values` hold what decides about that.
+    """
+    if update is not None:
+        claim = claim_of_update(walk, update, values[0])
+        if update.kind == "changes":  # its faults are those of the state before
+            finding = _of_claim(output, claim)
+            return Judged(output, claim.verdict, False, findings=(finding,), cause=finding)
+    elif (claim := claim_of(walk, output, values)) is None:
         return None
     faults = faults_of(values)
     kinds = {fault.kind for fault in faults}

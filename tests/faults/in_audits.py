@@ -268,7 +268,7 @@ FAULTS = [
     ),
     Fault(
         "a carried key that comes back is taken for a changed state",
-        "_unchanged",
+        "states",
         "made_of.get(after, after)",
         "after",
         "audit/test_audit.py::test_a_carried_key_that_comes_back_is_no_changed_state",

@@ -4,6 +4,7 @@ and of places in another order."""
 from tests.faults.fault import Fault
 
 _TESTS = "audit/test_sums_that_are_none.py"
+_STATES = "flax/test_nnx_state.py"
 
 FAULTS = [
     Fault(
@@ -194,5 +195,47 @@ FAULTS = [
         "np.isfinite(np.asarray(x)).all()",
         "not np.isnan(np.asarray(x)).any()",
         f"{_TESTS}::test_a_mean_of_known_numbers_that_are_not_nan_is_exact",
+    ),
+    Fault(
+        "whatever is added to a state is a sum",
+        "claim_of_update",
+        'update.kind == "adds" and _is_sum(value)',
+        'update.kind == "adds"',
+        f"{_STATES}::test_another_update_warns_with_its_line[a counter]",
+    ),
+    Fault(
+        "an update of a state that is more than a sum is not followed",
+        "_update_of",
+        'return Update("changes", after, site)',
+        "return None",
+        f"{_STATES}::test_another_update_warns_with_its_line[a moving average]",
+    ),
+    Fault(
+        "a state that is replaced is not followed",
+        "_update_of",
+        'return Update("replaces", after, site)',
+        "return None",
+        f"{_STATES}::test_another_update_warns_with_its_line[the last sum]",
+    ),
+    Fault(
+        "collectives update a state once per microbatch",
+        "updates_of",
+        "if not all(map(is_index, mentions(jaxpr, axis_name))):",
+        "if False:",
+        f"{_STATES}::test_the_fix_of_an_update_makes_it_the_whole_batchs",
+    ),
+    Fault(
+        "every function of a state is linear",
+        "_update_of",
+        "all(eqn.primitive.name in _LINEAR for eqn in between)",
+        "True",
+        f"{_STATES}::test_an_update_that_ends_as_on_the_whole_batch_is_exact[a maximum]",
+    ),
+    Fault(
+        "states that read one another are followed",
+        "updates_of",
+        " and _read_by(jaxpr, new).isdisjoint(before - {old})",
+        "",
+        "plain/test_metrics.py::test_metrics_of_nnx_are_updated_by_every_microbatch",
     ),
 ]

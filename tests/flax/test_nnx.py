@@ -272,6 +272,7 @@ def test_aux_and_terms_and_tags():
     assert normwise((grads, rows), (expected[1], error(model))) < EXACT
 
 
+@INEXACT  # a counter of calls counts the microbatches
 def test_argnums_and_filters_are_those_of_nnx():
     model = Net()
     model.eval()
@@ -399,33 +400,3 @@ def test_a_print_does_not_change_how_streams_are_threaded():
         return len(seen)
 
     assert counted(0.5) == counted(0.0) > 0
-
-
-class Averaging(nnx.Module):
-    """A layer with two states that its output does not read."""
-
-    def __init__(self, sums):
-        self.layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
-        self.average, self.calls = nnx.Variable(jnp.ones(4)), nnx.Variable(jnp.zeros(()))
-        self.sums = sums
-
-    def __call__(self, x):
-        self.average[...] = 0.9 * self.average[...] + 0.1 * self.sums(
-            jnp.sum(x @ jnp.ones((3, 4)), 0)
-        )
-        self.calls[...] += 1
-        return self.layer(x)
-
-
-def averages(transform, sums=lambda total: total):
-    model = Averaging(sums)
-    transform(lambda model, x: jnp.mean(model(x) ** 2))(model, data(6, 3, seed=2))
-    return model.average[...], model.calls[...]
-
-
-def test_a_moving_average_of_sums_over_the_microbatches_is_that_of_the_whole_batch():
-    accumulated = lambda loss: ja.nnx.value_and_grad(loss, num_microbatches=3)
-    whole = averages(nnx.value_and_grad)
-    over_all = lambda total: jax.lax.psum(total, "microbatch")
-    assert normwise(averages(accumulated, over_all), whole) < EXACT
-    assert normwise(averages(accumulated), whole) > 1e3 * EXACT

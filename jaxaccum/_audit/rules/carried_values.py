@@ -83,6 +83,11 @@ def roles_of(scan: Scan) -> list[Role]:
     return list(map(role, body.invars[consts : consts + carried], body.outvars))
 
 
+def role_of(body: jex.Jaxpr, v: jex.Var, out: jex.Var) -> Role:
+    """The role of one value that goes into a program and comes out changed."""
+    return _role(_users(body), list(filter(is_variable, body.outvars)), v, out)
+
+
 def _users(body: jex.Jaxpr) -> Users:
     users: Users = {}
     for eqn in body.eqns:
