@@ -150,8 +150,8 @@ def value_and_grad(
             models, found = _divided_if_possible(compute, raised, options.get("audit", "warn"))
         else:
             models, found = compute(example_streams)
-        (value, (aux, state, streams), *report), grads = found
-        models.update(state, streams)
+        (value, (aux, state, streams, assigned), *report), grads = found
+        models.update(state, streams, assigned)
         values = (value, aux, *report) if has_aux else (value, *report)
         grads = tuple(map(models.gradient, numbers, grads))
         grads = grads if isinstance(argnums, tuple | list) else grads[0]

@@ -74,10 +74,10 @@ def updates_of(subject: Subject, traced: Traced, axis_name: str) -> dict[int, Up
 
 
 def states(slots: Sequence[Slot], traced: Traced) -> Iterator[tuple[int, Var, Atom]]:
-    """The carried states that change: the place of the new one among the results, the old one and
-    the new one."""
+    """The states that each microbatch changes: the place of the new one among the results, the old
+    one and the new one."""
     pairs = zip(traced.arguments, slots, strict=True)
-    old = [v for v, slot in pairs if slot.role is Role.CARRY]
+    old = [(v, slot) for v, slot in pairs if slot.role is Role.CARRY or slot.updated_once]
     new = list(_new_states(traced))
     if len(new) != len(old):
         return
@@ -87,9 +87,9 @@ def states(slots: Sequence[Slot], traced: Traced) -> Iterator[tuple[int, Var, At
         for eqn in traced.closed.jaxpr.eqns
         if eqn.primitive.name == "random_wrap"
     }
-    for before, (place, after) in zip(old, new, strict=True):
+    for (before, slot), (place, after) in zip(old, new, strict=True):
         came_from = made_of.get(after, after) if is_variable(after) else after
-        if came_from is not before:
+        if came_from is not before and not slot.updated_once:
             yield place, before, after
 
 

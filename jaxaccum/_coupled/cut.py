@@ -50,6 +50,7 @@ from jaxaccum._base.types import Array
 from jaxaccum._coupled.trace import is_collective
 from jaxaccum._jaxpr import running_sums
 from jaxaccum._jaxpr.equations import axes_of, with_invars
+from jaxaccum._jaxpr.same_everywhere import COLLECTIVES
 from jaxaccum._jaxpr.variables import (
     Atom,
     Env,
@@ -64,9 +65,7 @@ from jaxaccum._jaxpr.variables import (
     variables,
 )
 
-_SAME_EVERYWHERE = {"psum", "pmax", "pmin", "all_gather"}
-"""The collectives whose result is the same for every microbatch."""
-_OVER_SEVERAL_AXES = _SAME_EVERYWHERE | {"reduce_scatter"}  # which users call psum_scatter
+_OVER_SEVERAL_AXES = (*COLLECTIVES, "reduce_scatter")  # which users call psum_scatter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +247,7 @@ class _Graph:
     def _add_collective(self, i: int, eqn: jex.JaxprEqn) -> None:
         """One more collective: a cut, unless all that it does is count microbatches."""
         _check_supported(eqn, self.axis_name)
-        depth, same = self._depth(eqn.invars), eqn.primitive.name in _SAME_EVERYWHERE
+        depth, same = self._depth(eqn.invars), eqn.primitive.name in COLLECTIVES
         is_cut = self._differs(eqn) or not same
         (self.cuts if is_cut else self.shareds)[depth].append(i)
         self._set_level(eqn, depth + is_cut)

@@ -18,7 +18,6 @@ from jaxaccum._coupled.trace import opened
 from jaxaccum._jaxpr.variables import Var, numbered
 from jaxaccum._loop import Gradient, Result
 from jaxaccum._loop.differentiated import differentiated, moved_arguments
-from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.program import Program
 
 
@@ -72,14 +71,10 @@ def _slots(program: Program, jaxpr: jex.Jaxpr) -> dict[Var, int]:
     return dict(zip(jaxpr.invars[1:], program.sources(0), strict=True))
 
 
-_DIFFERS = (Role.ROWS, Role.KEY, Role.EXAMPLE_KEY, Role.BATCH_KEY)
-"""The roles of arguments that differ between microbatches."""
-
-
 def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
-    own = [v for v, i in _slots(program, jaxpr).items() if program.slots[i].role in _DIFFERS]
+    own = [v for v, i in _slots(program, jaxpr).items() if program.slots[i].differs]
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:

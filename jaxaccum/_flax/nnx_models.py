@@ -21,15 +21,20 @@ from flax.typing import PathParts
 from jax.tree_util import KeyPath
 
 from jaxaccum._base.adapted import Adapted
+from jaxaccum._base.entries import with_entries
 from jaxaccum._base.trees import leaf_name
 from jaxaccum._base.types import BATCH_KEY, CARRY, Array, Fun, PyTree
 from jaxaccum._flax import nnx_streams
 from jaxaccum._flax.nnx_streams import Streams
 from jaxaccum._program import assignments, validate
-from jaxaccum._program.tags import Carry, Max
+from jaxaccum._program.tags import Carry, Max, Unvaried
 
 IN_AXES = (BATCH_KEY, None, CARRY)
 """The last arguments of `Models.pure`: the keys of example streams; their counts; the state."""
+
+
+Assigned = dict[int, PyTree]
+"""The parameters that a function assigns to, by their places among all of them."""
 
 
 class _Parts(NamedTuple):
@@ -117,7 +122,8 @@ class Models:
         return (*self._placed(args, self.parts.params), *states)
 
     def pure(self, fun: Fun, *, has_aux: bool, draws_declared: bool = True) -> Fun:
-        """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams)))``.
+        """`fun` as a function of arrays: ``(loss, (aux, Carry(new state), Max(new streams), new
+        parameters))``.
 
         Every microbatch starts from the same streams and returns the same new ones. `Max` takes
         these, and is 0 where no microbatch ran. With `draws_declared` the caller has said that
@@ -126,7 +132,7 @@ class Models:
 
         @functools.wraps(fun)
         def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
-            output, new = self._run(fun, args, kwargs)
+            output, new, assigned = self._run(fun, args, kwargs)
             if has_aux and not (isinstance(output, tuple) and len(output) == 2):
                 return output  # which value_and_grad refuses, and says why
             loss, aux = output if has_aux else (output, None)
@@ -134,9 +140,9 @@ class Models:
             *_, keys, counts, _ = args
             streams = self.streams.after(new.streams, keys, counts)
             advanced = Max((streams, ran)) if self.streams else None
-            return loss, (aux, Carry(rest) if rest else None, advanced)
+            return loss, (aux, Carry(rest) if rest else None, advanced, assigned)
 
-        names = "aux", "the model's state", "the model's streams"
+        names = "aux", "the model's state", "the model's streams", "the model's parameters"
         return Adapted(
             call, returns_state=True, draws_from_state=True, draws_declared=draws_declared,
             aux_names=names,
@@ -144,8 +150,9 @@ class Models:
 
     def _run(
         self, fun: Fun, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
-    ) -> tuple[PyTree, _Parts]:
-        """What `fun` returns, and what its models hold afterwards; `args` are those of `pure`."""
+    ) -> tuple[PyTree, _Parts, Assigned]:
+        """What `fun` returns, what its models hold afterwards, and the parameters that it assigned
+        to; `args` are those of `pure`."""
         *given, keys, counts, state = args
         params = [given[i] for i in self.places]
         before, treedef = jax.tree.flatten(params)  # now: the modules take over their variables
@@ -160,18 +167,26 @@ class Models:
             return output, new
 
         output, new = run(*before)
-        if not assignments.same_objects(before, jax.tree.leaves(new.params)):
-            kept = assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1].params), before)
-            _check_unassigned(kept, new.params)
-        return output, new
+        if assignments.same_objects(before, jax.tree.leaves(new.params)):
+            return output, new, {}
+        kept = assignments.unchanged(lambda *x: jax.tree.leaves(run(*x)[1].params), before)
+        return output, new, _assigned(kept, new.params)
 
     def _merged(self, params: list[PyTree], streams: PyTree, rest: PyTree) -> tuple[PyTree, ...]:
         """The models that hold these parameters, these streams and this state."""
-        states = [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
-        return nnx.merge(self.parts.graphdef, *states, streams, rest)
+        return nnx.merge(self.parts.graphdef, *_states(params), streams, rest)
 
-    def update(self, state: list[Array] | None, streams: tuple[list[Array], Array] | None) -> None:
-        """Put a new state into the modules, and new streams."""
+    def update(
+        self,
+        state: list[Array] | None,
+        streams: tuple[list[Array], Array] | None,
+        assigned: Mapping[int, Array],
+    ) -> None:
+        """Put a new state into the modules, new streams, and parameters that were assigned to."""
+        if assigned:
+            own, treedef = jax.tree.flatten(self.parts.params)
+            own = with_entries(own, assigned, assigned.values())
+            nnx.update(self.modules, *_states(jax.tree.unflatten(treedef, own)))
         if state:
             nnx.update(self.modules, self._state(state))
         if streams:
@@ -281,11 +296,22 @@ def _check_structure(old: _Parts, new: _Parts) -> None:
     )
 
 
-def _check_unassigned(kept: Sequence[bool], new: PyTree) -> None:
-    for same, (path, _) in zip(kept, jax.tree_util.tree_leaves_with_path(new), strict=True):
+def _states(params: Sequence[PyTree]) -> list[nnx.State]:
+    """The parameters of each argument, by their paths among all arguments."""
+    return [nnx.State({k: own}) for k, own in enumerate(params) if jax.tree.leaves(own)]
+
+
+def _assigned(kept: Sequence[bool], new: PyTree) -> Assigned:
+    """The new parameters that are not the old ones, by their places among all of them."""
+    assigned: Assigned = {}
+    leaves = jax.tree_util.tree_leaves_with_path(new)
+    for i, (same, (path, x)) in enumerate(zip(kept, leaves, strict=True)):
         if not same:
-            raise ValueError(
+            assigned[i] = Unvaried(
+                x,
                 f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is "
-                "differentiated; every microbatch sees the parameters as they were. Assign outside "
-                "the loss, or keep the value in a variable that is not an nnx.Param."
+                "differentiated, and each microbatch assigns another value; every microbatch sees "
+                "the parameters as they were. Assign outside the loss, or keep the value in a "
+                "variable that is not an nnx.Param.",
             )
+    return assigned

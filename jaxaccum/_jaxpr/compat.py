@@ -69,6 +69,12 @@ def is_reference_effect(effect: object) -> bool:
     return type(effect).__name__ in ("ReadEffect", "WriteEffect", "AccumEffect", "RefEffect")
 
 
+def is_axis_effect(effect: object) -> bool:
+    """Whether an effect is the name of an axis, which JAX counts among them: it exports no type of
+    them."""
+    return type(effect).__name__ == "NamedAxisEffect"
+
+
 def context_key(eqn: jex.JaxprEqn) -> Hashable:
     """Under which settings an equation was traced, and so is lowered: JAX keeps one object for
     equal ones, jax 0.10.2 to 0.12.

@@ -24,6 +24,7 @@ from jaxaccum._jaxpr import derived_once, reversible, running_sums
 from jaxaccum._jaxpr.compat import (
     ClosedJaxpr,
     anonymous,
+    is_axis_effect,
     is_reference,
     is_reference_effect,
 )
@@ -172,8 +173,8 @@ class Trace:
         return list(map(_bits, reversible.movers_of(outvars, stopped)))
 
     def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
-        """Whether an output depends on some of ``(*consts, *args)``, all of them `allowed`, and on
-        nothing else.
+        """Whether all that an output depends on are those of ``(*consts, *args)`` that are
+        `allowed`.
 
         Nothing else: the index of the microbatch, a collective over its axis, or what it does to
         the outside.
@@ -183,13 +184,17 @@ class Trace:
         reads_references = any(is_reference(v.aval) for v in jaxpr.invars)
         if outside or self.with_jaxpr(jaxpr).coupling is not None or reads_references:
             return False
-        return any(used) and all(itertools.compress([False, *allowed], used))
+        return all(itertools.compress([False, *allowed], used))
 
     def first(self, count: int) -> Trace:
         """The trace of its first `count` outputs, with all prints and callbacks, of the same
         arguments."""
         jaxpr = with_outvars(self.jaxpr, self.jaxpr.outvars[:count])
         return dataclasses.replace(self, jaxpr=without_unused(jaxpr))
+
+    def rearranged(self, order: Sequence[int]) -> Trace:
+        """The trace of the same outputs in another order."""
+        return self.with_jaxpr(with_outvars(self.jaxpr, entries(self.jaxpr.outvars, order)))
 
     def before(
         self, change: Callable[[Array, list[Array]], list[Array]], keep: Collection[int]
@@ -231,8 +236,7 @@ class Trace:
     def effects(self) -> bool:
         """Whether evaluating it can be seen from outside: prints, callbacks, references;
         collectives cannot."""
-        # JAX counts the name of an axis among the effects, under a class that it does not export.
-        return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.jaxpr.effects)
+        return not all(map(is_axis_effect, self.jaxpr.effects))
 
     def with_jaxpr(self, jaxpr: jex.Jaxpr) -> Trace:
         """The trace of another jaxpr, which is no longer what `fun` returns."""

@@ -73,10 +73,18 @@ class Slot:
     """Whether the "gradient" is the next value, a maximum over examples: Flax's float8 layers
     return their state so."""
 
+    updated_once: bool = False
+    """Whether it is a state of which every microbatch sees what it was before the first."""
+
     @property
     def differentiable(self) -> bool:
         """Whether a derivative may be asked with respect to it."""
         return self.role in (Role.WHOLE, Role.ROWS)
+
+    @property
+    def differs(self) -> bool:
+        """Whether each microbatch of a coupled loss, which updates its state once, has its own."""
+        return self.role not in (Role.WHOLE, Role.CARRY)
 
     def array(self, leaf: Array) -> Array:
         """What the loop carries of the leaf."""

@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 from jaxaccum._base.entries import entries
@@ -25,7 +26,8 @@ def finalized(program: Program, arrays: Sequence[Array], parts: Sequence[Array])
     refused: dict[int, Refused] = {}
     for i, own in movers.items():
         places = tuple(map(sources.index, sorted(own)))
-        refused[i] = Refused(places, functools.partial(_says, program, i))
+        tangent = 0.0 if program.outputs.parts[i].has_tag else math.nan
+        refused[i] = Refused(places, functools.partial(_says, program, i), tangent)
     values = no_gradient.refusing(parts, entries(arrays, sources), refused)
     return program.outputs.finalize(values, _whole_values(program, arrays))
 

@@ -174,7 +174,7 @@ class FlatFunction:
         for i, one in enumerate(first.whole, start=count):
             x, y = types[i], other_types[i]
             if (x.shape, x.dtype) != (y.shape, y.dtype):
-                raise TypeError(one.refusal)
+                raise one.error(one.refusal)
         for i, part in enumerate(first.parts):
             x, y = types[i], other_types[i]
             if not _combines(part, x, y):

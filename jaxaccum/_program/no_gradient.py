@@ -30,6 +30,8 @@ class Refused:
 
     movers: tuple[int, ...]
     says: Callable[[], str]
+    tangent: float = 0.0
+    """Its tangent in forward mode, which cannot tell whether anybody reads it."""
 
 
 def refusing(
@@ -38,7 +40,7 @@ def refusing(
     """The values. Those at the positions `refused` are constants that move with sources.
 
     In reverse mode, a cotangent that reaches one of them is an error. In forward mode, its tangent
-    is 0.
+    is 0, or NaN where nobody declared it a constant.
     """
 
     @jax.custom_jvp
@@ -65,14 +67,18 @@ def _tangent(x: Array, one: Refused, tangents: Sequence[Tangent]) -> Tangent:
     moving = [tangents[i] for i in one.movers if not isinstance(tangents[i], SymbolicZero)]
     if not moving:
         return SymbolicZero(aval.to_tangent_aval())
-    return _zero.bind(moving[0], aval=aval.to_tangent_aval(), says=one.says)
+    return _constant.bind(
+        moving[0], aval=aval.to_tangent_aval(), tangent=one.tangent, says=one.says
+    )
 
 
-def refusal(name: str, tag: str, *, whole: bool) -> str:
+def refusal(name: str, tag: str | None, *, whole: bool) -> str:
     """What to say where a derivative is asked of an output; `whole`: it depends on whole arguments
     alone."""
+    reason = f"its tag {tag} passes" if tag else "an output of collectives without a tag passes"
     stacked = (
-        f"Return Stack(x) and {_OF_A_STACK[tag]}, or Mean(x, 1) for the mean over microbatches."
+        f"Return Stack(x) and {_OF_A_STACK[tag or 'Last']}, or Mean(x, 1) for the mean over "
+        "microbatches."
     )
     untagged = (
         "The output depends only on arguments that are not cut into microbatches, so return it "
@@ -80,7 +86,7 @@ def refusal(name: str, tag: str, *, whole: bool) -> str:
     )
     mend = untagged if whole else stacked
     return (
-        f"a derivative of {name} is needed, but its tag {tag} passes no derivative, so the part of "
+        f"a derivative of {name} is needed, but {reason} no derivative, so the part of "
         f"the gradient that goes through this output would be lost. {mend} If you do not want this "
         "derivative, return the output as auxiliary output (has_aux=True), or wrap it in "
         "jax.lax.stop_gradient."
@@ -94,23 +100,25 @@ _OF_A_STACK = {
 """What gives the same with a derivative, by the tag that passes none."""
 
 
-def _zeros(tangent: Array, *, aval: Type, says: Callable[[], str]) -> Array:
-    del tangent, says
-    return jnp.zeros(aval.shape, aval.dtype)
+def _full(moving: Array, *, aval: Type, tangent: float, says: Callable[[], str]) -> Array:
+    del moving, says
+    return jnp.full(aval.shape, tangent, aval.dtype)
 
 
-def _refuse(cotangent: Tangent, tangent: Array, *, aval: Type, says: Callable[[], str]) -> NoReturn:
-    del cotangent, tangent, aval
+def _refuse(
+    cotangent: Tangent, moving: Array, *, aval: Type, tangent: float, says: Callable[[], str]
+) -> NoReturn:
+    del cotangent, moving, aval, tangent
     raise ValueError(says())
 
 
-_zero = jex.Primitive("zero_without_transpose")
-"""The tangent 0 of a value that moves: linear, and without a transpose."""
-_zero.def_impl(_zeros)
-_zero.def_abstract_eval(lambda tangent, *, aval, says: aval)
-mlir.register_lowering(_zero, mlir.lower_fun(_zeros, multiple_results=False))
-batching.primitive_batchers[_zero] = lambda args, dims, **params: (
-    _zero.bind(*args, **params),
+_constant = jex.Primitive("tangent_without_transpose")
+"""The tangent of a constant that moves: linear, and without a transpose."""
+_constant.def_impl(_full)
+_constant.def_abstract_eval(lambda moving, *, aval, tangent, says: aval)
+mlir.register_lowering(_constant, mlir.lower_fun(_full, multiple_results=False))
+batching.primitive_batchers[_constant] = lambda args, dims, **params: (
+    _constant.bind(*args, **params),
     None,
 )
-ad.deflinear2(_zero, _refuse)
+ad.deflinear2(_constant, _refuse)

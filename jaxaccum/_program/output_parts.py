@@ -9,7 +9,7 @@ sees.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from jaxaccum._program.output_checks import (
     untagged_refused,
 )
 from jaxaccum._program.reductions import Reduction
-from jaxaccum._program.tags import Carry, Concat, Mean, Sum, Tag, is_tag
+from jaxaccum._program.tags import Carry, Concat, Mean, Sum, Tag, Unvaried, is_tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,17 @@ class Part:
     name: str
     reduction: Reduction
     once: bool = False
-    """Whether it is a carried state that a coupled program updates once, from the state before the
-    first microbatch."""
+    """Whether it is a carried state that is updated once, from the state before the first
+    microbatch."""
+    has_tag: bool = True
+    """Whether it was returned in a tag."""
 
     @property
-    def tag(self) -> str:
-        """The name of the tag under which it was returned, if it passes no gradient."""
+    def tag(self) -> str | None:
+        """The name of the tag, if it has one, under which it was returned and passes no
+        gradient."""
+        if not self.has_tag:
+            return None
         return "Carry" if self.once else self.reduction.value.capitalize()
 
 
@@ -70,6 +75,7 @@ class Untagged:
 
     name: str
     refusal: str
+    error: type[Exception] = TypeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +110,46 @@ class Outputs:
         for i in self.positions(Reduction.CARRY):
             parts[i] = dataclasses.replace(parts[i], reduction=Reduction.LAST, once=True)
         return dataclasses.replace(self, parts=tuple(parts))
+
+    def beside_loop(self, chosen: Collection[int]) -> Outputs:
+        """The same outputs, where the `chosen` parts follow those without a tag, and no loop
+        computes them."""
+        parts, whole, places = [], list(self.whole), {}
+        for i, part in enumerate(self.parts):
+            if i in chosen:
+                places[i] = len(whole)
+                whole.append(Untagged(part.name, part.name))
+            else:
+                places[i] = len(parts)
+                parts.append(part)
+        leaves = []
+        for leaf in self.leaves:
+            if not leaf.whole:
+                weight = None if leaf.weight is None else places[leaf.weight]
+                leaf = dataclasses.replace(
+                    leaf, part=places[leaf.part], weight=weight, whole=leaf.part in chosen
+                )
+            leaves.append(leaf)
+        return Outputs(self.treedef, tuple(leaves), tuple(parts), tuple(whole))
+
+    def with_last(self, chosen: Collection[int]) -> Outputs:
+        """The same outputs, where the `chosen` ones of those without a tag are further parts, after
+        the others: the last microbatch's."""
+        parts, whole, places = list(self.parts), [], {}
+        for i, one in enumerate(self.whole):
+            if i in chosen:
+                places[i] = len(parts)
+                parts.append(Part(one.name, Reduction.LAST, has_tag=False))
+            else:
+                places[i] = len(whole)
+                whole.append(one)
+        leaves = []
+        for leaf in self.leaves:
+            if leaf.whole:
+                own = leaf.part not in chosen
+                leaf = dataclasses.replace(leaf, part=places[leaf.part], whole=own)
+            leaves.append(leaf)
+        return Outputs(self.treedef, tuple(leaves), tuple(parts), tuple(whole))
 
     def positions(self, reduction: Reduction) -> list[int]:
         """The parts that combine so."""
@@ -141,10 +187,12 @@ class _Reader:
         )
         return len(self.parts) - 1
 
-    def without_tag(self, name: str, x: Any, refusal: str) -> None:
+    def without_tag(
+        self, name: str, x: Any, refusal: str, error: type[Exception] = TypeError
+    ) -> None:
         """An output that has to depend on whole arguments alone."""
         key, dtype = key_impl(x), dtype_of(x)
-        self.untagged.append(Untagged(name, refusal))
+        self.untagged.append(Untagged(name, refusal, error))
         self.whole.append(jax.random.key_data(x) if key is not None else cast(x, dtype))
         self.leaves.append(Leaf(len(self.whole) - 1, None, dtype, jnp.shape(x), key, whole=True))
 
@@ -214,6 +262,9 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
         return x
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
+    if isinstance(x, Unvaried):
+        reader.without_tag(name, x.x, x.refusal, ValueError)
+        return x.x
     for leaf_name, leaf in leaves_with_names(
         x.content, f"{name}.{type(x).__name__}", is_leaf=is_tag
     ):

@@ -8,21 +8,28 @@ microbatches of 4 examples and one of 2. `fun` is traced twice, once for each si
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+from jaxaccum._base.adapted import adapted
 from jaxaccum._base.entries import entries
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
-from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._program import argument_slots, batch_keys, output_parts, validate, whole_outputs
+from jaxaccum._program import (
+    argument_slots,
+    batch_keys,
+    output_parts,
+    states_of_models,
+    untagged,
+    validate,
+)
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call, Options
 from jaxaccum._program.flat_function import FlatFunction
 from jaxaccum._program.microbatches import Partition
-from jaxaccum._program.output_parts import Outputs
-from jaxaccum._program.program import NeedsGlobalArraysError, Program, sources
+from jaxaccum._program.other_sizes import constants
+from jaxaccum._program.program import Program, sources
 from jaxaccum._program.tracing import Group, OnMesh, Tracing
-from jaxaccum._program.whole_outputs import Whole
 
 
 def prepare(
@@ -48,22 +55,34 @@ def prepare(
     arguments = _as_the_value_varies(flat, options, partition, arguments, call.arrays)
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
+    at_another_size = functools.cache(functools.partial(tracing.at_another_size, groups))
     slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
     outputs = flat.returned[0].outputs
-    if groups[0].trace.coupling is not None:
+    one = groups[0].trace, groups[0].observed.consts
+    constant = constants(outputs, one, at_another_size)
+    coupled = groups[0].trace.coupling is not None
+    if coupled:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
         outputs, limit = outputs.updated_once(), None
-    elif arguments.mesh_axes and argument_slots.positions(slots, Role.CARRY):
+        slots = states_of_models.updated_once(slots)
+    elif _runs_states_of_a_model(flat):
+        read = sources(slots, [group.trace for group in groups], 0)
+        beside = states_of_models.beside_loop(slots, outputs, one, read, at_another_size)
+        slots, outputs = beside.slots, outputs.beside_loop(beside.parts)
+        groups = [group.rearranged(beside.order(outputs)) for group in groups]
+        constant += outputs.whole[len(outputs.whole) - len(beside.parts) :]
+    if not coupled and arguments.mesh_axes and argument_slots.positions(slots, Role.CARRY):
         raise ValueError(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
             "sums over several; drop one of the two."
         )
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
-    whole, traces = _apart(groups, outputs, slots, arguments, options)
+    found = untagged.apart(groups, outputs, slots, arguments, options, constant)
     program = Program(
-        tuple(slots), partition, outputs, terms, traces, arguments.axes, arguments.mesh_axes,
-        tuple(arguments.given_axes), limit, memory, unroll, groups[-1].checked, whole=whole,
+        tuple(slots), partition, found.outputs, terms, found.traces, arguments.axes,
+        arguments.mesh_axes, tuple(arguments.given_axes), limit, memory, unroll,
+        groups[-1].checked, whole=found.whole,
         observed={group.size: group.observed for group in groups}, observe=tracing.observe,
     )  # fmt: skip
     _check_padding(program)
@@ -126,19 +145,12 @@ def _with_closed_over(
     return every, arguments
 
 
-def _apart(
-    groups: Sequence[Group],
-    outputs: Outputs,
-    slots: Sequence[Slot],
-    arguments: OnMesh,
-    options: Options,
-) -> tuple[Whole | None, tuple[Trace, ...]]:
-    """What computes the outputs without a tag, if there are any, and the traces without them."""
-    traces = tuple(group.trace for group in groups)
-    if not outputs.whole:
-        return None, traces
-    whole = _without_tags(traces, outputs, slots, arguments.given_axes, options.device_axes)
-    return whole, tuple(one.first(len(outputs.parts)) for one in traces)
+def _runs_states_of_a_model(flat: FlatFunction) -> bool:
+    """Whether `fun` is a model whose states run through several microbatches, and whose caller has
+    not said that they may."""
+    model = adapted(flat.fun)
+    alone = flat.partition.num_microbatches == 1
+    return model.draws_from_state and not model.draws_declared and not alone
 
 
 def _partition(options: Options, batch_size: int) -> Partition:
@@ -163,30 +175,6 @@ def _loop_axes(
     validate.divided(mesh_axes, entries(given_axes, rows))
     others = [i for i, slot in enumerate(slots) if slot.role is not Role.WHOLE]
     return frozenset(mesh_axes).union(*entries(given_axes, others))
-
-
-def _without_tags(
-    traces: Sequence[Trace],
-    outputs: Outputs,
-    slots: Sequence[Slot],
-    given_axes: Sequence[frozenset[str]],
-    device_axes: tuple[str, ...],
-) -> Whole:
-    """The program of the outputs without a tag, which must depend on whole arguments alone."""
-
-    def is_whole(i: int) -> bool:
-        # One device sees a share of a parameter that is divided, gathered at every microbatch as
-        # if it were rows.
-        return slots[i].role is Role.WHOLE and not given_axes[i] & set(device_axes)
-
-    reads = [sources(slots, traces, g) for g in range(len(traces))]
-    allowed = [list(map(is_whole, own)) for own in reads]
-    found = whole_outputs.refusal(traces, outputs, allowed)
-    if found and device_axes:
-        raise NeedsGlobalArraysError
-    if found:
-        raise TypeError(found)
-    return whole_outputs.separated(traces[0], outputs, entries(given_axes, reads[0]))
 
 
 def _check_padding(program: Program) -> None:

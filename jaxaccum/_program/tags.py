@@ -193,8 +193,18 @@ class Carry(Tag):
     state: PyTree
 
 
+@_tag
+class Unvaried(Tag):
+    """What an adapter returns as the same for every microbatch, and what is said where it is
+    not."""
+
+    reduction = Reduction.LAST
+    x: PyTree
+    refusal: str = dataclasses.field(metadata={"static": True})
+
+
 TAGS: tuple[type[Tag], ...] = (Mean, Sum, Max, Min, Concat, Stack, Last, Carry)
-"""All of them, in the order in which messages name them."""
+"""All that users write, in the order in which messages name them."""
 
 
 def spelled(tag: type[Tag]) -> str:

@@ -25,7 +25,7 @@ from jaxaccum._jaxpr.equations import axes_of
 from jaxaccum._jaxpr.reversible import equations_inside
 from jaxaccum._jaxpr.traces import Trace, trace
 from jaxaccum._jaxpr.variables import Type, taken_by, types_of
-from jaxaccum._program import batch_keys, microbatches, validate
+from jaxaccum._program import batch_keys, microbatches, other_sizes, validate
 from jaxaccum._program.argument_slots import ArgumentTree, Role, Slot
 from jaxaccum._program.call import Options
 from jaxaccum._program.example_keys import example_keys
@@ -65,6 +65,10 @@ class Group(NamedTuple):
     checked: bool
     """Whether JAX could follow which values vary over a mesh."""
 
+    def rearranged(self, order: Sequence[int]) -> Group:
+        """The group whose loop has the same outputs in another order."""
+        return self._replace(trace=self.trace.rearranged(order))
+
 
 @dataclasses.dataclass(frozen=True)
 class Tracing:
@@ -88,6 +92,18 @@ class Tracing:
             self._check_coupled(one.coupling, checked)
             one = self._with_streams_apart(one, outputs, checked)
         return Group(group.size, one, observed, checked)
+
+    def at_another_size(self, groups: Sequence[Group]) -> other_sizes.Traced | None:
+        """`fun` at another size than that of the first group, and what it closes over; None where
+        it does not run there."""
+        if len(groups) > 1:
+            return groups[1].trace, groups[1].observed.consts
+        number, size = self.partition.num_microbatches, 2 * groups[0].size
+        try:
+            found = self._at(self.flat.elsewhere(), size, number)
+        except Exception:  # of the user's function
+            return None
+        return found.trace, found.consts
 
     def observe(self, size: int, count: int) -> Observed:
         """For the audit: `fun` traced for one of `count` microbatches of `size` examples."""

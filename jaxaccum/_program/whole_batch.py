@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.types import Array, PyTree
-from jaxaccum._program import no_gradient, validate, whole_outputs
+from jaxaccum._program import no_gradient, shared_outputs, validate, whole_outputs
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.call import Call
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.flat_function import FlatFunction
-from jaxaccum._program.output_parts import Part
+from jaxaccum._program.other_sizes import Traced, constants
+from jaxaccum._program.output_parts import Outputs, Part
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._program.tracing import traced, types_in_loop
 
@@ -46,15 +47,30 @@ def run(call: Call) -> PyTree:
     stacked = jax.vmap(one, axis_name=axis_name)(jnp.zeros(1))
     outputs = function.returned[0].outputs
     if outputs.whole:
-        types = types_in_loop(tree, arrays, size, ())
-        whole, _, consts, _ = traced(flat, types, (axis_name, 1))
-        given = [slot.role is Role.WHOLE for slot in tree.slots]
-        if found := whole_outputs.refusal([whole], outputs, [[True] * len(consts) + given]):
-            raise TypeError(found)
+        _check_untagged(call, function, outputs)
     values = list(stacked)
     for i in set(range(len(values))) - set(outputs.positions(Reduction.STACK)):
         values[i] = stacked[i][0]
     return outputs.finalize(values[: len(outputs.parts)], values[len(outputs.parts) :])
+
+
+def _check_untagged(call: Call, function: FlatFunction, outputs: Outputs) -> None:
+    """An error where an output without a tag would be refused in microbatches."""
+    tree, size, axis = call.tree, call.batch_size, (call.options.axis_name, 1)
+
+    def at(size: int) -> Traced:
+        types = types_in_loop(tree, call.arrays, size, ())
+        found = traced(function.elsewhere().at(size), types, axis)
+        return found.trace, found.consts
+
+    one = at(size)
+    roles = [slot.role for slot in tree.slots]
+    whole = [True] * len(one[1]) + [role is Role.WHOLE for role in roles]
+    same = [True] * len(one[1]) + [not slot.differs for slot in tree.slots]
+    rest, (trace,) = shared_outputs.kept_by_loop([one[0]], outputs, [same])
+    constant = constants(outputs, one, lambda: at(2 * size))
+    if found := whole_outputs.refusal([trace], rest, [whole], constant):
+        raise found
 
 
 def _refusing_itself(part: Part, x: Array) -> Array:

@@ -335,7 +335,7 @@ class Growing(nnx.Module):
         if self.how == "adds":
             self.seen = nnx.Variable(x)
         elif self.how == "assigns":
-            self.w[...] = 2 * self.w[...]
+            self.w[...] = jnp.mean(x, axis=0)
         elif self.how == "sets":
             self.how = "done"
         return x @ self.w[...]

@@ -58,13 +58,13 @@ ADDED = {
     "a count": lambda v, h: v + len(h),
     "a constant": lambda v, h: jnp.full_like(v, 2.0),
     "as it is": lambda v, h: v,
+    "a decay": lambda v, h: v * 0.9,
+    "a counter": lambda v, h: v + 1,
 }
 """Updates that end as on the whole batch."""
 CHANGED = {
     "a moving average": lambda v, h: 0.9 * v + 0.1 * total(h),
     "a moving average as a step": lambda v, h: v + 0.1 * (jnp.mean(h, axis=0) - v),
-    "a decay": lambda v, h: v * 0.9,
-    "a counter": lambda v, h: v + 1,
     "a mean": lambda v, h: v + jnp.mean(h, axis=0),
     "a maximum that is added": lambda v, h: v + jnp.max(h, axis=0),
     "a sum and a constant": lambda v, h: v + (total(h) + 1),

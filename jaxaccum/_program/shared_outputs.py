@@ -1,0 +1,66 @@
+"""Outputs without a tag that follow from collectives over all microbatches: every microbatch has
+the same ones, and so has the whole batch.
+
+The new statistics of a BatchNorm are such outputs. They need no tag: those of the last microbatch
+are the whole batch's. They pass no derivative, as an output with the tag `Last` does, so that a
+gradient beside them takes one pass over the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Collection, Sequence
+
+import jax
+from jax import lax
+
+from jaxaccum._base.trees import is_inexact
+from jaxaccum._base.types import Array
+from jaxaccum._jaxpr.same_everywhere import differing
+from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._jaxpr.variables import types_of
+from jaxaccum._program.output_parts import Outputs
+
+
+def kept_by_loop(
+    traces: Sequence[Trace],
+    outputs: Outputs,
+    same: Sequence[Sequence[bool]],
+    mesh_axes: Sequence[str] = (),
+) -> tuple[Outputs, tuple[Trace, ...]]:
+    """The outputs, in which those that follow from collectives over the loop's axis and all
+    `mesh_axes` are parts of the loop; and their traces.
+
+    `same` says for each trace which of the arrays that it reads are the same along the axes.
+    """
+    count = len(outputs.parts)
+    chosen = set(range(len(outputs.whole)))
+    for one, own in zip(traces, same, strict=True):
+        differ = list(map(operator.not_, own))
+        results = differing(one.jaxpr, [True, *differ], {one.axis[0], *mesh_axes})
+        for i in sorted(chosen):
+            reads_batch = any(itertools.compress(differ, one.needs([count + i])))
+            if results[count + i] or not reads_batch:
+                chosen.discard(i)
+    if not chosen:
+        return outputs, tuple(traces)
+    return outputs.with_last(chosen), tuple(_in_loop(one, count, chosen) for one in traces)
+
+
+def _in_loop(one: Trace, count: int, chosen: Collection[int]) -> Trace:
+    """The trace whose first `count` outputs are followed by those that the loop keeps, and then by
+    the others."""
+
+    def fun(index: Array, *arrays: Array) -> list[Array]:
+        outs = one(index, arrays)
+        kept, others = outs[:count], []
+        for i, x in enumerate(outs[count:]):
+            if i not in chosen:
+                others.append(x)
+            else:
+                kept.append(lax.stop_gradient(x) if is_inexact(x) else x)
+        return [*kept, *others]
+
+    types = types_of(one.jaxpr.invars)
+    return one.with_jaxpr(jax.make_jaxpr(fun, axis_env=[one.axis])(*types).jaxpr)

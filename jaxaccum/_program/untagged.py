@@ -1,0 +1,77 @@
+"""Outputs without a tag, which are the same for every microbatch: the loop keeps those that follow
+from collectives, and the others are computed once beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from jaxaccum._base.entries import entries
+from jaxaccum._devices.without_checks import unchecked
+from jaxaccum._jaxpr.traces import Trace
+from jaxaccum._program import shared_outputs, whole_outputs
+from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.call import Options
+from jaxaccum._program.output_parts import Outputs, Untagged
+from jaxaccum._program.program import NeedsGlobalArraysError, sources
+from jaxaccum._program.tracing import Group, OnMesh
+from jaxaccum._program.whole_outputs import Whole
+
+
+class Apart(NamedTuple):
+    """A function taken apart."""
+
+    outputs: Outputs
+    """Which of its outputs the loop keeps."""
+    traces: tuple[Trace, ...]
+    """What computes those, for each group of microbatches."""
+    whole: Whole | None
+    """What computes the others, if there are any."""
+
+
+def apart(
+    groups: Sequence[Group],
+    outputs: Outputs,
+    slots: Sequence[Slot],
+    arguments: OnMesh,
+    options: Options,
+    constant: Collection[Untagged],
+) -> Apart:
+    """The outputs that the loop keeps, and those without a tag that it does not; an error where one
+    of these differs between microbatches."""
+    traces = tuple(group.trace for group in groups)
+    if not outputs.whole:
+        return Apart(outputs, traces, None)
+    reads = [sources(slots, traces, g) for g in range(len(traces))]
+    same = _same_everywhere(slots, arguments, options, coupled=traces[0].coupling is not None)
+    is_same = [entries(same, own) for own in reads]
+    if traces[0].coupling is not None:
+        with contextlib.nullcontext() if groups[-1].checked else unchecked():
+            outputs, traces = shared_outputs.kept_by_loop(
+                traces, outputs, is_same, arguments.mesh_axes
+            )
+    found = whole_outputs.refusal(traces, outputs, is_same, constant)
+    if found and options.device_axes:
+        raise NeedsGlobalArraysError
+    if found:
+        raise found
+    given_axes = entries(arguments.given_axes, reads[0])
+    whole = whole_outputs.separated(traces[0], outputs, given_axes)
+    return Apart(outputs, tuple(one.first(len(outputs.parts)) for one in traces), whole)
+
+
+def _same_everywhere(
+    slots: Sequence[Slot], arguments: OnMesh, options: Options, *, coupled: bool
+) -> list[bool]:
+    """Which slots are the same for every microbatch, and for every device.
+
+    One device sees a share of a parameter that is divided, gathered at every microbatch as if it
+    were rows. A coupled loss updates its state once.
+    """
+    over_devices = {*options.device_axes, *(arguments.mesh_axes if coupled else ())}
+    roles = (Role.WHOLE, Role.CARRY) if coupled else (Role.WHOLE,)
+    same = []
+    for slot, axes in zip(slots, arguments.given_axes, strict=True):
+        same.append(slot.role in roles and over_devices.isdisjoint(axes))
+    return same
