@@ -146,7 +146,7 @@ def batch_norm_over(axis_name: AxisNames = "microbatch") -> Iterator[None]:
         >>> def loss(params, x):
         ...     with jaxaccum.linen.batch_norm_over("microbatch"):
         ...         y, stats = model.apply(params, x, mutable=["batch_stats"])
-        ...     return jnp.mean(jnp.tanh(y) ** 2), jaxaccum.Last(stats)
+        ...     return jnp.mean(jnp.tanh(y) ** 2), stats
         >>> x = jnp.sin(jnp.arange(24, dtype=jnp.float32)).reshape(8, 3)
         >>> params = model.init(jax.random.key(0), x)
         >>> step = jaxaccum.value_and_grad(loss, num_microbatches=4, has_aux=True)

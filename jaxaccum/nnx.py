@@ -95,17 +95,20 @@ def value_and_grad(
     Guarantees:
         Where every draw is divided, value and gradient are those of ``nnx.value_and_grad`` on the
         whole batch, for any partition, and for any division among devices (`mesh_axes`, explicit
-        meshes). So is the state that adds up sums over examples, as a metric does, or that follows
-        from collectives over `axis_name`, as that of `BatchNorm` does. A state that changes in
-        another way changes once per microbatch. The call warns of it, where the update is linear
-        arithmetic: write a moving average of sums with ``jax.lax.psum(sum, "microbatch")``, and it
-        changes once. The streams advance once, and the model holds ordinary keys afterwards.
+        meshes). So is the state that adds up sums over examples, as a metric does; that follows
+        from collectives over `axis_name`, as that of `BatchNorm` does; or that changes without the
+        batch, as a counter does. A parameter that `fun` assigns to is changed once. A state that
+        changes in another way changes once per microbatch. The call warns of it, where the update
+        is linear arithmetic: write a moving average of sums with ``jax.lax.psum(sum,
+        "microbatch")``, and it changes once. The streams advance once, and the model holds ordinary
+        keys afterwards.
 
     Raises:
-        ValueError, TypeError: at trace time; also where `fun` adds variables to a model or assigns
-            to a parameter; and where streams that `example_streams` names draw what cannot be
-            divided among the examples, with the line: examples and another axis merged, or a gamma
-            distribution. So it is by default under ``audit="raise"``.
+        ValueError, TypeError: at trace time; also where `fun` adds variables to a model, or assigns
+            to a parameter what differs between microbatches; and where streams that
+            `example_streams` names draw what cannot be divided among the examples, with the line:
+            examples and another axis merged, or a gamma distribution. So it is by default under
+            ``audit="raise"``.
 
     Example:
         >>> from flax import nnx

@@ -60,7 +60,7 @@ def accumulated(batch, key):
         batched = jax.vmap(model, axis_name="example", in_axes=(0, None), out_axes=(0, None))
         logits, state = batched(batch["x"], state)
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return ce.mean(), jaxaccum.Last(state)
+        return ce.mean(), state
 
     grad_fn = eqx.filter_grad(loss_fn, has_aux=True)
     grads, state = grad_fn(model, state, batch)

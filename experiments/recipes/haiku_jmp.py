@@ -56,7 +56,7 @@ def accumulated(params, state, opt_state, batch):
         ce = optax.softmax_cross_entropy_with_integer_labels(
             POLICY.cast_to_output(logits), batch["label"]
         )
-        return ce.mean(), jaxaccum.Last(new)
+        return ce.mean(), new
 
     grads, state = jaxaccum.grad(loss_fn, has_aux=True, num_microbatches=4)(params, batch)
     updates, opt_state = OPT.update(grads, opt_state)

@@ -60,7 +60,7 @@ def accumulated(state, batch, key):
         variables, rngs = {"params": params, "batch_stats": state.batch_stats}, {"dropout": key}
         logits, new = model.apply(variables, batch["x"], rngs=rngs, mutable=["batch_stats"])
         ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return jnp.mean(ce), jaxaccum.Last(new["batch_stats"])
+        return jnp.mean(ce), new["batch_stats"]
 
     loss = jaxaccum.microbatch(loss, num_microbatches=4, in_axes=(None, 0, jaxaccum.BATCH_KEY))
     grad_fn = jax.value_and_grad(loss, has_aux=True)

@@ -29,7 +29,10 @@ def compute_alike(outputs: Sequence[int], one: Traced, other: Traced) -> bool:
 def constants(
     outputs: Outputs, one: Traced, at_another_size: Callable[[], Traced | None]
 ) -> list[Untagged]:
-    """The outputs without a tag that depend on no array, and not on the number of examples."""
+    """The outputs without a tag of a coupled loss that depend on no array, and not on the number of
+    examples: beside its statistics a BatchNorm may return a flag."""
+    if one[0].coupling is None:
+        return []
     found = {}
     for i, untagged in enumerate(outputs.whole, start=len(outputs.parts)):
         if not any(one[0].needs([i])):

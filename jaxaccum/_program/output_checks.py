@@ -57,18 +57,19 @@ def padding_refused(name: str) -> str:
 def untagged_refused(name: str, x: Any, size: int) -> str:
     shape = jnp.shape(x)
     rows = shape[:1] == (size,)
-    last = "jaxaccum.Last(x) for the new statistics of a BatchNorm"
     first, second = (
-        ("jaxaccum.Concat(x) for one row per example", last)
+        ("jaxaccum.Concat(x) for one row per example", "jaxaccum.Sum(x) for a sum over examples")
         if rows
-        else (last, "jaxaccum.Sum(x) for a sum over examples")
+        else ("jaxaccum.Sum(x) for a sum over examples", "jaxaccum.Mean(total, weight) for a mean")
     )
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
         f"microbatches. Wrap it in {first}, in {second}, or in another of jaxaccum's tags: "
-        f"{_TAGS}. Only three kinds of output need no tag: a floating-point scalar, which is "
-        "taken as a mean over examples; a value computed only from arguments that are not cut; and "
-        "one that is the same for every microbatch, because it follows from collectives over them. "
+        f"{_TAGS}. The new state of a BatchNorm needs none once the layer spans the microbatches: "
+        'give it axis_name="microbatch" (in Haiku cross_replica_axis). '
+        "Only three kinds of output need no tag: a floating-point scalar, which is taken as a mean "
+        "over examples; a value computed only from arguments that are not cut; and "
+        "one that is the same for every microbatch because it follows from collectives over them. "
         "A sum, a maximum or a minimum needs a tag, even if it is a scalar."
         f"{_OF_GRADIENT if name.startswith('output[1]') else ''}"
     )

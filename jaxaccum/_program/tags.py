@@ -178,6 +178,8 @@ class Last(Tag):
     """The value of the last microbatch; a derivative of it is an error.
 
     What depends on whole arguments alone, as a temperature does, needs no tag and has a derivative.
+    Nor does what follows from collectives over the microbatches, as the new statistics of a
+    BatchNorm do.
     """
 
     reduction = Reduction.LAST

@@ -101,8 +101,9 @@ def microbatch(
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also
             for a reverse-mode derivative of a `Max`, `Min`, `Last` or `Carry` that depends on the
-            differentiated arguments: that derivative would be 0. In forward mode, the tangents of
-            these tags are 0.
+            differentiated arguments: that derivative would be 0. So it is of an output without a
+            tag that follows from collectives. In forward mode, the tangents of these tags are 0,
+            and NaN without a tag.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,6 +69,13 @@ SHARED = {
         lambda m: jnp.sum(m) < 3, lambda m: m + 1, lax.stop_gradient(mean(w, x, axes))
     ),
     "through a rule": lambda w, x, axes: jax.nn.relu(mean(w, x, axes)),
+    "constants beside it": lambda w, x, axes: {
+        "mean": mean(w, x, axes),
+        "flag": jnp.array(False),
+        "rate": np.array([0.5, 0.25]),
+        "step": 3,
+        "key": jax.random.key(1),
+    },
     "of bfloat16": lambda w, x, axes: jnp.bfloat16(gathered(w, x, axes)),
 }
 """Outputs, by what makes them; `axes` is None on the whole batch."""
@@ -75,8 +83,8 @@ OPTIONS = [{"num_microbatches": 4}, {"microbatch_size": 4, "split": "strided"}]
 
 
 def bits(tree):
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else jnp.asarray(x), tree)
 
 
 def pair(name, axes=AXIS):
@@ -115,6 +123,7 @@ OWN = {
     "what another has": lambda w, x: lax.ppermute(
         mean(w, x, AXIS), AXIS, [(i, (i + 1) % 4) for i in range(4)]
     ),
+    "the outside": lambda w, x: io_callback(lambda m: m, jnp.zeros(3), mean(w, x, AXIS)),
     "a share of the sum": lambda w, x: lax.psum_scatter(jnp.tile(mean(w, x, AXIS), (4, 1)), AXIS),
     "carried by a scan": lambda w, x: lax.scan(
         lambda old, row: (row, mean(w, x, AXIS)), jnp.zeros(3), x
@@ -134,7 +143,7 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_what_differs_is_refused(name):
     fun = lambda w, x: (loss(w, x), {"beside": OWN[name](w, x), "mean": mean(w, x, AXIS)})
-    says = "aux['beside']", "without a tag", "follows from collectives", "jaxaccum.Last(x)"
+    says = "aux['beside']", "without a tag", "follows from collectives", "jaxaccum.Sum(x)"
     step = ja.value_and_grad(fun, has_aux=True, num_microbatches=4)
     refused(lambda: step(W, X), *says)
 

@@ -56,15 +56,15 @@ FAULTS = [
     Fault(
         "what depends on rows passes without a tag",
         "Trace.is_of",
-        "        return any(used) and all(itertools.compress([False, *allowed], used))\n",
-        "        return any(used)\n",
+        "        return all(itertools.compress([False, *allowed], used))\n",
+        "        return True\n",
         "plain/test_whole_outputs.py::test_what_depends_on_more_is_refused",
     ),
     Fault(
         "a constant passes without a tag",
-        "Trace.is_of",
-        "        return any(used) and all(itertools.compress([False, *allowed], used))\n",
-        "        return all(itertools.compress([False, *allowed], used))\n",
+        "whole_outputs:refusal",
+        "depends = any(traces[0].needs([i])) or untagged in constants",
+        "depends = True",
         "plain/test_whole_outputs.py::test_what_depends_on_more_is_refused",
     ),
     Fault(
@@ -83,18 +83,17 @@ FAULTS = [
     ),
     Fault(
         "a device's share is taken for the whole",
-        "_without_tags",
-        "is Role.WHOLE and not given_axes[i] & set(device_axes)",
-        "is Role.WHOLE",
+        "_same_everywhere",
+        "append(slot.role in roles and over_devices.isdisjoint(axes))",
+        "append(slot.role in roles)",
         "plain/test_whole_outputs.py::test_explicit_meshes",
     ),
     Fault(
         "the loop computes what is whole",
-        "_apart",
-        "return whole, tuple(one.first(len(outputs.parts)) for one in traces)",
-        "return whole, tuple(dataclasses.replace(one, "
-        "jaxpr=one.jaxpr.replace(outvars=one.jaxpr.outvars[: len(outputs.parts)])) "
-        "for one in traces)",
+        "untagged:apart",
+        "tuple(one.first(len(outputs.parts)) for one in traces)",
+        "tuple(one.with_jaxpr(one.jaxpr.replace("
+        "outvars=one.jaxpr.outvars[: len(outputs.parts)])) for one in traces)",
         "plain/test_whole_outputs.py::test_no_loop_computes_it",
     ),
     Fault(

@@ -5,9 +5,9 @@ from tests.faults.fault import Fault
 FAULTS = [
     Fault(
         "a shifted value is taken for shared",
-        "_SAME_EVERYWHERE",
-        '"pmax", "pmin", "all_gather"}',
-        '"pmax", "pmin", "all_gather", "ppermute"}',
+        "COLLECTIVES",
+        '"pmax", "pmin", "all_gather")',
+        '"pmax", "pmin", "all_gather", "ppermute")',
         "coupled/test_coupled.py::test_every_collective[store]",
     ),
     Fault(

@@ -155,7 +155,7 @@ FAULTS = [
     Fault(
         "the model forgets its state",
         "value_and_grad.accumulated",
-        "        models.update(state, streams)\n",
+        "        models.update(state, streams, assigned)\n",
         "",
         "flax/test_nnx.py::"
         "test_it_is_the_host_loop_of_nnx_with_all_of_its_state["

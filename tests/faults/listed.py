@@ -36,6 +36,7 @@ from tests.faults import (
     in_meshes,
     in_outputs,
     in_partitions,
+    in_shared,
 )
 from tests.faults.fault import Fault
 
@@ -47,7 +48,7 @@ COPIED = ["jaxaccum", "torch_ref", "tests", "pyproject.toml", *PAPERS]
 TABLES = [
     in_accumulators, in_arguments, in_audits, in_audits_of_order, in_audits_of_parts,
     in_audits_of_rules, in_audits_of_sums, in_coupled, in_derivative_rules, in_gradients,
-    in_host_loop, in_keys, in_meshes, in_outputs, in_partitions,
+    in_host_loop, in_keys, in_meshes, in_outputs, in_partitions, in_shared,
 ]  # fmt: skip
 FAULTS: list[Fault] = [fault for table in TABLES for fault in table.FAULTS]
 

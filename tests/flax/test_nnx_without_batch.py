@@ -248,6 +248,20 @@ def test_a_state_of_such_a_count_runs_with_it():
     assert float(model.rate[...]) == 0.5 + 3 + 5 + 7
 
 
+def test_a_state_of_a_state_of_the_batch_runs_with_both():
+    """As a loop in Python leaves them: none of the three is the same in every microbatch."""
+    update = set_all(
+        teacher=lambda m: m.teacher[...] + m.rate[...],
+        rate=lambda m: m.rate[...] + m.count[...],
+    )
+    model, _ = seen(in_turn(update, counted))
+    count, rate, teacher = 1.0, 0.5, 2 * model.layer.kernel[...]
+    for _ in range(3):
+        count, rate, teacher = count + 2, rate + count, teacher + rate
+    states = model.count[...], model.rate[...], model.teacher[...]
+    assert normwise(states, (count, rate, teacher)) < EXACT
+
+
 def test_microbatches_do_not_draw_the_same_numbers():
     """A state that a key is made of runs from microbatch to microbatch."""
     model, _ = seen(drawn)

@@ -102,7 +102,11 @@ OUTPUTS = [
     (call(aux(lambda w, x: x @ w), has_aux=True), ["aux", "[3]", "Concat", "Mean"]),
     (
         call(aux(lambda w, x: 2 * x[0, :2]), has_aux=True),
-        ["Wrap it in jaxaccum.Last(x) for the new"],
+        [
+            "Wrap it in jaxaccum.Sum(x) for a sum",
+            "The new state of a BatchNorm",
+            'axis_name="microbatch"',
+        ],
     ),
     (
         lambda: ja.microbatch(jax.value_and_grad(mean), num_microbatches=2)(W, X),
