@@ -219,8 +219,8 @@ def drawn(model, x):
 
 
 def of_count(model, x):
-    counted(model, x)
     model.rate[...] = model.rate[...] + model.count[...]
+    counted(model, x)
 
 
 def seen(update):
@@ -245,7 +245,7 @@ def test_a_count_of_examples_adds_up():
 
 def test_a_state_of_such_a_count_runs_with_it():
     model, _ = seen(of_count)
-    assert float(model.rate[...]) == 0.5 + 3 + 5 + 7
+    assert float(model.rate[...]) == 0.5 + 1 + 3 + 5
 
 
 def test_a_state_of_a_state_of_the_batch_runs_with_both():
