@@ -309,9 +309,9 @@ def _assigned(kept: Sequence[bool], new: PyTree) -> Assigned:
         if not same:
             assigned[i] = Unvaried(
                 x,
-                f"fun assigns to the parameter {leaf_name('', path[1:-1])}, which is "
-                "differentiated, and each microbatch assigns another value; every microbatch sees "
-                "the parameters as they were. Assign outside the loss, or keep the value in a "
-                "variable that is not an nnx.Param.",
+                "fun assigns a value of the batch to the parameter "
+                f"{leaf_name('', path[1:-1])}, which is differentiated: microbatches would assign "
+                "different values. Assign it outside of the loss, or keep the value in a variable "
+                "that is not an nnx.Param.",
             )
     return assigned

@@ -31,17 +31,18 @@ _CASTS = ("pvary", "pcast")
 """They change what JAX says about a value, and not the value."""
 
 
-def differing(jaxpr: jex.Jaxpr, arguments: Sequence[bool], axes: Collection[str]) -> list[bool]:
-    """Which results differ along any of the axes, if those `arguments` do."""
-    differ = set(itertools.compress(jaxpr.invars, arguments))
+def differing(jaxpr: jex.Jaxpr, differ: Sequence[bool], axes: Collection[str]) -> list[bool]:
+    """Which results differ along any of the axes, if these arguments `differ`."""
+    own = set(itertools.compress(jaxpr.invars, differ))
     for eqn in jaxpr.eqns:
-        results = _results(eqn, _among(eqn.invars, differ), axes)
-        differ.update(itertools.compress(eqn.outvars, results))
-    return _among(jaxpr.outvars, differ)
+        results = _results(eqn, _among(eqn.invars, own), axes)
+        own.update(itertools.compress(eqn.outvars, results))
+    return _among(jaxpr.outvars, own)
 
 
-def _among(atoms: Sequence[Atom], differ: set[Var]) -> list[bool]:
-    return [is_variable(v) and v in differ for v in atoms]
+def _among(atoms: Sequence[Atom], own: set[Var]) -> list[bool]:
+    """Which of the atoms differ."""
+    return [is_variable(v) and v in own for v in atoms]
 
 
 def _results(eqn: jex.JaxprEqn, operands: list[bool], axes: Collection[str]) -> list[bool]:

@@ -60,7 +60,9 @@ class Trace:
     """What was traced, if it has a derivative rule of the user's own. None, too, if it reads the
     loop's index inside of a loop or a branch."""
     is_callable: bool = dataclasses.field(default=True, compare=False)
-    """Whether what was traced, called again, has the same outputs, or more after them."""
+    """Whether what was traced, called again, has the same outputs, among others."""
+    places: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    """Which of those outputs it has, if these are not the first ones."""
 
     def __call__(self, index: Array, arrays: Sequence[Array]) -> list[Array]:
         """Evaluate at microbatch `index`; `arrays` are the hoisted constants, then the
@@ -75,7 +77,9 @@ class Trace:
     def called_again(self, arrays: Sequence[Array]) -> list[Array]:
         """The same outputs of `fun` itself."""
         assert self.original is not None
-        return self.original(*arrays[self.num_consts :])[: len(self.jaxpr.outvars)]
+        count = len(self.jaxpr.outvars)
+        places = self.places[:count] or range(count)
+        return entries(self.original(*arrays[self.num_consts :]), places)
 
     def has_other_derivative(self, moved: Sequence[int]) -> bool:
         """Whether `fun` has another derivative than the jaxpr, with respect to those of ``(*consts,
@@ -173,12 +177,8 @@ class Trace:
         return list(map(_bits, reversible.movers_of(outvars, stopped)))
 
     def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
-        """Whether all that an output depends on are those of ``(*consts, *args)`` that are
-        `allowed`.
-
-        Nothing else: the index of the microbatch, a collective over its axis, or what it does to
-        the outside.
-        """
+        """Whether an output depends only on the `allowed` ones of ``(*consts, *args)``: not on the
+        index of the microbatch, a collective over its axis, or the outside."""
         jaxpr, used = self._restrict([output])
         outside = reversible.holds(jaxpr, "io_callback")
         reads_references = any(is_reference(v.aval) for v in jaxpr.invars)
@@ -194,7 +194,8 @@ class Trace:
 
     def rearranged(self, order: Sequence[int]) -> Trace:
         """The trace of the same outputs in another order."""
-        return self.with_jaxpr(with_outvars(self.jaxpr, entries(self.jaxpr.outvars, order)))
+        jaxpr = with_outvars(self.jaxpr, entries(self.jaxpr.outvars, order))
+        return dataclasses.replace(self, jaxpr=jaxpr, places=tuple(order))
 
     def before(
         self, change: Callable[[Array, list[Array]], list[Array]], keep: Collection[int]

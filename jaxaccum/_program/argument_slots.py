@@ -82,7 +82,7 @@ class Slot:
         return self.role in (Role.WHOLE, Role.ROWS)
 
     @property
-    def differs(self) -> bool:
+    def differs_if_coupled(self) -> bool:
         """Whether each microbatch of a coupled loss, which updates its state once, has its own."""
         return self.role not in (Role.WHOLE, Role.CARRY)
 

@@ -65,12 +65,12 @@ def untagged_refused(name: str, x: Any, size: int) -> str:
     return (
         f"{name} is {dtype_of(x)}{list(shape)} without a tag, so nothing says how it combines over "
         f"microbatches. Wrap it in {first}, in {second}, or in another of jaxaccum's tags: "
-        f"{_TAGS}. The new state of a BatchNorm needs none once the layer spans the microbatches: "
-        'give it axis_name="microbatch" (in Haiku cross_replica_axis). '
-        "Only three kinds of output need no tag: a floating-point scalar, which is taken as a mean "
-        "over examples; a value computed only from arguments that are not cut; and "
+        f"{_TAGS}. Only three kinds of output need no tag: a floating-point scalar, which is taken "
+        "as a mean over examples; a value computed only from arguments that are not cut; and "
         "one that is the same for every microbatch because it follows from collectives over them. "
-        "A sum, a maximum or a minimum needs a tag, even if it is a scalar."
+        "A sum, a maximum or a minimum needs a tag, even if it is a scalar. For the new state of a "
+        'BatchNorm give the layer axis_name="microbatch" (in Haiku cross_replica_axis): it is then '
+        "the same for every microbatch."
         f"{_OF_GRADIENT if name.startswith('output[1]') else ''}"
     )
 

@@ -9,7 +9,7 @@ sees.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,10 @@ class Untagged:
     name: str
     refusal: str
     error: type[Exception] = TypeError
+    of_model: bool = False
+    """Whether it is a parameter that a model assigns to."""
+    at_all_sizes: bool = False
+    """Whether microbatches of two sizes were seen to compute it alike."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Leaf:
     """Of a typed key, which the loop combines as the integers it is made of: its implementation."""
     whole: bool = False
     """Whether it is no part of the loop but, at the place `part`, an output without a tag."""
+
+    def moved(self, places: Mapping[int, tuple[bool, int]]) -> Leaf:
+        """The leaf, whose part and weight are at other places; and whether they are whole there."""
+        whole, part = places[self.part]
+        weight = None if self.weight is None else places[self.weight][1]
+        return dataclasses.replace(self, part=part, weight=weight, whole=whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,44 +122,30 @@ class Outputs:
         return dataclasses.replace(self, parts=tuple(parts))
 
     def beside_loop(self, chosen: Collection[int]) -> Outputs:
-        """The same outputs, where the `chosen` parts follow those without a tag, and no loop
-        computes them."""
-        parts, whole, places = [], list(self.whole), {}
-        for i, part in enumerate(self.parts):
-            if i in chosen:
-                places[i] = len(whole)
-                whole.append(Untagged(part.name, part.name))
-            else:
-                places[i] = len(parts)
-                parts.append(part)
-        leaves = []
-        for leaf in self.leaves:
-            if not leaf.whole:
-                weight = None if leaf.weight is None else places[leaf.weight]
-                leaf = dataclasses.replace(
-                    leaf, part=places[leaf.part], weight=weight, whole=leaf.part in chosen
-                )
-            leaves.append(leaf)
-        return Outputs(self.treedef, tuple(leaves), tuple(parts), tuple(whole))
+        """These outputs, where the `chosen` parts follow those without a tag, and no loop computes
+        them."""
+        parts = {i: part for i, part in enumerate(self.parts) if i not in chosen}
+        places = {old: (False, new) for new, old in enumerate(parts)}
+        whole = list(self.whole)
+        for i in sorted(chosen):
+            places[i] = (True, len(whole))
+            name = self.parts[i].name
+            says = f"{name} changes in another way in microbatches of another size."
+            whole.append(Untagged(name, says, ValueError, at_all_sizes=True))
+        leaves = [leaf if leaf.whole else leaf.moved(places) for leaf in self.leaves]
+        return Outputs(self.treedef, tuple(leaves), tuple(parts.values()), tuple(whole))
 
     def with_last(self, chosen: Collection[int]) -> Outputs:
-        """The same outputs, where the `chosen` ones of those without a tag are further parts, after
-        the others: the last microbatch's."""
-        parts, whole, places = list(self.parts), [], {}
-        for i, one in enumerate(self.whole):
-            if i in chosen:
-                places[i] = len(parts)
-                parts.append(Part(one.name, Reduction.LAST, has_tag=False))
-            else:
-                places[i] = len(whole)
-                whole.append(one)
-        leaves = []
-        for leaf in self.leaves:
-            if leaf.whole:
-                own = leaf.part not in chosen
-                leaf = dataclasses.replace(leaf, part=places[leaf.part], whole=own)
-            leaves.append(leaf)
-        return Outputs(self.treedef, tuple(leaves), tuple(parts), tuple(whole))
+        """These outputs, where the `chosen` ones without a tag become parts of the loop, which
+        keeps the last microbatch's."""
+        whole = {i: one for i, one in enumerate(self.whole) if i not in chosen}
+        places = {old: (True, new) for new, old in enumerate(whole)}
+        parts = list(self.parts)
+        for i in sorted(chosen):
+            places[i] = (False, len(parts))
+            parts.append(Part(self.whole[i].name, Reduction.LAST, has_tag=False))
+        leaves = [leaf.moved(places) if leaf.whole else leaf for leaf in self.leaves]
+        return Outputs(self.treedef, tuple(leaves), tuple(parts), tuple(whole.values()))
 
     def positions(self, reduction: Reduction) -> list[int]:
         """The parts that combine so."""
@@ -187,12 +183,10 @@ class _Reader:
         )
         return len(self.parts) - 1
 
-    def without_tag(
-        self, name: str, x: Any, refusal: str, error: type[Exception] = TypeError
-    ) -> None:
+    def without_tag(self, untagged: Untagged, x: Any) -> None:
         """An output that has to depend on whole arguments alone."""
         key, dtype = key_impl(x), dtype_of(x)
-        self.untagged.append(Untagged(name, refusal, error))
+        self.untagged.append(untagged)
         self.whole.append(jax.random.key_data(x) if key is not None else cast(x, dtype))
         self.leaves.append(Leaf(len(self.whole) - 1, None, dtype, jnp.shape(x), key, whole=True))
 
@@ -246,13 +240,9 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
         check_array(name, x)
         is_mean = jnp.shape(x) == () and jnp.issubdtype(dtype_of(x), jnp.floating)
         if padded or not is_mean:
-            reader.without_tag(
-                name,
-                x,
-                padding_refused(name)
-                if padded and is_mean
-                else untagged_refused(name, x, reader.size),
-            )
+            says = untagged_refused(name, x, reader.size)
+            says = padding_refused(name) if padded and is_mean else says
+            reader.without_tag(Untagged(name, says), x)
             return x
         # A mean over the microbatch's examples is its total over them, divided once, by the whole
         # batch's number.
@@ -263,7 +253,7 @@ def _read_tag(reader: _Reader, name: str, x: Any, *, padded: bool) -> PyTree:
     if isinstance(x, Mean):
         return _read_mean(reader, name, x)
     if isinstance(x, Unvaried):
-        reader.without_tag(name, x.x, x.refusal, ValueError)
+        reader.without_tag(Untagged(name, x.refusal, ValueError, of_model=True), x.x)
         return x.x
     for leaf_name, leaf in leaves_with_names(
         x.content, f"{name}.{type(x).__name__}", is_leaf=is_tag

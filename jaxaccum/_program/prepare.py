@@ -8,7 +8,6 @@ microbatches of 4 examples and one of 2. `fun` is traced twice, once for each si
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from jaxaccum._base.adapted import adapted
@@ -27,8 +26,7 @@ from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call, Options
 from jaxaccum._program.flat_function import FlatFunction
 from jaxaccum._program.microbatches import Partition
-from jaxaccum._program.other_sizes import constants
-from jaxaccum._program.program import Program, sources
+from jaxaccum._program.program import Program
 from jaxaccum._program.tracing import Group, OnMesh, Tracing
 
 
@@ -55,22 +53,18 @@ def prepare(
     arguments = _as_the_value_varies(flat, options, partition, arguments, call.arrays)
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
-    at_another_size = functools.cache(functools.partial(tracing.at_another_size, groups))
     slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
     outputs = flat.returned[0].outputs
-    one = groups[0].trace, groups[0].observed.consts
-    constant = constants(outputs, one, at_another_size)
     coupled = groups[0].trace.coupling is not None
     if coupled:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
         outputs, limit = outputs.updated_once(), None
-        slots = states_of_models.updated_once(slots)
-    elif _runs_states_of_a_model(flat):
-        read = sources(slots, [group.trace for group in groups], 0)
-        beside = states_of_models.beside_loop(slots, outputs, one, read, at_another_size)
+        slots = states_of_models.read_before(slots)
+    elif _runs_states_of_a_model(flat, arguments.mesh_axes):
+        beside = states_of_models.beside_loop(slots, outputs, groups, tracing.at_another_size)
         slots, outputs = beside.slots, outputs.beside_loop(beside.parts)
-        groups = [group.rearranged(beside.order(outputs)) for group in groups]
-        constant += outputs.whole[len(outputs.whole) - len(beside.parts) :]
+        if beside.parts:
+            groups = [group.rearranged(beside.order(outputs)) for group in groups]
     if not coupled and arguments.mesh_axes and argument_slots.positions(slots, Role.CARRY):
         raise ValueError(
             "a state declared CARRY runs through the microbatches of one device, and mesh_axes "
@@ -78,7 +72,7 @@ def prepare(
         )
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
-    found = untagged.apart(groups, outputs, slots, arguments, options, constant)
+    found = untagged.apart(groups, outputs, slots, arguments, options, tracing.at_another_size)
     program = Program(
         tuple(slots), partition, found.outputs, terms, found.traces, arguments.axes,
         arguments.mesh_axes, tuple(arguments.given_axes), limit, memory, unroll,
@@ -145,11 +139,11 @@ def _with_closed_over(
     return every, arguments
 
 
-def _runs_states_of_a_model(flat: FlatFunction) -> bool:
+def _runs_states_of_a_model(flat: FlatFunction, mesh_axes: tuple[str, ...]) -> bool:
     """Whether `fun` is a model whose states run through several microbatches, and whose caller has
     not said that they may."""
     model = adapted(flat.fun)
-    alone = flat.partition.num_microbatches == 1
+    alone = flat.partition.num_microbatches == 1 and not mesh_axes
     return model.draws_from_state and not model.draws_declared and not alone
 
 

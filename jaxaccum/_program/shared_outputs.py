@@ -2,8 +2,8 @@
 the same ones, and so has the whole batch.
 
 The new statistics of a BatchNorm are such outputs. They need no tag: those of the last microbatch
-are the whole batch's. They pass no derivative, as an output with the tag `Last` does, so that a
-gradient beside them takes one pass over the batch.
+are the whole batch's. A derivative of them is an error, as of `Last`. So a gradient takes one pass
+over the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxaccum._jaxpr.variables import types_of
 from jaxaccum._program.output_parts import Outputs
 
 
-def kept_by_loop(
+def with_shared_in_loop(
     traces: Sequence[Trace],
     outputs: Outputs,
     same: Sequence[Sequence[bool]],

@@ -2,7 +2,7 @@
 
 The problem. A state runs from microbatch to microbatch. A counter of steps, the power iteration of
 a spectral normalization and the average of a teacher's weights would change once per microbatch,
-and later microbatches would compute with another one than the whole batch does.
+and later microbatches would read another value than the whole batch does.
 
 The idea. If a new state follows from parameters and from states of this kind alone, then every
 microbatch makes the same one of the state before the first. So each reads that state, as it reads a
@@ -12,10 +12,9 @@ parameter, and the new one is an output that depends on whole arguments alone.
     mean                       beside the loop, as it is
     total = total + sum(x)     from microbatch to microbatch
 
-Left in the loop: a state that changes and that random numbers are drawn from, which must not be the
-same in every microbatch; one that depends on how many examples a microbatch has, as ``count +
-len(x)`` does; and every state that changes, if the loss does not run at another size, so that this
-cannot be told.
+Three kinds of state stay in the loop. One that random numbers are drawn from: microbatches must not
+draw the same. One that depends on the number of examples, as ``count + len(x)`` does. And every one
+that changes, if the loss does not run at another size.
 """
 
 from __future__ import annotations
@@ -32,26 +31,30 @@ from jaxaccum._jaxpr.variables import Var, variables
 from jaxaccum._program.argument_slots import Role, Slot, positions
 from jaxaccum._program.other_sizes import Traced, compute_alike
 from jaxaccum._program.output_parts import Outputs
+from jaxaccum._program.program import sources
 from jaxaccum._program.reductions import Reduction
+from jaxaccum._program.tracing import Group
 
 
 class Beside(NamedTuple):
-    """What is computed beside the loop."""
+    """The states that are computed beside the loop."""
 
     slots: list[Slot]
-    """All slots, in which its states are whole."""
+    """All slots, in which these states are whole."""
     parts: list[int]
-    """The parts of the outputs that it is."""
+    """The parts of the outputs that they are."""
 
     def order(self, outputs: Outputs) -> list[int]:
-        """The outputs, by their places before, as ``Outputs.beside_loop`` has left them."""
+        """The places that the outputs of ``Outputs.beside_loop`` had before."""
         count = len(outputs.parts) + len(outputs.whole)
         return [*(i for i in range(count) if i not in self.parts), *self.parts]
 
 
-def updated_once(slots: Sequence[Slot]) -> list[Slot]:
-    """The slots, in which every state is updated once, as a coupled program does; keys are not,
-    since each microbatch draws numbers of its own."""
+def read_before(slots: Sequence[Slot]) -> list[Slot]:
+    """The slots of a coupled loss, where every microbatch reads the states before the first one.
+
+    Keys are not such a state, since each microbatch draws numbers of its own.
+    """
     changed = list(slots)
     for i in positions(slots, Role.CARRY):
         changed[i] = dataclasses.replace(slots[i], updated_once=slots[i].key is None)
@@ -61,43 +64,71 @@ def updated_once(slots: Sequence[Slot]) -> list[Slot]:
 def beside_loop(
     slots: Sequence[Slot],
     outputs: Outputs,
-    one: Traced,
-    sources: Sequence[int],
+    groups: Sequence[Group],
     at_another_size: Callable[[], Traced | None],
 ) -> Beside:
-    """The states that do not depend on the batch; `sources` are the slots that the trace reads."""
-    trace = one[0]
+    """The states that do not depend on the batch."""
+    traces = [group.trace for group in groups]
     parts = dict(zip(positions(slots, Role.CARRY), outputs.positions(Reduction.CARRY), strict=True))
-    argument = dict(zip(sources, trace.arguments, strict=True))
-    drawn_from = _drawn_from(trace.jaxpr)
-    changing = {i for i in parts if trace.jaxpr.outvars[parts[i]] is not argument[i]}
-    running = {i for i in changing if slots[i].key is not None or argument[i] in drawn_from}
-    given = _without_batch(set(parts) - running, parts, slots, trace, sources)
+    states = _States(slots, parts, traces)
+    changing = states.changing()
+    given = states.without_batch(set(parts) - states.drawn_from(changing))
     if changing & given:
-        other = at_another_size()
+        other, one = at_another_size(), (traces[0], groups[0].observed.consts)
         alike = lambda i: other is not None and compute_alike([parts[i]], one, other)
-        running = {i for i in changing & given if not alike(i)}
-        given = _without_batch(given - running, parts, slots, trace, sources)
+        given = states.without_batch(given - {i for i in changing & given if not alike(i)})
     whole = list(slots)
     for i in given:
         whole[i] = dataclasses.replace(slots[i], role=Role.WHOLE, updated_once=True)
     return Beside(whole, sorted(parts[i] for i in given))
 
 
-def _without_batch(
-    states: set[int],
-    parts: Mapping[int, int],
-    slots: Sequence[Slot],
-    trace: Trace,
-    sources: Sequence[int],
-) -> set[int]:
-    """Those of the states that follow from parameters and from one another alone."""
-    while True:
-        allowed = [slots[i].role is Role.WHOLE or i in states for i in sources]
-        kept = {i for i in states if trace.is_of(parts[i], allowed)}
-        if kept == states:
-            return states
-        states = kept
+@dataclasses.dataclass(frozen=True)
+class _States:
+    """The states that run from microbatch to microbatch, by their slots."""
+
+    slots: Sequence[Slot]
+    parts: Mapping[int, int]
+    """Of each, the part of the outputs that is the new one."""
+    traces: Sequence[Trace]
+
+    def _arguments(self, g: int) -> dict[int, Var]:
+        """The variable of each slot in a trace."""
+        read = sources(self.slots, self.traces, g)
+        return dict(zip(read, self.traces[g].arguments, strict=True))
+
+    def changing(self) -> set[int]:
+        """Those that some microbatch does not return as they are."""
+        found: set[int] = set()
+        for g, one in enumerate(self.traces):
+            old = self._arguments(g)
+            found |= {i for i, j in self.parts.items() if one.jaxpr.outvars[j] is not old[i]}
+        return found
+
+    def drawn_from(self, changing: set[int]) -> set[int]:
+        """Those of the changing ones that are keys, or that random numbers depend on."""
+        found = {i for i in changing if self.slots[i].key is not None}
+        for g, one in enumerate(self.traces):
+            old, drawn_from = self._arguments(g), _drawn_from(one.jaxpr)
+            found |= {i for i in changing if old[i] in drawn_from}
+        return found
+
+    def without_batch(self, states: set[int]) -> set[int]:
+        """Those of the states that follow from parameters and from one another alone."""
+        while True:
+            kept = {i for i in states if self._follows(i, states)}
+            if kept == states:
+                return states
+            states = kept
+
+    def _follows(self, state: int, states: set[int]) -> bool:
+        """Whether the new state follows from parameters and from these states alone."""
+        for g, one in enumerate(self.traces):
+            read = sources(self.slots, self.traces, g)
+            allowed = [self.slots[i].role is Role.WHOLE or i in states for i in read]
+            if not one.is_of(self.parts[state], allowed):
+                return False
+        return True
 
 
 def _drawn_from(jaxpr: jex.Jaxpr) -> set[Var]:
@@ -112,4 +143,4 @@ def _drawn_from(jaxpr: jex.Jaxpr) -> set[Var]:
 
 def _is_random(eqn: jex.JaxprEqn) -> bool:
     name = eqn.primitive.name
-    return name.startswith(("random_", "rng_")) or name == "threefry2x32"
+    return name.startswith(("random_", "rng_", "prng_")) or name == "threefry2x32"

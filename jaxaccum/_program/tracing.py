@@ -93,17 +93,16 @@ class Tracing:
             one = self._with_streams_apart(one, outputs, checked)
         return Group(group.size, one, observed, checked)
 
-    def at_another_size(self, groups: Sequence[Group]) -> other_sizes.Traced | None:
-        """`fun` at another size than that of the first group, and what it closes over; None where
-        it does not run there."""
-        if len(groups) > 1:
-            return groups[1].trace, groups[1].observed.consts
-        number, size = self.partition.num_microbatches, 2 * groups[0].size
-        try:
-            found = self._at(self.flat.elsewhere(), size, number)
-        except Exception:  # of the user's function
-            return None
-        return found.trace, found.consts
+    def at_another_size(self) -> other_sizes.Traced | None:
+        """`fun` for twice as many microbatches of twice the size, and what it closes over; None
+        where it does not run there."""
+        size, number = self.partition.groups[0].size, self.partition.num_microbatches
+
+        def twice() -> other_sizes.Traced:
+            found = self._at(self.flat.elsewhere(), 2 * size, 2 * number)
+            return found.trace, found.consts
+
+        return other_sizes.traced_if_possible(twice)
 
     def observe(self, size: int, count: int) -> Observed:
         """For the audit: `fun` traced for one of `count` microbatches of `size` examples."""

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.types import Array, PyTree
-from jaxaccum._program import no_gradient, shared_outputs, validate, whole_outputs
+from jaxaccum._program import no_gradient, shared_outputs, untagged, validate, whole_outputs
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.call import Call
 from jaxaccum._program.example_keys import example_keys
 from jaxaccum._program.flat_function import FlatFunction
-from jaxaccum._program.other_sizes import Traced, constants
+from jaxaccum._program.other_sizes import Traced, traced_if_possible
 from jaxaccum._program.output_parts import Outputs, Part
 from jaxaccum._program.reductions import Reduction
 from jaxaccum._program.tracing import traced, types_in_loop
@@ -56,20 +56,20 @@ def run(call: Call) -> PyTree:
 
 def _check_untagged(call: Call, function: FlatFunction, outputs: Outputs) -> None:
     """An error where an output without a tag would be refused in microbatches."""
-    tree, size, axis = call.tree, call.batch_size, (call.options.axis_name, 1)
 
-    def at(size: int) -> Traced:
-        types = types_in_loop(tree, call.arrays, size, ())
+    def at(size: int, number: int) -> Traced:
+        types = types_in_loop(call.tree, call.arrays, size, ())
+        axis = call.options.axis_name, number
         found = traced(function.elsewhere().at(size), types, axis)
         return found.trace, found.consts
 
-    one = at(size)
-    roles = [slot.role for slot in tree.slots]
-    whole = [True] * len(one[1]) + [role is Role.WHOLE for role in roles]
-    same = [True] * len(one[1]) + [not slot.differs for slot in tree.slots]
-    rest, (trace,) = shared_outputs.kept_by_loop([one[0]], outputs, [same])
-    constant = constants(outputs, one, lambda: at(2 * size))
-    if found := whole_outputs.refusal([trace], rest, [whole], constant):
+    one = at(call.batch_size, 1)
+    twice = functools.partial(at, 2 * call.batch_size, 2)
+    outputs = untagged.compared(outputs, one, lambda: traced_if_possible(twice))
+    roles = untagged.whole_roles(coupled=one[0].coupling is not None)
+    same = [True] * len(one[1]) + [slot.role in roles for slot in call.tree.slots]
+    outputs, traces = shared_outputs.with_shared_in_loop([one[0]], outputs, [same])
+    if found := whole_outputs.refusal(traces, outputs, [same]):
         raise found
 
 

@@ -8,7 +8,7 @@ and JAX differentiates it unchanged.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -18,7 +18,7 @@ from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._devices.without_checks import typed, unchecked, untyped
 from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._program.output_parts import Outputs, Untagged
+from jaxaccum._program.output_parts import Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +47,17 @@ class Whole:
 
 
 def refusal(
-    traces: Sequence[Trace],
-    outputs: Outputs,
-    is_whole: Sequence[Sequence[bool]],
-    constants: Collection[Untagged],
+    traces: Sequence[Trace], outputs: Outputs, is_whole: Sequence[Sequence[bool]]
 ) -> Exception | None:
     """The error where an output without a tag depends on more than whole arguments; or None.
 
-    `is_whole` says for each trace which of the arrays that it reads are whole; `constants` are the
-    outputs that depend on no array, and not on the number of examples.
+    `is_whole` says for each trace which of the arrays that it reads are whole.
     """
     refused = []
     for i, untagged in enumerate(outputs.whole, start=len(outputs.parts)):
         of_whole = lambda one, whole, output=i: one.is_of(output, whole)
-        depends = any(traces[0].needs([i])) or untagged in constants
-        if not depends or not all(safe_map(of_whole, traces, is_whole)):
+        sized = untagged.of_model or not any(traces[0].needs([i]))
+        if (sized and not untagged.at_all_sizes) or not all(safe_map(of_whole, traces, is_whole)):
             refused.append(untagged)
     if not refused:
         return None

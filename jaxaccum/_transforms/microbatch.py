@@ -101,9 +101,9 @@ def microbatch(
     Raises:
         ValueError, TypeError: at trace time, naming the argument, the leaf and what to pass. Also
             for a reverse-mode derivative of a `Max`, `Min`, `Last` or `Carry` that depends on the
-            differentiated arguments: that derivative would be 0. So it is of an output without a
-            tag that follows from collectives. In forward mode, the tangents of these tags are 0,
-            and NaN without a tag.
+            differentiated arguments: that derivative would be 0. The same holds for an output
+            without a tag that follows from collectives. In forward mode its tangent is NaN; those
+            of these tags are 0.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxaccum

@@ -136,6 +136,8 @@ OWN = {
     )[0][0],
     "the number of microbatches": lambda w, x: lax.psum(w["t"], AXIS),
     "the number of rows": lambda w, x: x.shape[0],
+    "the index alone": lambda w, x: lax.axis_index(AXIS),
+    "a one, added up": lambda w, x: lax.psum(1, AXIS),
 }
 """Outputs that differ between microbatches, or depend on their number alone."""
 
@@ -160,13 +162,27 @@ def test_what_is_drawn_for_each_microbatch_is_refused():
 
 def test_a_state_is_updated_once_beside_it():
     def fun(w, x, state):
-        return loss(w, x), (mean(w, x, AXIS) + state, ja.Carry(state + 1))
+        return loss(w, x), (mean(w, x, AXIS) + state, 2 * state[None], ja.Carry(state + 1))
 
     step = ja.value_and_grad(
         fun, has_aux=True, num_microbatches=4, in_axes=(None, 0, ja.CARRY), audit="raise"
     )
-    (_, (shifted, state)), _ = step(W, X, jnp.float64(3.0))
-    assert normwise((shifted, state), (mean(W, X, None) + 3, 4.0)) < EXACT
+    (_, (shifted, twice, state)), _ = step(W, X, jnp.float64(3.0))
+    assert normwise((shifted, twice, state), (mean(W, X, None) + 3, jnp.array([6.0]), 4.0)) < EXACT
+    whole = ja.full_batch(fun, in_axes=(None, 0, ja.CARRY))(W, X, jnp.float64(3.0))
+    assert normwise(whole[1], (shifted, twice, state)) < EXACT
+
+
+def test_a_loss_of_one_size_alone_has_no_constants():
+    """Nothing tells that they do not depend on the size, and the error is ours."""
+
+    def fun(w, x):
+        assert len(x) in (2, 8)
+        return loss(w, x), jnp.arange(3)
+
+    step = ja.value_and_grad(fun, has_aux=True, num_microbatches=4)
+    refused(lambda: step(W, X), "aux", "without a tag")
+    refused(lambda: ja.full_batch(fun)(W, X), "output[1]", "without a tag")
 
 
 @INEXACT

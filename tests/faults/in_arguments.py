@@ -63,8 +63,8 @@ FAULTS = [
     Fault(
         "a constant passes without a tag",
         "whole_outputs:refusal",
-        "depends = any(traces[0].needs([i])) or untagged in constants",
-        "depends = True",
+        "untagged.of_model or not any(traces[0].needs([i]))",
+        "untagged.of_model",
         "plain/test_whole_outputs.py::test_what_depends_on_more_is_refused",
     ),
     Fault(
