@@ -17,7 +17,7 @@ loop of unknown length, a branch, a custom rule) all results differ, if one oper
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import jax.extend.core as jex
 
@@ -31,11 +31,11 @@ _CASTS = ("pvary", "pcast")
 """They change what JAX says about a value, and not the value."""
 
 
-def differing(jaxpr: jex.Jaxpr, differ: Sequence[bool], axes: Collection[str]) -> list[bool]:
-    """Which results differ along any of the axes, if these arguments `differ`."""
+def differing(jaxpr: jex.Jaxpr, differ: Sequence[bool], axis: str) -> list[bool]:
+    """Which results differ along the axis, if these arguments `differ`."""
     own = set(itertools.compress(jaxpr.invars, differ))
     for eqn in jaxpr.eqns:
-        results = _results(eqn, _among(eqn.invars, own), axes)
+        results = _results(eqn, _among(eqn.invars, own), axis)
         own.update(itertools.compress(eqn.outvars, results))
     return _among(jaxpr.outvars, own)
 
@@ -45,15 +45,15 @@ def _among(atoms: Sequence[Atom], own: set[Var]) -> list[bool]:
     return [is_variable(v) and v in own for v in atoms]
 
 
-def _results(eqn: jex.JaxprEqn, operands: list[bool], axes: Collection[str]) -> list[bool]:
+def _results(eqn: jex.JaxprEqn, operands: list[bool], axis: str) -> list[bool]:
     """Which results of an equation differ."""
-    if _is_same(eqn) and set(axes) <= set(axes_of(eqn)):
+    if _is_same(eqn) and axis in axes_of(eqn):
         return [False] * len(eqn.outvars)
     if (program := called(eqn)) is not None:
-        return differing(opened(program)[0], operands, axes)
+        return differing(opened(program)[0], operands, axis)
     if eqn.primitive.name == "scan":
-        return _of_scan(eqn, operands, axes)
-    return [any(operands) or _differs_by_itself(eqn, axes)] * len(eqn.outvars)
+        return _of_scan(eqn, operands, axis)
+    return [any(operands) or _differs_by_itself(eqn, axis)] * len(eqn.outvars)
 
 
 def _is_same(eqn: jex.JaxprEqn) -> bool:
@@ -61,22 +61,22 @@ def _is_same(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name in COLLECTIVES and eqn.params.get("axis_index_groups") is None
 
 
-def _of_scan(eqn: jex.JaxprEqn, operands: list[bool], axes: Collection[str]) -> list[bool]:
+def _of_scan(eqn: jex.JaxprEqn, operands: list[bool], axis: str) -> list[bool]:
     """Which results of a scan differ: what it carries differs from the step on in which it does."""
     body, (n, k) = opened(eqn.params["jaxpr"])[0], scan_arity(eqn.params)
     consts, carry, xs = operands[:n], operands[n : n + k], operands[n + k :]
     while True:
-        results = differing(body, [*consts, *carry, *xs], axes)
+        results = differing(body, [*consts, *carry, *xs], axis)
         further = [a or b for a, b in zip(carry, results[:k], strict=True)]
         if further == carry:
             return [*carry, *results[k:]]
         carry = further
 
 
-def _differs_by_itself(eqn: jex.JaxprEqn, axes: Collection[str]) -> bool:
+def _differs_by_itself(eqn: jex.JaxprEqn, axis: str) -> bool:
     """Whether it asks for the place of the microbatch, for what another has, or for something
     outside of the program."""
     if not all(map(is_axis_effect, eqn.effects)):
         return True
-    naming = [one for one in (eqn, *inside(eqn)) if not set(axes).isdisjoint(axes_of(one))]
+    naming = [one for one in (eqn, *inside(eqn)) if axis in axes_of(one)]
     return not all(_is_same(one) or one.primitive.name in _CASTS for one in naming)

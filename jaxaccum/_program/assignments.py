@@ -28,7 +28,7 @@ Places = list[int | None]
 def unchanged(fn: Callable[..., list[Array]], arrays: Sequence[Array]) -> list[bool]:
     """Of a function that returns what its arguments became: which of them are what they were."""
     jaxpr = jax.make_jaxpr(fn)(*arrays).jaxpr
-    return [place == i for i, place in enumerate(_handed_on(jaxpr))]
+    return [place == i for i, place in enumerate(handed_on(jaxpr))]
 
 
 def call(
@@ -134,7 +134,7 @@ def same_objects(old: Sequence[Any], new: Sequence[Any]) -> bool:
     return len(old) == len(new) and all(x is y for x, y in zip(old, new, strict=True))
 
 
-def _handed_on(jaxpr: jex.Jaxpr) -> Places:
+def handed_on(jaxpr: jex.Jaxpr) -> Places:
     """For each output of a jaxpr, the argument that it is."""
     place_of: dict[Var, int | None] = {v: i for i, v in enumerate(jaxpr.invars)}
 
@@ -159,7 +159,7 @@ def _same(eqn: jex.JaxprEqn) -> Places:
 
 def _call(eqn: jex.JaxprEqn) -> Places:
     jaxpr, _ = opened(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
-    return _handed_on(jaxpr)
+    return handed_on(jaxpr)
 
 
 def _shard_map(eqn: jex.JaxprEqn) -> Places:
@@ -175,7 +175,7 @@ def _shard_map(eqn: jex.JaxprEqn) -> Places:
 def _scan(eqn: jex.JaxprEqn) -> Places:
     """A carry that each step hands on, and scanned slices that are written as they were read."""
     consts, carried = scan_arity(eqn.params)
-    places = _handed_on(opened(eqn.params["jaxpr"])[0])
+    places = handed_on(opened(eqn.params["jaxpr"])[0])
     carry = [i if i == consts + k else None for k, i in enumerate(places[:carried])]
     written = [i if i is not None and i >= consts + carried else None for i in places[carried:]]
     return [*carry, *written]
@@ -183,12 +183,12 @@ def _scan(eqn: jex.JaxprEqn) -> Places:
 
 def _while(eqn: jex.JaxprEqn) -> Places:
     consts, before = eqn.params["body_nconsts"], eqn.params["cond_nconsts"]
-    places = _handed_on(opened(eqn.params["body_jaxpr"])[0])
+    places = handed_on(opened(eqn.params["body_jaxpr"])[0])
     return [before + i if i == consts + k else None for k, i in enumerate(places)]
 
 
 def _cond(eqn: jex.JaxprEqn) -> Places:
-    branches = [_handed_on(opened(branch)[0]) for branch in eqn.params["branches"]]
+    branches = [handed_on(opened(branch)[0]) for branch in eqn.params["branches"]]
 
     def agreed(*places: int | None) -> int | None:
         """The operand that it is in every branch; the first operand is the index of the branch."""
@@ -200,6 +200,7 @@ def _cond(eqn: jex.JaxprEqn) -> Places:
 
 _RULES: dict[str, Callable[[jex.JaxprEqn], Places]] = {
     **dict.fromkeys(["copy", "copy_p", "optimization_barrier", "sharding_constraint"], _same),
+    **dict.fromkeys(["stop_gradient", "random_wrap", "random_unwrap"], _same),
     **dict.fromkeys(["jit", "pjit", "closed_call", "core_call", "eval_jaxpr"], _call),
     **dict.fromkeys(["checkpoint", "remat", "remat2"], _call),
     **dict.fromkeys(["custom_jvp_call", "custom_vjp_call"], _call),

@@ -56,11 +56,12 @@ def prepare(
     slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
     outputs = flat.returned[0].outputs
     coupled = groups[0].trace.coupling is not None
+    alone = partition.num_microbatches == 1 and not arguments.mesh_axes
     if coupled:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
+        slots = states_of_models.read_before(slots, outputs, groups, tracing.at_another_size)
         outputs, limit = outputs.updated_once(), None
-        slots = states_of_models.read_before(slots)
-    elif _runs_states_of_a_model(flat, arguments.mesh_axes):
+    elif _runs_states_of_a_model(flat) and not alone:
         beside = states_of_models.beside_loop(slots, outputs, groups, tracing.at_another_size)
         slots, outputs = beside.slots, outputs.beside_loop(beside.parts)
         if beside.parts:
@@ -72,7 +73,10 @@ def prepare(
         )
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
-    found = untagged.apart(groups, outputs, slots, arguments, options, tracing.at_another_size)
+    found = untagged.apart(
+        groups, outputs, slots, arguments, options, tracing.at_another_size,
+        alone=alone and limit is None,
+    )  # fmt: skip
     program = Program(
         tuple(slots), partition, found.outputs, terms, found.traces, arguments.axes,
         arguments.mesh_axes, tuple(arguments.given_axes), limit, memory, unroll,
@@ -139,12 +143,11 @@ def _with_closed_over(
     return every, arguments
 
 
-def _runs_states_of_a_model(flat: FlatFunction, mesh_axes: tuple[str, ...]) -> bool:
-    """Whether `fun` is a model whose states run through several microbatches, and whose caller has
+def _runs_states_of_a_model(flat: FlatFunction) -> bool:
+    """Whether `fun` is a model whose states run from microbatch to microbatch, and whose caller has
     not said that they may."""
     model = adapted(flat.fun)
-    alone = flat.partition.num_microbatches == 1 and not mesh_axes
-    return model.draws_from_state and not model.draws_declared and not alone
+    return model.draws_from_state and not model.draws_declared
 
 
 def _partition(options: Options, batch_size: int) -> Partition:

@@ -38,13 +38,24 @@ def with_shared_in_loop(
     chosen = set(range(len(outputs.whole)))
     for one, own in zip(traces, same, strict=True):
         differ = list(map(operator.not_, own))
-        results = differing(one.jaxpr, [True, *differ], {one.axis[0], *mesh_axes})
+        for axis in (one.axis[0], *mesh_axes):
+            results = differing(one.jaxpr, [True, *differ], axis)
+            chosen = {i for i in chosen if not results[count + i]}
         for i in sorted(chosen):
-            reads_batch = any(itertools.compress(differ, one.needs([count + i])))
-            if results[count + i] or not reads_batch:
-                chosen.discard(i)
+            if not any(itertools.compress(differ, one.needs([count + i]))):
+                chosen.discard(i)  # it depends on the number of microbatches alone
     if not chosen:
         return outputs, tuple(traces)
+    return outputs.with_last(chosen), tuple(_in_loop(one, count, chosen) for one in traces)
+
+
+def with_models_in_loop(
+    traces: Sequence[Trace], outputs: Outputs
+) -> tuple[Outputs, tuple[Trace, ...]]:
+    """The outputs of one microbatch, which is the whole batch, where the parameters that a model
+    assigns to are parts of the loop; and their traces."""
+    chosen = {i for i, untagged in enumerate(outputs.whole) if untagged.of_model}
+    count = len(outputs.parts)
     return outputs.with_last(chosen), tuple(_in_loop(one, count, chosen) for one in traces)
 
 

@@ -14,20 +14,23 @@ parameter, and the new one is an output that depends on whole arguments alone.
 
 Three kinds of state stay in the loop. One that random numbers are drawn from: microbatches must not
 draw the same. One that depends on the number of examples, as ``count + len(x)`` does. And every one
-that changes, if the loss does not run at another size.
+that changes, if the loss does not run on the whole batch at once, so that this cannot be told.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.extend.core as jex
 
-from jaxaccum._jaxpr.equations import inside
+from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.equations import called, inside
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Var, variables
+from jaxaccum._program import assignments
 from jaxaccum._program.argument_slots import Role, Slot, positions
 from jaxaccum._program.other_sizes import Traced, compute_alike
 from jaxaccum._program.output_parts import Outputs
@@ -50,13 +53,23 @@ class Beside(NamedTuple):
         return [*(i for i in range(count) if i not in self.parts), *self.parts]
 
 
-def read_before(slots: Sequence[Slot]) -> list[Slot]:
+def read_before(
+    slots: Sequence[Slot],
+    outputs: Outputs,
+    groups: Sequence[Group],
+    at_another_size: Callable[[], Traced | None],
+) -> list[Slot]:
     """The slots of a coupled loss, where every microbatch reads the states before the first one.
 
-    Keys are not such a state, since each microbatch draws numbers of its own.
+    Keys are not such a state, since each microbatch draws numbers of its own. Nor is one that
+    depends on the number of examples, which a microbatch does not know: an error says so.
     """
+    states = _States.among(slots, outputs, groups)
+    changing, given = states.changing(), states.without_batch(set(states.parts))
+    for i in sorted(states.of_size(changing & given, at_another_size) or ()):
+        raise ValueError(_of_size(outputs.parts[states.parts[i]].name))
     changed = list(slots)
-    for i in positions(slots, Role.CARRY):
+    for i in states.parts:
         changed[i] = dataclasses.replace(slots[i], updated_once=slots[i].key is None)
     return changed
 
@@ -68,19 +81,15 @@ def beside_loop(
     at_another_size: Callable[[], Traced | None],
 ) -> Beside:
     """The states that do not depend on the batch."""
-    traces = [group.trace for group in groups]
-    parts = dict(zip(positions(slots, Role.CARRY), outputs.positions(Reduction.CARRY), strict=True))
-    states = _States(slots, parts, traces)
+    states = _States.among(slots, outputs, groups)
     changing = states.changing()
-    given = states.without_batch(set(parts) - states.drawn_from(changing))
-    if changing & given:
-        other, one = at_another_size(), (traces[0], groups[0].observed.consts)
-        alike = lambda i: other is not None and compute_alike([parts[i]], one, other)
-        given = states.without_batch(given - {i for i in changing & given if not alike(i)})
+    given = states.without_batch(set(states.parts) - states.drawn_from(changing))
+    of_size = states.of_size(changing & given, at_another_size)
+    given = states.without_batch(given - (changing if of_size is None else of_size))
     whole = list(slots)
     for i in given:
         whole[i] = dataclasses.replace(slots[i], role=Role.WHOLE, updated_once=True)
-    return Beside(whole, sorted(parts[i] for i in given))
+    return Beside(whole, sorted(states.parts[i] for i in given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,25 +99,50 @@ class _States:
     slots: Sequence[Slot]
     parts: Mapping[int, int]
     """Of each, the part of the outputs that is the new one."""
-    traces: Sequence[Trace]
+    groups: Sequence[Group]
+
+    @classmethod
+    def among(cls, slots: Sequence[Slot], outputs: Outputs, groups: Sequence[Group]) -> _States:
+        """Those of a call; none where `fun` returns no state."""
+        carried, new = positions(slots, Role.CARRY), outputs.positions(Reduction.CARRY)
+        return cls(slots, dict(zip(carried, new, strict=True)) if new else {}, groups)
+
+    @property
+    def _traces(self) -> list[Trace]:
+        return [group.trace for group in self.groups]
 
     def _arguments(self, g: int) -> dict[int, Var]:
         """The variable of each slot in a trace."""
-        read = sources(self.slots, self.traces, g)
-        return dict(zip(read, self.traces[g].arguments, strict=True))
+        read = sources(self.slots, self._traces, g)
+        return dict(zip(read, self._traces[g].arguments, strict=True))
 
     def changing(self) -> set[int]:
         """Those that some microbatch does not return as they are."""
         found: set[int] = set()
-        for g, one in enumerate(self.traces):
-            old = self._arguments(g)
-            found |= {i for i, j in self.parts.items() if one.jaxpr.outvars[j] is not old[i]}
+        for g, one in enumerate(self._traces):
+            old, came_from = self._arguments(g), assignments.handed_on(one.jaxpr)
+            for i, part in self.parts.items():
+                place = came_from[part]
+                if place is None or one.jaxpr.invars[place] is not old[i]:
+                    found.add(i)
         return found
+
+    def of_size(
+        self, states: set[int], at_another_size: Callable[[], Traced | None]
+    ) -> set[int] | None:
+        """Those of the states that the whole batch computes in another way than a microbatch; None
+        where that cannot be told."""
+        if not states:
+            return set()
+        if (other := at_another_size()) is None:
+            return None
+        one = self.groups[0].trace, self.groups[0].observed.consts
+        return {i for i in states if not compute_alike([self.parts[i]], one, other)}
 
     def drawn_from(self, changing: set[int]) -> set[int]:
         """Those of the changing ones that are keys, or that random numbers depend on."""
         found = {i for i in changing if self.slots[i].key is not None}
-        for g, one in enumerate(self.traces):
+        for g, one in enumerate(self._traces):
             old, drawn_from = self._arguments(g), _drawn_from(one.jaxpr)
             found |= {i for i in changing if old[i] in drawn_from}
         return found
@@ -123,24 +157,44 @@ class _States:
 
     def _follows(self, state: int, states: set[int]) -> bool:
         """Whether the new state follows from parameters and from these states alone."""
-        for g, one in enumerate(self.traces):
-            read = sources(self.slots, self.traces, g)
+        for g, one in enumerate(self._traces):
+            read = sources(self.slots, self._traces, g)
             allowed = [self.slots[i].role is Role.WHOLE or i in states for i in read]
-            if not one.is_of(self.parts[state], allowed):
+            part = self.parts[state]
+            if one.only([part]).other_axes or not one.is_of(part, allowed):
                 return False
         return True
 
 
 def _drawn_from(jaxpr: jex.Jaxpr) -> set[Var]:
     """The variables that random numbers depend on."""
-    found: set[Var] = set()
+    drawn = _drawn_by(jaxpr, [False] * len(jaxpr.outvars))
+    return set(itertools.compress(jaxpr.invars, drawn))
+
+
+def _drawn_by(jaxpr: jex.Jaxpr, results: Sequence[bool]) -> list[bool]:
+    """The arguments that random numbers depend on, or that these `results` do."""
+    found = set(variables(itertools.compress(jaxpr.outvars, results)))
     for eqn in reversed(jaxpr.eqns):
-        draws = any(map(_is_random, (eqn, *inside(eqn))))
-        if draws or not found.isdisjoint(eqn.outvars):
+        program = called(eqn)
+        if program is not None:
+            drawn = _drawn_by(opened(program)[0], [v in found for v in eqn.outvars])
+            found.update(variables(itertools.compress(eqn.invars, drawn)))
+        elif any(map(_is_random, (eqn, *inside(eqn)))) or not found.isdisjoint(eqn.outvars):
             found.update(variables(eqn.invars))
-    return found
+    return [v in found for v in jaxpr.invars]
 
 
 def _is_random(eqn: jex.JaxprEqn) -> bool:
     name = eqn.primitive.name
+    if name in ("random_wrap", "random_unwrap"):  # they draw nothing
+        return False
     return name.startswith(("random_", "rng_", "prng_")) or name == "threefry2x32"
+
+
+def _of_size(name: str) -> str:
+    return (
+        f"{name} depends on the number of examples, and a coupled loss updates a state once, with "
+        'the number of a microbatch. Write lax.psum(len(x), "microbatch") for the number of the '
+        "whole batch."
+    )

@@ -94,15 +94,15 @@ class Tracing:
         return Group(group.size, one, observed, checked)
 
     def at_another_size(self) -> other_sizes.Traced | None:
-        """`fun` for twice as many microbatches of twice the size, and what it closes over; None
-        where it does not run there."""
-        size, number = self.partition.groups[0].size, self.partition.num_microbatches
+        """`fun` for the whole batch as one microbatch, and what it closes over; None where it does
+        not run there. Of several devices, for twice the examples of one."""
+        size = self.partition.batch_size * (2 if self.flat.num_shards > 1 else 1)
 
-        def twice() -> other_sizes.Traced:
-            found = self._at(self.flat.elsewhere(), 2 * size, 2 * number)
+        def whole() -> other_sizes.Traced:
+            found = self._at(self.flat.elsewhere(), size, 1)
             return found.trace, found.consts
 
-        return other_sizes.traced_if_possible(twice)
+        return other_sizes.traced_if_possible(whole)
 
     def observe(self, size: int, count: int) -> Observed:
         """For the audit: `fun` traced for one of `count` microbatches of `size` examples."""

@@ -39,10 +39,14 @@ def apart(
     arguments: OnMesh,
     options: Options,
     at_another_size: Callable[[], Traced | None],
+    *,
+    alone: bool,
 ) -> Apart:
     """The outputs that the loop keeps, and those without a tag that it does not; an error where one
-    of these differs between microbatches."""
+    of these differs between microbatches. `alone`: there is one microbatch, and nothing else."""
     traces = tuple(group.trace for group in groups)
+    if alone:
+        outputs, traces = shared_outputs.with_models_in_loop(traces, outputs)
     if not outputs.whole:
         return Apart(outputs, traces, None)
     one = traces[0], groups[0].observed.consts

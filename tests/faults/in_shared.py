@@ -10,9 +10,9 @@ _MODELS = "flax/test_nnx_without_batch.py"
 FAULTS = [
     Fault(
         "a sum over one of two axes is the same along both",
-        "same_everywhere:_results",
-        "set(axes) <= set(axes_of(eqn))",
-        "set(axes) & set(axes_of(eqn))",
+        "with_shared_in_loop",
+        "for axis in (one.axis[0], *mesh_axes):",
+        "for axis in (one.axis[0],):",
         f"{_OUTPUTS}::test_over_devices_the_collective_spans_them_too",
     ),
     Fault(
@@ -46,8 +46,8 @@ FAULTS = [
     Fault(
         "a number of microbatches follows from the batch",
         "with_shared_in_loop",
-        "if results[count + i] or not reads_batch:",
-        "if results[count + i]:",
+        "if not any(itertools.compress(differ, one.needs([count + i]))):",
+        "if False:",
         f"{_DIFFERS}[the number of microbatches]",
     ),
     Fault(
@@ -95,16 +95,16 @@ FAULTS = [
     ),
     Fault(
         "a count of examples changes once",
-        "states_of_models:beside_loop",
-        "other is not None and compute_alike([parts[i]], one, other)",
-        "other is not None",
+        "_States.of_size",
+        "if not compute_alike([self.parts[i]], one, other)}",
+        "if False}",
         f"{_MODELS}::test_a_count_of_examples_adds_up",
     ),
     Fault(
         "a state of such a count changes once",
         "states_of_models:beside_loop",
-        "given = states.without_batch(given - {i for i in changing & given if not alike(i)})",
-        "given = given - {i for i in changing & given if not alike(i)}",
+        "given = states.without_batch(given - (changing if of_size is None else of_size))",
+        "given = given - (changing if of_size is None else of_size)",
         f"{_MODELS}::test_a_state_of_such_a_count_runs_with_it",
     ),
     Fault(
@@ -117,8 +117,8 @@ FAULTS = [
     Fault(
         "a loss that runs at one size alone changes its states once",
         "states_of_models:beside_loop",
-        "other is not None and",
-        "other is None or",
+        "(changing if of_size is None else of_size)",
+        "(of_size or set())",
         f"{_MODELS}::test_a_loss_that_runs_at_one_size_alone_counts_its_microbatches",
     ),
     Fault(
@@ -138,9 +138,9 @@ FAULTS = [
     Fault(
         "the larger microbatches decide for the smaller ones",
         "_States.changing",
-        "for g, one in enumerate(self.traces):",
-        "for g, one in enumerate(self.traces[:1]):",
-        f"{_MODELS}::test_a_state_that_only_small_microbatches_change_runs",
+        "for g, one in enumerate(self._traces):",
+        "for g, one in enumerate(self._traces[:1]):",
+        f"{_MODELS}::test_a_state_that_only_the_smaller_microbatches_change_runs",
     ),
     Fault(
         "a loss that is called again returns its outputs in the old order",
@@ -152,9 +152,44 @@ FAULTS = [
     Fault(
         "a number of microbatches is a constant",
         "Tracing.at_another_size",
-        "2 * size, 2 * number",
-        "2 * size, number",
+        "self.flat.elsewhere(), size, 1)",
+        "self.flat.elsewhere(), size, self.partition.num_microbatches)",
         f"{_DIFFERS}[a one, added up]",
+    ),
+    Fault(
+        "a microbatch of the largest size decides for the whole batch",
+        "Tracing.at_another_size",
+        "size = self.partition.batch_size * (2 if self.flat.num_shards > 1 else 1)",
+        "size = 2 * self.partition.groups[0].size",
+        f"{_MODELS}::test_a_state_that_depends_on_a_size_beyond_runs",
+    ),
+    Fault(
+        "a coupled loss counts the examples of one microbatch",
+        "read_before",
+        "raise ValueError(",
+        "ValueError(",
+        f"{_MODELS}::test_a_coupled_loss_does_not_count_the_examples_of_a_microbatch",
+    ),
+    Fault(
+        "a device's index is the same on all devices",
+        "_States._follows",
+        "if one.only([part]).other_axes or not",
+        "if not",
+        f"{_MODELS}::test_a_state_of_the_device_is_refused",
+    ),
+    Fault(
+        "what goes into a call is drawn from",
+        "_drawn_by",
+        "[v in found for v in eqn.outvars]",
+        "[True] * len(eqn.outvars)",
+        f"{_MODELS}::test_it_changes_once_in_a_call_that_draws",
+    ),
+    Fault(
+        "one microbatch assigns no value of the batch",
+        "untagged:apart",
+        "    if alone:\n",
+        "    if False:\n",
+        f"{_MODELS}::test_one_microbatch_may_assign_what_it_likes",
     ),
     Fault(
         "a parameter that is assigned to stays as it was",

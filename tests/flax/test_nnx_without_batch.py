@@ -162,31 +162,38 @@ def test_it_changes_once_beside_collectives():
     assert normwise(actual, expected) < EXACT
 
 
+def on_devices(loss, num_microbatches):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = ja.nnx.value_and_grad(loss, num_microbatches=num_microbatches, mesh_axes="data")
+
+    def on_mesh(model, x):
+        graphdef, state = nnx.split(model)
+
+        def own(state, x):
+            inner = nnx.merge(graphdef, state)
+            return step(inner, x), nnx.state(inner)
+
+        specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P()}
+        out, new = jax.shard_map(own, check_vma=False, **specs)(state, x)
+        nnx.update(model, new)
+        return out
+
+    return on_mesh
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 3])
 def test_it_changes_once_over_devices(num_microbatches):
     """Where a state that runs from microbatch to microbatch is refused."""
-    options = {"num_microbatches": num_microbatches, "mesh_axes": "data"}
-    counting = set_all(count=lambda m: m.count[...] + 1, scale=lambda m: m.scale[...] / 2)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    make = lambda: Model(
+        set_all(count=lambda m: m.count[...] + 1, scale=lambda m: m.scale[...] / 2)
+    )
+    actual = after(make(), lambda loss: on_devices(loss, num_microbatches))
+    assert normwise(actual, after(make(), nnx.value_and_grad)) < EXACT
 
-    def step(loss):
-        def on_mesh(model, x):
-            graphdef, state = nnx.split(model)
 
-            def own(state, x):
-                inner = nnx.merge(graphdef, state)
-                return ja.nnx.value_and_grad(loss, **options)(inner, x), nnx.state(inner)
-
-            out, new = jax.shard_map(
-                own, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False
-            )(state, x)
-            nnx.update(model, new)
-            return out
-
-        return on_mesh
-
-    update = lambda: Model(in_turn(counting))
-    assert normwise(after(update(), step), after(update(), nnx.value_and_grad)) < EXACT
+def test_a_state_of_the_device_is_refused():
+    update = set_all(count=lambda m: m.count[...] + jnp.float64(jax.lax.axis_index("data")))
+    refused(lambda: on_devices(loss, 3)(Model(update), X), "CARRY", "mesh_axes")
 
 
 @pytest.mark.parametrize("name", ["weight normalization", "spectral normalization", "a counter"])
@@ -225,20 +232,51 @@ def test_it_changes_once_beside_dropout():
 
 
 def test_a_rule_that_reads_a_variable_late_runs_beside_it():
-    """The loss is called again inside of the loop, and its states are in another order there."""
+    """The loss is called again inside of the loop, where its states are in another order."""
 
     def late(model, x):
         slope = [jnp.float64(1.0)]
         double = jax.custom_vjp(lambda h: 2 * h)
         double.defvjp(lambda h: (2 * h, ()), lambda _, cotangent: (slope[0] * cotangent,))
-        h = double(model(x))
+        h = double(model.layer(x)) * model.count[...]
+        model.count[...] = model.count[...] + 1
+        model.rate[...] = model.rate[...] + jnp.sum(x)
         slope[0] = jnp.float64(7.0)
         return jnp.mean(h**2)
 
-    update = set_all(count=lambda m: m.count[...] + 1)
     step = lambda loss: ja.nnx.value_and_grad(loss, num_microbatches=3, audit=None)
-    expected = after(Model(update), nnx.value_and_grad, late)
-    assert normwise(after(Model(update), step, late), expected) < EXACT
+    expected = after(Model(None), nnx.value_and_grad, late)
+    assert normwise(after(Model(None), step, late), expected) < EXACT
+
+
+def test_it_changes_once_in_a_call_that_draws():
+    """A call is looked into: its states are not drawn from, and its stream is."""
+
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.inner = Normed(nnx.SpectralNorm, update_stats=True)
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=3))
+
+        def __call__(self, x):
+            return nnx.jit(lambda m, x: m.drop(m.inner(x)))(self, x)
+
+    step = lambda loss: ja.nnx.value_and_grad(loss, num_microbatches=3, audit="raise")
+    actual, new = after(Noisy(), step)
+    expected, twin = after(Noisy(), nnx.value_and_grad)
+    assert normwise(actual, expected) < EXACT
+    assert normwise(new["inner"], twin["inner"]) < EXACT
+
+
+@pytest.mark.parametrize("name", ["spectral normalization", "the mean of the batch"])
+def test_one_microbatch_may_assign_what_it_likes(name):
+    """It is the whole batch."""
+
+    def centered(model, x):
+        model.scale[...] = jnp.mean(x)
+
+    make = (MODELS | {"the mean of the batch": lambda: Model(centered)})[name]
+    actual = after(make(), lambda loss: ja.nnx.value_and_grad(loss, num_microbatches=1))
+    assert normwise(actual, after(make(), nnx.value_and_grad)) < EXACT
 
 
 # -- what runs from microbatch to microbatch ---------------------------------------------------
@@ -260,13 +298,14 @@ def of_count(model, x):
     counted(model, x)
 
 
+def unread(model, x):
+    """A loss that does not read the states of its model."""
+    model.update(model, x)
+    return jnp.mean(model.layer(x) ** 2)
+
+
 def seen(update):
-    """The model after a loss that does not read its states, and what was warned of."""
-
-    def unread(model, x):
-        model.update(model, x)
-        return jnp.mean(model.layer(x) ** 2)
-
+    """The model after such a loss, and what was warned of."""
     model = Model(update)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -320,15 +359,40 @@ def test_streams_that_are_not_divided_leave_all_states_to_the_loop():
     assert float(model.count[...]) == 1 + 3
 
 
-def test_a_state_that_only_small_microbatches_change_runs():
+def test_a_state_that_only_the_smaller_microbatches_change_runs():
     def small(model, x):
-        if len(x) < 4:
-            model.count[...] = model.count[...] + jnp.sum(x)
+        if len(x) != 4:
+            model.count[...] = model.count[...] + 1
+            model.rate[...] = model.rate[...] + jnp.sum(x)
 
     model = Model(small)
-    unread = lambda model, x: (model.update(model, x), jnp.mean(model.layer(x) ** 2))[1]
     ja.nnx.grad(unread, microbatch_size=4, audit=None)(model, X)
-    assert normwise(model.count[...], 1 + jnp.sum(X[4:])) < EXACT
+    assert normwise((model.count[...], model.rate[...]), (2.0, 0.5 + jnp.sum(X[4:]))) < EXACT
+
+
+def test_a_state_that_depends_on_a_size_beyond_runs():
+    """At the size of no microbatch, and not at twice that size, but at the whole batch's."""
+
+    def many(model, x):
+        model.count[...] = model.count[...] + jnp.float64(len(x) > 4)
+
+    model, caught = seen(many)
+    assert float(model.count[...]) == 1
+    assert len(caught) == 1
+
+
+def test_a_coupled_loss_does_not_count_the_examples_of_a_microbatch():
+    def centered(model, x):
+        h = unread(model, x)
+        return h - jax.lax.pmean(h, "microbatch") + jnp.mean(model.layer(x) ** 2)
+
+    over_all = lambda x: jax.lax.psum(len(x), "microbatch")
+    counting = lambda number: lambda m, x: m.count.set_value(m.count[...] + number(x))
+    step = ja.nnx.grad(centered, num_microbatches=3)
+    refused(lambda: step(Model(counting(len)), X), "number of examples", "lax.psum(len(x)")
+    model = Model(counting(over_all))
+    step(model, X)
+    assert float(model.count[...]) == 1 + len(X)
 
 
 OF_BATCH = {
