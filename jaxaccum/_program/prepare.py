@@ -8,6 +8,7 @@ microbatches of 4 examples and one of 2. `fun` is traced twice, once for each si
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from jaxaccum._base.adapted import adapted
@@ -53,16 +54,17 @@ def prepare(
     arguments = _as_the_value_varies(flat, options, partition, arguments, call.arrays)
     tracing = Tracing(flat, options, partition, arguments)
     groups = list(map(tracing.group, partition.groups))
+    at_another_size = functools.partial(tracing.at_another_size, groups)
     slots, arguments = _with_closed_over(call.tree.slots, arguments, groups)
     outputs = flat.returned[0].outputs
     coupled = groups[0].trace.coupling is not None
     alone = partition.num_microbatches == 1 and not arguments.mesh_axes
     if coupled:
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
-        slots = states_of_models.read_before(slots, outputs, groups, tracing.at_another_size)
+        slots = states_of_models.read_before(slots, outputs, groups, at_another_size)
         outputs, limit = outputs.updated_once(), None
     elif _runs_states_of_a_model(flat) and not alone:
-        beside = states_of_models.beside_loop(slots, outputs, groups, tracing.at_another_size)
+        beside = states_of_models.beside_loop(slots, outputs, groups, at_another_size)
         slots, outputs = beside.slots, outputs.beside_loop(beside.parts)
         if beside.parts:
             groups = [group.rearranged(beside.order(outputs)) for group in groups]
@@ -74,7 +76,7 @@ def prepare(
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
     found = untagged.apart(
-        groups, outputs, slots, arguments, options, tracing.at_another_size,
+        groups, outputs, slots, arguments, options, at_another_size,
         alone=alone and limit is None,
     )  # fmt: skip
     program = Program(

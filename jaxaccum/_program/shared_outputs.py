@@ -55,6 +55,8 @@ def with_models_in_loop(
     """The outputs of one microbatch, which is the whole batch, where the parameters that a model
     assigns to are parts of the loop; and their traces."""
     chosen = {i for i, untagged in enumerate(outputs.whole) if untagged.of_model}
+    if not chosen:
+        return outputs, tuple(traces)
     count = len(outputs.parts)
     return outputs.with_last(chosen), tuple(_in_loop(one, count, chosen) for one in traces)
 

@@ -61,16 +61,17 @@ def read_before(
 ) -> list[Slot]:
     """The slots of a coupled loss, where every microbatch reads the states before the first one.
 
-    Keys are not such a state, since each microbatch draws numbers of its own. Nor is one that
-    depends on the number of examples, which a microbatch does not know: an error says so.
+    What random numbers are drawn from is not such a state, since each microbatch draws its own. Nor
+    is one that depends on the number of examples, which a microbatch does not know: an error says
+    so.
     """
     states = _States.among(slots, outputs, groups)
     changing, given = states.changing(), states.without_batch(set(states.parts))
     for i in sorted(states.of_size(changing & given, at_another_size) or ()):
         raise ValueError(_of_size(outputs.parts[states.parts[i]].name))
     changed = list(slots)
-    for i in states.parts:
-        changed[i] = dataclasses.replace(slots[i], updated_once=slots[i].key is None)
+    for i in set(states.parts) - states.drawn_from(set(states.parts)):
+        changed[i] = dataclasses.replace(slots[i], updated_once=True)
     return changed
 
 
@@ -139,12 +140,12 @@ class _States:
         one = self.groups[0].trace, self.groups[0].observed.consts
         return {i for i in states if not compute_alike([self.parts[i]], one, other)}
 
-    def drawn_from(self, changing: set[int]) -> set[int]:
-        """Those of the changing ones that are keys, or that random numbers depend on."""
-        found = {i for i in changing if self.slots[i].key is not None}
+    def drawn_from(self, states: set[int]) -> set[int]:
+        """Those of the states that are keys, or that random numbers depend on."""
+        found = {i for i in states if self.slots[i].key is not None}
         for g, one in enumerate(self._traces):
             old, drawn_from = self._arguments(g), _drawn_from(one.jaxpr)
-            found |= {i for i in changing if old[i] in drawn_from}
+            found |= {i for i in states if old[i] in drawn_from}
         return found
 
     def without_batch(self, states: set[int]) -> set[int]:

@@ -93,9 +93,14 @@ class Tracing:
             one = self._with_streams_apart(one, outputs, checked)
         return Group(group.size, one, observed, checked)
 
-    def at_another_size(self) -> other_sizes.Traced | None:
+    def at_another_size(self, groups: Sequence[Group]) -> other_sizes.Traced | None:
         """`fun` for the whole batch as one microbatch, and what it closes over; None where it does
-        not run there. Of several devices, for twice the examples of one."""
+        not run there. Of several devices, for twice the examples of one.
+
+        Without an audit `fun` is called once a size, and a group of another size has to do.
+        """
+        if len(groups) > 1 and not self.flat.audited:
+            return groups[1].trace, groups[1].observed.consts
         size = self.partition.batch_size * (2 if self.flat.num_shards > 1 else 1)
 
         def whole() -> other_sizes.Traced:

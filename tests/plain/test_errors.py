@@ -104,7 +104,7 @@ OUTPUTS = [
         call(aux(lambda w, x: 2 * x[0, :2]), has_aux=True),
         [
             "Wrap it in jaxaccum.Sum(x) for a sum",
-            "The new state of a BatchNorm",
+            "For the new state of a BatchNorm",
             'axis_name="microbatch"',
         ],
     ),
