@@ -20,8 +20,8 @@ from jaxaccum._program import (
     batch_keys,
     output_parts,
     states_of_models,
-    untagged,
     validate,
+    without_tags,
 )
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.call import Call, Options
@@ -75,7 +75,7 @@ def prepare(
         )
     flat.check_sizes()
     terms = output_parts.terms(outputs, flat.num_terms) if loss else ()
-    found = untagged.apart(
+    found = without_tags.apart(
         groups, outputs, slots, arguments, options, at_another_size,
         alone=alone and limit is None,
     )  # fmt: skip

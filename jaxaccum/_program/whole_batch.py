@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._base.types import Array, PyTree
-from jaxaccum._program import no_gradient, shared_outputs, untagged, validate, whole_outputs
+from jaxaccum._program import no_gradient, shared_outputs, validate, whole_outputs, without_tags
 from jaxaccum._program.argument_slots import Role
 from jaxaccum._program.call import Call
 from jaxaccum._program.example_keys import example_keys
@@ -65,8 +65,8 @@ def _check_untagged(call: Call, function: FlatFunction, outputs: Outputs) -> Non
 
     one = at(call.batch_size, 1)
     twice = functools.partial(at, 2 * call.batch_size, 2)
-    outputs = untagged.compared(outputs, one, lambda: traced_if_possible(twice))
-    roles = untagged.whole_roles(coupled=one[0].coupling is not None)
+    outputs = without_tags.compared(outputs, one, lambda: traced_if_possible(twice))
+    roles = without_tags.whole_roles(coupled=one[0].coupling is not None)
     same = [True] * len(one[1]) + [slot.role in roles for slot in call.tree.slots]
     outputs, traces = shared_outputs.with_shared_in_loop([one[0]], outputs, [same])
     if found := whole_outputs.refusal(traces, outputs, [same]):

@@ -90,7 +90,7 @@ FAULTS = [
     ),
     Fault(
         "the loop computes what is whole",
-        "untagged:apart",
+        "without_tags:apart",
         "tuple(one.first(len(outputs.parts)) for one in traces)",
         "tuple(one.with_jaxpr(one.jaxpr.replace("
         "outvars=one.jaxpr.outvars[: len(outputs.parts)])) for one in traces)",

@@ -186,7 +186,7 @@ FAULTS = [
     ),
     Fault(
         "one microbatch assigns no value of the batch",
-        "untagged:apart",
+        "without_tags:apart",
         "    if alone:\n",
         "    if False:\n",
         f"{_MODELS}::test_one_microbatch_may_assign_what_it_likes",
