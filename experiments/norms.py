@@ -113,7 +113,7 @@ def last(network: Network, **options: Any) -> Callable[..., Any]:
 
     def fun(params: Variables, batch: Any, stats: Variables) -> Any:
         value, new = loss(network, params, batch, stats)
-        return value, new
+        return value, jaxaccum.Last(new)
 
     return jaxaccum.value_and_grad(
         fun, has_aux=True, in_axes=(None, 0, None), audit=None, **options
