@@ -63,8 +63,10 @@ def prepare(
         # Padding is masked in every sum, so that a microbatch of padding alone need not be skipped.
         slots = states_of_models.read_before(slots, outputs, groups, at_another_size)
         outputs, limit = outputs.updated_once(), None
-    elif _runs_states_of_a_model(flat) and not alone:
-        beside = states_of_models.beside_loop(slots, outputs, groups, at_another_size)
+    elif (model := adapted(flat.fun)).draws_from_state and not alone:
+        beside = states_of_models.beside_loop(
+            slots, outputs, groups, at_another_size, as_they_are=model.draws_declared
+        )
         slots, outputs = beside.slots, outputs.beside_loop(beside.parts)
         if beside.parts:
             groups = [group.rearranged(beside.order(outputs)) for group in groups]
@@ -143,13 +145,6 @@ def _with_closed_over(
         every += [Slot("a value that fun closes over", Role.WHOLE)] * len(consts)
         arguments = arguments.followed_by(consts)
     return every, arguments
-
-
-def _runs_states_of_a_model(flat: FlatFunction) -> bool:
-    """Whether `fun` is a model whose states run from microbatch to microbatch, and whose caller has
-    not said that they may."""
-    model = adapted(flat.fun)
-    return model.draws_from_state and not model.draws_declared
 
 
 def _partition(options: Options, batch_size: int) -> Partition:

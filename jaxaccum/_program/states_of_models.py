@@ -80,11 +80,15 @@ def beside_loop(
     outputs: Outputs,
     groups: Sequence[Group],
     at_another_size: Callable[[], Traced | None],
+    *,
+    as_they_are: bool,
 ) -> Beside:
-    """The states that do not depend on the batch."""
+    """The states that do not depend on the batch; or those alone that stay `as_they_are`, where the
+    caller has said that the others may run from microbatch to microbatch."""
     states = _States.among(slots, outputs, groups)
     changing = states.changing()
-    given = states.without_batch(set(states.parts) - states.drawn_from(changing))
+    running = changing if as_they_are else states.drawn_from(changing)
+    given = states.without_batch(set(states.parts) - running)
     of_size = states.of_size(changing & given, at_another_size)
     given = states.without_batch(given - (changing if of_size is None else of_size))
     whole = list(slots)

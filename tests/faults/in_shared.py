@@ -123,9 +123,9 @@ FAULTS = [
     ),
     Fault(
         "states change once whatever the call says of streams",
-        "_runs_states_of_a_model",
-        " and not model.draws_declared",
-        "",
+        "states_of_models:beside_loop",
+        "changing if as_they_are else states.drawn_from(changing)",
+        "states.drawn_from(changing)",
         f"{_MODELS}::test_streams_that_are_not_divided_leave_all_states_to_the_loop",
     ),
     Fault(

@@ -395,6 +395,13 @@ def test_a_coupled_loss_does_not_count_the_examples_of_a_microbatch():
     assert float(model.count[...]) == 1 + len(X)
 
 
+def test_a_parameter_may_follow_from_a_state_that_stays_as_it_is():
+    """Whatever the call says of streams."""
+    step = lambda loss: ja.nnx.value_and_grad(loss, num_microbatches=3, example_streams=False)
+    make = IDEMPOTENT["weight normalization"]
+    assert normwise(after(make(), step), after(make(), nnx.value_and_grad)) < EXACT
+
+
 OF_BATCH = {
     "its mean": lambda m, x: jnp.mean(x),
     "its size": lambda m, x: m.scale[...] * len(x),
