@@ -9,12 +9,14 @@ called again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.core
 import jax.extend.core as jex
+from jax import lax
 from jax.interpreters import partial_eval
 
 from jaxaccum._base.entries import entries, places_of, with_entries
@@ -28,6 +30,7 @@ from jaxaccum._jaxpr.compat import (
     is_reference,
     is_reference_effect,
 )
+from jaxaccum._jaxpr.dependencies import Dependencies
 from jaxaccum._jaxpr.derivative_rules import rule_of
 from jaxaccum._jaxpr.equations import (
     axes_in,
@@ -179,12 +182,27 @@ class Trace:
     def is_of(self, output: int, allowed: Sequence[bool]) -> bool:
         """Whether an output depends only on the `allowed` ones of ``(*consts, *args)``: not on the
         index of the microbatch, a collective over its axis, or the outside."""
+        whole = [False, *allowed]
+        if self._dependencies.among(output, whole):
+            return True
+        if not self._dependencies.is_vague(output):
+            return False
         jaxpr, used = self._restrict([output])
         outside = reversible.holds(jaxpr, "io_callback")
         reads_references = any(is_reference(v.aval) for v in jaxpr.invars)
         if outside or self.with_jaxpr(jaxpr).coupling is not None or reads_references:
             return False
-        return all(itertools.compress([False, *allowed], used))
+        return all(itertools.compress(whole, used))
+
+    def depends(self, output: int, wrt: Sequence[bool]) -> bool:
+        """Whether an output depends on any of ``(*consts, *args)`` that `wrt` names."""
+        if self._dependencies.is_vague(output):
+            return any(itertools.compress(wrt, self.needs([output])))
+        return self._dependencies.any(output, [False, *wrt])
+
+    @functools.cached_property
+    def _dependencies(self) -> Dependencies:
+        return Dependencies.of(self.jaxpr, self.axis[0])
 
     def first(self, count: int) -> Trace:
         """The trace of its first `count` outputs, with all prints and callbacks, of the same
@@ -195,7 +213,20 @@ class Trace:
     def rearranged(self, order: Sequence[int]) -> Trace:
         """The trace of the same outputs in another order."""
         jaxpr = with_outvars(self.jaxpr, entries(self.jaxpr.outvars, order))
-        return dataclasses.replace(self, jaxpr=jaxpr, places=tuple(order))
+        places = self.places or range(len(self.jaxpr.outvars))
+        return dataclasses.replace(self, jaxpr=jaxpr, places=tuple(entries(places, order)))
+
+    def with_constant(self, outputs: Collection[int]) -> Trace:
+        """The trace in which some outputs are constants to every derivative."""
+        jaxpr = self.jaxpr
+        moving = [i for i in outputs if is_inexact(jaxpr.outvars[i].aval)]
+        old = entries(jaxpr.outvars, moving)
+        stop = lambda *values: list(map(lax.stop_gradient, values))
+        stopped = jax.make_jaxpr(stop)(*types_of(old)).jaxpr
+        of = dict(zip(stopped.invars, old, strict=True))
+        eqns = [eqn.replace(invars=[of[v] for v in eqn.invars]) for eqn in stopped.eqns]
+        outvars = with_entries(jaxpr.outvars, moving, stopped.outvars)
+        return self.with_jaxpr(with_outvars(jaxpr.replace(eqns=[*jaxpr.eqns, *eqns]), outvars))
 
     def before(
         self, change: Callable[[Array, list[Array]], list[Array]], keep: Collection[int]
@@ -219,7 +250,7 @@ class Trace:
         microbatches."""
         return next(itertools.filterfalse(is_index, mentions(self.jaxpr, self.axis[0])), None)
 
-    @property
+    @functools.cached_property
     def other_axes(self) -> frozenset[str]:
         """The named axes, other than the loop's, that collectives in it mention."""
         return frozenset(axes_in(self.jaxpr)) - {self.axis[0]}

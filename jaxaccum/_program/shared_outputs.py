@@ -8,18 +8,11 @@ over the batch.
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Collection, Sequence
 
-import jax
-from jax import lax
-
-from jaxaccum._base.trees import is_inexact
-from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.same_everywhere import differing
 from jaxaccum._jaxpr.traces import Trace
-from jaxaccum._jaxpr.variables import types_of
 from jaxaccum._program.output_parts import Outputs
 
 
@@ -42,7 +35,7 @@ def with_shared_in_loop(
             results = differing(one.jaxpr, [True, *differ], axis)
             chosen = {i for i in chosen if not results[count + i]}
         for i in sorted(chosen):
-            if not any(itertools.compress(differ, one.needs([count + i]))):
+            if not one.depends(count + i, differ):
                 chosen.discard(i)  # it depends on the number of microbatches alone
     if not chosen:
         return outputs, tuple(traces)
@@ -64,16 +57,6 @@ def with_models_in_loop(
 def _in_loop(one: Trace, count: int, chosen: Collection[int]) -> Trace:
     """The trace whose first `count` outputs are followed by those that the loop keeps, and then by
     the others."""
-
-    def fun(index: Array, *arrays: Array) -> list[Array]:
-        outs = one(index, arrays)
-        kept, others = outs[:count], []
-        for i, x in enumerate(outs[count:]):
-            if i not in chosen:
-                others.append(x)
-            else:
-                kept.append(lax.stop_gradient(x) if is_inexact(x) else x)
-        return [*kept, *others]
-
-    types = types_of(one.jaxpr.invars)
-    return one.with_jaxpr(jax.make_jaxpr(fun, axis_env=[one.axis])(*types).jaxpr)
+    kept = [count + i for i in sorted(chosen)]
+    others = [i for i in range(count, len(one.jaxpr.outvars)) if i not in kept]
+    return one.with_constant(kept).rearranged([*range(count), *kept, *others])

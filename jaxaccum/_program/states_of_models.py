@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax.extend.core as jex
 
+from jaxaccum._base.entries import entries
 from jaxaccum._jaxpr.compat import opened
 from jaxaccum._jaxpr.equations import called, inside
 from jaxaccum._jaxpr.traces import Trace
@@ -142,6 +143,8 @@ class _States:
         if (other := at_another_size()) is None:
             return None
         one = self.groups[0].trace, self.groups[0].observed.consts
+        if compute_alike(entries(self.parts, sorted(states)), one, other):
+            return set()
         return {i for i in states if not compute_alike([self.parts[i]], one, other)}
 
     def drawn_from(self, states: set[int]) -> set[int]:
@@ -166,7 +169,8 @@ class _States:
             read = sources(self.slots, self._traces, g)
             allowed = [self.slots[i].role is Role.WHOLE or i in states for i in read]
             part = self.parts[state]
-            if one.only([part]).other_axes or not one.is_of(part, allowed):
+            reads_device = one.other_axes and one.only([part]).other_axes
+            if reads_device or not one.is_of(part, allowed):
                 return False
         return True
 

@@ -56,7 +56,7 @@ def refusal(
     refused = []
     for i, untagged in enumerate(outputs.whole, start=len(outputs.parts)):
         of_whole = lambda one, whole, output=i: one.is_of(output, whole)
-        sized = untagged.of_model or not any(traces[0].needs([i]))
+        sized = untagged.of_model or not traces[0].depends(i, [True] * len(traces[0].arguments))
         if (sized and not untagged.at_all_sizes) or not all(safe_map(of_whole, traces, is_whole)):
             refused.append(untagged)
     if not refused:
@@ -71,8 +71,9 @@ def refusal(
 def separated(one: Trace, outputs: Outputs, given_axes: Sequence[frozenset[str]]) -> Whole:
     """The whole outputs of a trace of all outputs, the whole ones last."""
     places = range(len(outputs.parts), len(outputs.parts) + len(outputs.whole))
-    axes = []
-    for i in places:
-        needed = entries(given_axes, places_of(one.needs([i])))
-        axes.append(frozenset().union(*needed))
+    axes = [frozenset[str]()] * len(places)
+    if any(given_axes):
+        for k, i in enumerate(places):
+            needed = entries(given_axes, places_of(one.needs([i])))
+            axes[k] = frozenset().union(*needed)
     return Whole(one.only(places), tuple(axes))

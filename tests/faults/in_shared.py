@@ -5,6 +5,7 @@ from tests.faults.fault import Fault
 
 _OUTPUTS = "coupled/test_shared_outputs.py"
 _DIFFERS = f"{_OUTPUTS}::test_what_differs_is_refused"
+_DEPENDENCIES = "programs/test_dependencies.py"
 _MODELS = "flax/test_nnx_without_batch.py"
 
 FAULTS = [
@@ -17,7 +18,7 @@ FAULTS = [
     ),
     Fault(
         "what a scan carries differs from its first step on or never",
-        "_of_scan",
+        "flow:_of_scan",
         "if further == carry:",
         "carry = further\n        if True:",
         f"{_DIFFERS}[carried from the second step on]",
@@ -46,16 +47,15 @@ FAULTS = [
     Fault(
         "a number of microbatches follows from the batch",
         "with_shared_in_loop",
-        "if not any(itertools.compress(differ, one.needs([count + i]))):",
+        "if not one.depends(count + i, differ):",
         "if False:",
         f"{_DIFFERS}[the number of microbatches]",
     ),
     Fault(
         "the derivative of an output without a tag is lost",
         "_in_loop",
-        "lax.stop_gradient(x) if is_inexact(x) else x",
-        "lax.stop_gradient(lax.stop_gradient(x) * 0 + 0) + lax.stop_gradient(x) "
-        "if is_inexact(x) else x",
+        "one.with_constant(kept).rearranged(",
+        "one.rearranged(",
         f"{_OUTPUTS}::test_its_derivative_is_an_error",
     ),
     Fault(
@@ -173,7 +173,7 @@ FAULTS = [
     Fault(
         "a device's index is the same on all devices",
         "_States._follows",
-        "if one.only([part]).other_axes or not",
+        "if reads_device or not",
         "if not",
         f"{_MODELS}::test_a_state_of_the_device_is_refused",
     ),
@@ -190,6 +190,35 @@ FAULTS = [
         "    if alone:\n",
         "    if False:\n",
         f"{_MODELS}::test_one_microbatch_may_assign_what_it_likes",
+    ),
+    Fault(
+        "what is coupled has no mark",
+        "_is_outside",
+        "couples = axis_name in axes_of(eqn) and not is_index(eqn)",
+        "couples = False",
+        f"{_DEPENDENCIES}::test_what_is_coupled_or_depends_on_the_outside_has_a_mark[a collective]",
+    ),
+    Fault(
+        "what is read from a reference is of nothing else",
+        "Dependencies.of",
+        "return _EVERYTHING",
+        "return operands",
+        f"{_DEPENDENCIES}::test_what_is_coupled_or_depends_on_the_outside_has_a_mark[a reference]",
+    ),
+    Fault(
+        "a branch is of all that goes in, and JAX is not asked",
+        "Dependencies.of",
+        "(0 if whole else _VAGUE)",
+        "0",
+        f"{_DEPENDENCIES}::test_it_is_what_jax_says_of_each_result[a branch]",
+    ),
+    Fault(
+        "JAX is asked of each state",
+        "Trace.is_of",
+        "        if self._dependencies.among(output, whole):\n            return True\n"
+        "        if not self._dependencies.is_vague(output):\n            return False\n",
+        "",
+        f"{_DEPENDENCIES}::test_a_program_is_not_gone_through_for_each_state",
     ),
     Fault(
         "a parameter that is assigned to stays as it was",
