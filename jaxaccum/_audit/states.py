@@ -35,6 +35,7 @@ from jaxaccum._jaxpr.equations import mentions, without_unused
 from jaxaccum._jaxpr.microbatch_index import is_index
 from jaxaccum._jaxpr.variables import Atom, Var, is_variable, results_of, variables
 from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.assignments import handed_on
 from jaxaccum._program.tags import Carry
 
 _LINEAR = {
@@ -81,15 +82,11 @@ def states(slots: Sequence[Slot], traced: Traced) -> Iterator[tuple[int, Var, At
     new = list(_new_states(traced))
     if len(new) != len(old):
         return
-    # A carried key goes in as the integers that it is made of, and comes out typed.
-    made_of = {
-        eqn.outvars[0]: eqn.invars[0]
-        for eqn in traced.closed.jaxpr.eqns
-        if eqn.primitive.name == "random_wrap"
-    }
+    arguments, came_from = traced.closed.jaxpr.invars, handed_on(traced.closed.jaxpr)
     for (before, slot), (place, after) in zip(old, new, strict=True):
-        came_from = made_of.get(after, after) if is_variable(after) else after
-        if came_from is not before and not slot.updated_once:
+        origin = came_from[place]
+        stays = origin is not None and arguments[origin] is before
+        if not stays and not slot.updated_once:
             yield place, before, after
 
 

@@ -74,7 +74,10 @@ def _slots(program: Program, jaxpr: jex.Jaxpr) -> dict[Var, int]:
 def _cuts(program: Program) -> Cuts:
     (trace,) = program.traces
     jaxpr = opened(trace)
-    own = [v for v, i in _slots(program, jaxpr).items() if program.slots[i].differs_if_coupled]
+    own = []
+    for v, i in _slots(program, jaxpr).items():
+        if not program.slots[i].is_same(coupled=True):
+            own.append(v)
     cuts = cut(jaxpr, [jaxpr.invars[0], *own], trace.axis)
     for i, part in enumerate(program.outputs.parts):
         if part.once and cuts.output(i) in cuts.own:

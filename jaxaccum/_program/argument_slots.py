@@ -81,10 +81,9 @@ class Slot:
         """Whether a derivative may be asked with respect to it."""
         return self.role in (Role.WHOLE, Role.ROWS)
 
-    @property
-    def differs_if_coupled(self) -> bool:
-        """Whether each microbatch of a coupled loss, which updates its state once, has its own."""
-        return self.role not in (Role.WHOLE, Role.CARRY)
+    def is_same(self, *, coupled: bool) -> bool:
+        """Whether every microbatch sees the same. A coupled loss updates its state once."""
+        return self.role is Role.WHOLE or (coupled and self.role is Role.CARRY)
 
     def array(self, leaf: Array) -> Array:
         """What the loop carries of the leaf."""

@@ -6,7 +6,7 @@ trace does not tell ``3 * weight`` from ``len(x) * weight``. Traces at two sizes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jaxaccum._base.entries import entries, places_of
 from jaxaccum._base.types import Array
@@ -26,8 +26,15 @@ def traced_if_possible(trace: Callable[[], Traced]) -> Traced | None:
         return None
 
 
-def compute_alike(outputs: Sequence[int], one: Traced, other: Traced) -> bool:
-    """Whether two traces, at different sizes, compute the outputs alike."""
+def computed_alike(outputs: Collection[int], one: Traced, other: Traced) -> set[int]:
+    """Those of the outputs that two traces, at different sizes, compute alike."""
+    if _compute_alike(sorted(outputs), one, other):
+        return set(outputs)
+    return {i for i in outputs if _compute_alike([i], one, other)}
+
+
+def _compute_alike(outputs: Sequence[int], one: Traced, other: Traced) -> bool:
+    """Whether both compute all of the outputs alike."""
     if one[0].needs(outputs) != other[0].needs(outputs):
         return False
     return compute_the_same(_alone(one, outputs), _alone(other, outputs))

@@ -26,14 +26,13 @@ from typing import NamedTuple
 
 import jax.extend.core as jex
 
-from jaxaccum._base.entries import entries
 from jaxaccum._jaxpr.compat import opened
 from jaxaccum._jaxpr.equations import called, inside
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import Var, variables
 from jaxaccum._program import assignments
 from jaxaccum._program.argument_slots import Role, Slot, positions
-from jaxaccum._program.other_sizes import Traced, compute_alike
+from jaxaccum._program.other_sizes import Traced, computed_alike
 from jaxaccum._program.output_parts import Outputs
 from jaxaccum._program.program import sources
 from jaxaccum._program.reductions import Reduction
@@ -143,9 +142,8 @@ class _States:
         if (other := at_another_size()) is None:
             return None
         one = self.groups[0].trace, self.groups[0].observed.consts
-        if compute_alike(entries(self.parts, sorted(states)), one, other):
-            return set()
-        return {i for i in states if not compute_alike([self.parts[i]], one, other)}
+        alike = computed_alike([self.parts[i] for i in states], one, other)
+        return {i for i in states if self.parts[i] not in alike}
 
     def drawn_from(self, states: set[int]) -> set[int]:
         """Those of the states that are keys, or that random numbers depend on."""
@@ -167,7 +165,7 @@ class _States:
         """Whether the new state follows from parameters and from these states alone."""
         for g, one in enumerate(self._traces):
             read = sources(self.slots, self._traces, g)
-            allowed = [self.slots[i].role is Role.WHOLE or i in states for i in read]
+            allowed = [self.slots[i].is_same(coupled=False) or i in states for i in read]
             part = self.parts[state]
             reads_device = one.other_axes and one.only([part]).other_axes
             if reads_device or not one.is_of(part, allowed):

@@ -66,8 +66,9 @@ def _check_untagged(call: Call, function: FlatFunction, outputs: Outputs) -> Non
     one = at(call.batch_size, 1)
     twice = functools.partial(at, 2 * call.batch_size, 2)
     outputs = without_tags.compared(outputs, one, lambda: traced_if_possible(twice))
-    roles = without_tags.whole_roles(coupled=one[0].coupling is not None)
-    same = [True] * len(one[1]) + [slot.role in roles for slot in call.tree.slots]
+    coupled = one[0].coupling is not None
+    same = [slot.is_same(coupled=coupled) for slot in call.tree.slots]
+    same = [True] * len(one[1]) + same
     outputs, traces = shared_outputs.with_shared_in_loop([one[0]], outputs, [same])
     if found := whole_outputs.refusal(traces, outputs, [same]):
         raise found

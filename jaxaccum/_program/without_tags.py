@@ -12,9 +12,9 @@ from jaxaccum._base.entries import entries
 from jaxaccum._devices.without_checks import unchecked
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._program import shared_outputs, whole_outputs
-from jaxaccum._program.argument_slots import Role, Slot
+from jaxaccum._program.argument_slots import Slot
 from jaxaccum._program.call import Options
-from jaxaccum._program.other_sizes import Traced, compute_alike
+from jaxaccum._program.other_sizes import Traced, computed_alike
 from jaxaccum._program.output_parts import Outputs
 from jaxaccum._program.program import NeedsGlobalArraysError, sources
 from jaxaccum._program.tracing import Group, OnMesh
@@ -89,9 +89,9 @@ def compared(
         return outputs
     if trace.places:
         other = other[0].rearranged(trace.places), other[1]
-    for i in sized:
-        alike = compute_alike([len(outputs.parts) + i], one, other)
-        whole[i] = dataclasses.replace(whole[i], at_all_sizes=alike)
+    count = len(outputs.parts)
+    for i in computed_alike([count + i for i in sized], one, other):
+        whole[i - count] = dataclasses.replace(whole[i - count], at_all_sizes=True)
     return dataclasses.replace(outputs, whole=tuple(whole))
 
 
@@ -104,12 +104,7 @@ def _same_everywhere(
     were rows.
     """
     over_devices = {*options.device_axes, *(arguments.mesh_axes if coupled else ())}
-    roles, same = whole_roles(coupled=coupled), []
+    same = []
     for slot, axes in zip(slots, arguments.given_axes, strict=True):
-        same.append(slot.role in roles and over_devices.isdisjoint(axes))
+        same.append(slot.is_same(coupled=coupled) and over_devices.isdisjoint(axes))
     return same
-
-
-def whole_roles(*, coupled: bool) -> tuple[Role, ...]:
-    """The roles of what is the same for every microbatch. A coupled loss updates its state once."""
-    return (Role.WHOLE, Role.CARRY) if coupled else (Role.WHOLE,)

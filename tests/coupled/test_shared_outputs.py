@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
-from tests.support.helpers import EXACT, INEXACT, UNDECIDED, data, normwise, refused, same
+from tests.support.helpers import EXACT, INEXACT, UNDECIDED, bits, data, normwise, refused, same
 
 W, X = {"k": data(3), "t": data(2, seed=1)}, data(8, 3, seed=2)
 AXIS = "microbatch"
@@ -80,11 +80,6 @@ SHARED = {
 }
 """Outputs, by what makes them; `axes` is None on the whole batch."""
 OPTIONS = [{"num_microbatches": 4}, {"microbatch_size": 4, "split": "strided"}]
-
-
-def bits(tree):
-    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else jnp.asarray(x), tree)
 
 
 def pair(name, axes=AXIS):

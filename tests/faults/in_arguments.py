@@ -84,8 +84,8 @@ FAULTS = [
     Fault(
         "a device's share is taken for the whole",
         "_same_everywhere",
-        "append(slot.role in roles and over_devices.isdisjoint(axes))",
-        "append(slot.role in roles)",
+        "append(slot.is_same(coupled=coupled) and over_devices.isdisjoint(axes))",
+        "append(slot.is_same(coupled=coupled))",
         "plain/test_whole_outputs.py::test_explicit_meshes",
     ),
     Fault(

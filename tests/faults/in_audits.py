@@ -268,9 +268,9 @@ FAULTS = [
     ),
     Fault(
         "a carried key that comes back is taken for a changed state",
-        "states",
-        "made_of.get(after, after)",
-        "after",
+        "assignments:_RULES",
+        '"stop_gradient", "random_wrap", "random_unwrap"',
+        '"stop_gradient"',
         "audit/test_audit.py::test_a_carried_key_that_comes_back_is_no_changed_state",
     ),
     Fault(

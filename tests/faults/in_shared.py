@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "a number of examples is a constant",
         "compared",
-        "at_all_sizes=alike",
-        "at_all_sizes=True",
+        "for i in computed_alike([count + i for i in sized], one, other):",
+        "for i in [count + i for i in sized]:",
         f"{_DIFFERS}[the number of rows]",
     ),
     Fault(
@@ -96,7 +96,7 @@ FAULTS = [
     Fault(
         "a count of examples changes once",
         "_States.of_size",
-        "if not compute_alike([self.parts[i]], one, other)}",
+        "if self.parts[i] not in alike}",
         "if False}",
         f"{_MODELS}::test_a_count_of_examples_adds_up",
     ),

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum as ja
-from tests.support.helpers import EXACT, data, normwise, refused, same
+from tests.support.helpers import EXACT, bits, data, normwise, refused, same
 
 pytestmark = pytest.mark.optimized
 
@@ -92,11 +92,6 @@ HELD = {
     "legacy": jax.random.PRNGKey(5),
     "numpy": np.arange(4),
 }
-
-
-def bits(tree):
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 @EVERY

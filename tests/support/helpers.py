@@ -31,6 +31,12 @@ def same(actual, expected) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(e).tobytes() for a, e in pairs)
 
 
+def bits(tree):
+    """The tree with a key as the integers that it is made of, and numbers as arrays."""
+    is_key = lambda x: jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else jnp.asarray(x), tree)
+
+
 def refused(fun, *says, error=(ValueError, TypeError)):
     """`fun` raises one of ours, and its message has every fragment: the argument, both numbers,
     what to pass."""
