@@ -47,7 +47,7 @@ from jaxaccum._jaxpr.equations import (
 )
 from jaxaccum._jaxpr.microbatch_index import index_as_argument
 from jaxaccum._jaxpr.original import Original
-from jaxaccum._jaxpr.variables import Var, types_of, variables
+from jaxaccum._jaxpr.variables import Atom, Var, types_of, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Trace:
         old = entries(jaxpr.outvars, moving)
         stop = lambda *values: list(map(lax.stop_gradient, values))
         stopped = jax.make_jaxpr(stop)(*types_of(old)).jaxpr
-        of = dict(zip(stopped.invars, old, strict=True))
+        of: dict[Atom, Atom] = dict(zip(stopped.invars, old, strict=True))
         eqns = [eqn.replace(invars=[of[v] for v in eqn.invars]) for eqn in stopped.eqns]
         outvars = with_entries(jaxpr.outvars, moving, stopped.outvars)
         return self.with_jaxpr(with_outvars(jaxpr.replace(eqns=[*jaxpr.eqns, *eqns]), outvars))
