@@ -309,9 +309,10 @@ def _assigned(kept: Sequence[bool], new: PyTree) -> Assigned:
         if not same:
             assigned[i] = Unvaried(
                 x,
-                "fun assigns a value of the batch to the parameter "
-                f"{leaf_name('', path[1:-1])}, which is differentiated: microbatches would assign "
-                "different values. Assign it outside of the loss, or keep the value in a variable "
-                "that is not an nnx.Param.",
+                f"fun assigns a value to the parameter {leaf_name('', path[1:-1])}, which is "
+                "differentiated, and each microbatch would assign another: the value depends on "
+                "the batch, on a draw, or on a state that changes in every microbatch (with "
+                "example_streams=False, all states do). Assign it outside of the loss, or keep "
+                "the value in a variable that is not an nnx.Param.",
             )
     return assigned

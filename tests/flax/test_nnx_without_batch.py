@@ -402,6 +402,13 @@ def test_a_parameter_may_follow_from_a_state_that_stays_as_it_is():
     assert normwise(after(make(), step), after(make(), nnx.value_and_grad)) < EXACT
 
 
+def test_a_parameter_of_a_state_that_every_microbatch_changes_is_refused():
+    """The message names what makes it change in each."""
+    step = ja.nnx.grad(loss, num_microbatches=3, example_streams=False)
+    model = MODELS["spectral normalization"]()
+    refused(lambda: step(model, X), "['kernel']", "assigns a value", "example_streams=False")
+
+
 OF_BATCH = {
     "its mean": lambda m, x: jnp.mean(x),
     "its size": lambda m, x: m.scale[...] * len(x),
@@ -414,4 +421,4 @@ def test_a_parameter_that_depends_on_the_batch_is_refused(name):
         model.scale[...] = OF_BATCH[name](model, x)
 
     step = ja.nnx.grad(loss, num_microbatches=3)
-    refused(lambda: step(Model(update), X), "['scale']", "assigns a value of the batch")
+    refused(lambda: step(Model(update), X), "['scale']", "assigns a value")
