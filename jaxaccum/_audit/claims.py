@@ -188,7 +188,7 @@ def _claim_untagged(walk: Walk, value: Value) -> Claim:
     if _is_constant(value):
         return _exact(Verdict.UNBATCHED)
     if value.fixed:
-        return _mis_scaled("the loss depends on the size of the batch alone", fixes.TERMS)
+        return _mis_scaled("it depends on the size of the batch alone", fixes.OF_SIZE)
     if value.rows:
         fix = fixes.TAG["PER_EXAMPLE"]
         return _inexact(Verdict.PER_EXAMPLE, "rows without a tag", fix)
@@ -228,7 +228,7 @@ def _claim_mis_scaled(walk: Walk, value: Value) -> Claim:
     if len(own) > 1:
         return _mis_scaled("terms with different denominators are added", fixes.TERMS, *lines)
     if walk.sized is not None and not any(scale.weights for scale in own):
-        note = "the number of examples enters the loss other than as its denominator"
+        note = "the number of examples enters other than as the denominator"
         return _mis_scaled(note, fixes.BATCH_SIZE, walk.sized)
     note = "the denominator is neither the number of examples nor a sum of weights"
     return _mis_scaled(note, fixes.TAG["RATIO"], *lines)

@@ -255,15 +255,16 @@ EXTREMUM = (
     'the full batch\'s: jax.lax.{collective}(x, "{axis}")'
 )
 OUTSIDE = (
-    "a term that does not depend on the batch would count once per microbatch: return a dict, "
-    'whose values value_and_grad adds: {"data": jaxaccum.Sum(total), "penalty": penalty}; or add '
-    "it outside of the function"
+    "a term that does not depend on the batch would count once per microbatch: in aux return it "
+    "without a tag; in the loss return a dict, whose values value_and_grad adds: "
+    '{"data": jaxaccum.Sum(total), "penalty": penalty}; or add it outside of the function'
 )
 TERMS = (
     'give each term its own denominator: return a dict, whose values value_and_grad adds: {"mean": '
     'jaxaccum.Mean(jnp.sum(x), len(x)), "masked": 0.1 * jaxaccum.Mean(jnp.sum(y * mask), '
     "jnp.sum(mask))}"
 )
+OF_SIZE = "in aux count examples by jaxaccum.Sum(len(x)); in the loss " + TERMS
 NO_DIVISION = (
     "return the sum, undivided, as total: jaxaccum.Mean(jnp.sum(x * weight), jnp.sum(weight))"
 )

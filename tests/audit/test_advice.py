@@ -368,6 +368,36 @@ def test_the_fix_of_a_maximum_is_what_makes_the_loss_exact():
     assert off > 1e3 * EXACT
 
 
+OF_AUX = {
+    "a number of examples": (
+        lambda w, x: jnp.float64(len(x)),
+        lambda w, x: jaxaccum.Sum(len(x)),
+        "in aux count examples by jaxaccum.Sum(len(x))",
+        8.0,
+    ),
+    "a penalty under Sum": (
+        lambda w, x: jaxaccum.Sum(jnp.sum(w**2)),
+        lambda w, x: jnp.sum(w**2),
+        "in aux return it without a tag",
+        float(jnp.sum(W**2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_AUX)
+def test_the_fix_of_an_aux_speaks_of_aux_and_is_followed(name):
+    wrong, mended, advice, whole = OF_AUX[name]
+    loss = lambda aux: lambda w, x: (jnp.mean((x @ w) ** 2), aux(w, x))
+    options = {"num_microbatches": 4, "has_aux": True}
+    (finding,) = jaxaccum.audit(loss(wrong), W, X, **options).findings
+    assert advice in finding.fix
+    assert "the loss" not in finding.note
+    assert jaxaccum.audit(loss(mended), W, X, **options).exact
+    value = lambda aux: jaxaccum.value_and_grad(loss(aux), audit=None, **options)(W, X)[0][1]
+    assert normwise(value(mended), whole) < EXACT
+    assert normwise(value(wrong), whole) > 1e3 * EXACT
+
+
 @pytest.mark.parametrize("along", [lambda x: jnp.cumsum(x)[2], jnp.sort])
 def test_what_runs_along_the_examples_is_not_told_of_a_mean(along):
     fix = jaxaccum.audit(lambda w, x: jnp.sum(along(jnp.sum(x @ w, 1))), W, X).findings[0].fix
