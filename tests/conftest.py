@@ -14,9 +14,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# No program is compiled twice: not by the other worker, by a process that a test starts, after all
-# programs were forgotten, or in the next run. JAX finds one by its text, its options and the
-# machine. The first run takes five sixths of the time that it took without, and the next a half.
+# A program that was compiled is read again: by the other worker, by a process that a test starts,
+# after all programs were forgotten, and in the next run. JAX finds it by its text, its options and
+# the kind of processor. It keeps none that calls back into Python.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
 )

@@ -311,8 +311,8 @@ def _assigned(kept: Sequence[bool], new: PyTree) -> Assigned:
                 x,
                 f"fun assigns a value to the parameter {leaf_name('', path[1:-1])}, which is "
                 "differentiated, and each microbatch would assign another: the value depends on "
-                "the batch, on a draw, or on a state that changes in every microbatch (with "
-                "example_streams=False, all states do). Assign it outside of the loss, or keep "
-                "the value in a variable that is not an nnx.Param.",
+                "the batch, on a draw, or on a state that every microbatch changes (with "
+                "example_streams=False or a filter, each state that changes is one). Assign it "
+                "outside of the loss, or keep the value in a variable that is not an nnx.Param.",
             )
     return assigned

@@ -373,7 +373,7 @@ OF_AUX = {
         lambda w, x: jnp.float64(len(x)),
         lambda w, x: jaxaccum.Sum(len(x)),
         "in aux count examples by jaxaccum.Sum(len(x))",
-        8.0,
+        float(len(X)),
     ),
     "a penalty under Sum": (
         lambda w, x: jaxaccum.Sum(jnp.sum(w**2)),
