@@ -1,5 +1,6 @@
 """The command line, `python -m experiments.recipes [NAME …]`: prints the documentation's table."""
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -58,12 +59,27 @@ def row(name: str, found: _check.Errors) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Print the table of the named recipes, or of all."""
+    chosen = parser().parse_args(argv).names or filter(installed, names())
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 8)
     print(HEAD)
-    for name in argv or filter(installed, names()):
+    for name in chosen:
         recipe = importlib.import_module(f"experiments.recipes.{name}")
         print(row(name, recipe.check()), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The names, each of a recipe that there is."""
+    made = argparse.ArgumentParser(prog="python -m experiments.recipes", description=__doc__)
+    made.add_argument("names", nargs="*", type=_recipe, metavar="NAME", help="none: all recipes")
+    return made
+
+
+def _recipe(name: str) -> str:
+    if name not in names():
+        known = ", ".join(names())
+        raise argparse.ArgumentTypeError(f"unknown recipe {name}; choose from {known}")
+    return name
 
 
 if __name__ == "__main__":

@@ -88,6 +88,24 @@ def test_the_command_line_sets_float64_and_devices():
     )
 
 
+def test_an_unknown_name_is_one_clear_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        recipes.main(["pmap", "no_such"])
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "unknown recipe no_such; choose from " in printed.err
+    assert all(name in printed.err for name in recipes.names())
+
+
+def test_help_tells_what_the_command_prints(capsys):
+    with pytest.raises(SystemExit) as left:
+        recipes.main(["--help"])
+    assert left.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "prints the documentation's table" in printed
+
+
 def test_lines_are_counted():
     def one(x):
         """Before."""
