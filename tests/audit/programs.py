@@ -65,6 +65,20 @@ def _mapped(h, w):
 
 
 @jax.jit
+def _refined(h, w):
+    """A loop inside each step of a loop over the examples, whose state is one example's."""
+    step = lambda row, state: (jnp.tanh(state * w + row), state)
+    return lax.map(lambda row: sum(lax.scan(lambda s, _: step(row, s), w, None, 2)[1]), h)
+
+
+@jax.jit
+def _filled(h, w):
+    """A table that is filled for each example."""
+    fill = lambda row: lambda i, out: out.at[i].set(jnp.sin(row[i] * w[0]))
+    return lax.map(lambda row: lax.fori_loop(0, 3, fill(row), jnp.zeros(3)), h)
+
+
+@jax.jit
 def _written(h, w):
     body = lambda i, out: out.at[i].set(jnp.tanh(h[i] * w))
     return lax.fori_loop(0, h.shape[0], body, jnp.zeros_like(h))
@@ -82,6 +96,8 @@ put_all(
     loop_over_time=lambda h, c: _loop_over_time(h, c.w),
     until=lambda h, c: lax.stop_gradient(_until(h)) * h,
     mapped=lambda h, c: _mapped(h, c.w),
+    refined=lambda h, c: _refined(h, c.w),
+    filled=lambda h, c: _filled(h, c.w),
     written=lambda h, c: _written(h, c.w),
     branched=lambda h, c: _branched(h, c.w),
     counted_until=lambda h, c: h * (0.1 * _steps_until(lax.stop_gradient(h)))[:, None],
@@ -219,6 +235,9 @@ put_all(
     pairs_in_loops=lambda h, c: (
         lax.map(lambda r: lax.scan(lambda s, q: (s + jnp.abs(r - q), None), 0.0 * r, h)[0], h)
     ),
+    refined_in_turn=lambda h, c: (
+        lax.scan(lambda s, row: (_twice(s, row, c.w),) * 2, c.w, h)[1]
+    ),
     from_behind=lambda h, c: lax.scan(lambda i, row: (i + 1, row * h[i]), 0, h, reverse=True)[1],
     running_copies=lambda h, c: jnp.cumsum(_copies(h, c), 1).mean(1),
     product_of_copies=lambda h, c: jnp.prod(_copies(inside(h), c), 1),
@@ -237,6 +256,11 @@ put_all(
 
 def _copies(h, c):
     return jnp.broadcast_to(h[:, None], (c.n, c.n, 3))
+
+
+def _twice(state, row, w):
+    """Two steps of one example from the state that the last one left."""
+    return lax.fori_loop(0, 2, lambda _, s: jnp.tanh(s * w + row), state)
 
 
 @jax.jit

@@ -97,3 +97,9 @@ def test_each_word_alone(name):
             program((name,), "mean_of_squares"), PARAMS, BATCH, num_microbatches=3
         )
     assert report.exact == (name in STEPS or name.endswith("as_declared")), report
+
+
+@pytest.mark.parametrize("name", ["averaged_moving", "refined_in_turn"])
+def test_a_state_that_goes_from_example_to_example_is_named(name):
+    report = jaxaccum.audit(program((name,), "mean_of_squares"), PARAMS, BATCH, num_microbatches=3)
+    assert "carries one example's state to the next" in report.causes[0].note

@@ -265,7 +265,7 @@ FAULTS = [
     Fault(
         "a loop inside a step stacks chunks to parts",
         "_Loop.stacked_rows",
-        "of_a_loop_around or not layout.looped",
+        "not self.is_of_a_step(y)",
         "not layout.looped",
         "audit/test_parts_alike.py::test_what_tells_parts_apart_is_found[stacked in a step]",
     ),
@@ -275,5 +275,19 @@ FAULTS = [
         "value if one_to_one else value.like(scalar=False, known=None)",
         "value",
         "audit/test_parts_alike.py::test_what_tells_parts_apart_is_found[bits of a number]",
+    ),
+    Fault(
+        "a loop inside a step of a loop over the examples carries what one example has",
+        "_Loop.is_of_a_step",
+        "self.examples and ",
+        "",
+        "audit/test_fuzz.py::test_each_word_alone[refined]",
+    ),
+    Fault(
+        "a loop over the examples carries one example's state to the next",
+        "_Loop.is_of_a_step",
+        "self.examples and x.layout is not None and x.layout.looped",
+        "False",
+        "audit/test_fuzz.py::test_a_state_that_goes_from_example_to_example_is_named",
     ),
 ]

@@ -210,7 +210,7 @@ class _Loop:
             return x
         joined = join(self.walk, self.op, x, out)
         faults, changed = joined.faults, out.number != x.number
-        looped = out.rows and out.layout is not None and out.layout.looped
+        looped = out.rows and self.is_of_a_step(out)
         if looped and changed:
             note = "a loop over the examples carries one example's state to the next"
             faults |= faulty(self.walk, self.op, FaultKind.COUPLING, note)
@@ -232,9 +232,13 @@ class _Loop:
             return fixed(Scale(self.repeats), scalar=True)
         if role == "sum":
             return self.summed(initial, out)
-        if role == "write" and x.layout is not None and x.layout.looped:
+        if role == "write" and self.is_of_a_step(x):
             return statistic(self.walk.site(self.op), faults=x.faults)
         return x
+
+    def is_of_a_step(self, x: Value) -> bool:
+        """Whether a value is of one example, or one chunk, of those that this loop is over."""
+        return self.examples and x.layout is not None and x.layout.looped
 
     def changes(self, role: RoleName, x: Value, out: Value) -> bool:
         """Whether a state that all examples share is another one at each step."""
@@ -283,8 +287,7 @@ class _Loop:
         """Rows of every step: examples, chunks of them, or views of all."""
         if layout == ONE_EXAMPLE and self.over_examples:
             return _shifted(y, Layout((0,)))
-        of_a_loop_around = layout.looped and not self.examples
-        if of_a_loop_around or not layout.looped:
+        if not self.is_of_a_step(y):
             return _shifted(y, with_new_axis(layout, 0))
         if layout.axes == (0,) and (layout.outer, layout.inner) == (1, 1):
             return _shifted(y, Layout((0, 1), by_place=layout.by_place))
@@ -374,8 +377,7 @@ def while_loop(walk: Walk, op: Op, ins: list[Value]) -> list[Value]:
 
 def _after(walk: Walk, op: Op, holds: Value, since: int, x: Value, out: Value) -> Value:
     """A carried value after one more step, which is taken where the condition holds."""
-    joined = join(walk, op, x, out)
-    joined = _carried(joined, x)
+    joined = _carried(join(walk, op, x, out), x)
     if x.number == out.number:
         return joined
     if faults := of_an_earlier_step(walk, op, joined, since=since):
