@@ -88,7 +88,8 @@ class Probe:
         rule: how the microbatches' own values combine to the full batch's: "SUM", "MEAN", or None.
         errors: the largest difference of each leaf, over the largest entry of all.
         sizes: of the microbatches.
-        note: what went wrong, if anything did.
+        note: why it, or the rule, could not be computed.
+        dtype: the narrowest floating dtype that the loss computes in, whose rounding is allowed.
     """
 
     exact: bool | None
@@ -96,6 +97,7 @@ class Probe:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     sizes: tuple[int, ...] = ()
     note: str = ""
+    dtype: str = "float64"
 
     def __str__(self) -> str:
         split = " + ".join(map(str, self.sizes))
@@ -103,11 +105,11 @@ class Probe:
             return f"probe: could not be computed ({self.note})"
         said = "equal" if self.exact else "NOT equal"
         worst = max(self.errors, key=lambda name: self.errors[name], default="")
-        rule = "no rule combines the microbatches"
+        rule = self.note or "no rule combines the microbatches"
         if self.rule:
             rule = f"the microbatches' own losses combine as a {self.rule}"
         return (
-            f"probe: {said} in float64 over {split} examples (largest error "
+            f"probe: {said} in {self.dtype} over {split} examples (largest error "
             f"{self.errors[worst]:.2g}, {worst}); {rule}"
         )
 

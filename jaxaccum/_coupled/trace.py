@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
@@ -20,7 +19,7 @@ from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.types import Array
 from jaxaccum._devices import varying
 from jaxaccum._jaxpr.compat import scan_arity
-from jaxaccum._jaxpr.equations import axes_of, called, inside, is_index, without_unused
+from jaxaccum._jaxpr.equations import axes_of, called, inside, is_index, retraced, without_unused
 from jaxaccum._jaxpr.evaluate import Rule, as_function, evaluate
 from jaxaccum._jaxpr.traces import Trace
 from jaxaccum._jaxpr.variables import type_of, types_of
@@ -37,7 +36,7 @@ def opened(trace: Trace) -> jex.Jaxpr:
     jaxpr, axis = trace.jaxpr, trace.axis
     if any(_collective_inside(eqn, axis[0]) for eqn in jaxpr.eqns):
         flat = lambda *args: evaluate(jaxpr, args, _opening(axis[0]))
-        jaxpr = jax.make_jaxpr(flat, axis_env=[axis])(*types_of(jaxpr.invars)).jaxpr
+        jaxpr = retraced(flat, types_of(jaxpr.invars), axis)
     return without_unused(jaxpr)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,22 @@ def constants_first(jaxpr: jex.Jaxpr | ClosedJaxpr) -> tuple[jex.Jaxpr, list[Arr
     """The jaxpr whose first arguments are its constants, and the constants."""
     inner, consts = opened(jaxpr)
     return with_invars(inner, [*inner.constvars, *inner.invars]), consts
+
+
+def retraced(fun: Callable[..., Any], types: Sequence[object], axis: tuple[str, int]) -> jex.Jaxpr:
+    """The program of `fun` of arguments of these types, under a named axis.
+
+    A compiled function inside of it has constants of its own. Where `fun` opens one, they become
+    constants of the whole; they stand as literals where they are read.
+    """
+    jaxpr, consts = opened(jax.make_jaxpr(fun, axis_env=[axis])(*types))
+    if not consts:
+        return jaxpr
+    literals = [jex.Literal(x, v.aval) for v, x in zip(jaxpr.constvars, consts, strict=True)]
+    of: dict[Atom, Atom] = dict(zip(jaxpr.constvars, literals, strict=True))
+    here = lambda atoms: [a if isinstance(a, jex.Literal) else of.get(a, a) for a in atoms]
+    eqns = [eqn.replace(invars=here(eqn.invars)) for eqn in jaxpr.eqns]
+    return with_outvars(with_invars(jaxpr.replace(eqns=eqns), jaxpr.invars), here(jaxpr.outvars))
 
 
 def without_unused(jaxpr: jex.Jaxpr) -> jex.Jaxpr:

@@ -21,7 +21,14 @@ from jaxaccum._base.entries import part_of
 from jaxaccum._base.source_lines import frame_of
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import scan_arity
-from jaxaccum._jaxpr.equations import axes_of, is_index, mentions, mentions_inside, with_invars
+from jaxaccum._jaxpr.equations import (
+    axes_of,
+    is_index,
+    mentions,
+    mentions_inside,
+    retraced,
+    with_invars,
+)
 from jaxaccum._jaxpr.evaluate import Rule, as_function, evaluate
 from jaxaccum._jaxpr.variables import types_of
 
@@ -34,7 +41,7 @@ def index_as_argument(jaxpr: jex.Jaxpr, axis: tuple[str, int]) -> jex.Jaxpr:
         unread = jax.make_jaxpr(lambda i: i)(index).jaxpr
         return with_invars(jaxpr, [*unread.invars, *jaxpr.invars])
     given = lambda i, *args: evaluate(jaxpr, args, _with_index(i, name))
-    return jax.make_jaxpr(given, axis_env=[axis])(index, *types_of(jaxpr.invars)).jaxpr
+    return retraced(given, [index, *types_of(jaxpr.invars)], axis)
 
 
 def _with_index(index: Array, axis_name: str) -> Rule:

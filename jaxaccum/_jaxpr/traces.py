@@ -41,6 +41,7 @@ from jaxaccum._jaxpr.equations import (
     is_index,
     mentions,
     mentions_inside,
+    retraced,
     with_invars,
     with_outvars,
     without_unused,
@@ -241,8 +242,7 @@ class Trace:
             return with_entries(outs, kept, as_they_came(index, arrays))
 
         types = types_of(self.jaxpr.invars)
-        jaxpr = jax.make_jaxpr(both, axis_env=[self.axis])(*types).jaxpr
-        return self.with_jaxpr(without_unused(jaxpr))
+        return self.with_jaxpr(without_unused(retraced(both, types, self.axis)))
 
     @property
     def coupling(self) -> jex.JaxprEqn | None:

@@ -12,6 +12,7 @@ from jaxaccum._base.types import Fun, Gather, InAxes, Memory, Split, Unroll
 from jaxaccum._program import entries_of_call, validate
 from jaxaccum._program.axes_by_name import check_keywords
 from jaxaccum._program.call import Options
+from jaxaccum._program.microbatches import Partition
 from jaxaccum._tools import lowering
 from jaxaccum._tools.plan_table import Plan, Row
 from jaxaccum._tools.progress import Progress, during
@@ -125,23 +126,24 @@ def plan(
     loss = _Loss(fun, call, argnums, numbers, has_aux, shared)
     couples = functools.partial(loss.couples, memory)
     equal = split == "strided" or call.explicit
+    asked = _asked(num_microbatches, microbatch_size)
+    partition = validate.partition(
+        call.batch_size, split=split, microbatch_size=microbatch_size,
+        num_microbatches=num_microbatches if asked else 1,
+    )  # fmt: skip
     every = candidates(call.batch_size, shards=call.shards, equal=equal)
     with during("plan: tracing the loss", progress):
-        if num_microbatches is None and microbatch_size is None:
-            sizes, refused, coupled = _accepted(couples, every)
+        if not asked:
+            sizes, refused, coupled = _accepted(couples, every, call.batch_size)
             if coupled:
                 sizes = [size for size in sizes if call.batch_size % size == 0]
         else:
-            partition = validate.partition(
-                call.batch_size, num_microbatches=num_microbatches,
-                microbatch_size=microbatch_size, split=split,
-            )  # fmt: skip
-            sizes, refused, coupled = _asked(couples, partition.groups[0].size, every)
+            sizes, refused, coupled = _as_asked(couples, asked, partition, every)
     schedules = _schedules(memory) if coupled else (None,)
 
     def measure(schedule: Memory, size: int) -> lowering.Cost:
         options: GradientOptions = {
-            **shared, "microbatch_size": size, "memory": schedule,
+            **shared, **(asked or of_size(size)), "memory": schedule,
             "accumulator": accumulator, "gather": gather,
         }  # fmt: skip
         among = f", memory={schedule!r}" if coupled else ""
@@ -151,7 +153,7 @@ def plan(
     rows, needed = [], []
     for schedule in schedules:
         own = functools.partial(measure, schedule)
-        search = _Search(own, sizes, call.batch_size, limit, ends=coupled)
+        search = _Search(own, sizes, call.batch_size, limit, num_microbatches, ends=coupled)
         choice = search.run()
         rows += [search.row(size, schedule) for size in sizes]
         needed.append((search.total(choice), choice))
@@ -171,9 +173,9 @@ class _Loss(NamedTuple):
     has_aux: bool
     options: LoopOptions
 
-    def couples(self, memory: Memory, size: int) -> bool:
-        """Whether the loss has collectives over microbatches of that size."""
-        sized: LoopOptions = {**self.options, "microbatch_size": size, "memory": memory}
+    def couples(self, memory: Memory, cut: LoopOptions) -> bool:
+        """Whether the loss has collectives over microbatches that are cut so."""
+        sized: LoopOptions = {**self.options, **cut, "memory": memory}
         return self.call.couples(self.fun, Options(**sized), self.numbers, has_aux=self.has_aux)
 
     def compiled(self, options: GradientOptions, *, compared: bool) -> lowering.Cost:
@@ -215,46 +217,69 @@ class _Sizes(NamedTuple):
     coupled: bool
 
 
-def _accepted(couples: Callable[[int], bool], sizes: list[int]) -> _Sizes:
-    """Trace `fun` at one size after the other, the smallest first.
+def _asked(num_microbatches: int | None, microbatch_size: int | None) -> LoopOptions:
+    """What the user says of the microbatches, if anything."""
+    given: LoopOptions = {}
+    if num_microbatches is not None:
+        given["num_microbatches"] = num_microbatches
+    if microbatch_size is not None:
+        given["microbatch_size"] = microbatch_size
+    return given
+
+
+def of_size(size: int) -> LoopOptions:
+    """Microbatches of a size."""
+    return {"microbatch_size": size}
+
+
+def _accepted(couples: Callable[[LoopOptions], bool], sizes: list[int], batch_size: int) -> _Sizes:
+    """The sizes that `fun` accepts.
 
     A function of groups of examples does not accept a single example, and some accept no large
-    number. Where the smallest size and the largest are accepted, all are, and no other is traced.
+    number. Where the smallest size, and all that are compiled first, are accepted, the others are
+    taken to be so too, and not traced.
     """
     found: dict[int, bool] = {}
     errors: dict[int, Exception] = {}
-    for size in [sizes[0], *reversed(sizes[1:])]:
+    first = {sizes[0], *_anchors(sizes, batch_size)}
+    for size in sorted(sizes, key=lambda size: (size not in first, size != sizes[0], -size)):
+        if size not in first and not errors:
+            return _Sizes(sizes, (), found[sizes[-1]])
         try:
-            found[size] = couples(size)
+            found[size] = couples(of_size(size))
         except Exception as error:  # of the user's function
             errors[size] = error
-        if not errors and {sizes[0], sizes[-1]} <= set(found):
-            return _Sizes(sizes, (), found[size])
     if not found:
         raise errors[sizes[-1]]
     return _Sizes(sorted(found), tuple(sorted(errors)), any(found.values()))
 
 
-def _accepts(couples: Callable[[int], bool], size: int) -> bool:
+def _accepts(couples: Callable[[LoopOptions], bool], size: int) -> bool:
     try:
-        couples(size)
+        couples(of_size(size))
     except Exception:  # of the user's function
         return False
     return True
 
 
-def _asked(couples: Callable[[int], bool], size: int, others: list[int]) -> _Sizes:
+def _as_asked(
+    couples: Callable[[LoopOptions], bool],
+    asked: LoopOptions,
+    partition: Partition,
+    others: list[int],
+) -> _Sizes:
     """The one size that was asked for; an error where `fun` does not accept it."""
+    sizes = [group.size for group in partition.groups]
     try:
-        return _Sizes([size], (), couples(size))
+        return _Sizes(sizes[:1], (), couples(asked))
     except Exception as error:  # of the user's function, or one of ours
         accepted = [other for other in others if _accepts(couples, other)]
         if is_ours(error) or not accepted:
             raise
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(
-            f"fun does not accept microbatches of {size} examples ({said}); pass a microbatch_size "
-            f"that it accepts: {', '.join(map(str, accepted))}."
+            f"fun does not accept microbatches of {' and '.join(map(str, sizes))} examples "
+            f"({said}); pass a microbatch_size that it accepts: {', '.join(map(str, accepted))}."
         ) from error
 
 
@@ -268,6 +293,14 @@ def _limit(memory_bytes: int | None, call: lowering.AbstractCall) -> int:
             "own; pass memory_bytes, the bytes of one device that the gradient may use."
         )
     return limit
+
+
+def _anchors(sizes: list[int], batch_size: int) -> set[int]:
+    """What is compiled first: the whole batch, a half, and about an eighth of it, since the
+    compiler pads smaller ones."""
+    loops = [size for size in sizes if 2 * size <= batch_size] or sizes
+    small = min(loops, key=lambda size: abs(size - batch_size / 8))
+    return {small, loops[-1], *({batch_size} & set(sizes))}
 
 
 class _Search:
@@ -284,17 +317,20 @@ class _Search:
         sizes: list[int],
         batch_size: int,
         limit: int,
+        count: int | None = None,
         *,
         ends: bool,
     ) -> None:
+        """`count`: the number of microbatches, where it was asked for."""
         self.measure, self.sizes, self.batch_size, self.limit = measure, sizes, batch_size, limit
+        self.count = count
         self.ends = [sizes[0], sizes[-1]] if ends else []
         self.known: dict[int, lowering.Cost] = {}
         self.guesses: dict[int, int] = {}
 
     def run(self) -> int:
         """The largest size that fits, or the smallest of all where none does, compiled."""
-        for size in self._anchors():
+        for size in sorted({*_anchors(self.sizes, self.batch_size), *self.ends}):
             self._compile(size)
         while True:
             fitting = [size for size in self.sizes if self.total(size) <= self.limit]
@@ -302,13 +338,6 @@ class _Search:
             if choice in self.known:
                 return choice
             self._compile(choice)
-
-    def _anchors(self) -> list[int]:
-        """The whole batch, a half, and about an eighth of it: the compiler pads smaller ones."""
-        whole = {self.batch_size} & set(self.sizes)
-        loops = [size for size in self.sizes if 2 * size <= self.batch_size] or self.sizes
-        small = min(loops, key=lambda size: abs(size - self.batch_size / 8))
-        return sorted({small, loops[-1], *self.ends, *whole})
 
     def _compile(self, size: int) -> None:
         if len(self.known) > 1 and size != self.batch_size:
@@ -339,7 +368,7 @@ class _Search:
         known, total = self.known.get(size), self.total(size)
         return Row(
             microbatch_size=size,
-            num_microbatches=-(-self.batch_size // size),
+            num_microbatches=self.count or -(-self.batch_size // size),
             memory=memory,
             temp_bytes=known.temp_bytes if known else round(self._between(size, "temp_bytes")),
             total_bytes=total,

@@ -1,43 +1,61 @@
-"""The numeric probe: an independent check of the audit, by gradients in float64."""
+"""The numeric probe: an independent check of the audit, by gradients in float64 if possible."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._audit.report import Probe
 from jaxaccum._base.trees import leaves_with_names
-from jaxaccum._base.types import Axes, Fun, PyTree
+from jaxaccum._base.types import BATCH_KEY, CARRY, Axes, Fun, PyTree
 from jaxaccum._host_loop.partition import in_axes_of_parts, num_examples, partition
-from jaxaccum._program import output_parts
+from jaxaccum._jaxpr.equations import equations_inside
+from jaxaccum._program import output_parts, validate
 from jaxaccum._transforms.microbatch import full_batch
 from jaxaccum._transforms.value_and_grad import value_and_grad
 
-TOLERANCE = float(np.sqrt(np.finfo(np.float64).eps))
-"""Half of the digits: rounding leaves ten or more, and a wrong rule is wrong in the first."""
-
 
 class _Loss(NamedTuple):
-    """A loss without aux, and how its arguments are cut."""
+    """A loss, and how its arguments are cut."""
 
     fun: Fun
     in_axes: Sequence[Axes]
+    has_aux: bool
     axis_name: str
+
+    def value(self, *args: PyTree) -> PyTree:
+        """The value of all examples at once."""
+        full = full_batch(self.fun, in_axes=self.in_axes, axis_name=self.axis_name)
+        return output_parts.value(output_parts.loss_and_aux(full(*args), self.has_aux)[0])
 
     def in_one_pass(self, *args: PyTree) -> PyTree:
         """Value and gradient of all examples at once."""
-        full = full_batch(self.fun, in_axes=self.in_axes, axis_name=self.axis_name)
-        total = lambda *args: output_parts.value(full(*args))
-        return _named(jax.value_and_grad(total)(*args))
+        return _named(*jax.value_and_grad(self.value)(*args))
+
+    def accumulated(self, *args: PyTree, **options: Any) -> PyTree:
+        """Value and gradient over microbatches."""
+        step = value_and_grad(
+            self.fun, has_aux=self.has_aux, in_axes=self.in_axes, axis_name=self.axis_name,
+            audit=None, **options,
+        )  # fmt: skip
+        value, gradient = step(*args)
+        return _named(value[0] if self.has_aux else value, gradient)
 
     def of_parts(self) -> _Loss:
         """The same loss for what `partition` returns."""
         return self._replace(in_axes=in_axes_of_parts(self.in_axes))
+
+    def runs_apart(self) -> bool:
+        """Whether the loss of a microbatch can be computed without the other microbatches."""
+        entries = jax.tree.leaves(list(self.in_axes))
+        return not any(entry is of_batch for entry in entries for of_batch in (BATCH_KEY, CARRY))
 
 
 def probe(
@@ -50,13 +68,8 @@ def probe(
     equal: int | None,
 ) -> Probe:
     """Compare on a split into unequal parts; into `equal` parts where the loss has collectives."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tuple(args))):
-        raise ValueError(
-            "probe=True computes gradients, and an argument holds shapes without values; pass "
-            "arrays."
-        )
-    without_aux = lambda *args: output_parts.loss_and_aux(fun(*args), has_aux)[0]
-    loss = _Loss(without_aux, in_axes, axis_name)
+    with_values(args, "probe=True")
+    loss = _Loss(fun, in_axes, has_aux, axis_name)
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),
@@ -69,29 +82,64 @@ def probe(
             return Probe(None, note=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
+def with_values(args: Sequence[PyTree], what: str) -> None:
+    """An error where an argument holds shapes alone."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tuple(args))):
+        raise ValueError(
+            f"{what} computes gradients, and an argument holds shapes without values; pass arrays."
+        )
+
+
 def _compared(loss: _Loss, args: tuple[PyTree, ...], equal: int | None) -> Probe:
     count = num_examples(args, loss.in_axes)
-    options: dict[str, Any] = {"num_microbatches": equal}
-    if not equal:
-        options = {"microbatch_size": count // 2 + 1}
-    parts = partition(*args, in_axes=loss.in_axes, **options)
-    own = loss.of_parts()
-    sizes = [num_examples(part, own.in_axes) for part in parts]
+    options = {"num_microbatches": equal} if equal else {"microbatch_size": _unequal(count)}
+    unset: dict[str, Any] = {"num_microbatches": None, "microbatch_size": None}
+    cut = validate.partition(count, **unset | options, split="contiguous")
+    sizes = [size for group in cut.groups for size in [group.size] * group.count]
+    if len(sizes) == 1:
+        return Probe(None, note="one microbatch is the whole batch: there is nothing to compare")
     expected = loss.in_one_pass(*args)
-    accumulated = value_and_grad(
-        loss.fun, in_axes=loss.in_axes, axis_name=loss.axis_name, audit=None, **options
+    errors = _errors(loss.accumulated(*args, **options), expected)
+    of_first = jax.make_jaxpr(lambda first: loss.value(first, *args[1:]))(args[0])
+    narrowest = narrowest_dtype(of_first.jaxpr)
+    tolerance = _tolerance(narrowest)
+    found = Probe(
+        max(errors.values()) <= tolerance, None, errors, tuple(sizes), dtype=narrowest.name
     )
-    errors = _errors(_named(accumulated(*args)), expected)
-    values = [own.in_one_pass(*part) for part in parts]
-    exact = max(errors.values()) <= TOLERANCE
-    return Probe(exact, _rule(values, sizes, expected), errors, tuple(sizes))
+    if not loss.runs_apart():
+        return dataclasses.replace(found, note="a microbatch's own loss needs the others")
+    parts = partition(*args, in_axes=loss.in_axes, **options)
+    values = [loss.of_parts().in_one_pass(*part) for part in parts]
+    return dataclasses.replace(found, rule=_rule(values, sizes, expected, tolerance))
 
 
-def _rule(values: Sequence[PyTree], sizes: Sequence[int], expected: PyTree) -> str | None:
+def _tolerance(dtype: jnp.dtype) -> float:
+    """Half of the digits: rounding leaves so many, and a wrong rule is wrong in the first. Of few
+    digits, as bfloat16's, it is what a wrong rule seldom keeps below."""
+    eps = float(jnp.finfo(dtype).eps)
+    return min(eps**0.5, max(eps, 1 / 32))
+
+
+def _unequal(count: int) -> int:
+    """The size of the larger of two microbatches, which are unequal where `count` is above 2."""
+    return max(1, min(count // 2 + 1, count - 1))
+
+
+def narrowest_dtype(jaxpr: jex.Jaxpr) -> jnp.dtype:
+    """The floating dtype with the fewest digits that a program computes in, or float64."""
+    atoms = [v for eqn in equations_inside(jaxpr) for v in (*eqn.invars, *eqn.outvars)]
+    dtypes = {getattr(v.aval, "dtype", jnp.dtype(bool)) for v in atoms}
+    floating = [jnp.finfo(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    return max([jnp.finfo(jnp.float64), *floating], key=lambda info: float(info.eps)).dtype
+
+
+def _rule(
+    values: Sequence[PyTree], sizes: Sequence[int], expected: PyTree, tolerance: float
+) -> str | None:
     """By which rule the parts' own values and gradients give those of the batch, if by any."""
     means = weighted_sum(values, [size / sum(sizes) for size in sizes])
     for name, combined in ("MEAN", means), ("SUM", weighted_sum(values, [1.0] * len(sizes))):
-        if max(_errors(combined, expected).values()) <= TOLERANCE:
+        if max(_errors(combined, expected).values()) <= tolerance:
             return name
     return None
 
@@ -101,8 +149,8 @@ def weighted_sum(trees: Sequence[PyTree], weights: Sequence[float]) -> PyTree:
     return jax.tree.map(lambda *leaves: sum(map(operator.mul, weights, leaves)), *trees)
 
 
-def _named(result: tuple[PyTree, PyTree]) -> PyTree:
-    return {"value": result[0], "gradient": result[1]}
+def _named(value: PyTree, gradient: PyTree) -> PyTree:
+    return {"value": value, "gradient": gradient}
 
 
 def _errors(actual: PyTree, expected: PyTree) -> dict[str, float]:

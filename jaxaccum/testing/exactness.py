@@ -16,6 +16,7 @@ from jaxaccum._host_loop.partition import num_examples
 from jaxaccum._program.axes_by_name import by_position, check_keywords
 from jaxaccum._program.entries_of_call import assigned
 from jaxaccum._program.tags import is_tag
+from jaxaccum._tools.probe import narrowest_dtype, with_values
 from jaxaccum.testing.bounds import leaf_differences, normwise
 from jaxaccum.testing.causes import likely_cause
 from jaxaccum.testing.oracle import LossCall, Result, draws_random_numbers, oracle
@@ -41,9 +42,9 @@ def assert_exact(
 
     where full is ``full_batch(fun)(*args)`` in float64.
 
-    The bound is 16 times the error of the full batch itself in the dtypes of `args`, plus 256 eps,
-    and at most 1/4: a network's own rounding is allowed, a wrong rule is not. Each leaf of aux is
-    compared by itself.
+    The bound is 16 times the error of the full batch itself in the dtypes of `args`, or the eps of
+    the narrowest dtype that `fun` computes in if that is more, plus 256 eps, and at most 1/4: a
+    network's own rounding is allowed, a wrong rule is not. Each leaf of aux is compared by itself.
 
         expected = jax.value_and_grad(jaxaccum.full_batch(fun))(*float64(args))
         for partition in partitions:
@@ -66,7 +67,8 @@ def assert_exact(
 
     Raises:
       AssertionError: naming the leaf, the partition, the error, the bound and the likely cause.
-      ValueError: `partitions` is empty, or one of them has an option that is not the partition's.
+      ValueError: `partitions` is empty, or one of them has an option that is not the partition's;
+        an argument holds shapes without values, or the first one no array.
 
     >>> def loss(params, batch):
     ...     errors = (batch["x"] @ params - batch["y"]) ** 2
@@ -75,6 +77,7 @@ def assert_exact(
     >>> assert_exact(loss, jnp.ones(3), batch)
     """
     check_keywords(kwargs, in_axes, "testing.assert_exact", fun)
+    with_values(args, "assert_exact")
     fun, args, own = by_position(fun, args, kwargs, assigned(in_axes, args, kwargs, fun))
     if audit:
         report = jaxaccum.audit(fun, *args, in_axes=own, has_aux=has_aux, axis_name=axis_name)
@@ -136,14 +139,15 @@ def _without_report(value: PyTree, *, has_aux: bool) -> PyTree:
 
 def _bounds(loss: LossCall, expected: Result, *, random: bool) -> dict[str, float]:
     """For value, gradient and aux: the rounding that is allowed."""
-    eps = _eps(loss.args[0])
+    eps = _eps(loss)
     summed = 256 * min(eps, FLOAT32)
     returned = eps if eps > FLOAT32 else 0.0  # the sum is rounded to the parameters' dtype
     if random:
         own = dict.fromkeys(expected, eps)
     else:
         full = _apart(oracle(loss, float64=False))
-        own = {part: normwise(full[part], wanted) for part, wanted in expected.items()}
+        # A loss that computes in bfloat16 rounds alike in both, whatever the dtypes of `args`.
+        own = {part: max(eps, normwise(full[part], wanted)) for part, wanted in expected.items()}
     bounds = {part: 16 * rounding + summed + returned for part, rounding in own.items()}
     # A leaf of aux alone may be 0 but for rounding, which then is all of it.
     most = {"value": 0.25, "gradient": 0.25}
@@ -193,9 +197,16 @@ def _independent(tag: PyTree) -> PyTree:
     return () if is_tag(tag) and tag.reduction.of_partition else tag
 
 
-def _eps(params: PyTree) -> float:
-    """That of the narrowest parameter."""
-    return max(float(jnp.finfo(jnp.asarray(leaf).dtype).eps) for leaf in jax.tree.leaves(params))
+def _eps(loss: LossCall) -> float:
+    """That of the narrowest numbers among the parameters and what the loss computes."""
+    leaves = jax.tree.leaves(loss.args[0])
+    if not leaves:
+        raise ValueError(
+            "the first argument of fun holds no array, so there is no gradient to compare; make "
+            "the parameters the first argument."
+        )
+    computed = narrowest_dtype(loss.program())
+    return max(float(jnp.finfo(dtype).eps) for dtype in [computed, *map(jnp.result_type, leaves)])
 
 
 def _worst_leaf(actual: PyTree, expected: PyTree) -> str:

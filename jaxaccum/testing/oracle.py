@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 import jaxaccum
@@ -34,6 +35,10 @@ class LossCall(NamedTuple):
         """The loss in one pass over the whole batch."""
         return jaxaccum.full_batch(self.fun, self.in_axes, self.axis_name)
 
+    def program(self) -> jex.Jaxpr:
+        """What it computes of the whole batch, in the dtypes of its arguments."""
+        return jax.make_jaxpr(self.full_batch())(*self.args).jaxpr
+
     def of_part(self, args: tuple[PyTree, ...]) -> LossCall:
         """The same loss of one microbatch, as `partition` returns its arguments."""
         return self._replace(args=args, in_axes=in_axes_of_parts(self.in_axes))
@@ -58,7 +63,7 @@ def oracle(loss: LossCall, *, float64: bool = True) -> Result:
 
 def draws_random_numbers(loss: LossCall) -> bool:
     """Whether the loss draws from `jax.random`, whose numbers depend on the dtype."""
-    return "random_bits" in str(jax.make_jaxpr(loss.full_batch())(*loss.args))
+    return "random_bits" in str(loss.program())
 
 
 def _evaluated(loss: LossCall, args: tuple[PyTree, ...]) -> Result:

@@ -84,9 +84,9 @@ FAULTS = [
     ),
     Fault(
         "the whole batch is predicted like a loop",
-        "_Search._anchors",
-        "return sorted({small, loops[-1], *self.ends, *whole})",
-        "return sorted({small, loops[-1], *self.ends})",
+        "_anchors",
+        "return {small, loops[-1], *({batch_size} & set(sizes))}",
+        "return {small, loops[-1]}",
         "tools/test_plan.py::test_the_whole_batch_may_fit_where_no_loop_does",
     ),
     Fault(
@@ -272,6 +272,34 @@ FAULTS = [
         '"stop_gradient", "random_wrap", "random_unwrap"',
         '"stop_gradient"',
         "audit/test_audit.py::test_a_carried_key_that_comes_back_is_no_changed_state",
+    ),
+    Fault(
+        "a plan of a number of microbatches compiles those of a size",
+        "plan",
+        "asked or of_size(size)",
+        "of_size(size)",
+        "tools/test_plan.py::test_a_number_of_microbatches_is_planned_as_it_runs",
+    ),
+    Fault(
+        "a plan takes a size in the middle for accepted",
+        "_accepted",
+        "{sizes[0], *_anchors(sizes, batch_size)}",
+        "{sizes[0], sizes[-1]}",
+        "tools/test_plan.py::test_a_function_that_refuses_a_size_in_the_middle_is_planned_at_the_others",
+    ),
+    Fault(
+        "a probe of two examples compares a batch with itself",
+        "_unequal",
+        "max(1, min(count // 2 + 1, count - 1))",
+        "count // 2 + 1",
+        "tools/test_probe.py::test_it_compares_two_microbatches_of_any_batch",
+    ),
+    Fault(
+        "a probe takes the rounding of bfloat16 for a wrong rule",
+        "_compared",
+        "_tolerance(narrowest)",
+        '_tolerance(jnp.dtype("float64"))',
+        "tools/test_probe.py::test_the_rounding_of_what_the_loss_computes_is_allowed",
     ),
     Fault(
         "a plan extrapolates a coupled loss",

@@ -110,4 +110,11 @@ FAULTS = [
         "pass",
         "flax/test_norms.py::test_a_bound_layer_has_its_own_axes_after_the_context",
     ),
+    Fault(
+        "a compiled function that is opened loses its constants",
+        "retraced",
+        "if not consts:",
+        "if True:",
+        "programs/test_constants_inside.py::test_they_are_read",
+    ),
 ]

@@ -22,6 +22,7 @@ from tests.programs.nested_blocks import block
 from tests.programs.nested_words import COLLECTIVES, LOSSES, PATHS, SCOPE
 from tests.programs.nested_writer import Choose, Scope, Step, Writer, joined
 
+CONSTANT = jnp.cos(jnp.arange(9.0)).reshape(3, 3) / 2
 COUPLED = """\
 psum = lambda x: lax.psum(x, "microbatch")
 pmean = lambda x: lax.pmean(x, "microbatch")
@@ -56,7 +57,7 @@ class Program:
 
 def define(text: str, **names: Any) -> Callable[[Any, Any], Any]:
     """The loss that a text defines; `names` say what `Mean` and `psum`, say, mean in it."""
-    space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax}
+    space: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": lax, "CONSTANT": CONSTANT}
     exec(compile(text, "<program>", "exec"), space)
     space.update(names)
     return space["loss"]

@@ -3,7 +3,8 @@
 A hole's letter is its kind: `m` a matrix (3, 3), `v` a vector (3,), `s` a stack of two matrices,
 `q` two vectors, `t` a table (5, 3), `z` a complex matrix, `e` a matrix of lower precision, which is
 cast where it is read, `k` activations (rows, 3), `i` an integer, `r` an integer for each row.
-Results are bounded (`tanh`, small factors): gradients are well conditioned in nested loops as well.
+`CONSTANT` is an array of the module, which compiled functions close over. Results are bounded
+(`tanh`, small factors): gradients are well conditioned in nested loops as well.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ _MATRICES = (
     "lax.optimization_barrier({m})",
     "jnp.eye(3)",
     "jnp.full((3, 3), 0.2)",
+    "CONSTANT",
 )
 _VECTORS = (
     "0.5 * {v}",
@@ -67,6 +69,7 @@ _VECTORS = (
     "jnp.where({v} > 0, {v}, {v})",
     "jnp.linalg.solve(3.0 * jnp.eye(3) + jnp.tanh({m}), {v})",
     "jnp.ones(3)",
+    "CONSTANT[1]",
 )
 _STACKS = (
     "0.5 * {s}",

@@ -94,6 +94,19 @@ def test_other_dtypes_pass_within_their_own_rounding(dtype):
     assert_exact(weighted_mean, params, batch, partitions=[2])
 
 
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
+def test_a_loss_passes_within_the_rounding_of_what_it_computes(narrow):
+    """In float64, and of float32 parameters, it computes in fewer digits all the same."""
+    cast = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, narrow), tree)
+    right = lambda params, batch: jnp.mean(errors(cast(params), cast(batch)))
+    wrong = lambda params, batch: jnp.sqrt(right(params, batch))
+    for dtype in (jnp.float32, jnp.float64):
+        params = jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(leaf, dtype), PARAMS)
+        assert_exact(right, params, a_batch(), partitions=[2])
+        with pytest.raises(AssertionError, match="not the full batch's"):
+            assert_exact(wrong, params, a_batch(), partitions=[2])
+
+
 def untagged_ratio(params, batch):
     return jnp.sum(errors(params, batch) * batch["weight"]) / jnp.sum(batch["weight"] + 1e-3)
 
@@ -221,6 +234,14 @@ def test_batch_norm_without_its_axis_is_caught():
 def test_no_partition_is_refused():
     with pytest.raises(ValueError, match="partitions is empty"):
         assert_exact(weighted_mean, PARAMS, a_batch(), partitions=[])
+
+
+def test_what_has_no_gradient_is_refused():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), a_batch())
+    with pytest.raises(ValueError, match="shapes without values; pass arrays"):
+        assert_exact(weighted_mean, PARAMS, shapes)
+    with pytest.raises(ValueError, match="the first argument of fun holds no array"):
+        assert_exact(lambda params, batch: jnp.mean(batch["x"]), {}, a_batch())
 
 
 def test_the_audit_reads_the_loss_first():

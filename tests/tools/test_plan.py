@@ -353,6 +353,17 @@ def test_a_function_of_groups_is_planned_at_sizes_that_it_accepts():
     asked = lambda **size: lambda: ja.plan(centred, *shapes(24), memory_bytes=10**7, **size)
     refused(asked(microbatch_size=6), "microbatches of 6", "cannot reshape", "4, 8, 12, 16, 24")
     refused(asked(num_microbatches=4), "microbatches of 6", "4, 8, 12, 16, 24")
+    refused(asked(num_microbatches=5), "microbatches of 5 and 4", "4, 8, 12, 16, 24")
+
+
+def test_a_function_that_refuses_a_size_in_the_middle_is_planned_at_the_others():
+    def ghost(params, x):
+        groups = jnp.tanh(x @ params[0]).reshape(-1, min(len(x), 4), x.shape[1])
+        return jnp.mean((groups - jnp.mean(groups, axis=1, keepdims=True)) ** 2)
+
+    plan = ja.plan(ghost, *shapes(12), memory_bytes=10**7)
+    assert [row.microbatch_size for row in plan.rows] == [1, 2, 3, 4, 8, 12]
+    assert plan.refused == (6,)
 
 
 def test_an_error_of_the_function_itself_is_its_own():
@@ -377,6 +388,16 @@ def test_one_size_can_be_asked_for():
     assert dataclasses.astuple(plan.best)[0] == 20
 
 
+def test_a_number_of_microbatches_is_planned_as_it_runs():
+    """12 = 3 + 3 + 2 + 2 + 2, and not the four microbatches of 3."""
+    (row,) = ja.plan(loss, *shapes(12), memory_bytes=LIMIT, num_microbatches=5).rows
+    assert (row.microbatch_size, row.num_microbatches) == (3, 5)
+    step = lambda **size: jax.jit(ja.value_and_grad(loss, **size)).lower(*shapes(12)).compile()
+    asked, other = step(num_microbatches=5), step(microbatch_size=3)
+    assert row.temp_bytes == asked.memory_analysis().temp_size_in_bytes
+    assert row.temp_bytes != other.memory_analysis().temp_size_in_bytes
+
+
 def test_two_examples_and_the_limit_of_the_device(monkeypatch):
     """One program is compiled, the other takes its bytes until it is compiled too."""
     monkeypatch.setattr("jaxaccum._tools.lowering.AbstractCall.device_limit", lambda call: LIMIT)
@@ -395,6 +416,7 @@ def test_what_cannot_be_planned_is_refused():
         "raise the limit",
     )
     refused(lambda: ja.plan(loss, *shapes(64), memory_bytes="1G"), "memory_bytes", "'1G'")
+    refused(lambda: ja.plan(loss, *shapes(0), memory_bytes=LIMIT), "the batch is empty")
     refused(
         lambda: ja.plan(loss, *shapes(64), memory_bytes=LIMIT, mesh_axes="data"),
         "mesh_axes",
