@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 
 from jaxaccum._base.types import Array
 from jaxaccum._jaxpr.compat import ClosedJaxpr, anonymous, opened
-from jaxaccum._jaxpr.variables import Atom, Var
+from jaxaccum._jaxpr.variables import Atom, Var, is_variable
 
 # -- other arguments and results -------------------------------------------------------------------
 
@@ -43,8 +43,11 @@ def retraced(fun: Callable[..., Any], types: Sequence[object], axis: tuple[str, 
     if not consts:
         return jaxpr
     literals = [jex.Literal(x, v.aval) for v, x in zip(jaxpr.constvars, consts, strict=True)]
-    of: dict[Atom, Atom] = dict(zip(jaxpr.constvars, literals, strict=True))
-    here = lambda atoms: [a if isinstance(a, jex.Literal) else of.get(a, a) for a in atoms]
+    of = dict(zip(jaxpr.constvars, literals, strict=True))
+
+    def here(atoms: Iterable[Atom]) -> list[Atom]:
+        return [of.get(a, a) if is_variable(a) else a for a in atoms]
+
     eqns = [eqn.replace(invars=here(eqn.invars)) for eqn in jaxpr.eqns]
     return with_outvars(with_invars(jaxpr.replace(eqns=eqns), jaxpr.invars), here(jaxpr.outvars))
 

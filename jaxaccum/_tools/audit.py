@@ -49,7 +49,8 @@ def audit(
         has_aux: whether `fun` returns ``(loss, aux)``; aux is judged too, but for `Stack`, `Last`
             and `Carry`.
         axis_name: the name of the loop's axis.
-        probe: whether to compare numerically as well, in float64 on an unequal split.
+        probe: whether to compare numerically as well, in float64 on an unequal split. What the loss
+            itself casts to fewer digits may differ by their rounding.
         **kwargs: the keyword arguments of `fun`.
 
     Returns:

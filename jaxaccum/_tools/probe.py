@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.extend.core as jex
@@ -20,6 +20,13 @@ from jaxaccum._jaxpr.equations import equations_inside
 from jaxaccum._program import output_parts, validate
 from jaxaccum._transforms.microbatch import full_batch
 from jaxaccum._transforms.value_and_grad import value_and_grad
+
+
+class _Cut(TypedDict):
+    """One of them says how the batch is cut."""
+
+    num_microbatches: int | None
+    microbatch_size: int | None
 
 
 class _Loss(NamedTuple):
@@ -92,9 +99,11 @@ def with_values(args: Sequence[PyTree], what: str) -> None:
 
 def _compared(loss: _Loss, args: tuple[PyTree, ...], equal: int | None) -> Probe:
     count = num_examples(args, loss.in_axes)
-    options = {"num_microbatches": equal} if equal else {"microbatch_size": _unequal(count)}
-    unset: dict[str, Any] = {"num_microbatches": None, "microbatch_size": None}
-    cut = validate.partition(count, **unset | options, split="contiguous")
+    options: _Cut = {
+        "num_microbatches": equal or None,
+        "microbatch_size": None if equal else _unequal(count),
+    }
+    cut = validate.partition(count, **options, split="contiguous")
     sizes = [size for group in cut.groups for size in [group.size] * group.count]
     if len(sizes) == 1:
         return Probe(None, note="one microbatch is the whole batch: there is nothing to compare")

@@ -400,3 +400,42 @@ def test_a_bound_layer_has_its_own_axes_after_the_context():
         within = bound(x)
     assert bound.axis_name is None
     assert normwise(bound(x), within) == 0
+
+
+class Block(nn.Module):
+    """A layer of a scan over layers."""
+
+    @nn.compact
+    def __call__(self, h, _):
+        h = nn.Dense(3, param_dtype=jnp.float64)(h)
+        return jaxaccum.linen.BatchNorm(use_running_average=False, param_dtype=jnp.float64)(h), None
+
+
+class Scanned(nn.Module):
+    """Two of them, by `nn.scan`."""
+
+    @nn.compact
+    def __call__(self, h):
+        axes = {"params": 0, "batch_stats": 0}
+        layers = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return layers()(h, None)[0]
+
+
+def test_our_layer_in_a_scan_over_layers_is_known_to_be_exact():
+    x = X[:, 0]
+
+    def loss(params, x, stats):
+        h, new = Scanned().apply(
+            {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
+        return jnp.mean(jnp.tanh(h) ** 2), new["batch_stats"]
+
+    with STANDARD():
+        variables = jax.jit(Scanned().init)(jax.random.key(0), x)
+        args = variables["params"], x, variables["batch_stats"]
+        options = {"has_aux": True, "in_axes": (None, 0, None)}
+        step = jaxaccum.value_and_grad(loss, num_microbatches=4, audit="raise", **options)
+        expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(*args)
+        assert normwise(jax.jit(step)(*args), expected) < EXACT
+        wrong = jax.jit(jax.grad(lambda *args: loss(*args)[0]))(args[0], x[:3], args[2])
+        assert normwise(wrong, expected[1]) > 0.01

@@ -245,7 +245,8 @@ def whole_batch_moments(walk: Walk, op: Op, body: jex.Jaxpr, ins: list[Value]) -
     named = set(axes_in(jaxpr))
     followed = walk.axis_name in named and not _is_grouped(jaxpr, named)
     parts = walk.in_parts or any(map(are_parts, ins))
-    if not followed or parts or not ins[0].rows or any_summary(ins):
+    of_rows = bool(ins) and ins[0].rows  # `nn.scan` divides it, and what has no operand is apart
+    if not followed or parts or not of_rows or any_summary(ins):
         return walk.body(op, params_at_both(op, "jaxpr"), ins)
     if apart := (walk.mesh_axes | walk.outer_axes) - named:
         kind = FaultKind.COUPLING
