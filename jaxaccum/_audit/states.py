@@ -14,8 +14,11 @@ So what is added is judged, as if it were an output with the tag `Sum`. An updat
 arithmetic is inexact, and so is a state that is replaced by what a microbatch computes. A program
 with collectives over the microbatches updates each state once, and there is nothing to say.
 
-Known weakness. Several additions to one state, updates by other functions (a maximum, a scatter, a
-call) and states that read one another, as those of Welford's variance do, are not followed, and
+What a compiled function does is followed as if it stood there, and of a choice (``where``, for a
+warm-up) both sides are.
+
+Known weakness. Several additions to one state, updates by other functions (a maximum, a scatter)
+and states that read one another, as those of Welford's variance do, are not followed, and
 nothing is said of them. Nor is anything where the call says that streams of random numbers are not
 divided, and asks for the host loop's states so.
 """
@@ -24,23 +27,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.extend.core as jex
 
 from jaxaccum._audit.rules.carried_values import role_of
 from jaxaccum._audit.sources import Site
 from jaxaccum._audit.traces import Subject, Traced
-from jaxaccum._jaxpr.equations import mentions, without_unused
+from jaxaccum._base.entries import entries
+from jaxaccum._jaxpr.compat import opened
+from jaxaccum._jaxpr.equations import called, mentions, without_unused
 from jaxaccum._jaxpr.microbatch_index import is_index
-from jaxaccum._jaxpr.variables import Atom, Var, is_variable, results_of, variables
+from jaxaccum._jaxpr.variables import Atom, Var, is_variable, variables
 from jaxaccum._program.argument_slots import Role, Slot
 from jaxaccum._program.assignments import handed_on
 from jaxaccum._program.tags import Carry
 
 _LINEAR = {
     "add", "add_any", "sub", "mul", "div", "neg", "convert_element_type", "broadcast_in_dim",
-    "reshape", "squeeze", "stop_gradient", "copy",
+    "reshape", "squeeze", "stop_gradient", "copy", "select_n",
 }  # fmt: skip
 _ADDITIONS = {"add", "add_any", "sub", "convert_element_type"}
 Kind = Literal["adds", "changes", "replaces"]
@@ -69,7 +74,7 @@ def updates_of(subject: Subject, traced: Traced, axis_name: str) -> dict[int, Up
     found: dict[int, Update] = {}
     for place, old, new in changing:
         update = _update_of(jaxpr, old, new)
-        if update is not None and _read_by(jaxpr, new).isdisjoint(before - {old}):
+        if update is not None and _read_by(jaxpr, [new]).isdisjoint(before - {old}):
             found[place] = update
     return found
 
@@ -117,41 +122,62 @@ def _update_of(jaxpr: jex.Jaxpr, before: Var, after: Atom) -> Update | None:
     role = role_of(jaxpr, before, after)
     if role.name == "sum" and role.added is not None:
         return Update("adds", role.added, site)
-    between = _between(jaxpr, before, after)
+    between = list(_between(jaxpr, {before}, [after]))
     if not between:
         return Update("replaces", after, site)
-    linear = all(eqn.primitive.name in _LINEAR for eqn in between)
-    if not linear or _adds_in_turn(before, between):
+    linear = all(step.name in _LINEAR for step in between)
+    if not linear or all(step.adds for step in between):
         return None
     return Update("changes", after, site)
 
 
-def _adds_in_turn(before: Var, between: Sequence[jex.JaxprEqn]) -> bool:
-    """Whether equations only add to a state, one after the other."""
-    reached = {before, *results_of(between)}
-    for eqn in between:
-        met = [v for v in variables(eqn.invars) if v in reached]
-        if eqn.primitive.name not in _ADDITIONS or len(met) != 1:
-            return False
-    return True
+class _Step(NamedTuple):
+    """One equation on the way from an old state to the new one."""
+
+    name: str
+    met: int
+    """How many of its operands depend on the old state."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether it only adds to the state, or chooses between what has been added or not."""
+        return self.name == "select_n" or (self.name in _ADDITIONS and self.met == 1)
 
 
-def _read_by(jaxpr: jex.Jaxpr, after: Atom) -> set[Var]:
-    """The variables that a result depends on."""
-    needed = set(variables([after]))
+def _between(jaxpr: jex.Jaxpr, before: set[Var], after: Sequence[Atom]) -> Iterator[_Step]:
+    """The equations on the way from some variables to others, and in functions that it calls."""
+    reached, needed = set(before), _read_by(jaxpr, after)
+    for eqn in jaxpr.eqns:
+        wanted = [i for i, v in enumerate(eqn.outvars) if v in needed]
+        read = _read_for(eqn, wanted)
+        met = [i for i, v in enumerate(eqn.invars) if is_variable(v) and v in reached and v in read]
+        if not met or not wanted:
+            continue
+        reached.update(entries(eqn.outvars, wanted))
+        if (program := called(eqn)) is None:
+            yield _Step(eqn.primitive.name, len(met))
+        else:
+            body = opened(program)[0]
+            inside = set(entries(body.invars, met))
+            yield from _between(body, inside, entries(body.outvars, wanted))
+
+
+def _read_by(jaxpr: jex.Jaxpr, after: Sequence[Atom]) -> set[Var]:
+    """The variables that some results depend on, but for what only chooses between others."""
+    needed = set(variables(after))
     for eqn in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(eqn.outvars):
-            needed.update(variables(eqn.invars))
+        needed |= _read_for(eqn, [i for i, v in enumerate(eqn.outvars) if v in needed])
     return needed
 
 
-def _between(jaxpr: jex.Jaxpr, before: Var, after: Var) -> list[jex.JaxprEqn]:
-    """The equations on the way from one variable to another."""
-    reached = {before}
-    forward: list[jex.JaxprEqn] = []
-    for eqn in jaxpr.eqns:
-        if not reached.isdisjoint(variables(eqn.invars)):
-            reached.update(eqn.outvars)
-            forward.append(eqn)
-    needed = _read_by(jaxpr, after)
-    return [eqn for eqn in forward if not needed.isdisjoint(eqn.outvars)]
+def _read_for(eqn: jex.JaxprEqn, wanted: Sequence[int]) -> set[Var]:
+    """The operands that some results of an equation depend on, in the same sense."""
+    if not wanted:
+        return set()
+    if (program := called(eqn)) is None:
+        chooses = eqn.primitive.name == "select_n"
+        return set(variables(eqn.invars[1:] if chooses else eqn.invars))
+    body = opened(program)[0]
+    needed = _read_by(body, entries(body.outvars, wanted))
+    pairs = zip(eqn.invars, body.invars, strict=True)
+    return {v for v, inner in pairs if inner in needed and is_variable(v)}

@@ -227,15 +227,29 @@ FAULTS = [
     Fault(
         "every function of a state is linear",
         "_update_of",
-        "all(eqn.primitive.name in _LINEAR for eqn in between)",
+        "all(step.name in _LINEAR for step in between)",
         "True",
         f"{_STATES}::test_an_update_that_ends_as_on_the_whole_batch_is_exact[a maximum]",
     ),
     Fault(
         "states that read one another are followed",
         "updates_of",
-        " and _read_by(jaxpr, new).isdisjoint(before - {old})",
+        " and _read_by(jaxpr, [new]).isdisjoint(before - {old})",
         "",
         "plain/test_metrics.py::test_metrics_of_nnx_are_updated_by_every_microbatch",
+    ),
+    Fault(
+        "what chooses a state is a part of it",
+        "_read_for",
+        "eqn.invars[1:] if chooses else eqn.invars",
+        "eqn.invars",
+        f"{_STATES}::test_an_average_that_another_state_switches_on_warns",
+    ),
+    Fault(
+        "what a compiled function does to a state is not followed",
+        "_between",
+        "(program := called(eqn)) is None",
+        "(program := called(eqn)) is None or True",
+        f"{_STATES}::test_another_update_warns_with_its_line[a compiled moving average]",
     ),
 ]

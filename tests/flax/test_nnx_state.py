@@ -72,6 +72,9 @@ CHANGED = {
     "the last maximum": lambda v, h: jnp.max(h, axis=0),
     "the state added twice": lambda v, h: v + v + total(h),
     "a sum times the state": lambda v, h: v + v * total(h),
+    "a moving average after a warm-up": lambda v, h: jnp.where(v > 0, decayed(h)(v), v),
+    "a compiled moving average": lambda v, h: jax.jit(lambda v, t: 0.9 * v + 0.1 * t)(v, total(h)),
+    "a function of a function": lambda v, h: jax.jit(jax.checkpoint(decayed(h)))(v),
 }
 """Updates that do not."""
 NOT_FOLLOWED = {
@@ -79,6 +82,9 @@ NOT_FOLLOWED = {
     "a maximum": lambda v, h: jnp.maximum(v, jnp.max(h, axis=0)),
     "a table of counts": lambda v, h: v.at[jnp.argmax(h, axis=1)].add(1.0),
     "a call": lambda v, h: jax.checkpoint(lambda v: v + total(h))(v),
+    "a compiled sum": lambda v, h: jax.jit(lambda v, t: v + t)(v, total(h)),
+    "a sum that is chosen": lambda v, h: jnp.where(jnp.arange(4) > 1, v + total(h), v),
+    "a compiled maximum": lambda v, h: jax.jit(jnp.maximum)(v, jnp.max(h, axis=0)),
 }
 """Updates of which nothing is said, all of them exact."""
 
@@ -138,3 +144,22 @@ def test_one_microbatch_is_the_whole_batch():
     state, _, warned = updated(moving, once)
     assert normwise(state, updated(moving, nnx.value_and_grad)[0]) < EXACT
     assert not warned
+
+
+class WarmedUp(Updated):
+    """Its average begins after a number of examples, which is another state."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.steps = nnx.Variable(jnp.ones((), jnp.int32))
+
+    def __call__(self, x):
+        h, v = self.layer(x), self.state[...]
+        self.state[...] = jnp.where(self.steps[...] > 0, 0.9 * v + 0.1 * total(h), v)
+        self.steps[...] += jnp.sum(h > 0, dtype=jnp.int32)
+        return h
+
+
+def test_an_average_that_another_state_switches_on_warns():
+    with pytest.warns(ja.InexactWarning, match=r"the model's state\[0\] of loss is not exact"):
+        accumulated(loss)(WarmedUp(), X)
