@@ -120,9 +120,7 @@ class GradientSum:
     def zeros(self, parameter: Array) -> Array:
         """The sum before the first microbatch, laid out over the mesh and varying as the
         parameter."""
-        return varying.vary(
-            jnp.zeros_like(parameter, self.dtype_for(parameter)), varying.varying_axes(parameter)
-        )
+        return varying.zeros(jax.typeof(parameter), self.dtype_for(parameter))
 
     # As a record, inside another accumulator, which sees every gradient as a value: both kinds are
     # a plain sum.

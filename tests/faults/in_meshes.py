@@ -101,4 +101,11 @@ FAULTS = [
         "further.intersection(frozenset().union(*of_value))",
         "meshes/test_further_axes.py::test_a_shared_loss_beside_an_output_of_each_device",
     ),
+    Fault(
+        "an array is laid out over the mesh that its type names, whichever is at hand",
+        "full",
+        "abstract and (here.empty or here == sharding.mesh)",
+        "abstract",
+        "meshes/test_closed_over.py::test_the_gradient_is_jaxs_in_the_same_place",
+    ),
 ]
