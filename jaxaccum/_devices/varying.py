@@ -85,19 +85,23 @@ def _of_parts(x: Array, **kinds: Any) -> NamedSharding:
 
 
 def full(aval: Any, value: ArrayLike, dtype: DTypeLike | None = None) -> Array:
-    """An array of one value, over the mesh as its type says; of another dtype where one is given.
+    """An array of one value, over the mesh as its type says; of another dtype where one is
+    given."""
+    dtype = aval.dtype if dtype is None else dtype
+    sharding = getattr(aval, "sharding", None)
+    x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if _at_hand(sharding) else None)
+    return vary(x, varying_axes(aval))
+
+
+def _at_hand(sharding: Any) -> bool:
+    """Whether a type's sharding is one of the mesh at hand, if there is one.
 
     A function inside of ``shard_map`` may close over an array of the jitted function around it. Its
     type then speaks of a mesh that is not the one at hand, which ``jnp.zeros_like`` does not take.
     """
-    dtype = aval.dtype if dtype is None else dtype
-    sharding = getattr(aval, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    abstract = named and isinstance(sharding.mesh, jax.sharding.AbstractMesh)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     here = jax.sharding.get_abstract_mesh()
-    at_hand = abstract and (here.empty or here == sharding.mesh)
-    x = jnp.full(aval.shape, value, dtype, out_sharding=sharding if at_hand else None)
-    return vary(x, varying_axes(aval))
+    return isinstance(mesh, jax.sharding.AbstractMesh) and (here.empty or here == mesh)
 
 
 def zeros(aval: Any, dtype: DTypeLike | None = None) -> Array:
