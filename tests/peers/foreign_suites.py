@@ -76,7 +76,7 @@ KNOWN: list[tuple[str, str]] = [
         "it wants a program without loops, and microbatches are a loop; XLA removes that of one",
     ),
     (
-        "testSwitchResidualsMerge|test_scan_diff_of_print",
+        "testSwitchResidualsMerge|test_scan_diff_of_print|test_res_forwarding_optimization",
         "it reads the program of the gradient, which lies in the body of a loop",
     ),
     (
