@@ -24,7 +24,7 @@ from jaxaccum._program.argument_slots import Slot
 
 def lowest(value: Array, dtype: DTypeLike) -> Array:
     """The maximum of no examples: of the shape and the devices of the value."""
-    return varying.vary(jnp.full_like(value, _lowest(dtype), dtype), varying.varying_axes(value))
+    return varying.full(jax.typeof(value), _lowest(dtype), dtype)
 
 
 def combine(olds: list[Array], news: list[Array]) -> list[Array]:
