@@ -46,6 +46,7 @@ from jaxaccum._coupled import targets
 from jaxaccum._coupled.cut import Stage
 from jaxaccum._coupled.execute import Pull, StagedProgram, Sweep
 from jaxaccum._coupled.targets import Emitted, End, Part, Target
+from jaxaccum._devices import varying
 from jaxaccum._jaxpr.variables import Env, Var, bound, numbered, read, type_of
 from jaxaccum._loop.derivative import added, unread
 from jaxaccum._loop.maxima import larger, lowest
@@ -124,7 +125,9 @@ class Reverse:
     def _before(self, v: Var) -> Array:
         """The share of no microbatch."""
         dtype, value = widen(type_of(v).dtype), self.sweep.shared[v]
-        return lowest(value, dtype) if v in self.overwritten else jnp.zeros_like(value, dtype)
+        if v in self.overwritten:
+            return lowest(value, dtype)
+        return varying.zeros(jax.typeof(value), dtype)
 
     def _microbatches(self, level: int) -> None:
         """The pass over microbatches that completes the cotangents of what stage `level` reads."""
